@@ -1,0 +1,69 @@
+"""pyunictokens: reinforcement-learning post-training of unified masked-generative models.
+
+This module is the one door of the library. It knows the public names and where they live, and imports each part when it
+is first asked for, so that ``import pyunictokens`` needs torch alone. It does not know how any part works.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+MASK = -1
+"""The value of an image code that is not known yet, in every tensor of codes of this library."""
+
+_PARTS = ("data", "evaluate", "models", "ops", "rewards", "rollout", "train")
+_NAMES = {
+    "ConceptTokens": "models.concept",
+    "DsogThreshold": "rollout.dsog",
+    "MagvitV2": "models.magvit",
+    "RolloutEngine": "rollout.engine",
+    "Showo": "models.showo",
+    "TextTokenizer": "models.text",
+    "prompting": "models",
+}
+
+if TYPE_CHECKING:
+    from . import data, evaluate, models, ops, rewards, rollout, train
+    from .models import prompting
+    from .models.concept import ConceptTokens
+    from .models.magvit import MagvitV2
+    from .models.showo import Showo
+    from .models.text import TextTokenizer
+    from .rollout.dsog import DsogThreshold
+    from .rollout.engine import RolloutEngine
+
+__all__ = [
+    "MASK",
+    "ConceptTokens",
+    "DsogThreshold",
+    "MagvitV2",
+    "RolloutEngine",
+    "Showo",
+    "TextTokenizer",
+    "__version__",
+    "data",
+    "evaluate",
+    "models",
+    "ops",
+    "prompting",
+    "rewards",
+    "rollout",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "prompting":
+        return importlib.import_module(f"{__name__}.models.prompting")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
