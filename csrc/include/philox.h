@@ -1,0 +1,32 @@
+// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
+// (SC'11). A pure function of (counter, key): no state, so any thread, backend or batch can form any number on its own.
+// How counters are laid out over samples, steps and codes is said in noise.h.
+#pragma once
+
+#include <cstdint>
+
+namespace pyunictokens {
+
+constexpr std::uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // round multipliers
+constexpr std::uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
+constexpr int kPhiloxRounds = 10;
+
+struct PhiloxBlock {
+  std::uint32_t word[4];
+};
+
+static inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0, std::uint32_t key1) {
+  std::uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const std::uint64_t p0 = std::uint64_t(kPhiloxM0) * c0, p1 = std::uint64_t(kPhiloxM1) * c2;
+    c0 = std::uint32_t(p1 >> 32) ^ c1 ^ key0;
+    c1 = std::uint32_t(p1);
+    c2 = std::uint32_t(p0 >> 32) ^ c3 ^ key1;
+    c3 = std::uint32_t(p0);
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+}  // namespace pyunictokens
