@@ -1,0 +1,28 @@
+"""Models: the Show-o transformer, the MAGVIT-v2 tokenizer, sequences and masks, concept tokens, checkpoints.
+
+Nothing here knows rollouts, rewards or training.
+"""
+
+from . import prompting
+from .attention import PromptKV
+from .cached import answer_hidden, image_hidden, prefill_mmu, prefill_mmu_clip, prefill_t2i
+from .concept import ConceptTokens
+from .magvit import MagvitConfig, MagvitV2
+from .showo import Showo, ShowoConfig
+from .text import TextTokenizer
+
+__all__ = [
+    "ConceptTokens",
+    "MagvitConfig",
+    "MagvitV2",
+    "PromptKV",
+    "Showo",
+    "ShowoConfig",
+    "TextTokenizer",
+    "answer_hidden",
+    "image_hidden",
+    "prefill_mmu",
+    "prefill_mmu_clip",
+    "prefill_t2i",
+    "prompting",
+]
