@@ -290,8 +290,9 @@ class MagvitV2(nn.Module):
         )
         with torch.device("meta"):
             model = cls(config)
-        floating = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in weights.items()}
-        assign(model, floating, folder)
+        dtypes = {"quantize.power_vals": torch.int64}  # some files store the powers as floats
+        placed = {key: value.to(device=device, dtype=dtypes.get(key, dtype)) for key, value in weights.items()}
+        assign(model, placed, folder)
         return model.requires_grad_(False).eval()
 
     def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,40 @@
+"""What several test files need: the golden vectors, and a tiny random model of the published layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden vectors."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def showo_cases() -> dict[str, torch.Tensor]:
+    """Tensors of the tiny Show-o's golden cases."""
+    from safetensors.torch import load_file
+
+    return load_file(GOLDEN / "showo_tiny" / "cases.safetensors")
+
+
+@pytest.fixture(scope="session")
+def showo_meta() -> dict[str, Any]:
+    """Ids and sizes that belong to the golden cases."""
+    return json.loads((GOLDEN / "showo_tiny" / "cases.json").read_text())
+
+
+@pytest.fixture
+def showo_tiny() -> Any:
+    """A freshly loaded golden Show-o in fp32; tests may attach concepts and train it."""
+    import pyunictokens as uct
+
+    return uct.Showo.from_pretrained(GOLDEN / "showo_tiny")
