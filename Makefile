@@ -1,0 +1,49 @@
+# The two commands of the README, `make demo` and `make test`, and what a contributor needs beside them.
+# Wants Python 3.10 or newer, a C++ compiler and pip; everything else lands in .venv. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CORE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PYTHON=python3.12 chooses the interpreter, ARGS='...' is handed on to demo, test and bench"
+
+install: $(STAMP) ## build the package into .venv with every dependency at its tested version
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(CORE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python %d.%d: pyunictokens needs 3.10 or newer; try make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --target \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## teach the toy model one concept, start to finish, and write demo/report.html
+	$(BIN)/pyunictokens demo --out demo $(ARGS)
+
+test: $(STAMP) ## the test suite (without the tests that need a GPU)
+	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the sources in the one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the benchmark suite; results go to benchmarks/results/
+	$(BIN)/pyunictokens bench $(ARGS)
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info pyunictokens/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
