@@ -70,6 +70,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise UserError(f"{path}: not usable JSON: {error}") from None
 
 
 def safe_name(name: str, what: str = "name") -> str:
