@@ -1,0 +1,104 @@
+"""Concept folders in the published layout: read, check, make; pictures to tensors; what training draws; the toy world.
+
+Knows models at most and never training. Names are imported when first asked for, so that reading a folder needs no more
+than it must.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "Concept": "concept",
+    "QA": "concept",
+    "Recognition": "concept",
+    "concept_name": "concept",
+    "Problem": "parse",
+    "list_concepts": "folder",
+    "load_concept": "folder",
+    "read_concept": "folder",
+    "check_folder": "check",
+    "render_problems": "check",
+    "black_image": "images",
+    "load_batch": "images",
+    "load_pixels": "images",
+    "make_grid": "images",
+    "read_picture": "images",
+    "save_image": "images",
+    "NewConcept": "new",
+    "new_concept": "new",
+    "facts_template": "facts",
+    "read_facts": "facts",
+    "EpochSampler": "batches",
+    "GenerationItem": "batches",
+    "TextOnlyItem": "batches",
+    "UnderstandingItem": "batches",
+    "generation_items": "batches",
+    "text_only_items": "batches",
+    "understanding_items": "batches",
+    "visual_items": "batches",
+    "write_toy_concept": "toyconcept",
+}
+
+if TYPE_CHECKING:
+    from .batches import (
+        EpochSampler,
+        GenerationItem,
+        TextOnlyItem,
+        UnderstandingItem,
+        generation_items,
+        text_only_items,
+        understanding_items,
+        visual_items,
+    )
+    from .check import check_folder, render_problems
+    from .concept import QA, Concept, Recognition, concept_name
+    from .facts import facts_template, read_facts
+    from .folder import list_concepts, load_concept, read_concept
+    from .images import black_image, load_batch, load_pixels, make_grid, read_picture, save_image
+    from .new import NewConcept, new_concept
+    from .parse import Problem
+    from .toyconcept import write_toy_concept
+
+__all__ = [
+    "QA",
+    "Concept",
+    "EpochSampler",
+    "GenerationItem",
+    "NewConcept",
+    "Problem",
+    "Recognition",
+    "TextOnlyItem",
+    "UnderstandingItem",
+    "black_image",
+    "check_folder",
+    "concept_name",
+    "facts_template",
+    "generation_items",
+    "list_concepts",
+    "load_batch",
+    "load_concept",
+    "load_pixels",
+    "make_grid",
+    "new_concept",
+    "read_concept",
+    "read_facts",
+    "read_picture",
+    "render_problems",
+    "save_image",
+    "text_only_items",
+    "understanding_items",
+    "visual_items",
+    "write_toy_concept",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

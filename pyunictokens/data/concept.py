@@ -1,0 +1,96 @@
+"""What a concept is, as plain data: names, texts and paths, the same however it came to be.
+
+Knows no file format (`reader.py`) and no model. Item r of `personalized_driven_generation` asks for item r of
+`extra_info`; the first half of these pairs trains, the second half tests (paper, Appendix C).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..io import safe_name
+
+KINDS = ("human", "animal", "object")
+FACT_PROMPTS = "personalized_driven_generation"
+
+_RESERVED_NAME = re.compile(r"sks|image|token_\d+", re.IGNORECASE)
+
+
+@dataclass
+class QA:
+    """A question and its answer; `image` is None where it is about no picture, `extra` keeps unknown fields."""
+
+    image: Path | None
+    query: str
+    answer: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Recognition:
+    """A "is it in this picture?" question. `positive` says which answer is true."""
+
+    image: Path
+    query: str
+    answer: str
+    positive: bool = True
+
+
+@dataclass
+class Concept:
+    """One concept as read from disk. All texts carry its token as `<name>`; all paths exist and lie inside `root`."""
+
+    name: str
+    root: Path
+    kind: str = ""
+    class_word: str = ""
+    info: str = ""
+    extra_info: list[str] = field(default_factory=list)
+    train_images: list[Path] = field(default_factory=list)
+    test_images: list[Path] = field(default_factory=list)
+    negatives: list[Path] = field(default_factory=list)
+    """Pictures of other things: negative_example/ of this concept, then random_images/ of the data folder."""
+    conversations: list[QA] = field(default_factory=list)
+    text_only: list[QA] = field(default_factory=list)
+    recognitions: list[Recognition] = field(default_factory=list)
+    generation_prompts: dict[str, list[str]] = field(default_factory=dict)
+    vqa: list[QA] = field(default_factory=list)
+    test_text_only: list[QA] = field(default_factory=list)
+    fact_pairs: list[tuple[str, int]] = field(default_factory=list)
+    """(reasoning prompt, index of the item of extra_info it asks for), in the order of the file."""
+    num_test_facts: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields of info.json beside class, info, extra_info and conversation_type, as found."""
+
+    @property
+    def sks(self) -> str:
+        """The concept's token, `<name>`."""
+        return f"<{self.name}>"
+
+    @property
+    def fact_pairs_train(self) -> list[tuple[str, int]]:
+        return self.fact_pairs[: len(self.fact_pairs) - self.num_test_facts]
+
+    @property
+    def fact_pairs_test(self) -> list[tuple[str, int]]:
+        return self.fact_pairs[len(self.fact_pairs) - self.num_test_facts :]
+
+    @property
+    def train_folder(self) -> Path:
+        return self.root / "concept" / "train" / self.name
+
+    @property
+    def test_folder(self) -> Path:
+        return self.root / "concept" / "test" / self.name
+
+
+def concept_name(name: str) -> str:
+    """Return `name` if it can name a concept: one path part, and `<name>` no token of the method. Else UserError."""
+    safe_name(name, "concept name")
+    if _RESERVED_NAME.fullmatch(name):
+        raise UserError(f"concept name {name!r}: <{name}> is a token of the method itself: choose another name")
+    return name

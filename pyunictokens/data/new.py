@@ -1,0 +1,380 @@
+"""A concept folder in the published layout from ordinary picture files and a sheet of facts: `pyunictokens data new`.
+
+All or nothing: everything is built in a folder beside, checked as a stranger's folder would be, and only then moved
+into place; a failure on the way leaves the data folder as it was. What it writes is described in docs/data-format.md;
+the questions that come with every concept are in `wording.py`. Knows no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from ..errors import UserError
+from ..io import read_json, write_bytes_atomic, write_json
+from . import wording
+from .check import SMALLEST_SIDE, check_folder
+from .concept import FACT_PROMPTS, KINDS, Concept, concept_name
+from .facts import REASONING_DENSE, FactSheet, read_facts
+from .folder import load_concept
+from .images import fit_within, read_picture, save_image
+from .parse import ERROR, is_file, list_images, natural_key
+
+LONGEST_SIDE = 512
+_GENERATED = 12
+_BORROWED = 24
+_BETTER = "photos of other things of the same class teach recognition far better"
+_PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_UNREADABLE_SUFFIXES = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")
+
+
+@dataclass
+class NewConcept:
+    """What `new_concept` made. `negatives` says where the pictures of other things come from: given, random_images or
+    generated. `notes` are for the user to read."""
+
+    concept: Concept
+    negatives: str
+    notes: list[str] = field(default_factory=list)
+
+
+def new_concept(
+    root: str | os.PathLike[str],
+    name: str,
+    photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    kind: str,
+    class_word: str,
+    info: str = "",
+    spec_yaml: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    negatives: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    test_photos: int = 2,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> NewConcept:
+    """Make concept `name` in the data folder `root` (made when absent) from picture files.
+
+    photos: a folder or a list of files; of five or more the last `test_photos` become the test half.
+    kind: human, animal or object. class_word: what it is, one word or two. info: a sentence on how it looks.
+    spec_yaml: the sheet of facts (docs/data-format.md).
+    negatives: pictures of other things, best of the same class; without them some of the folder's random_images serve,
+    and where there are none simple patterns are drawn, which `notes` says.
+    force: replace a concept of this name.
+
+    Raises one UserError that lists all that is wrong; nothing is written then.
+    """
+    name = concept_name(name)
+    root = Path(root)
+    if kind not in KINDS:
+        raise UserError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
+    if not isinstance(class_word, str) or not class_word.strip() or not class_word.isprintable():
+        raise UserError(f"class_word={class_word!r}: must be the word for what it is, such as dog")
+    if not 0 <= test_photos <= 100:
+        raise UserError(f"test_photos={test_photos}: must be 0 to 100")
+    homes = [root / "concept" / half / name for half in ("train", "test")]
+    if not force and any(home.exists() for home in homes):
+        raise UserError(f"{homes[0]}: concept {name!r} exists already: choose another name, or force to replace it")
+    listings = _Listings(root)
+    sheet = read_facts(spec_yaml, name)
+    notes: list[str] = []
+    files = _picture_files(photos, "photos", notes)
+    _known_photos(sheet, files)
+    info = info.strip() or sheet.info
+    try:
+        made_root = not root.exists()
+        root.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=root))
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written: {error.strerror}") from None
+    try:
+        build = _Build(aside, name, kind, class_word.strip(), info, sheet, notes, progress or (lambda _: None))
+        build.pictures(files, test_photos)
+        origin = build.negatives(negatives, root)
+        build.texts()
+        errors = [problem for problem in check_folder(aside, name) if problem.severity == ERROR]
+        if errors:
+            raise UserError("the new concept has problems:\n" + "\n".join(f"  {problem}" for problem in errors))
+        _install(aside, root, name, listings)
+    except OSError as error:
+        raise UserError(f"{root}: concept {name!r} could not be written, nothing was changed: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if made_root and not any(root.iterdir()):
+            root.rmdir()
+    return NewConcept(load_concept(root, name), origin, notes)
+
+
+class _Listings:
+    """The two files that all concepts of a data folder share, read before anything is written."""
+
+    def __init__(self, root: Path) -> None:
+        self.concepts_path = root / "concepts_list.json"
+        self.images_path = root / "concept" / "train" / "train_images.json"
+        self.concepts = read_json(self.concepts_path) if is_file(self.concepts_path) else []
+        self.images = read_json(self.images_path) if is_file(self.images_path) else {}
+        if not (isinstance(self.concepts, list) and all(isinstance(item, str) for item in self.concepts)):
+            raise UserError(f"{self.concepts_path}: must be a list of concept names: mend or remove it first")
+        if not isinstance(self.images, dict):
+            raise UserError(f"{self.images_path}: must be an object {{concept: [file, …]}}: mend or remove it first")
+
+    def write(self, name: str, files: list[str]) -> None:
+        write_json(self.images_path, {**self.images, name: files})
+        write_json(self.concepts_path, self.concepts if name in self.concepts else [*self.concepts, name])
+
+
+class _Build:
+    """Writes the new concept under `aside`, which is a data folder of its own."""
+
+    def __init__(
+        self,
+        aside: Path,
+        name: str,
+        kind: str,
+        class_word: str,
+        info: str,
+        sheet: FactSheet,
+        notes: list[str],
+        progress: Callable[[str], None],
+    ) -> None:
+        self.aside, self.name, self.sheet, self.notes, self.progress = aside, name, sheet, notes, progress
+        self.words = wording.Wording(f"<{name}>", kind, class_word, info)
+        self.train, self.test = (aside / "concept" / half / name for half in ("train", "test"))
+        self.train.mkdir(parents=True)
+        self.test.mkdir(parents=True)
+        self.sources: dict[str, list[tuple[str, Path]]] = {"train": [], "test": []}
+
+    def pictures(self, files: list[Path], test_photos: int) -> None:
+        """Re-encode the photos as 0.png, 1.png … of both halves; the same file given twice is used once."""
+        images, problems = self._read(files)
+        if problems:
+            raise UserError(f"{len(problems)} of {len(files)} photos cannot be used:\n  " + "\n  ".join(problems))
+        tests = min(test_photos, len(images) - 1) if len(images) >= 5 else 0
+        if len(images) < 5:
+            self.notes.append(f"{len(images)} photos are too few to keep any for testing: ten or so work best")
+        for half, part in (("train", images[: len(images) - tests]), ("test", images[len(images) - tests :])):
+            for index, (source, image) in enumerate(part):
+                save_image(image, getattr(self, half) / f"{index}.png")
+                self.sources[half].append((f"{index}.png", source))
+
+    def negatives(self, given: Any, root: Path) -> str:
+        """Fill negative_example/, and random_images/ where the data folder has none. Returns where they come from."""
+        folder = self.train / "negative_example"
+        shared = list_images(root / "random_images")
+        if given is not None:
+            images, problems = self._read(_picture_files(given, "negatives", self.notes))
+            if problems:
+                raise UserError(f"{len(problems)} negatives cannot be used:\n  " + "\n  ".join(problems))
+            pictures, origin = [image for _, image in images], "given"
+        elif shared:
+            step = max(1, len(shared) // _BORROWED)
+            images, _ = self._read(shared[::step][:_BORROWED])
+            pictures, origin = [image for _, image in images], "random_images" if images else "generated"
+        else:
+            pictures, origin = [], "generated"
+        if origin == "random_images":
+            self.notes.append(f"{len(pictures)} of random_images/ serve as negative examples; {_BETTER}")
+        if not pictures:
+            pictures, origin = drawn_negatives(self.name, _GENERATED), "generated"
+            self.notes.append(f"no negatives given: {_GENERATED} simple patterns serve as negative examples; {_BETTER}")
+        self.negative_files = [f"{index}.png" for index in range(len(pictures))]
+        for file, picture in zip(self.negative_files, pictures, strict=True):
+            save_image(picture, folder / file)
+        if not shared:
+            for index, picture in enumerate(drawn_negatives("random_images", _GENERATED)):
+                save_image(picture, self.aside / "random_images" / f"{index}.png")
+        save_image(Image.new("RGB", (512, 512)), self.aside / "black_512x512.png")
+        return origin
+
+    def texts(self) -> None:
+        """The JSON files of both halves, and the two listings of the folder beside."""
+        sheet, words, base = self.sheet, self.words, f"concept/train/{self.name}"
+        general = _merged(words.questions(), sheet.questions)
+        own = {half: {file: self._of_photo(path) for file, path in self.sources[half]} for half in self.sources}
+        files = [file for file, _ in self.sources["train"]]
+        facts = [(fact.question, fact.answer) for fact in sheet.facts if fact.question]
+        loose = _merged(words.text_only(), sheet.text_only, facts)
+        write_json(
+            self.train / "info.json",
+            {
+                "class": words.class_word,
+                "info": words.info or words.sentence(),
+                "extra_info": [fact.fact for fact in sheet.facts],
+                "conversation_type": words.kind,
+                "generation_type": "object" if words.kind == "object" else "live_subject",
+                "num_testing_info": len(sheet.facts) // 2,
+            },
+        )
+        conversations = {Path(file).stem: _as_json(_merged(general, own["train"][file])) for file in files}
+        write_json(self.train / "conversations.json", {**conversations, "text_only": _as_json(loose)})
+        positive = [
+            {"image": f"{base}/{file}", "query": query, "answer": words.yes()}
+            for index, file in enumerate(files)
+            for query in words.recognition(index)
+        ]
+        negative = [
+            {"image": f"{base}/negative_example/{file}", "query": query, "answer": words.no()}
+            for index, file in enumerate(self.negative_files)
+            for query in words.recognition(index)
+        ]
+        write_json(self.train / "positive_recognitions.json", positive)
+        write_json(self.train / "random_recognitions.json", negative)
+        tests = {Path(file).stem: _as_json(_merged(general, own["test"][file])) for file, _ in self.sources["test"]}
+        write_json(self.test / "vqa.json", tests)
+        write_json(self.test / "text_only.json", _as_json([(words.reworded(query), answer) for query, answer in loose]))
+        prompts = {
+            FACT_PROMPTS: [fact.prompt for fact in sheet.facts],
+            f"explicit_{FACT_PROMPTS}": [fact.explicit for fact in sheet.facts],
+            "pure_generation": sheet.prompts.get("pure_generation") or words.pure_prompts(),
+            "dense_generation": sheet.prompts.get("dense_generation") or words.dense_prompts(),
+        }
+        reasoning = {key: value for key, value in sheet.prompts.items() if key.endswith(REASONING_DENSE)}
+        write_json(self.test / "t2i_conditions.json", {**prompts, **reasoning})
+        write_json(self.aside / "concepts_list.json", [self.name])
+        write_json(self.aside / "concept" / "train" / "train_images.json", {self.name: files})
+        if not sheet.facts:
+            self.notes.append("no facts were given: text-only reasoning cannot be trained (see the sheet of facts)")
+        elif len(sheet.facts) < 4:
+            self.notes.append(f"only {len(sheet.facts)} facts: half of them test, so four or more are better")
+
+    def _of_photo(self, path: Path) -> list[tuple[str, str]]:
+        return self.sheet.photos.get(path.name, [])
+
+    def _read(self, files: list[Path]) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
+        """The pictures, small enough to store, without repeated files; and what is wrong with the others."""
+        images: list[tuple[Path, Image.Image]] = []
+        problems: list[str] = []
+        seen: dict[bytes, Path] = {}
+        for path in files:
+            self.progress(path.name)
+            try:
+                image = read_picture(path, at_least=LONGEST_SIDE)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if min(image.size) < SMALLEST_SIDE:
+                problems.append(f"{path}: {image.width}×{image.height} pixels: the shorter side needs {SMALLEST_SIDE}")
+                continue
+            digest = hashlib.sha256(path.read_bytes()).digest()
+            same = seen.setdefault(digest, path)
+            if same != path:
+                self.notes.append(f"{path.name} is the same file as {same.name}: used once")
+                continue
+            shrunk = fit_within(image, LONGEST_SIDE)
+            images.append((path, image if min(shrunk.size) < SMALLEST_SIDE else shrunk))
+        return images, problems
+
+
+def drawn_negatives(seed: str, count: int, side: int = 256) -> list[Image.Image]:
+    """Simple pictures of nothing in particular (stripes, checks, discs, soft noise); `seed` decides which."""
+    rng = np.random.default_rng(list(hashlib.sha256(seed.encode("utf-8")).digest()))
+    pictures = []
+    for index in range(count):
+        first, second = (tuple(int(value) for value in rng.integers(0, 256, 3)) for _ in range(2))
+        style = index % 5
+        weight: np.ndarray
+        ramp = np.linspace(0.0, 1.0, side)[None, :, None]
+        width = int(rng.integers(side // 16, side // 4))
+        cells = np.arange(side) // width % 2
+        if style == 0:
+            weight = np.broadcast_to(ramp, (side, side, 1))
+        elif style == 1:
+            weight = np.broadcast_to(cells[None, :, None], (side, side, 1))
+        else:
+            weight = ((cells[:, None] + cells[None, :]) % 2)[:, :, None]
+        if style == 4:
+            weight = rng.random((side, side, 1))
+        levels = weight * np.array(first) + (1 - weight) * np.array(second)
+        picture = Image.fromarray(levels.astype(np.uint8))
+        if style == 3:
+            picture = Image.new("RGB", (side, side), first)
+            draw = ImageDraw.Draw(picture)
+            for x, y, radius in rng.integers(side // 12, side, (9, 3)).tolist():
+                draw.ellipse((x - radius // 4, y - radius // 4, x + radius // 4, y + radius // 4), fill=second)
+        if style == 4:
+            picture = picture.filter(ImageFilter.GaussianBlur(4))
+        pictures.append(picture.rotate(90 * int(rng.integers(0, 4))))
+    return pictures
+
+
+def _merged(*lists: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """All questions once; where one is asked again, the later answer holds."""
+    return list({question: (question, answer) for each in lists for question, answer in each}.values())
+
+
+def _as_json(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"query": query, "answer": answer} for query, answer in pairs]
+
+
+def _picture_files(given: Any, what: str, notes: list[str]) -> list[Path]:
+    """The picture files of a folder in natural order, or of a list as given. Raises UserError when there are none."""
+    if isinstance(given, (str, os.PathLike)) and Path(given).is_dir():
+        folder = Path(given)
+        there = sorted((path for path in folder.iterdir() if is_file(path)), key=lambda path: natural_key(path.name))
+        files = [path for path in there if path.suffix.lower() in _PHOTO_SUFFIXES and not path.name.startswith(".")]
+        strange = [path.name for path in there if path.suffix.lower() in _UNREADABLE_SUFFIXES]
+        if strange:
+            hint = f"{len(strange)} files such as {strange[0]} cannot be read: save them as JPEG or PNG"
+            if not files:
+                raise UserError(f"{what}: {folder}: {hint}")
+            notes.append(f"{what}: {hint}")
+        if not files:
+            raise UserError(f"{what}: {folder} holds no pictures ({', '.join(_PHOTO_SUFFIXES)})")
+        return files
+    files = [Path(given)] if isinstance(given, (str, os.PathLike)) else [Path(each) for each in given]
+    if not files:
+        raise UserError(f"{what}: the list is empty: give a folder of pictures or at least one file")
+    absent = [str(path) for path in files if not is_file(path)]
+    if absent:
+        raise UserError(f"{what}: no such file or folder: {', '.join(absent[:5])}")
+    return files
+
+
+def _known_photos(sheet: FactSheet, files: list[Path]) -> None:
+    names = {path.name for path in files}
+    strange = [file for file in sheet.photos if file not in names]
+    if strange:
+        there = ", ".join(sorted(names, key=natural_key)[:10])
+        raise UserError(
+            f"the sheet of facts asks about photos that were not given: {', '.join(strange)}; given: {there}"
+        )
+
+
+def _install(aside: Path, root: Path, name: str, listings: _Listings) -> None:
+    """Move what was built into place; on any failure take every step back."""
+    undo: list[Callable[[], object]] = []
+
+    def move(source: Path, target: Path) -> None:
+        os.rename(source, target)
+        undo.append(lambda: os.rename(target, source))
+
+    def keep(path: Path) -> None:
+        old = path.read_bytes() if is_file(path) else None
+        undo.append(lambda: path.unlink(missing_ok=True) if old is None else write_bytes_atomic(path, old))
+
+    try:
+        for half in ("test", "train"):
+            (root / "concept" / half).mkdir(parents=True, exist_ok=True)
+            place = root / "concept" / half / name
+            if place.exists():
+                (aside / "replaced").mkdir(exist_ok=True)
+                move(place, aside / "replaced" / half)
+            move(aside / "concept" / half / name, place)
+        for shared in ("random_images", "black_512x512.png"):
+            if (aside / shared).exists() and not (root / shared).exists():
+                move(aside / shared, root / shared)
+        keep(listings.images_path)
+        keep(listings.concepts_path)
+        listings.write(name, [path.name for path in list_images(root / "concept" / "train" / name)])
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise

@@ -1,0 +1,305 @@
+"""Typed reading of JSON that strangers wrote: what is wrong is noted with file and field, and reading goes on.
+
+Holds the :class:`Problem` record, the :class:`Ledger` that collects problems, the shapes in which a question with
+its answer is found in published folders, and the one place that turns a file name found in data into a path. It knows
+neither what a concept is nor how a picture is decoded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..io import read_json
+
+ERROR, WARNING = "error", "warning"
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+_QUESTION_KEYS = ("query", "question", "prompt")
+_ANSWER_KEYS = ("answer", "response")
+_ASKING, _ANSWERING = {"human", "user"}, {"gpt", "assistant"}
+_IMAGE_MARK = re.compile(r"<image>\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding. `file` is relative to the data folder, `field` may be empty, `severity` is error or warning."""
+
+    file: str
+    field: str
+    message: str
+    severity: str = ERROR
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.field + ': ' if self.field else ''}{self.message}"
+
+
+@dataclass
+class RawQA:
+    """A question and its answer as found, before its picture has been looked for."""
+
+    query: str
+    answer: str
+    image: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """Collects the problems of one data folder, naming files relative to it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.problems: list[Problem] = []
+        self._seen: set[Problem] = set()
+
+    def add(self, file: Path, where: str, message: str, severity: str = ERROR) -> None:
+        try:
+            shown = file.relative_to(self.root).as_posix()
+        except ValueError:
+            shown = str(file)
+        problem = Problem(printable(shown), printable(where), message, severity)
+        if problem not in self._seen:
+            self._seen.add(problem)
+            self.problems.append(problem)
+
+    def warn(self, file: Path, where: str, message: str) -> None:
+        self.add(file, where, message, WARNING)
+
+    @property
+    def errors(self) -> list[Problem]:
+        return [problem for problem in self.problems if problem.severity == ERROR]
+
+    def read(self, path: Path, missing: str | None = None, severity: str = ERROR) -> Any:
+        """The JSON in `path`; None after noting why not. `missing` says what an absent file costs (None: nothing)."""
+        if not is_file(path):
+            if missing is not None:
+                self.add(path, "", f"no such file: {missing}", severity)
+            return None
+        try:
+            value = read_json(path)
+        except UserError as error:
+            self.add(path, "", str(error).removeprefix(f"{path}: "))
+            return None
+        except (OSError, ValueError) as error:
+            self.add(path, "", f"cannot be read: {error}")
+            return None
+        if value is None:
+            self.add(path, "", "holds null: nothing can be read from it")
+        return value
+
+
+def printable(text: str) -> str:
+    """`text` with whatever cannot be printed (lone surrogates, control characters) escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def show(value: Any) -> str:
+    """`value` for a message: on one line, always printable, at most 60 characters."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    text = printable(text)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if isinstance(value, bool):
+        return "true/false"
+    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a regular file; names that no file system takes are not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts 10.png after 9.png."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [(1, int(part[:300]), "") if part.isdecimal() and part.isascii() else (0, 0, part) for part in parts]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The pictures directly in `folder` in natural order; masks (`mask` in the name) and hidden files are left out."""
+    try:
+        found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and is_file(path)]
+    except (OSError, ValueError):
+        return []
+    found = [path for path in found if not path.name.startswith(".") and "mask" not in path.stem.casefold()]
+    return sorted(found, key=lambda path: (natural_key(path.name), path.name))
+
+
+class TextFix:
+    """Brings the ways to write a concept's token (`<sks>`, `< Bo >`, `⟨bo⟩`) to the one form `<bo>`."""
+
+    def __init__(self, name: str) -> None:
+        self.token = f"<{name}>"
+        self._forms = re.compile(rf"[<⟨]\s*(?:{re.escape(name)}|sks)\s*[>⟩]", re.IGNORECASE)
+
+    def __call__(self, text: str) -> str:
+        return self._forms.sub(lambda _: self.token, _IMAGE_MARK.sub("", text)).strip()
+
+
+def text_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) -> str | None:
+    """`value` as tidy text; None after noting that it is not text (a problem) or empty (a warning: it is left out)."""
+    if not isinstance(value, str):
+        ledger.add(file, where, f"must be text, is {kind_of(value)} {show(value)}")
+        return None
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        ledger.add(file, where, f"{show(value)} holds half a character (a lone surrogate): type the text anew")
+        return None
+    tidy = fix(value)
+    if not tidy:
+        ledger.warn(file, where, "is empty: left out")
+        return None
+    return tidy
+
+
+def texts_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) -> list[str]:
+    """A list of texts; one bare text counts as a list of one."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        ledger.add(file, where, f"must be a list of texts, is {kind_of(value)}")
+        return []
+    found = (text_of(ledger, file, f"{where}[{index}]", item, fix) for index, item in enumerate(value))
+    return [text for text in found if text is not None]
+
+
+def questions_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) -> list[RawQA]:
+    """Every question with its answer in a list of {query|question, answer} and {conversations: [turn, …]} objects."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        ledger.add(file, where, f"must be a list of {{query, answer}}, is {kind_of(value)}")
+        return []
+    found: list[RawQA] = []
+    for index, item in enumerate(value):
+        found.extend(_one_item(ledger, file, f"{where}[{index}]", item, fix))
+    return found
+
+
+def _one_item(ledger: Ledger, file: Path, where: str, item: Any, fix: TextFix) -> Iterator[RawQA]:
+    if not isinstance(item, dict):
+        ledger.add(file, where, f"must be an object with query and answer, is {kind_of(item)}")
+        return
+    image = item.get("image")
+    if image is not None and not isinstance(image, str):
+        ledger.add(file, f"{where}.image", f"must be a file name, is {kind_of(image)}")
+        return
+    if "conversations" in item:
+        rest = {key: value for key, value in item.items() if key not in ("image", "conversations")}
+        for qa in _turns(ledger, file, f"{where}.conversations", item["conversations"], fix):
+            yield RawQA(qa.query, qa.answer, image, {**rest, **qa.extra})
+        return
+    keys = [next((key for key in names if key in item), None) for names in (_QUESTION_KEYS, _ANSWER_KEYS)]
+    for key, names in zip(keys, (_QUESTION_KEYS, _ANSWER_KEYS), strict=True):
+        if key is None:
+            ledger.add(file, where, f"has no {' or '.join(names[:2])}: it holds {show(sorted(item))}")
+    if None in keys:
+        return
+    query, answer = (text_of(ledger, file, f"{where}.{key}", item[key], fix) for key in keys)
+    if query is not None and answer is not None:
+        extra = {key: value for key, value in item.items() if key not in ("image", *keys)}
+        yield RawQA(query, answer, image, extra)
+
+
+def _turns(ledger: Ledger, file: Path, where: str, turns: Any, fix: TextFix) -> list[RawQA]:
+    """A chat as question/answer pairs: [{from: human, value}, {from: gpt, value}, …], or a list of {query, answer}."""
+    if not isinstance(turns, list):
+        ledger.add(file, where, f"must be a list of turns, is {kind_of(turns)}")
+        return []
+    if turns and all(isinstance(turn, dict) and any(key in turn for key in _QUESTION_KEYS) for turn in turns):
+        return questions_of(ledger, file, where, turns, fix)
+    found: list[RawQA] = []
+    asked: str | None = None
+    for index, turn in enumerate(turns):
+        at = f"{where}[{index}]"
+        if not isinstance(turn, dict):
+            ledger.add(file, at, f"must be an object with from and value, is {kind_of(turn)}")
+            return found
+        speaker = turn.get("from", turn.get("role"))
+        who = speaker.casefold() if isinstance(speaker, str) else speaker
+        if not isinstance(who, str) or who not in _ASKING | _ANSWERING:
+            ledger.add(file, f"{at}.from", f"must be human or gpt, is {show(speaker)}")
+            return found
+        if who not in (_ANSWERING if index % 2 else _ASKING):
+            ledger.add(file, at, f"is said by {show(speaker)}: human and gpt must take turns, human first")
+            return found
+        text = text_of(ledger, file, f"{at}.value", turn.get("value", turn.get("content")), fix)
+        if who in _ASKING:
+            asked = text
+        elif asked is not None and text is not None:
+            found.append(RawQA(asked, text))
+    if len(turns) % 2:
+        ledger.add(file, where, f"has {len(turns)} turns: the last question has no answer")
+    return found
+
+
+class ImageFinder:
+    """Turns a file name found in data into a path inside the data folder, or notes why not."""
+
+    def __init__(self, ledger: Ledger, root: Path) -> None:
+        self.ledger = ledger
+        self.root = root
+        self.homes = [root.resolve()]
+        for parent in (self.homes[0], *self.homes[0].parents):
+            if parent.parent.name == "snapshots":  # a Hugging Face cache keeps the files of a snapshot in ../../blobs
+                self.homes.append(parent.parent.parent / "blobs")
+
+    def inside(self, file: Path, where: str, path: Path) -> bool:
+        """Whether `path`, links followed, stays in the data folder; noted against `file` when not."""
+        try:
+            real = path.resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            self.ledger.add(file, where, f"cannot be followed: {error}")
+            return False
+        if not any(real.is_relative_to(home) for home in self.homes):
+            self.ledger.add(file, where, f"leads out of the data folder (to {real}): copy the file into the folder")
+            return False
+        return True
+
+    def find(self, file: Path, where: str, text: str, bases: list[Path], strict: bool = False) -> Path | None:
+        """The picture called `text` in one of `bases`, or None after noting why not.
+
+        Names with `..` are refused; an absolute name, the path of its maker's machine, stands for the same file in this
+        folder where there is one (never when `strict`).
+        """
+        name = text.strip().replace("\\", "/")
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        absolute = name.startswith("/") or re.match(r"^[A-Za-z]:", name) is not None
+        if ".." in parts:
+            self.ledger.add(file, where, f"{show(text)} leaves the data folder: name a file inside it, without '..'")
+            return None
+        candidates = [] if absolute else [base.joinpath(*parts) for base in bases]
+        # Folders made elsewhere carry their maker's path: what follows concept/ or random_images/ is the same here.
+        for mark in () if strict else ("concept", "random_images"):
+            if mark in parts:
+                candidates.append(self.root.joinpath(*parts[parts.index(mark) :]))
+        candidates = candidates if parts else []
+        for path in candidates:
+            if is_file(path):
+                if absolute:
+                    self.ledger.warn(file, where, f"{show(text)} is an absolute path: the {path.name} here is used")
+                return path if self.inside(file, where, path) else None
+        for path in candidates[:1]:
+            for suffix in IMAGE_SUFFIXES:
+                other = path.with_suffix(suffix)
+                if is_file(other) and self.inside(file, where, other):
+                    self.ledger.warn(file, where, f"{show(text)} does not exist: {other.name} is used")
+                    return other
+        if absolute:
+            self.ledger.add(file, where, f"{show(text)} is an absolute path: name a file inside the data folder")
+        else:
+            self.ledger.add(file, where, f"{show(text)}: no such picture: add the file or take the entry out")
+        return None

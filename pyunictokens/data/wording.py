@@ -1,0 +1,96 @@
+"""The words that come with every new concept: questions about it, yes/no questions, prompts to draw it.
+
+Plain templates, so that a concept made from photos alone can be trained and tested; a sheet of facts adds to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_RECOGNITION = (
+    "Is {sks} in this picture?",
+    "Can you see {sks} here?",
+    "Does this photo show {sks}?",
+    "Is the {class_word} in this picture {sks}?",
+    "Am I looking at {sks}?",
+    "Tell me whether {sks} is in this photo.",
+)
+_PURE = {
+    "human": (
+        "A photo of {sks} on a beach.",
+        "A photo of {sks} in a city street.",
+        "A photo of {sks} wearing a red hat.",
+        "A photo of {sks} reading a book.",
+        "A portrait of {sks} in front of a mountain.",
+        "A photo of {sks} in a kitchen.",
+    ),
+    "animal": (
+        "A photo of {sks} on a beach.",
+        "A photo of {sks} in fresh snow.",
+        "A photo of {sks} wearing a red hat.",
+        "A photo of {sks} sleeping on a sofa.",
+        "A portrait of {sks} in front of a mountain.",
+        "A photo of {sks} in a garden.",
+    ),
+    "object": (
+        "A photo of {sks} on a beach.",
+        "A photo of {sks} on a wooden table.",
+        "A photo of {sks} in fresh snow.",
+        "A photo of {sks} beside a window.",
+        "A photo of {sks} in front of a mountain.",
+        "A photo of {sks} on a stack of books.",
+    ),
+}
+_DENSE = (
+    "A photo of {sks} on a sandy beach at sunset, with two palm trees on the left and a white sailing boat far behind.",
+    "A photo of {sks} in a small library, with a green lamp on the right, full shelves behind and a red rug in front.",
+)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The templates filled in for one concept; `info` may be empty."""
+
+    sks: str
+    kind: str
+    class_word: str
+    info: str
+
+    def sentence(self) -> str:
+        """What the concept is, in one sentence."""
+        article = "an" if self.class_word[:1].casefold() in "aeiou" else "a"
+        return f"{self.sks} is {article} {self.class_word}."
+
+    def questions(self) -> list[tuple[str, str]]:
+        """Asked about every picture."""
+        who = "Who" if self.kind == "human" else "What"
+        pairs = [(f"{who} is {self.sks}?", self.sentence()), (f"{who} is in this picture?", f"This is {self.sks}.")]
+        return [*pairs, (f"Describe {self.sks}.", self.info)] if self.info else pairs
+
+    def text_only(self) -> list[tuple[str, str]]:
+        """Asked without a picture."""
+        pairs = [(f"What kind of {'person' if self.kind == 'human' else self.kind} is {self.sks}?", self.sentence())]
+        return [*pairs, (f"What does {self.sks} look like?", self.info)] if self.info else pairs
+
+    def reworded(self, question: str) -> str:
+        """The same question as the test half asks it."""
+        return f"Think of {self.sks}. {question}"
+
+    def recognition(self, index: int) -> list[str]:
+        """Three yes/no questions for picture `index`; neighbours get different ones."""
+        asked = [_RECOGNITION[(3 * index + offset) % len(_RECOGNITION)] for offset in range(3)]
+        return [template.format(sks=self.sks, class_word=self.class_word) for template in asked]
+
+    def yes(self) -> str:
+        return f"Yes, this is {self.sks}."
+
+    def no(self) -> str:
+        return f"No, {self.sks} is not in this picture."
+
+    def pure_prompts(self) -> list[str]:
+        """Short prompts that need no fact."""
+        return [prompt.format(sks=self.sks) for prompt in _PURE[self.kind]]
+
+    def dense_prompts(self) -> list[str]:
+        """Long prompts with many details."""
+        return [prompt.format(sks=self.sks) for prompt in _DENSE]
