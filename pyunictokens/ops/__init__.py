@@ -1,0 +1,35 @@
+"""The fused operations: log-probs of chosen codes, the GRPO loss over them, one MaskGIT step and its schedules.
+
+Every operation validates, chooses a backend (`backend=None`: the best that can run) and is registered with
+torch.library, so it works under torch.compile. `reference.py` is the definition; the other backends are held against
+it. This package needs torch alone and knows nothing of models. API page: docs/ops.md.
+"""
+
+from __future__ import annotations
+
+from . import _native, philox, reference
+from ._dispatch import capabilities
+from ._grpo import grpo_loss, maskgit_grpo_loss
+from ._logprob import selected_logprob
+from ._step import maskgit_step, sample_categorical
+from ._types import GrpoStats, MaskgitStep
+from .schedule import mask_len, mask_rate, mask_schedule
+
+build_info = _native.build_info
+
+__all__ = [
+    "GrpoStats",
+    "MaskgitStep",
+    "build_info",
+    "capabilities",
+    "grpo_loss",
+    "mask_len",
+    "mask_rate",
+    "mask_schedule",
+    "maskgit_grpo_loss",
+    "maskgit_step",
+    "philox",
+    "reference",
+    "sample_categorical",
+    "selected_logprob",
+]
