@@ -119,7 +119,8 @@ def _load(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise UserError(f"{path}: not valid YAML{place}: {error.problem or error.context}") from None
+        hint = "a text that holds any of : # ? , { } [ ] wants double quotes around it"
+        raise UserError(f"{path}: not valid YAML{place}: {error.problem or error.context} ({hint})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     except RecursionError:

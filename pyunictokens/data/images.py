@@ -23,7 +23,7 @@ from ..io import write_bytes_atomic
 PIXEL_LIMIT = 120_000_000
 """Largest picture that is decoded, in pixels; a file of a few kilobytes can claim a thousand times that."""
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _SAVE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 

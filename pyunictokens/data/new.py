@@ -360,9 +360,15 @@ def _install(aside: Path, root: Path, name: str, listings: _Listings) -> None:
         old = path.read_bytes() if is_file(path) else None
         undo.append(lambda: path.unlink(missing_ok=True) if old is None else write_bytes_atomic(path, old))
 
+    def folder(path: Path) -> None:
+        if not path.is_dir():
+            path.mkdir()
+            undo.append(path.rmdir)
+
     try:
+        folder(root / "concept")
         for half in ("test", "train"):
-            (root / "concept" / half).mkdir(parents=True, exist_ok=True)
+            folder(root / "concept" / half)
             place = root / "concept" / half / name
             if place.exists():
                 (aside / "replaced").mkdir(exist_ok=True)

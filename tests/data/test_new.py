@@ -1,0 +1,406 @@
+"""`new_concept`: a complete folder from ordinary photos, all or nothing, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pyunictokens.data import check_folder, facts_template, load_concept, new, new_concept, read_facts, text_only_items
+from pyunictokens.data.new import drawn_negatives
+from pyunictokens.errors import UserError
+
+SHEET = """\
+info: <bo> is a small brown dog.
+facts:
+  - {fact: "<bo>'s toy is a red ball.", prompt: "<bo> with its toy", explicit: "<bo> with a red ball"}
+  - fact: <bo>'s bed is a blue basket.
+    prompt: <sks> asleep
+    question: Where does <bo> sleep?
+    answer: In a basket.
+  - {fact: "<bo> fears cats.", prompt: "<bo> hiding"}
+questions:
+  - question: What colour is <bo>?
+    answer: Brown.
+  - {question: "What is <bo>?", answer: A good dog.}
+photos:
+  IMG_2.jpg:
+    - {question: "Is it wet?", answer: yes}
+  IMG_12.jpg:
+    - {question: "Is it dry?", answer: No}
+text_only:
+  - {question: "Is <bo> old?", answer: 007}
+prompts:
+  pure: [<bo> in a wood]
+  reasoning_dense:
+    - {prompt: "<bo> with its toy at home", explicit: "<bo> with a red ball at home"}
+"""
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in (1, 2, 3, 10, 11, 12):
+        image = Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+        image = image.resize((720, 540)) if number == 2 else image
+        image.save(folder / f"IMG_{number}.jpg", quality=60)
+    return folder
+
+
+def make(root: Path, photos, name="bo", **changes):
+    options = {"kind": "animal", "class_word": "dog", **changes}
+    return new_concept(root, name, photos, **options)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
+
+
+def test_photos_alone_make_a_folder_that_loads_and_checks(tmp_path, photos):
+    root = tmp_path / "data"
+    result = make(root, photos)
+    problems = check_folder(root)
+    assert [problem.severity for problem in problems] == ["warning"]  # no facts, so no text-only reasoning
+    assert "holds no facts" in problems[0].message
+    concept = result.concept
+    assert (concept.kind, concept.class_word, concept.info) == ("animal", "dog", "<bo> is a dog.")
+    assert [path.name for path in concept.train_images] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [path.name for path in concept.test_images] == ["0.png", "1.png"]
+    assert {qa.image for qa in concept.conversations} == set(concept.train_images)
+    assert {qa.image for qa in concept.vqa} == set(concept.test_images)
+    assert concept.text_only and concept.test_text_only
+    assert {qa.query for qa in concept.text_only}.isdisjoint(qa.query for qa in concept.test_text_only)
+    yes = [item for item in concept.recognitions if item.positive]
+    no = [item for item in concept.recognitions if not item.positive]
+    assert {item.image for item in yes} == set(concept.train_images) and all(i.answer.startswith("Yes") for i in yes)
+    assert {item.image.parent.name for item in no} == {"negative_example"} and all(
+        i.answer.startswith("No") for i in no
+    )
+    assert result.negatives == "generated" and any("12 simple patterns" in note for note in result.notes)
+    assert sorted(path.name for path in root.iterdir()) == [
+        "black_512x512.png",
+        "concept",
+        "concepts_list.json",
+        "random_images",
+    ]
+
+
+def test_pictures_are_re_encoded_small_and_in_natural_order(tmp_path, photos):
+    concept = make(tmp_path / "data", photos).concept
+    expected = Image.open(photos / "IMG_2.jpg").convert("RGB").resize((512, 384), Image.Resampling.BICUBIC)
+    with Image.open(concept.train_images[1]) as image:
+        assert (image.format, image.size) == ("PNG", (512, 384))
+        difference = np.asarray(image, dtype=float) - np.asarray(expected, dtype=float)
+    assert np.abs(difference).mean() < 1
+
+
+def test_the_sheet_goes_where_it_belongs(tmp_path, photos):
+    (tmp_path / "bo.yaml").write_text(SHEET, encoding="utf-8")
+    concept = make(tmp_path / "data", photos, spec_yaml=tmp_path / "bo.yaml").concept
+    problems = check_folder(tmp_path / "data")
+    assert {problem.severity for problem in problems} == {"warning"}
+    assert all("'007' matches no item of extra_info" in problem.message for problem in problems)
+    assert concept.info == "<bo> is a small brown dog."
+    assert concept.extra_info == ["<bo>'s toy is a red ball.", "<bo>'s bed is a blue basket.", "<bo> fears cats."]
+    assert [(item.prompt, item.answer) for item in text_only_items(concept)] == [
+        ("<bo> with its toy", "<bo>'s toy is a red ball."),
+        ("<bo> asleep", "<bo>'s bed is a blue basket."),
+    ]
+    assert [item.prompt for item in text_only_items(concept, "test")] == ["<bo> hiding"]
+    asked = {(qa.image.name, qa.query): qa.answer for qa in concept.conversations}
+    assert asked["1.png", "Is it wet?"] == "yes"
+    assert ("0.png", "Is it wet?") not in asked
+    assert {answer for (_, query), answer in asked.items() if query == "What colour is <bo>?"} == {"Brown."}
+    assert asked["0.png", "What is <bo>?"] == "A good dog."  # the user's answer takes the place of the template's
+    tested = {(qa.image.name, qa.query): qa.answer for qa in concept.vqa}
+    assert tested["1.png", "Is it dry?"] == "No"  # the last photo tests
+    loose = {qa.query: qa.answer for qa in concept.text_only}
+    assert loose["Is <bo> old?"] == "007"
+    assert loose["Where does <bo> sleep?"] == "In a basket."
+    prompts = concept.generation_prompts
+    assert prompts["explicit_personalized_driven_generation"] == [
+        "<bo> with a red ball",
+        "<bo> asleep <bo>'s bed is a blue basket.",
+        "<bo> hiding <bo> fears cats.",
+    ]
+    assert prompts["pure_generation"] == ["<bo> in a wood"]
+    assert prompts["personalized_dense_generation"] == ["<bo> with its toy at home"]
+    assert prompts["explicit_personalized_dense_generation"] == ["<bo> with a red ball at home"]
+
+
+@pytest.mark.parametrize("kind", ["human", "animal", "object"])
+def test_the_template_sheet_is_valid_and_makes_a_concept(tmp_path, photos, kind):
+    (tmp_path / "sheet.yaml").write_text(facts_template("bo", kind, "thing"), encoding="utf-8")
+    result = make(tmp_path / "data", photos, kind=kind, class_word="thing", spec_yaml=tmp_path / "sheet.yaml")
+    assert check_folder(tmp_path / "data") == []
+    assert len(result.concept.extra_info) == 1 and result.concept.kind == kind
+
+
+def test_a_second_concept_joins_the_first(tmp_path, photos):
+    root = tmp_path / "data"
+    make(root, photos)
+    before = tree(root)
+    result = make(root, photos, "mimi", kind="human", class_word="woman", negatives=[photos / "IMG_1.jpg"])
+    assert result.negatives == "given"
+    assert json.loads((root / "concepts_list.json").read_text()) == ["bo", "mimi"]
+    listed = json.loads((root / "concept" / "train" / "train_images.json").read_text())
+    assert listed == {name: ["0.png", "1.png", "2.png", "3.png"] for name in ("bo", "mimi")}
+    after = tree(root)
+    changed = {file for file in before if after[file] != before[file]}
+    assert changed == {"concepts_list.json", "concept/train/train_images.json"}
+    assert not [problem for problem in check_folder(root) if problem.severity == "error"]
+    assert len(load_concept(root, "mimi").negatives) == 1 + 12
+
+
+def test_random_images_that_are_there_serve_as_negatives(tmp_path, photos):
+    root = tmp_path / "data"
+    (root / "random_images").mkdir(parents=True)
+    Image.new("RGB", (80, 80), (1, 2, 3)).save(root / "random_images" / "5.png")
+    result = make(root, photos)
+    assert result.negatives == "random_images"
+    with Image.open(root / "concept" / "train" / "bo" / "negative_example" / "0.png") as image:
+        assert image.getpixel((4, 4)) == (1, 2, 3)
+    assert [path.name for path in (root / "random_images").iterdir()] == ["5.png"]
+
+
+def test_an_existing_concept_is_replaced_only_by_force(tmp_path, photos):
+    root = tmp_path / "data"
+    make(root, photos)
+    before = tree(root)
+    with pytest.raises(UserError, match="exists already: choose another name, or force"):
+        make(root, photos, class_word="wolf")
+    assert tree(root) == before
+    make(root, [photos / "IMG_3.jpg"], class_word="wolf", force=True)
+    concept = load_concept(root, "bo")
+    assert (concept.class_word, len(concept.train_images), concept.test_images) == ("wolf", 1, [])
+    assert json.loads((root / "concepts_list.json").read_text()) == ["bo"]
+    assert not [path for path in root.iterdir() if path.name.startswith(".")]
+
+
+def test_few_photos_and_the_same_photo_twice(tmp_path, photos):
+    shutil.copy(photos / "IMG_1.jpg", photos / "IMG_1_copy.jpg")
+    for number in (10, 11, 12):
+        (photos / f"IMG_{number}.jpg").unlink()
+    result = make(tmp_path / "data", photos)
+    assert len(result.concept.train_images) == 3 and result.concept.test_images == []
+    assert any("same file as IMG_1.jpg: used once" in note for note in result.notes)
+    assert any("3 photos are too few" in note for note in result.notes)
+
+
+def test_phone_formats_that_cannot_be_read_are_named(tmp_path, photos):
+    (photos / "IMG_9.HEIC").write_bytes(b"x")
+    assert any("IMG_9.HEIC cannot be read: save them as JPEG" in note for note in make(tmp_path / "data", photos).notes)
+
+
+def failing(real, at: int, error: BaseException):
+    """`real`, except that the call number `at` raises."""
+    calls = 0
+
+    def call(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        return real(*arguments)
+
+    return call
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("what", "at", "error"),
+    [
+        ("save_image", 3, FULL),
+        ("write_json", 2, FULL),
+        ("check_folder", 1, UserError("made up")),
+        ("os.rename", 1, FULL),
+        ("os.rename", 2, FULL),
+        ("write_json", 10, FULL),  # the first of the two shared listings
+        ("write_json", 11, FULL),  # the second
+        ("write_json", 11, KeyboardInterrupt()),
+    ],
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failure_on_the_way_leaves_everything_as_it_was(tmp_path, photos, monkeypatch, what, at, error, force):
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "notes.txt").write_text("mine")
+    if force:
+        make(root, photos)
+    before = tree(root)
+    real = os.rename if what == "os.rename" else getattr(new, what)
+    monkeypatch.setattr(f"pyunictokens.data.new.{what}", failing(real, at, error))
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
+        make(root, photos, force=force, class_word="wolf")
+    assert tree(root) == before
+
+
+def test_a_root_that_did_not_exist_is_gone_after_a_failure(tmp_path, photos):
+    (photos / "IMG_2.jpg").write_bytes(b"no picture")
+    (photos / "IMG_3.jpg").write_bytes((photos / "IMG_1.jpg").read_bytes()[:4000])
+    with pytest.raises(UserError) as caught:
+        make(tmp_path / "data", photos)
+    assert "2 of 6 photos cannot be used" in str(caught.value)
+    assert "IMG_2.jpg: not a picture" in str(caught.value) and "IMG_3.jpg: the picture is damaged" in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "<bo>", ".bo", "token_1"])
+def test_bad_names(tmp_path, photos, name):
+    with pytest.raises(UserError, match="concept name"):
+        make(tmp_path / "data", photos, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "plant"}, "kind='plant': must be one of human, animal, object"),
+        ({"class_word": " "}, "class_word=' '"),
+        ({"test_photos": -1}, "test_photos=-1"),
+        ({"negatives": "/nowhere"}, "negatives: no such file or folder: /nowhere"),
+        ({"negatives": []}, "negatives: the list is empty"),
+        ({"spec_yaml": "/nowhere.yaml"}, "/nowhere.yaml: no such file"),
+        ({"spec_yaml": {"photos": {"IMG_99.jpg": []}}}, "photos that were not given: IMG_99.jpg"),
+    ],
+)
+def test_bad_arguments(tmp_path, photos, changes, words):
+    with pytest.raises(UserError, match=words):
+        make(tmp_path / "data", photos, **changes)
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_photos(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        make(tmp_path / "data", tmp_path / "empty")
+    with pytest.raises(UserError, match="no such file or folder"):
+        make(tmp_path / "data", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("concepts_list.json", '{"a": 1}'), ("concept/train/train_images.json", "[1]")]
+)
+def test_broken_listings_are_not_overwritten(tmp_path, photos, file, content):
+    path = tmp_path / "data" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(UserError, match="mend or remove it first"):
+        make(tmp_path / "data", photos)
+    assert {name: value for name, value in tree(tmp_path / "data").items() if value} == {file: content.encode()}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("facts:\n  - fact: a\n   prompt: b", "not valid YAML at line 3, column"),
+        ("facts: yes", r"facts: must be a list, is text 'yes'"),
+        ("fact:\n  - x", r"fact: is not known here: one of info, facts"),
+        ("facts:\n  - {fact: a}", r"facts\[0\].prompt: is missing"),
+        ("facts:\n  - {fact: a, prompt: the dog}", r"'the dog' does not contain <bo>"),
+        (
+            "facts:\n  - {fact: a, prompt: <bo> b}\n  - {fact: a, prompt: <bo> c}",
+            r"facts\[1\].fact: 'a' is there twice",
+        ),
+        ("facts:\n  - {fact: '', prompt: <bo> b}", r"facts\[0\].fact: is empty"),
+        ("facts:\n  - {fact: a, prompt: <bo> b, answer: c}", r"facts\[0\].answer: has no question"),
+        ("questions:\n  - {question: a}", r"questions\[0\].answer: is missing"),
+        ("questions:\n  - {question: a, answer: [b]}", r"questions\[0\].answer: must be text, is a list"),
+        ("prompts:\n  wide: [<bo>]", r"prompts.wide: is not known here: one of pure, dense, reasoning_dense"),
+        ("prompts:\n  reasoning_dense:\n    - {prompt: <bo> a}", r"reasoning_dense\[0\].explicit: is missing"),
+        ("- a", "must hold info, facts"),
+        ("a: *x", "not valid YAML at line 1"),
+        ("\x07", "not valid YAML"),
+    ],
+)
+def test_bad_sheets(tmp_path, text, words):
+    (tmp_path / "sheet.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        read_facts(tmp_path / "sheet.yaml", "bo")
+
+
+def test_all_problems_of_a_sheet_at_once(tmp_path):
+    (tmp_path / "sheet.yaml").write_text("extra: 1\nfacts: [x]\ntext_only:\n  - {question: a}\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_facts(tmp_path / "sheet.yaml", "bo")
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_an_empty_sheet_says_nothing(tmp_path):
+    (tmp_path / "sheet.yaml").write_text("# nothing yet\n", encoding="utf-8")
+    assert read_facts(tmp_path / "sheet.yaml", "bo") == read_facts(None, "bo")
+
+
+def test_sheets_too_large_or_too_deep(tmp_path):
+    (tmp_path / "big.yaml").write_text("#" * 1_000_001, encoding="utf-8")
+    with pytest.raises(UserError, match="a sheet of facts may have 1000000"):
+        read_facts(tmp_path / "big.yaml", "bo")
+    (tmp_path / "deep.yaml").write_text("[" * 5000, encoding="utf-8")
+    with pytest.raises(UserError, match=r"deep\.yaml"):
+        read_facts(tmp_path / "deep.yaml", "bo")
+
+
+VALUES = st.recursive(
+    st.text(max_size=10) | st.sampled_from(["<bo> a", "yes"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "info",
+                    "facts",
+                    "fact",
+                    "prompt",
+                    "question",
+                    "answer",
+                    "prompts",
+                    "pure",
+                    "photos",
+                    "text_only",
+                    "explicit",
+                ]
+            )
+            | st.text(max_size=4),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(VALUES)
+def test_no_sheet_gets_past_as_anything_but_a_user_error(value):
+    try:
+        sheet = read_facts(value if isinstance(value, dict) else {"facts": value}, "bo")
+    except UserError:
+        return
+    assert all(fact.fact and "<bo>" in fact.prompt and fact.answer for fact in sheet.facts)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60) | st.text(alphabet="[]{}:-&*!|> \nab<bo>'\"%@#", max_size=40).map(str.encode))
+def test_no_bytes_of_a_sheet_get_past_as_anything_but_a_user_error(tmp_path, content):
+    (tmp_path / "sheet.yaml").write_bytes(content)
+    try:
+        read_facts(tmp_path / "sheet.yaml", "bo")
+    except UserError as error:
+        assert "sheet.yaml" in str(error)
+
+
+def test_drawn_negatives_differ_from_each_other_and_come_back_the_same():
+    first, again, other = drawn_negatives("bo", 12), drawn_negatives("bo", 12), drawn_negatives("mimi", 12)
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+    assert len({image.tobytes() for image in first + other}) == 24
