@@ -135,7 +135,7 @@ def images(given: Tensor, model: Showo, vq: Any) -> Tensor:
             raise UserError("images are pixels: give RolloutEngine a MagvitV2 to read them, or pass codes")
         if not bool(torch.isfinite(given).all()):
             raise UserError("images hold NaN or infinite pixels: must be finite, in [−1, 1]")
-        return vq.encode(given.to(vq.decoder.conv_in.weight.device)).to(model.device)
+        return vq.encode(given.to(next(vq.parameters()).device)).to(model.device)
     if given.ndim != 2 or given.numel() == 0 or given.dtype == torch.bool:
         raise UserError(f"images of shape {tuple(given.shape)}: must be pixels float [B, 3, H, W] or codes int [B, N]")
     if int(given.min()) < 0 or int(given.max()) >= model.config.codebook_size:

@@ -149,7 +149,7 @@ class RolloutEngine:
             warnings.warn(
                 f"prompts[{long[0]}] has {len(texts[long[0]])} ids: only the first {self.max_text - 2} are read "
                 "(max_text of RolloutEngine)",
-                stacklevel=3,
+                stacklevel=4,
             )
         sequences = [prompting.t2i_text(text, ids, self.max_text) for text in texts]
         first, index = checks.unique_index([tuple(sequence) for sequence in sequences])
@@ -160,7 +160,7 @@ class RolloutEngine:
 
     def _pixels(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         assert self.vq is not None
-        codes = codes.to(self.vq.decoder.conv_in.weight.device)
+        codes = codes.to(next(self.vq.parameters()).device)
         return torch.cat([self.vq.decode(part, grid) for part in codes.split(self.max_rows)])
 
     def _preview(
@@ -311,10 +311,10 @@ def _settle(dsog: Dsog, selection: Selection, loop: ImageLoop, errors: list[str]
         warnings.warn(
             f"{selection.filled} of {len(loop.candidates)} rows are filled with the best rejected previews: "
             f"{selection.previewed} candidates were tried, {selection.accepted} scored above {before:.3f}",
-            stacklevel=3,
+            stacklevel=4,
         )
     if errors:
-        warnings.warn(f"the DSOG scorer failed {len(errors)} times, first with {errors[0]}", stacklevel=3)
+        warnings.warn(f"the DSOG scorer failed {len(errors)} times, first with {errors[0]}", stacklevel=4)
     assert loop.preview_codes is not None
     return DsogReport(
         accepted=accepted,
