@@ -273,7 +273,7 @@ class _Build:
         return images, problems
 
 
-def drawn_negatives(seed: str, count: int, side: int = 256) -> list[Image.Image]:
+def drawn_negatives(seed: str, count: int, side: int = 128) -> list[Image.Image]:
     """Simple pictures of nothing in particular (stripes, checks, discs, soft noise); `seed` decides which."""
     rng = np.random.default_rng(list(hashlib.sha256(seed.encode("utf-8")).digest()))
     pictures = []

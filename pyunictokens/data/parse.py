@@ -62,7 +62,7 @@ class Ledger:
             shown = file.relative_to(self.root).as_posix()
         except ValueError:
             shown = str(file)
-        problem = Problem(printable(shown), printable(where), message, severity)
+        problem = Problem(printable(shown), printable(where), printable(message), severity)
         if problem not in self._seen:
             self._seen.add(problem)
             self.problems.append(problem)

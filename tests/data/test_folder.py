@@ -109,7 +109,7 @@ def test_the_shapes_of_questions_found_in_the_wild(folder):
 
 def test_recognitions_as_chats_templates_and_foreign_paths(folder):
     chat = [{"from": "human", "value": "<image>\nIs it <bo>?"}, {"from": "gpt", "value": "No."}]
-    negatives = [{"image": "/home/maker/unictokens_data/random_images/0.png", "conversations": chat}]
+    negatives = [{"image": "/data/maker/unictokens_data/random_images/0.png", "conversations": chat}]
     folder.json(folder.train / "random_recognitions.json", negatives)
     templates = [{"query": "Is it <bo>?", "answer": "Yes."}, {"query": "<bo> here?", "answer": "Yes, it is."}]
     folder.json(folder.train / "positive_recognitions.json", templates)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -328,6 +330,15 @@ def test_bad_sheets(tmp_path, text, words):
     (tmp_path / "sheet.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=words):
         read_facts(tmp_path / "sheet.yaml", "bo")
+
+
+def test_the_sheet_in_the_documentation_is_valid():
+    text = (Path(__file__).parents[2] / "docs" / "data-format.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    sheet = read_facts(yaml.load(block, Loader=yaml.BaseLoader), "bo")
+    assert [len(sheet.facts), len(sheet.questions), list(sheet.photos), len(sheet.prompts)] == [4, 1, ["beach.jpg"], 4]
+    assert sheet.facts[0].explicit == "A photo of <bo> with a red ball."
+    assert sheet.facts[1].answer == sheet.facts[1].fact and sheet.facts[1].question == ""
 
 
 def test_all_problems_of_a_sheet_at_once(tmp_path):
