@@ -1,0 +1,59 @@
+"""Training: concept stages, UniCTask-GRPO, and the parts they are made of. docs/training.md tells how to use them.
+
+Names are looked up when they are first asked for, so importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "DsogConfig": "config",
+    "GrpoConfig": "config",
+    "GrpoResult": "grpo",
+    "LoraConfig": "config",
+    "Policy": "policy",
+    "StageConfig": "config",
+    "TrainConfig": "config",
+    "as_prompt": "prompts",
+    "as_question": "prompts",
+    "load_policy": "policy",
+    "read_metrics": "logs",
+    "train_concept_tokens": "stages",
+    "train_grpo": "grpo",
+}
+
+if TYPE_CHECKING:
+    from .config import DsogConfig, GrpoConfig, LoraConfig, StageConfig, TrainConfig
+    from .grpo import GrpoResult, train_grpo
+    from .logs import read_metrics
+    from .policy import Policy, load_policy
+    from .prompts import as_prompt, as_question
+    from .stages import train_concept_tokens
+
+__all__ = [
+    "DsogConfig",
+    "GrpoConfig",
+    "GrpoResult",
+    "LoraConfig",
+    "Policy",
+    "StageConfig",
+    "TrainConfig",
+    "as_prompt",
+    "as_question",
+    "load_policy",
+    "read_metrics",
+    "train_concept_tokens",
+    "train_grpo",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

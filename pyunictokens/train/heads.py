@@ -1,0 +1,68 @@
+"""Log-probs of tokens under the heads, formed so that small trainables stay small, and heads cut from their graph.
+
+The text head is the base head with a concept's rows in the middle. Gluing them together would need a gradient of the
+whole vocabulary to train 25 rows; here the two parts meet in their log-sum-exp instead (DESIGN, lever 6). A head that
+learns is cut into leaves, so that the pieces of an update add to one gradient and go back through the graph once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..models import Showo
+
+
+class Leaves:
+    """Tensors cut from their graph; `backward` sends the gradients that the cut copies collected back through it.
+
+    Tensors without a graph are passed on as they are.
+    """
+
+    def __init__(self, *tensors: Tensor):
+        self._live = tensors
+        self.cut = tuple(t.detach().requires_grad_() if t.requires_grad else t for t in tensors)
+
+    def backward(self) -> None:
+        pairs = [
+            (live, leaf.grad)
+            for live, leaf in zip(self._live, self.cut, strict=True)
+            if leaf is not live and leaf.grad is not None
+        ]
+        if pairs:
+            torch.autograd.backward([live for live, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def text_parts(model: Showo) -> tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor, Tensor]:
+    """(weight [V, D], bias [V]) of the base head and, with a concept attached, its (weight [n, D], bias [n])."""
+    head = model.showo.lm_head
+    if model.concept is None:
+        return head.weight, head.bias
+    return head.weight, head.bias, model.concept.head_weight, model.concept.head_bias
+
+
+def text_logprob(
+    model: Showo, hidden: Tensor, target: Tensor, *, temperature: float = 1.0, parts: tuple[Tensor, ...] | None = None
+) -> Tensor:
+    """log p(target) under the full distribution of text, special, concept and code tokens; fp32, shaped like `target`.
+
+    hidden [..., D], target int64 [...] of the model's own ids (the concept's in their place). Equals
+    ``log_softmax(F.linear(hidden, *model.text_head()) / temperature)[target]``.
+    """
+    weight, bias, *new = text_parts(model) if parts is None else parts
+    if not new:
+        return ops.selected_logprob(hidden, weight, target, bias, temperature=temperature)
+    new_weight, new_bias = new
+    first, count = model.config.first_code_id, new_weight.shape[0]
+    is_new = (target >= first) & (target < first + count)
+    base = torch.where(is_new, 0, torch.where(target >= first + count, target - count, target))
+    exact = hidden if hidden.dtype == torch.float64 else hidden.float()
+    logit = (exact * F.embedding(base, weight).to(exact.dtype)).sum(-1) + bias[base].to(exact.dtype)
+    logit = logit / temperature
+    base_logp = ops.selected_logprob(hidden, weight, base, bias, temperature=temperature)
+    new_logits = F.linear(exact, new_weight.to(exact.dtype), new_bias.to(exact.dtype)) / temperature
+    total = torch.logaddexp(logit - base_logp, new_logits.logsumexp(-1))
+    own = new_logits.gather(-1, (target - first).clamp(0, count - 1)[..., None])[..., 0]
+    return torch.where(is_new, own, logit) - total

@@ -1,0 +1,127 @@
+"""AdamW over the trained parameters with clipping and a schedule, in float32 whatever the model's precision.
+
+Parameters of lower precision get a float32 twin that the optimiser works on: a step of 1e-6 would vanish in bfloat16's
+rounding. It knows parameters by name, so its state can be saved beside them; it does not know losses or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+_PARTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def learning_rate(step: int, *, lr: float, steps: int, warmup: int = 0, schedule: str = "constant") -> float:
+    """The learning rate of step `step` (from 0) of `steps`: a linear warm-up, then constant or a half cosine to 0."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return lr
+    if schedule != "cosine":
+        raise ValueError(f"schedule={schedule!r}: must be constant or cosine")
+    return lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+class Optimiser:
+    """AdamW over `named` parameters; those in `undecayed` get no weight decay."""
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        undecayed: frozenset[str] = frozenset(),
+    ):
+        if not named:
+            raise UserError("nothing to train: no parameter requires a gradient")
+        self.named = dict(named)
+        self.max_grad_norm = max_grad_norm
+        self._masters: dict[str, Tensor] = {
+            name: value.detach().float().clone() if value.dtype != torch.float32 else value
+            for name, value in self.named.items()
+        }
+        groups = [
+            {"params": [self._masters[n] for n in self.named if (n in undecayed) == bare], "weight_decay": decay}
+            for bare, decay in ((False, weight_decay), (True, 0.0))
+        ]
+        self.adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.999))
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for value in self.named.values():
+            value.grad = None
+
+    def grad_norm(self) -> float:
+        """The length of the whole gradient, in float32."""
+        norms = [torch.linalg.vector_norm(p.grad.detach().float()) for p in self.named.values() if p.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+    def step(self, lr: float) -> float:
+        """Clip the gradient and take one step. Returns the gradient's length before clipping; one that is not finite
+        leaves everything as it was."""
+        norm = self.grad_norm()
+        if not math.isfinite(norm):
+            return norm
+        scale = 1.0
+        if self.max_grad_norm is not None and norm > self.max_grad_norm:
+            scale = self.max_grad_norm / (norm + 1e-6)
+        for name, parameter in self.named.items():
+            if parameter.grad is None:
+                continue
+            if scale != 1.0:
+                parameter.grad.mul_(scale)
+            if self._masters[name] is not parameter:
+                self._masters[name].grad = parameter.grad.float()
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+                    self._masters[name].grad = None
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments, step counts and float32 twins as a flat table of tensors."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
+            master = self._masters[name]
+            if master is not parameter:
+                tensors[f"master.{name}"] = master
+            for part, value in self.adam.state.get(master, {}).items():
+                tensors[f"optim.{name}.{part}"] = torch.as_tensor(value)
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], origin: object = "checkpoint") -> None:
+        """Put what :meth:`state_dict` gave back. Raises UserError for a tensor of another shape."""
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                master = self._masters[name]
+                if master is not parameter:
+                    master.copy_(_fitting(tensors, f"master.{name}", master.shape, origin))
+                state = {part: tensors.get(f"optim.{name}.{part}") for part in _PARTS}
+                if all(value is None for value in state.values()):
+                    continue
+                self.adam.state[master] = {
+                    part: _fitting(
+                        tensors, f"optim.{name}.{part}", torch.Size() if part == "step" else master.shape, origin
+                    ).to("cpu" if part == "step" else master.device, copy=True)
+                    for part in _PARTS
+                }
+
+
+def _fitting(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, origin: object) -> Tensor:
+    value = tensors.get(name)
+    if value is None or value.shape != shape:
+        found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+        raise UserError(f"{origin}: {name} is {found}, this run needs {tuple(shape)}")
+    return value

@@ -1,0 +1,204 @@
+"""What learns, and what it is compared with: concept rows, LoRA adapters or all weights, and the reference policy.
+
+The reference is the policy with its trained part switched off, so no second model is held (DESIGN lever 6): concept rows
+are swapped for a copy of 25 rows, adapters are disabled, and full weights are read from a memory-mapped file written when
+the run begins. It knows parameters; it does not know losses, optimisers or checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..io import read_json, write_json
+from ..models import ConceptTokens, Showo
+from .config import LoraConfig
+from .tensors import read_tensors, write_tensors
+
+
+class Policy:
+    """The trained part of a model that has a concept attached.
+
+    kind: "concept", "lora" or "full"; with the latter two `train_concept` says whether the concept's rows learn too.
+    `reference_file` is where kind "full" keeps the weights the run began with.
+    """
+
+    def __init__(
+        self,
+        model: Showo,
+        kind: str = "concept",
+        *,
+        train_concept: bool = True,
+        lora: LoraConfig | None = None,
+        reference_file: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ):
+        if model.concept is None:
+            raise UserError("this model has no concept attached: load or learn its tokens first (train_concept_tokens)")
+        if kind not in ("concept", "lora", "full"):
+            raise UserError(f"trainable={kind!r}: must be concept, lora or full")
+        if kind == "full" and reference_file is None:
+            raise UserError("trainable='full' needs a file for the starting weights: give reference_file")
+        self.model, self.kind = model, kind
+        self.concept: ConceptTokens = model.concept
+        self.lora = lora or LoraConfig()
+        model.requires_grad_(False)
+        self.concept.requires_grad_(kind == "concept" or train_concept)
+        self._adapters: list[Any] = []
+        self._reference_file = Path(reference_file) if reference_file is not None else None
+        if kind == "lora":
+            self._adapters = add_adapters(model, self.lora, seed)
+        elif kind == "full":
+            model.requires_grad_(True)
+            assert self._reference_file is not None
+            if not self._reference_file.exists():
+                write_tensors(self._reference_file, dict(model.named_parameters()))
+        self._concept_start = {name: value.detach().clone() for name, value in self.concept.named_parameters()}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters that learn, by name; the concept's begin with "concept."."""
+        named = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        for name, value in self.concept.named_parameters():
+            if value.requires_grad:
+                named[f"concept.{name}"] = value
+        return named
+
+    @property
+    def trains_concept(self) -> bool:
+        return self.concept.embed.requires_grad
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside this context the model is the reference policy. No graph may be alive across its borders."""
+        with ExitStack() as undo, torch.no_grad():
+            if self.trains_concept:
+                undo.enter_context(_swapped(dict(self.concept.named_parameters()), self._concept_start))
+            if self.kind == "lora":
+                for layer in self._adapters:
+                    layer.enable_adapters(False)
+                    undo.callback(self._enable, layer)
+            elif self.kind == "full":
+                assert self._reference_file is not None
+                undo.enter_context(_swapped(dict(self.model.named_parameters()), read_tensors(self._reference_file)))
+            yield
+
+    def _enable(self, layer: Any) -> None:
+        layer.enable_adapters(True)
+        for name, value in layer.named_parameters(recurse=True):
+            if "lora_" in name:
+                value.requires_grad_(True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained tensors alone, by the names of :meth:`named_parameters`."""
+        return {name: value.detach() for name, value in self.named_parameters().items()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], origin: object = "checkpoint") -> None:
+        """Put what :meth:`state_dict` gave back. Raises UserError for a missing tensor or another shape."""
+        named = self.named_parameters()
+        absent = sorted(named.keys() - tensors.keys())
+        if absent:
+            raise UserError(f"{origin}: {len(absent)} trained tensors are missing ({', '.join(absent[:3])})")
+        for name, parameter in named.items():
+            if tensors[name].shape != parameter.shape:
+                raise UserError(
+                    f"{origin}: {name} has shape {tuple(tensors[name].shape)}, this model's has {tuple(parameter.shape)}"
+                )
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(tensors[name])
+
+    def merge(self) -> Showo:
+        """Fold adapters into the weights and take them off; the model is then a plain one. Returns it."""
+        if self._adapters:
+            _merge_adapters(self.model)
+            self._adapters = []
+        return self.model
+
+    def export(self, folder: str | os.PathLike[str]) -> Path:
+        """Write what was learned: concept/, and adapter.safetensors or a whole model/. :func:`load_policy` reads it."""
+        folder = Path(folder)
+        self.concept.save(folder / "concept")
+        if self.kind == "lora":
+            write_tensors(folder / "adapter.safetensors", {k: v for k, v in self.state_dict().items() if "lora_" in k})
+        elif self.kind == "full":
+            self.model.save_pretrained(folder / "model")
+        write_json(folder / "policy.json", {"trainable": self.kind, "lora": asdict(self.lora)})
+        return folder
+
+
+def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
+    """Bring `model` (the base) to the state that :meth:`Policy.export` wrote into `folder`: weights and concept."""
+    folder = Path(folder)
+    about = read_json(folder / "policy.json")
+    kind = about.get("trainable") if isinstance(about, dict) else None
+    concept = ConceptTokens.load(folder / "concept")
+    if kind == "lora":
+        settings = {**about["lora"], "targets": tuple(about["lora"]["targets"])}
+        add_adapters(model, LoraConfig(**settings), seed=0)
+        named = dict(model.named_parameters())
+        tensors = read_tensors(folder / "adapter.safetensors")
+        wrong = [k for k, v in named.items() if "lora_" in k and (k not in tensors or tensors[k].shape != v.shape)]
+        if wrong or not tensors:
+            raise UserError(f"{folder}: the adapter does not fit this model ({', '.join(wrong[:3]) or 'it is empty'})")
+        with torch.no_grad():
+            for name, value in tensors.items():
+                named[name].copy_(value)
+        _merge_adapters(model)
+    elif kind == "full":
+        trained = Showo.from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
+        if trained.config != model.config:
+            raise UserError(f"{folder / 'model'}: {trained.config} does not fit the base model {model.config}")
+        model.load_state_dict(trained.state_dict())
+    elif kind != "concept":
+        raise UserError(f"{folder / 'policy.json'}: trainable={kind!r}: must be concept, lora or full")
+    model.requires_grad_(False)
+    return model.attach(concept.to(model.device).requires_grad_(False))
+
+
+def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[Any]:
+    """Put fresh float32 adapters on the transformer's linear layers; returns the adapted layers."""
+    from peft import LoraConfig as PeftLora
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        targets = list(config.targets)
+        inject_adapter_in_model(PeftLora(r=config.rank, lora_alpha=config.alpha, target_modules=targets), model.showo)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for name, value in model.named_parameters():
+        value.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            value.data = value.data.float()
+    return layers
+
+
+def _merge_adapters(model: Showo) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.merge()
+                setattr(parent, name, child.get_base_layer())
+
+
+@contextmanager
+def _swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let each parameter point at other numbers for a while; nothing is copied where device and dtype agree."""
+    mine = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(device=parameter.device, dtype=parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = mine[name]

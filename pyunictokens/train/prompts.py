@@ -1,0 +1,45 @@
+"""How raw texts with `<name>` in them become what the model reads; the one place that decides it for stages and GRPO.
+
+A text to draw or a question names the concept as `<name>`; the model reads the helper tokens before it (paper, appendix D):
+
+    as_prompt(concept, "A photo of <bo>.")      "A photo of <token_0>…<token_23><bo>."
+    as_question(concept, "What is <bo>?")       "What is <token_0>…<token_23><bo>?"
+
+Evaluation calls the same ``ConceptTokens.expand``. It knows texts; it does not know ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..models import ConceptTokens
+
+GROUPS = ("understanding", "generation", "extra")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
+
+
+def as_prompt(concept: ConceptTokens, text: str, groups: Sequence[str] = GROUPS) -> str:
+    """A raw text as the prompt the model draws from: the first `<name>` gets the helper tokens of `groups`."""
+    return concept.expand(text, groups)
+
+
+def as_question(concept: ConceptTokens, question: str, groups: Sequence[str] = GROUPS, form: str = "expand") -> str:
+    """A raw question as the model reads it.
+
+    form "expand" puts the helper tokens before the first `<name>`; "prefix" puts the published sentence
+    "<name> is <token_0>…." before the question. A question that does not name the concept is left alone by "expand".
+    """
+    if form == "expand":
+        return concept.expand(question, groups)
+    if form != "prefix":
+        raise ValueError(f"form={form!r}: must be expand or prefix")
+    helpers = "".join("".join(concept.tokens[concept.rows(group)]) for group in groups)
+    return f"{concept.sks} is {helpers}.{question}" if helpers else question
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of an answer: what goes into the compound prompt (a long prompt confuses drawing)."""
+    line = text.strip().partition("\n")[0].strip()
+    end = _SENTENCE_END.search(line)
+    return line[: end.end()] if end else line

@@ -1,0 +1,244 @@
+"""A run's folder: who it belongs to, its checkpoints, and how it is taken up again as if it had never stopped.
+
+    run.json             identity of model, concept and settings, written when the run begins
+    checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksum)
+
+A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one that was
+damaged later is noticed by its checksum and the one before it is taken. It knows files and names; what the tensors mean is
+the business of policy.py and optim.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..io import read_json, write_json
+from ..models import ConceptTokens, Showo
+from .tensors import checksum, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = frozenset(
+    {"checkpoint_every", "keep_last", "sample_every", "max_bad_steps", "micro_rows", "micro_timesteps", "checkpoint_layers"}
+)
+"""Settings that a resumed run may change: they alter no number but the rounding of a sum."""
+
+
+@dataclass
+class Checkpoint:
+    """What one checkpoint holds."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    folder: Path
+
+
+def identity(model: Showo, concept: ConceptTokens) -> dict[str, Any]:
+    """What must agree before a checkpoint may be put into a model: sizes, vocabulary, concept, starting weights."""
+    config = model.config
+    return {
+        "vocab_size": config.vocab_size,
+        "llm_vocab_size": config.llm_vocab_size,
+        "codebook_size": config.codebook_size,
+        "num_vq_tokens": config.num_vq_tokens,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "concept": concept.name,
+        "concept_tokens": concept.num_tokens,
+        "starting_weights": _fingerprint(model.state_dict()),
+        "starting_concept": _fingerprint(dict(concept.named_parameters())),
+    }
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A short checksum of sixteen numbers of every tensor: tells other weights apart without reading gigabytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        digest.update(flat[:: max(1, flat.numel() // 16)][:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class RunFolder:
+    """The folder of one run, locked while this object is open.
+
+    A folder that holds a run is refused unless `resume`; with it, identity and settings must be the run's own.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+    ):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        about = self.path / "run.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; a run needs a folder")
+        if not resume and about.exists():
+            raise UserError(f"{self.path}: already holds a run: go on with it (--resume) or choose another folder")
+        if resume and not about.exists():
+            raise UserError(f"{self.path}: holds no run to resume (no run.json): start one without --resume")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path / ".lock")
+        try:
+            if resume:
+                self._compare(read_json(about), identity, settings)
+            else:
+                write_json(about, {"identity": dict(identity), "settings": dict(settings)})
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others use the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _compare(self, found: Any, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        if not isinstance(found, dict) or not {"identity", "settings"} <= found.keys():
+            raise UserError(f"{self.path / 'run.json'}: is not the description of a run")
+        wrong = [
+            f"{key}: the run has {there!r}, this is {here!r}"
+            for part, now in (("identity", identity), ("settings", settings))
+            for key, there, here in _differences(found[part], now)
+            if part == "identity" or key.rpartition(".")[2] not in MAY_CHANGE
+        ]
+        if wrong:
+            raise UserError(f"{self.path}: this run cannot be resumed with what was given: {'; '.join(wrong)}")
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep_last: int) -> Path:
+        """Write the checkpoint of `step`, then delete all but the last `keep_last`. Raises UserError on a full disk."""
+        final = self.checkpoints / f"step_{step:06d}"
+        aside = self.checkpoints / f".step_{step:06d}.part"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            digest = write_tensors(aside / "tensors.safetensors", tensors)
+            write_json(aside / "state.json", {"step": step, "sha256": digest, **state})
+            _sync_folder(aside)
+            if final.exists():  # a damaged one that was passed over on resume
+                shutil.rmtree(final)
+            os.rename(aside, final)
+            _sync_folder(self.checkpoints)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            steps = self.steps()
+            last = f"the last good one is step {steps[-1]}" if steps else "there is none yet"
+            raise UserError(
+                f"{final}: the checkpoint cannot be written ({error.strerror or error}); {last}: "
+                "make room and go on with --resume"
+            ) from error
+        for old in self.steps()[:-keep_last]:
+            shutil.rmtree(self.checkpoints / f"step_{old:06d}", ignore_errors=True)
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints present, in order."""
+        names = [folder.name for folder in self.checkpoints.glob("step_*")] if self.checkpoints.is_dir() else []
+        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, None when there is none. Raises UserError when all are damaged."""
+        steps = self.steps()
+        problems = []
+        for step in reversed(steps):
+            try:
+                return self._read(step)
+            except UserError as error:
+                problems.append(str(error))
+                log.warning("checkpoint of step %d passed over: %s", step, error)
+        if problems:
+            raise UserError(f"{self.checkpoints}: no whole checkpoint: {'; '.join(problems)}")
+        return None
+
+    def _read(self, step: int) -> Checkpoint:
+        folder = self.checkpoints / f"step_{step:06d}"
+        state = read_json(folder / "state.json")
+        if not isinstance(state, dict) or state.get("step") != step:
+            raise UserError(f"{folder / 'state.json'}: is not the state of step {step}")
+        file = folder / "tensors.safetensors"
+        if not file.exists():
+            raise UserError(f"{file}: no such file")
+        found = checksum(file)
+        if found != state.get("sha256"):
+            raise UserError(f"{file}: is damaged (checksum {found[:12]}…, written as {str(state.get('sha256'))[:12]}…)")
+        return Checkpoint(step, read_tensors(file), state, folder)
+
+
+def random_state() -> dict[str, Tensor]:
+    """PyTorch's random states as tensors."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states.update({f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    return states
+
+
+def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`random_state` gave; states of absent devices are left out."""
+    if "rng.cpu" in tensors:
+        torch.set_rng_state(tensors["rng.cpu"].clone())
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"rng.cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"].clone(), index)
+
+
+def _differences(there: Any, here: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        found = []
+        for key in sorted(there.keys() | here.keys()):
+            found += _differences(there.get(key), here.get(key), f"{prefix}{key}.")
+        return found
+    return [] if there == here else [(prefix.rstrip("."), there, here)]
+
+
+def _lock(path: Path) -> int | None:
+    """Hold `path` for this process alone; the system lets go when the process ends. None where locks are not known."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"{path.parent}: another process is working in this folder") from error
+    return descriptor
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

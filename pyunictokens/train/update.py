@@ -1,0 +1,336 @@
+"""The streamed update of UniCTask-GRPO: memory that does not depend on the number of timesteps (DESIGN, lever 5).
+
+The objective (equation 7) is a sum over answer tokens and over the image tokens of all T timesteps:
+
+    loss = −1/R Σ_i Σ_j α_j·( min(D_ij·A_i, clip(D_ij)·A_i) − β·k3_ij ),   D = exp(logp − old_logp)
+
+so it is taken a few rollouts and timesteps at a time: forward, `ops.maskgit_grpo_loss`, backward, next. What the pieces
+share (keys and values of prompts, heads that learn) is computed once, cut into leaves that add up gradients, and sent
+back once at the end. The sum equals the loss with all graphs alive, gradient by gradient. This file knows trajectories;
+it does not know how they were sampled, rewarded, or what the optimiser does with the gradient.
+
+Shape suffixes: R rollouts, T timesteps, N image codes, L answer tokens, D width, K codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import MASK, ops
+from ..models import PromptKV, Showo, answer_hidden, image_hidden, prefill_mmu, prefill_t2i
+from .heads import Leaves, text_logprob, text_parts
+
+
+@dataclass
+class ImageTrajectories:
+    """R image rollouts as the update sees them. Codes may be of any integer type; −1 is unknown."""
+
+    prompts: list[list[int]]
+    """Unpadded drawing prompts (`prompting.t2i_text`), each once."""
+    prompt_of_row: list[int]
+    """Which prompt each rollout was drawn from."""
+    inputs_RTN: Tensor
+    chosen_RTN: Tensor
+    old_logp_RTN: Tensor
+    empty_prompt: list[int]
+    """The prompt of the unconditional half."""
+    max_text: int
+    guidance_scale: float
+    ref_logp_RTN: Tensor | None = None
+    mask_RTN: Tensor | None = None
+    """Tokens that count; None counts all."""
+
+    def __len__(self) -> int:
+        return self.inputs_RTN.shape[0]
+
+
+@dataclass
+class AnswerTrajectories:
+    """R answers to one question about one picture."""
+
+    codes_N: Tensor
+    question: list[int]
+    """Ids of the question as the model reads it."""
+    tokens_RL: Tensor
+    """−1 after the end."""
+    old_logp_RL: Tensor
+    temperature: float = 1.0
+    ref_logp_RL: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens_RL.shape[0]
+
+    @property
+    def mask_RL(self) -> Tensor:
+        return self.tokens_RL >= 0
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The numbers of the objective, and how large its pieces are."""
+
+    beta: float = 0.01
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    alpha_answer: float = 0.4
+    alpha_image: float = 0.6
+    micro_rows: int = 4
+    micro_timesteps: int = 1
+
+
+@dataclass
+class UpdateStats:
+    """What an update looked like, over all tokens that count."""
+
+    loss: float = 0.0
+    loss_answer: float = 0.0
+    loss_image: float = 0.0
+    kl: float = 0.0
+    clip_fraction: float = 0.0
+    ratio_max: float = 0.0
+    ratio_mean: float = 0.0
+    entropy: float = 0.0
+    """Of the image tokens' distributions, in nats."""
+    tokens: int = 0
+
+
+@dataclass
+class _Tally:
+    """Sums of statistics, kept on the device until the end."""
+
+    weighted: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    ratio_max: list[Tensor] = field(default_factory=list)
+
+    def add(self, stats: ops.GrpoStats, count: Tensor) -> None:
+        for name in ("kl", "clip_fraction", "ratio_mean", "entropy"):
+            value = getattr(stats, name)
+            if value is not None:
+                self.weighted[name] = self.weighted.get(name, 0.0) + value.detach().float() * count
+                self.counts[name] = self.counts.get(name, 0.0) + count
+        self.ratio_max.append(stats.ratio_max.detach().float() * (count > 0))
+
+    def mean(self, name: str) -> float:
+        return float(self.weighted[name] / self.counts[name].clamp(min=1)) if name in self.weighted else 0.0
+
+
+def streamed_backward(
+    model: Showo,
+    advantages_R: Tensor,
+    settings: LossSettings,
+    images: ImageTrajectories | None = None,
+    answers: AnswerTrajectories | None = None,
+) -> UpdateStats:
+    """Add the gradient of the whole objective to every parameter that learns; returns its value and statistics.
+
+    Gradients are not cleared first. Peak memory grows with micro_rows · micro_timesteps, not with T.
+    """
+    tally, loss_image, loss_answer = _Tally(), torch.zeros(()), torch.zeros(())
+    with torch.enable_grad():
+        if answers is not None and settings.alpha_answer > 0:
+            loss_answer = _answers_backward(model, advantages_R, settings, answers, tally)
+        if images is not None and settings.alpha_image > 0:
+            loss_image = _images_backward(model, advantages_R, settings, images, tally)
+    return UpdateStats(
+        loss=float(loss_image) + float(loss_answer),
+        loss_answer=float(loss_answer),
+        loss_image=float(loss_image),
+        kl=tally.mean("kl"),
+        clip_fraction=tally.mean("clip_fraction"),
+        ratio_mean=tally.mean("ratio_mean"),
+        ratio_max=float(torch.stack(tally.ratio_max).max()) if tally.ratio_max else 0.0,
+        entropy=tally.mean("entropy"),
+        tokens=int(tally.counts.get("kl", torch.zeros(()))),
+    )
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def _pieces(images: ImageTrajectories, rows: int, timesteps: int) -> Iterator[tuple[slice, slice]]:
+    total, steps = images.inputs_RTN.shape[:2]
+    for row in range(0, total, rows):
+        for step in range(0, steps, timesteps):
+            yield slice(row, min(row + rows, total)), slice(step, min(step + timesteps, steps))
+
+
+def _image_prompts(model: Showo, images: ImageTrajectories) -> PromptKV:
+    """The prompts' keys and values, with guidance the empty prompt's last."""
+    prompts = prefill_t2i(model, images.prompts, images.max_text)
+    if images.guidance_scale == 0:
+        return prompts
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not only_rows_learn(model)):
+        return prompts + prefill_t2i(model, [images.empty_prompt], images.max_text)
+
+
+def _piece_hidden(
+    model: Showo, images: ImageTrajectories, prompts: PromptKV, rows: slice, steps: slice
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states [r, t, N, D] of a piece, and its unconditional half.
+
+    Where only concept rows learn, nothing in the unconditional half does: it is computed apart and without a graph.
+    """
+    codes = images.inputs_RTN[rows, steps].to(model.device)
+    shape = codes.shape
+    of_row = [prompt for prompt in images.prompt_of_row[rows] for _ in range(shape[1])]
+    flat = codes.flatten(0, 1)
+    if images.guidance_scale == 0:
+        return image_hidden(model, flat, prompts, of_row).unflatten(0, shape[:2]), None
+    empty = [len(prompts) - 1] * len(of_row)
+    if torch.is_grad_enabled() and only_rows_learn(model):
+        cond = image_hidden(model, flat, prompts, of_row)
+        with torch.no_grad():
+            uncond = image_hidden(model, flat, prompts, empty)
+    else:
+        cond, uncond = image_hidden(model, torch.cat([flat, flat]), prompts, of_row + empty).chunk(2)
+    return cond.unflatten(0, shape[:2]), uncond.unflatten(0, shape[:2])
+
+
+def only_rows_learn(model: Showo) -> bool:
+    """Whether all weights of the model itself are frozen, so that only an attached concept can learn."""
+    return not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _images_backward(
+    model: Showo, advantages: Tensor, settings: LossSettings, images: ImageTrajectories, tally: _Tally
+) -> Tensor:
+    prompts = _image_prompts(model, images)
+    leaves, head = prompts.leaves(), Leaves(*model.image_head())
+    total = torch.zeros((), device=model.device)
+    for rows, steps in _pieces(images, settings.micro_rows, settings.micro_timesteps):
+        hidden, uncond = _piece_hidden(model, images, leaves, rows, steps)
+        target = images.chosen_RTN[rows, steps].to(model.device, torch.int64)
+        mask = None if images.mask_RTN is None else images.mask_RTN[rows, steps].to(model.device)
+        loss, _, stats = ops.maskgit_grpo_loss(
+            hidden,
+            head.cut[0],
+            target,
+            images.old_logp_RTN[rows, steps].to(model.device),
+            None if images.ref_logp_RTN is None else images.ref_logp_RTN[rows, steps].to(model.device),
+            advantages[rows].to(model.device),
+            head.cut[1],
+            hidden_uncond=uncond,
+            guidance_scale=images.guidance_scale,
+            alpha=settings.alpha_image,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            beta=settings.beta if images.ref_logp_RTN is not None else 0.0,
+            mask=mask,
+        )
+        loss = loss * (target.shape[0] / len(images))  # the op divides by its own rows, the objective by all
+        if loss.requires_grad:
+            loss.backward()
+        total += loss.detach()
+        counted = torch.tensor(float(target.numel())) if mask is None else mask.sum().float()
+        tally.add(stats, counted.to(model.device))
+    prompts.backward_from(leaves)
+    head.backward()
+    return total
+
+
+@torch.no_grad()
+def image_logprobs(model: Showo, images: ImageTrajectories, micro_rows: int = 4, micro_timesteps: int = 1) -> Tensor:
+    """log p of every chosen code under the model as it is, fp32 [R, T, N]; 0 outside the mask."""
+    prompts = _image_prompts(model, images)
+    weight, bias = model.image_head()
+    logp = torch.zeros(images.inputs_RTN.shape, device=model.device)
+    for rows, steps in _pieces(images, micro_rows, micro_timesteps):
+        hidden, uncond = _piece_hidden(model, images, prompts, rows, steps)
+        target = images.chosen_RTN[rows, steps].to(model.device, torch.int64)
+        kept = torch.ones_like(target, dtype=torch.bool)
+        if images.mask_RTN is not None:
+            kept = images.mask_RTN[rows, steps].to(model.device)
+        logp[rows, steps] = logp[rows, steps].masked_scatter(
+            kept,
+            ops.selected_logprob(
+                hidden[kept],
+                weight,
+                target[kept],
+                bias,
+                hidden_uncond=None if uncond is None else uncond[kept],
+                guidance_scale=images.guidance_scale,
+            ).float(),
+        )
+    return logp
+
+
+def token_mask(inputs_RTN: Tensor, scope: str) -> Tensor | None:
+    """Which image tokens count: "all" (None), "masked" before a step, or "newly_unmasked" by it."""
+    if scope == "all":
+        return None
+    masked = inputs_RTN == MASK
+    if scope == "masked":
+        return masked
+    if scope != "newly_unmasked":
+        raise ValueError(f"scope={scope!r}: must be all, masked or newly_unmasked")
+    after = torch.zeros_like(masked)
+    after[:, :-1] = masked[:, 1:]  # after the last step everything is known
+    return masked & ~after
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+def _answer_logp(
+    model: Showo, answers: AnswerTrajectories, prompts: PromptKV, last: Tensor, rows: slice, head: Sequence[Tensor]
+) -> Tensor:
+    tokens = answers.tokens_RL[rows].to(model.device)
+    hidden = answer_hidden(model, tokens, prompts, last, [0] * tokens.shape[0])
+    return text_logprob(model, hidden, tokens.clamp(min=0), temperature=answers.temperature, parts=tuple(head))
+
+
+def _answer_prefix(model: Showo, answers: AnswerTrajectories) -> tuple[PromptKV, Tensor]:
+    return prefill_mmu(model, answers.codes_N[None].to(model.device), [answers.question])
+
+
+def _answers_backward(
+    model: Showo, advantages: Tensor, settings: LossSettings, answers: AnswerTrajectories, tally: _Tally
+) -> Tensor:
+    prompts, last = _answer_prefix(model, answers)
+    leaves, cut, head = prompts.leaves(), Leaves(last), Leaves(*text_parts(model))
+    total = torch.zeros((), device=model.device)
+    for start in range(0, len(answers), settings.micro_rows):
+        rows = slice(start, min(start + settings.micro_rows, len(answers)))
+        mask = answers.mask_RL[rows].to(model.device)
+        logp = _answer_logp(model, answers, leaves, cut.cut[0], rows, head.cut)
+        loss, stats = ops.grpo_loss(
+            logp,
+            answers.old_logp_RL[rows].to(model.device),
+            None if answers.ref_logp_RL is None else answers.ref_logp_RL[rows].to(model.device),
+            advantages[rows].to(model.device),
+            alpha=settings.alpha_answer,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            beta=settings.beta if answers.ref_logp_RL is not None else 0.0,
+            mask=mask,
+        )
+        loss = loss * (logp.shape[0] / len(answers))
+        if loss.requires_grad:
+            loss.backward()
+        total += loss.detach()
+        tally.add(stats, mask.sum().float())
+    shared = [(live, leaf) for live, leaf in zip(_tensors(prompts), _tensors(leaves), strict=True) if live.requires_grad]
+    live = [tensor for tensor, leaf in shared if leaf.grad is not None]
+    gradients = [leaf.grad for _, leaf in shared if leaf.grad is not None]
+    if last.requires_grad and cut.cut[0].grad is not None:  # one graph holds both: it goes back once
+        live, gradients = [*live, last], [*gradients, cut.cut[0].grad]
+    if live:
+        torch.autograd.backward(live, gradients)
+    head.backward()
+    return total
+
+
+def _tensors(prompts: PromptKV) -> list[Tensor]:
+    return [tensor for part in (prompts.keys, prompts.values) for layers in part for tensor in layers]
+
+
+@torch.no_grad()
+def answer_logprobs(model: Showo, answers: AnswerTrajectories) -> Tensor:
+    """log p of every answer token under the model as it is, fp32 [R, L]; 0 after the end."""
+    prompts, last = _answer_prefix(model, answers)
+    logp = _answer_logp(model, answers, prompts, last, slice(None), text_parts(model))
+    return torch.where(answers.mask_RL.to(model.device), logp.float(), 0.0)
