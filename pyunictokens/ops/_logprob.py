@@ -107,10 +107,9 @@ def fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the shapes of the four gradients will be: empty where not needed."""
-    empty = hidden.new_empty(0)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return (
-        hidden.new_empty(hidden.shape) if needs & NEEDS_HIDDEN else empty,
+        hidden.new_empty(hidden.shape) if needs & NEEDS_HIDDEN else hidden.new_empty(0),
         hidden.new_empty(hidden.shape) if needs & NEEDS_UNCOND else hidden.new_empty(0),
         weight.new_empty(weight.shape if needs & NEEDS_WEIGHT else 0),
         weight.new_empty(weight.shape[:1] if needs & NEEDS_BIAS else 0, dtype=bias_dtype),

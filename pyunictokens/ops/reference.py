@@ -57,11 +57,11 @@ class _Head:
         self.weight_KD = weight.to(self.dtype)
         self.bias_K = None if bias is None else bias.to(self.dtype)
         self.scale, self.temperature = guidance_scale, temperature
-        empty = hidden.new_empty(0)
-        self.d_hidden = torch.zeros_like(self.hidden_MD) if needs & NEEDS_HIDDEN else empty
-        self.d_uncond = torch.zeros_like(self.hidden_MD) if needs & NEEDS_UNCOND else empty
-        self.d_weight = torch.zeros_like(self.weight_KD) if needs & NEEDS_WEIGHT else empty
-        self.d_bias = self.weight_KD.new_zeros(len(weight)) if needs & NEEDS_BIAS else empty
+        # An operation must not return one tensor twice, so each gradient that nobody needs is an empty one of its own.
+        self.d_hidden = torch.zeros_like(self.hidden_MD) if needs & NEEDS_HIDDEN else hidden.new_empty(0)
+        self.d_uncond = torch.zeros_like(self.hidden_MD) if needs & NEEDS_UNCOND else hidden.new_empty(0)
+        self.d_weight = torch.zeros_like(self.weight_KD) if needs & NEEDS_WEIGHT else self.weight_KD.new_empty(0)
+        self.d_bias = self.weight_KD.new_zeros(len(weight)) if needs & NEEDS_BIAS else self.weight_KD.new_empty(0)
         self.needs = needs
         self.shape, self.weight_dtype = hidden.shape, weight.dtype
         self.bias_dtype = weight.dtype if bias is None else bias.dtype
@@ -191,13 +191,12 @@ def _per_token(values_R: Tensor, shape: torch.Size) -> Tensor:
 def _statistics(clipped: Tensor, k3: Tensor, ratio: Tensor, entropy: Tensor | None, mask: Tensor | None) -> Tensor:
     """(clip_fraction, kl, ratio_max, ratio_mean[, entropy]) over the tokens that count, zero if none does."""
     means = [clipped.to(ratio.dtype), k3, ratio] + ([] if entropy is None else [entropy])
+    count: Tensor | int = max(ratio.numel(), 1)
     if mask is not None:
+        count = mask.sum().clamp_min(1)
         zero = ratio.new_zeros(())
         means = [torch.where(mask, x, zero) for x in means]
         ratio = torch.where(mask, ratio, zero)
-        count = mask.sum().clamp_min(1)
-    else:
-        count = torch.tensor(max(ratio.numel(), 1), device=ratio.device)
     top = ratio.max() if ratio.numel() else ratio.new_zeros(())
     clip_fraction, kl, ratio_mean, *rest = [x.sum() / count for x in means]
     return torch.stack([clip_fraction, kl, top, ratio_mean, *rest])

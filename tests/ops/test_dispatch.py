@@ -1,0 +1,89 @@
+"""Which backend runs, what is said when one cannot, and what capabilities() reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import pyunictokens as uct
+from pyunictokens.errors import UserError
+from pyunictokens.ops import _dispatch
+from pyunictokens.ops._dispatch import Entry, choose
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Entry]]:
+    """A table of one operation with three backends, none of them real."""
+    table = {
+        "op": {
+            "reference": Entry(lambda: "reference"),
+            "cpu": Entry(lambda: "cpu", devices=("cpu",), dtypes=(torch.float32,)),
+            "triton": Entry(lambda: "triton", devices=("cuda",), dtypes=(torch.bfloat16,)),
+        }
+    }
+    monkeypatch.setattr(_dispatch, "_table", table)
+    monkeypatch.setattr(_dispatch, "_unavailable", {})
+    return table
+
+
+def test_the_best_that_takes_device_and_dtype(table: dict[str, Any]) -> None:
+    assert choose("op", None, CPU, torch.float32) == "cpu"
+    assert choose("op", None, CPU, torch.bfloat16) == "reference"
+    assert choose("op", None, CUDA, torch.bfloat16) == "triton"
+    assert choose("op", None, CUDA, torch.float32) == "reference"
+    assert choose("op", None, torch.device("meta"), torch.float32) == "reference"
+    _dispatch.mark_unavailable("triton", "no GPU")
+    assert choose("op", None, CUDA, torch.bfloat16) == "reference"
+
+
+def test_a_backend_asked_for_is_used_or_refused_with_the_way_out(table: dict[str, Any]) -> None:
+    assert choose("op", "reference", CPU, torch.float32) == "reference"
+    with pytest.raises(UserError, match=r"backend='fast'.*reference, cpu, triton, cuda"):
+        choose("op", "fast", CPU, torch.float32)
+    with pytest.raises(UserError, match=r"does not take tensors on cpu, only on cuda; use backend='reference'"):
+        choose("op", "triton", CPU, torch.bfloat16)
+    with pytest.raises(UserError, match="does not take float64, only float32"):
+        choose("op", "cpu", CPU, torch.float64)
+    with pytest.raises(UserError, match="backend 'cuda' is not offered for op; use backend='reference'"):
+        choose("op", "cuda", CUDA, torch.float32)
+    _dispatch.mark_unavailable("cpu", "the core is missing")
+    with pytest.raises(UserError, match="backend 'cpu' cannot run here: the core is missing"):
+        choose("op", "cpu", CPU, torch.float32)
+
+
+def test_capabilities_of_the_table(table: dict[str, Any]) -> None:
+    _dispatch.mark_unavailable("triton", "no GPU")
+    report = uct.ops.capabilities()
+    assert report["reference"] == {"available": True, "ops": ["op"], "reason": ""}
+    assert report["triton"] == {"available": False, "ops": [], "reason": "no GPU"}
+    assert report["cuda"]["available"] is False
+    assert "no cuda implementation" in report["cuda"]["reason"]
+
+
+def test_capabilities_of_this_build() -> None:
+    report = uct.ops.capabilities()
+    assert report["reference"]["ops"] == ["grpo_loss", "maskgit_grpo_loss", "maskgit_step", "selected_logprob"]
+    assert report["cpu"]["available"] == bool(uct.ops.build_info())
+    if report["cpu"]["available"]:
+        assert report["cpu"]["ops"] == ["maskgit_step"]
+
+
+def test_cpu_is_refused_where_it_is_not_offered() -> None:
+    hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(UserError, match="backend 'cpu' is not offered for selected_logprob; use backend='reference'"):
+        uct.ops.selected_logprob(hidden, weight, target, backend="cpu")
+    with pytest.raises(UserError, match="backend 'cpu' of maskgit_step does not take float64"):
+        uct.ops.maskgit_step(
+            torch.randn(1, 2, 3, dtype=torch.float64),
+            torch.zeros(1, 2, dtype=torch.int64),
+            mask_len=1,
+            temperature=1.0,
+            seed=0,
+            sample_ids=torch.zeros(1, dtype=torch.int64),
+            step=0,
+            backend="cpu",
+        )

@@ -1,0 +1,175 @@
+"""torch.library registration: opcheck, torch.compile(fullgraph=True), fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pyunictokens as uct
+from pyunictokens.ops import philox
+
+OPS = torch.ops.pyunictokens
+R, T, N, D, K = 2, 2, 3, 5, 7
+
+
+def _leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def _head() -> dict[str, Tensor]:
+    return {
+        "hidden": _leaf(R, T, N, D),
+        "weight": _leaf(K, D),
+        "target": torch.randint(0, K, (R, T, N)),
+        "bias": _leaf(K),
+        "uncond": _leaf(R, T, N, D),
+    }
+
+
+def _step(dtype: torch.dtype) -> tuple[Any, ...]:
+    numbers = torch.tensor([1, 2])
+    return torch.randn(R, N, K, dtype=dtype), torch.full((R, N), -1), numbers, torch.rand(R), 5, numbers, numbers
+
+
+def test_opcheck_selected_logprob() -> None:
+    h = _head()
+    for bias, uncond, scale in ((h["bias"], h["uncond"], 2.0), (None, None, 0.0), (h["bias"].detach(), None, 0.0)):
+        arguments = (h["hidden"], h["weight"], h["target"], bias, uncond, scale, 0.9, "reference")
+        torch.library.opcheck(OPS.selected_logprob, arguments)
+    with torch.no_grad():
+        logp, lse = OPS.selected_logprob(*arguments)
+    for needs in (0, 1, 4, 15):
+        arguments = (logp, lse, h["hidden"], h["weight"], h["target"], h["bias"], h["uncond"], 2.0, 0.9, needs)
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+        torch.library.opcheck(OPS.selected_logprob_backward, (*detached, "reference"))
+
+
+def test_opcheck_losses() -> None:
+    h = _head()
+    shape, advantages = (R, T, N), torch.randn(R)
+    old, ref = torch.randn(shape), torch.randn(shape)
+    for mask, reference, beta in ((torch.rand(shape) > 0.5, ref, 0.1), (None, None, 0.0)):
+        torch.library.opcheck(
+            OPS.grpo_loss,
+            (_leaf(*shape), old, reference, advantages, torch.tensor(0.6), mask, 0.2, 0.2, beta, "reference"),
+        )
+        for bias, uncond, scale, needs in ((h["bias"], h["uncond"], 1.5, 15), (None, None, 0.0, 5)):
+            torch.library.opcheck(
+                OPS.maskgit_grpo_loss,
+                (
+                    h["hidden"],
+                    h["weight"],
+                    h["target"],
+                    old,
+                    reference,
+                    advantages,
+                    torch.rand(N),
+                    bias,
+                    uncond,
+                    mask,
+                    scale,
+                    1.1,
+                    0.2,
+                    0.2,
+                    beta,
+                    needs,
+                    "reference",
+                ),
+            )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck_maskgit_step(backend: str) -> None:
+    for dtype in (torch.float32, torch.float64 if backend == "reference" else torch.bfloat16):
+        for noise in ((None, None), (torch.rand(R, N, K), torch.rand(R, N))):
+            torch.library.opcheck(OPS.maskgit_step, (*_step(dtype), *noise, philox.STREAM_TOKEN, backend))
+
+
+def _logprob_call(h: dict[str, Tensor]) -> Tensor:
+    return uct.ops.selected_logprob(
+        h["hidden"], h["weight"], h["target"], h["bias"], hidden_uncond=h["uncond"], guidance_scale=3.0
+    ).sum()
+
+
+def _loss_call(h: dict[str, Tensor]) -> Tensor:
+    logp = (h["hidden"] * h["uncond"]).sum(-1)
+    mask = h["target"] > 1
+    return uct.ops.grpo_loss(logp, logp.detach() + 0.1, None, h["bias"][:R].detach(), beta=0.0, mask=mask)[0]
+
+
+def _fused_call(h: dict[str, Tensor]) -> Tensor:
+    old = h["hidden"].detach().sum(-1) - 2
+    loss, logp, stats = uct.ops.maskgit_grpo_loss(
+        h["hidden"],
+        h["weight"],
+        h["target"],
+        old,
+        old + 0.1,
+        h["bias"][:R].detach(),
+        h["bias"],
+        hidden_uncond=h["uncond"],
+        guidance_scale=3.0,
+        mask=h["target"] > 1,
+    )
+    return loss + 0 * (logp.sum() + stats.kl)
+
+
+@pytest.mark.parametrize(
+    ("call", "compiler"),
+    [
+        (_logprob_call, "aot_eager"),
+        (_loss_call, "aot_eager"),
+        (_fused_call, "aot_eager"),
+        pytest.param(_fused_call, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_fullgraph_equals_eager(call: Callable[[dict[str, Tensor]], Tensor], compiler: str) -> None:
+    torch.compiler.reset()
+    h = _head()
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
+    wanted = torch.autograd.grad(call(h), [x for x in h.values() if x.requires_grad], allow_unused=True)
+    found = torch.autograd.grad(compiled(h), [x for x in h.values() if x.requires_grad], allow_unused=True)
+    for got, want in zip(found, wanted, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None and want is not None:
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_step_with_changing_numbers_and_sizes() -> None:
+    torch.compiler.reset()
+
+    def call(logits: Tensor, codes: Tensor, ids: Tensor, step: int, seed: int) -> tuple[Tensor, ...]:
+        out = uct.ops.maskgit_step(logits * 2, codes, mask_len=2, temperature=0.7, seed=seed, sample_ids=ids, step=step)
+        return out.codes, out.chosen, out.logp, out.masked
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for batch, positions, step in ((2, 4, 0), (2, 4, 1), (3, 6, 2), (3, 6, 3)):
+        arguments = torch.randn(batch, positions, 11), torch.full((batch, positions), -1), torch.arange(batch), step
+        for got, want in zip(compiled(*arguments, 9), call(*arguments, 9), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_fake_tensors_give_shapes_without_computing() -> None:
+    with FakeTensorMode():
+        hidden, weight = torch.empty(3, 5, 7, 64, dtype=torch.bfloat16), torch.empty(8192, 64, dtype=torch.bfloat16)
+        target, logp = torch.zeros(3, 5, 7, dtype=torch.int64), torch.zeros(3, 5, 7)
+        found = uct.ops.selected_logprob(hidden, weight, target)
+        assert (found.shape, found.dtype) == ((3, 5, 7), torch.float32)
+        loss, fused, stats = uct.ops.maskgit_grpo_loss(hidden, weight, target, logp, logp, torch.zeros(3))
+        assert (loss.shape, fused.shape, stats.entropy.shape) == ((), (3, 5, 7), ())
+        out = uct.ops.maskgit_step(
+            torch.empty(3, 9, 100, dtype=torch.bfloat16),
+            torch.zeros(3, 9, dtype=torch.int64),
+            mask_len=3,
+            temperature=1.0,
+            seed=0,
+            sample_ids=torch.arange(3),
+            step=0,
+        )
+        assert [x.dtype for x in out] == [torch.int64, torch.int64, torch.float32, torch.bool]
+        assert all(x.shape == (3, 9) for x in out)
