@@ -114,9 +114,10 @@ class Collector:
     def _dsog(self, plain: list[str]) -> Dsog | None:
         if not self.config.dsog.enabled or self.preview_scorer is None:
             return None
+        judge = self.preview_scorer(plain)
         return Dsog(
             self.threshold,
-            self.preview_scorer(plain),
+            lambda pixels, index: judge(pixels.float().clamp(-1, 1), index),  # decoders overshoot, experts refuse that
             preview_step=self.config.dsog.preview_step or None,
             max_candidates=self.config.dsog.max_candidates,
         )

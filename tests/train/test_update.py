@@ -199,13 +199,17 @@ def test_golden_values_and_gradients(
 
 def peak_bytes(steps: int, tmp_path: Path) -> int:
     """Most bytes PyTorch's CPU allocator held at once during one update, beyond what it held before."""
-    model = tiny_model(width=64)
+    model = tiny_model(width=64, layers=1)
     model.requires_grad_(True)
-    images = fake_images(model, steps=steps)
-    run = lambda: streamed_backward(model, torch.tensor([0.7, -0.4, 0.1, -0.9, 0.5]), LossSettings(micro_rows=2), images)  # noqa: E731
+    images = fake_images(model, steps=steps, rows=2)
+
+    def run() -> None:
+        streamed_backward(model, torch.tensor([0.7, -0.7]), LossSettings(micro_rows=2), images)
+
     run()
     model.zero_grad()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
     trace = tmp_path / f"trace{steps}.json"
     profile.export_chrome_trace(str(trace))
@@ -217,9 +221,10 @@ def peak_bytes(steps: int, tmp_path: Path) -> int:
     return top
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_memory_does_not_depend_on_the_number_of_timesteps(tmp_path: Path) -> None:
     few, many = peak_bytes(5, tmp_path), peak_bytes(50, tmp_path)
-    assert few > 500_000, "the measurement sees the activations"
+    assert few > 300_000, "the measurement sees the activations"
     assert many <= 1.10 * few
 
 
