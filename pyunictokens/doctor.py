@@ -12,7 +12,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,8 +198,6 @@ def toy_status() -> dict[str, Any]:
 def _problems(report: dict[str, Any]) -> list[dict[str, str]]:
     """What keeps the essential parts from working, each with what to do."""
     found = []
-    if sys.version_info < (3, 10):
-        found.append({"what": f"Python {report['python']} is too old", "do": "use Python 3.10 or newer"})
     for name, version in report["packages"].items():
         if version is None:
             found.append({"what": f"{name} is missing", "do": f"pip install {name}"})

@@ -25,7 +25,7 @@ TOY_MAX_TEXT = 48
 
 @dataclass
 class Toy:
-    """The toy's parts. `max_text` belongs to the model: other lengths put the image where it has not learned to read."""
+    """The toy's parts. `max_text` belongs to the model: with another one the image stands elsewhere."""
 
     model: Showo
     vq: MagvitV2

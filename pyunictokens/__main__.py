@@ -1,0 +1,5 @@
+"""`python -m pyunictokens`: the command line without the console script."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""The command line: `pyunictokens COMMAND`. One file a group of commands; this one only lists them.
+
+Nothing heavy is imported before a command runs, so `--help` answers at once. Exit codes: 0 done, 2 something the user
+gave cannot be used (one clear line, no traceback), 1 unexpected, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from . import bench, data, demo, doctor, evaluate, generate, train
+from .shell import guarded, show_warnings_briefly
+
+app = typer.Typer(
+    name="pyunictokens",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Teach a unified masked-generative model one person's dog, mug or friend, and improve it by reinforcement "
+    "learning. Without --model, every command works on the small toy model that comes with the package.",
+)
+app.command("demo")(guarded(demo.demo))
+app.command("train")(guarded(train.train))
+app.command("generate")(guarded(generate.generate))
+app.command("understand")(guarded(generate.understand))
+app.command("evaluate")(guarded(evaluate.evaluate))
+app.command("bench", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(guarded(bench.bench))
+app.add_typer(data.app, name="data")
+app.command("doctor")(guarded(doctor.doctor))
+
+
+def _version(value: bool) -> None:
+    if value:
+        from pyunictokens import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Options that stand before the command."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    show_warnings_briefly()
+    try:
+        app()
+    except BrokenPipeError:  # the reader of our output has gone, as in `pyunictokens data list | head -1`
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,212 @@
+"""`pyunictokens data …`: look at concept folders, check them, make one from photos, write a toy one.
+
+Everything is done by `pyunictokens.data`; this file turns flags into calls and findings into tables.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .shell import USER_ERROR, Bars, SeedOption, console, guarded
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Concept folders: list, check, make.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RootArgument = Annotated[Path, typer.Argument(help="The data folder, the one that holds concept/train/.")]
+
+
+def check(
+    root: RootArgument,
+    name: Annotated[str | None, typer.Argument(help="One concept; all of them when left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the problems as JSON.")] = False,
+) -> None:
+    """Find everything that is wrong in a data folder, in one go. Changes nothing on disk.
+
+    The exit code is 0 without errors (warnings are allowed) and 2 with errors.
+
+    Examples:
+
+        pyunictokens data check photos/
+
+        pyunictokens data check photos/ bo
+    """
+    from ..data.check import check_folder
+    from ..data.folder import list_concepts
+    from ..data.parse import ERROR
+
+    names = [name] if name is not None else list_concepts(root)
+    with Bars() as bars:
+        seen = 0
+
+        def step(current: str) -> None:
+            nonlocal seen
+            bars("checking", seen, max(len(names), 1), current)
+            seen += 1
+
+        problems = check_folder(root, name, progress=step)
+        bars("checking", max(len(names), 1), max(len(names), 1))
+    errors = sum(problem.severity == ERROR for problem in problems)
+    if as_json:
+        rows = [{"severity": p.severity, "file": p.file, "field": p.field, "message": p.message} for p in problems]
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif problems:
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")
+        for problem in problems:
+            colour = "red" if problem.severity == ERROR else "yellow"
+            place = escape(problem.file) + (f" [dim]{escape(problem.field)}[/dim]" if problem.field else "")
+            table.add_row(f"[{colour}]{problem.severity}[/{colour}]", f"{place}\n{escape(problem.message)}")
+        out = console()
+        out.print(table)
+        out.print(f"{errors} errors, {len(problems) - errors} warnings")
+    else:
+        console().print(f"{root}: {len(names)} concept{'s' if len(names) != 1 else ''}, no problems")
+    if errors:
+        raise typer.Exit(USER_ERROR)
+
+
+def new(
+    root: Annotated[Path, typer.Argument(help="The data folder; made when it is not there.")],
+    name: Annotated[str, typer.Argument(help="The concept's name; its token becomes <NAME>.")],
+    photos: Annotated[
+        list[Path] | None, typer.Argument(help="Picture files, or one folder of them. About ten work best.")
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help="human, animal or object.")] = "object",
+    class_word: Annotated[str, typer.Option("--class", help="What it is, in a word or two: dog, mug, woman.")] = "",
+    info: Annotated[str, typer.Option("--info", help="A sentence on how it looks.")] = "",
+    facts: Annotated[
+        Path | None, typer.Option("--facts", help="YAML sheet of facts and questions (see --template).")
+    ] = None,
+    negatives: Annotated[
+        Path | None, typer.Option("--negatives", help="Folder of pictures of other things of the same class.")
+    ] = None,
+    test_photos: Annotated[int, typer.Option("--test-photos", min=0, help="How many photos are kept for testing.")] = 2,
+    template: Annotated[
+        bool, typer.Option("--template", help="Print a sheet of facts to fill in, and make nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a concept of this name.")] = False,
+) -> None:
+    """Make a concept from ordinary picture files and a sheet of facts. All or nothing.
+
+    Examples:
+
+        pyunictokens data new photos/ bo --kind animal --class dog --template > bo.yaml
+
+        pyunictokens data new photos/ bo pictures/bo/ --kind animal --class dog --facts bo.yaml
+
+        pyunictokens data new photos/ mug a.jpg b.jpg c.jpg --class mug --info "<mug> is a blue mug."
+    """
+    from ..data.facts import facts_template
+    from ..data.new import new_concept
+
+    if template:
+        typer.echo(facts_template(name, kind, class_word or "thing"), nl=False)
+        return
+    if not photos:
+        raise UserError("no photos: name picture files or one folder of them")
+    if not class_word:
+        raise UserError("--class is missing: say what it is in a word or two, as in --class dog")
+    given: Path | list[Path] = photos[0] if len(photos) == 1 and photos[0].is_dir() else photos
+    with Bars() as bars:
+        done = 0
+
+        def step(current: str) -> None:
+            nonlocal done
+            done += 1
+            bars("reading pictures", done, max(done, len(photos)), current)
+
+        made = new_concept(
+            root,
+            name,
+            given,
+            kind=kind,
+            class_word=class_word,
+            info=info,
+            spec_yaml=facts,
+            negatives=negatives,
+            test_photos=test_photos,
+            force=force,
+            progress=step,
+        )
+    out = console()
+    concept = made.concept
+    out.print(
+        f"{concept.name}: {len(concept.train_images)} pictures to learn from, {len(concept.test_images)} to test with, "
+        f"{len(concept.extra_info)} facts; pictures of other things: {made.negatives}"
+    )
+    for note in made.notes:
+        out.print(f"note: {note}", markup=False)
+    out.print(f"next: pyunictokens train {root} {name} --out runs/{name}", markup=False)
+
+
+def toy(
+    root: Annotated[Path, typer.Argument(help="The data folder; made when it is not there.")],
+    name: Annotated[str, typer.Argument(help="The concept's name.")] = "bo",
+    kind: Annotated[str, typer.Option("--kind", help="human, animal or object.")] = "animal",
+    seed: SeedOption = 0,
+) -> None:
+    """Write a toy concept: a drawn subject that the embedded model has never seen, with facts and questions.
+
+    Examples:
+
+        pyunictokens data toy toydata/
+
+        pyunictokens data toy toydata/ ann --kind human --seed 3
+    """
+    from ..data.concept import KINDS, concept_name
+    from ..data.toyconcept import write_toy_concept
+
+    if kind not in KINDS:
+        raise UserError(f"--kind {kind}: must be one of {', '.join(KINDS)}")
+    concept_name(name)
+    if (root / "concept" / "train" / name).exists():
+        raise UserError(f"{root / 'concept' / 'train' / name}: is there already: choose another name or folder")
+    write_toy_concept(root, seed=seed, kind=kind, name=name)
+    console().print(f"{name} written to {root}; next: pyunictokens train {root} {name} --out runs/{name}", markup=False)
+
+
+def list_(root: RootArgument) -> None:
+    """List the concepts of a data folder.
+
+    Example:
+
+        pyunictokens data list toydata/
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..data.folder import list_concepts, read_concept
+    from ..data.parse import ERROR
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("name", "kind", "class", "pictures", "test", "facts", "errors"):
+        table.add_column(title, overflow="fold")
+    for name in list_concepts(root):
+        try:
+            concept, problems = read_concept(root, name)
+        except UserError as error:
+            table.add_row(escape(name), "", escape(str(error)), "", "", "", "1")
+            continue
+        errors = sum(problem.severity == ERROR for problem in problems)
+        counts = (len(concept.train_images), len(concept.test_images), len(concept.extra_info), errors)
+        table.add_row(escape(name), concept.kind, escape(concept.class_word), *map(str, counts))
+    console().print(table)
+
+
+app.command("list")(guarded(list_))
+app.command("check")(guarded(check))
+app.command("new")(guarded(new))
+app.command("toy")(guarded(toy))

@@ -1,0 +1,65 @@
+"""`pyunictokens demo`: everything on the toy, start to finish."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .shell import Bars, DeviceOption, DtypeOption, OverridesArgument, SeedOption, console
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..evaluate.result import EvalResult
+
+
+def demo(
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the demo; an earlier one is replaced.")] = Path(
+        "demo"
+    ),
+    kind: Annotated[str, typer.Option("--kind", help="human, animal or object.")] = "animal",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+) -> None:
+    """Teach the toy model one drawn concept, start to finish, and report what changed.
+
+    Settings are those of `train`, from its toy preset.
+
+    Examples:
+
+        pyunictokens demo
+
+        pyunictokens demo --kind human --seed 3 --out demo_human
+
+        pyunictokens demo grpo.steps=10 evaluation.samples=2
+    """
+    from ..demo import run_demo
+
+    started = time.monotonic()
+    with Bars() as bars:
+        outcome = run_demo(out, kind=kind, seed=seed, words=overrides or [], device=device, dtype=dtype, progress=bars)
+    show_results(outcome.results)
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    console().print(f"{minutes} min {seconds} s; the report: {outcome.report}", markup=False)
+
+
+def show_results(results: Mapping[str, EvalResult]) -> None:
+    """The table of headline measures, one column an evaluation."""
+    from rich.table import Table
+
+    from ..demo import headline_rows
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    if len(results) > 1:
+        table.add_column("change [95 %]")
+    for row in headline_rows(results):
+        table.add_row(*row[: len(results) + (2 if len(results) > 1 else 1)])
+    console().print(table)

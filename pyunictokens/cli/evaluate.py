@@ -1,0 +1,97 @@
+"""`pyunictokens evaluate`: the measures of UnifyBench++ for a run, on the held-out half of a concept folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .demo import show_results
+from .generate import ConceptOption, NameOption, RunArgument
+from .shell import (
+    Bars,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OverridesArgument,
+    TokenizerOption,
+    VqOption,
+    console,
+)
+
+
+def evaluate(
+    run: RunArgument,
+    overrides: OverridesArgument = None,
+    concept: ConceptOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON file of the result. Default: evaluation.json in the run.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="An earlier result to compare with. Default: before.json of the run."),
+    ] = None,
+    rewards: Annotated[
+        str | None, typer.Option("--rewards", metavar="MODULE:FUNCTION", help="Your own reward experts.")
+    ] = None,
+    name: NameOption = None,
+    model: ModelOption = None,
+    vq: VqOption = None,
+    tokenizer: TokenizerOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same drawings. Default: 1000.")] = None,
+) -> None:
+    """Measure a run: recognition, answers, reasoning, drawings. Writes JSON and prints before and after.
+
+    Settings: samples, timesteps, guidance_scale, max_new_tokens, splits, seed.
+
+    Examples:
+
+        pyunictokens evaluate runs/bo
+
+        pyunictokens evaluate runs/bo --concept toydata bo samples=8
+
+        pyunictokens evaluate base --concept toydata bo --out base.json "splits=[pure, dense]"
+    """
+    from dataclasses import replace
+
+    from ..data.folder import load_concept
+    from ..evaluate.result import EvalResult
+    from ..pipeline import measure
+    from ..runs import EvaluationConfig, Run, RunConfig
+    from ..train.settings import from_mapping, load_yaml, with_overrides
+    from ..workbench import Sources, load_experts
+
+    place, flags = Run.find(run), Sources(model, vq, tokenizer)
+    root, concept_name = place.concept_folder(concept)
+    data = load_concept(root, concept_name)
+    preset = "toy" if place.sources(flags).is_toy else "paper"
+    settings = RunConfig.make(preset, place.config, f"{run}/config.yaml").evaluation
+    if config is not None:
+        settings = from_mapping(EvaluationConfig, load_yaml(config), base=settings, origin=str(config))
+    if seed is not None:
+        settings = replace(settings, seed=seed)
+    settings = with_overrides(settings, overrides or [])
+    if out is None:
+        out = place.path / "evaluation.json" if place.path is not None else Path("evaluation.json")
+    bench = place.open(flags, device, dtype, name)
+    experts = load_experts(bench.sources, bench.device, rewards or place.config.get("rewards"))
+    with Bars() as bars:
+        result = measure(bench, data, settings, experts, bars, "measuring")
+    result.save(out)
+    results = {"now": result}
+    if against is None and place.path is not None and (place.path / "before.json").is_file():
+        against = place.path / "before.json"
+    if against is not None:
+        if not against.is_file():
+            raise UserError(f"--against {against}: no such file")
+        results = {against.stem: EvalResult.load(against), **results}
+    show_results(results)
+    for note in result.notes:
+        console().print(f"note: {note}", markup=False)
+    console().print(str(out), markup=False)

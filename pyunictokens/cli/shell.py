@@ -1,0 +1,149 @@
+"""What every command shares at the edges: how errors end, where text goes, and the options that mean the same.
+
+It knows exit codes and consoles; it does not know what any command does.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ..errors import MissingExtra, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Show-o folder or hub id. Default: the embedded toy, or what the run used."),
+]
+VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or hub id. Default: as for --model.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="Folder or hub id with tokenizer.json. Default: as for --model.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", metavar="FILE.yaml")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings by name; they win over --config.", show_default=False),
+]
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console on stdout or stderr."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def guarded(command: Function) -> Function:
+    """Give `command` the exit codes of this program: a mistake of the user is one message, never a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (UserError, MissingExtra) as error:
+            _say(str(error))
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            _say("stopped", mark="")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if error.filename is None:
+                return _unexpected()
+            _say(f"{error.filename}: {error.strerror}")  # no space, no permission, not a folder: the user's to change
+            raise typer.Exit(USER_ERROR) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception:
+            return _unexpected()
+
+    return run  # type: ignore[return-value]
+
+
+def show_warnings_briefly() -> None:
+    """Print a warning as one line, and one that only differs in its numbers not again."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        text = str(message)
+        kind = re.sub(r"[0-9.]+", "#", text)
+        if kind not in seen:
+            seen.add(kind)
+            _say(text, mark="warning: ")
+
+    warnings.showwarning = show
+
+
+def _unexpected() -> None:
+    traceback.print_exc()
+    _say("this was not expected; the traceback above says where. `pyunictokens doctor` tells what is installed.")
+    raise typer.Exit(UNEXPECTED)
+
+
+def _say(text: str, mark: str = "error: ") -> None:
+    print(f"{mark}{text}", file=sys.stderr, flush=True)
+
+
+class Bars:
+    """Progress bars by name on stderr. `bars("drawing", done, total)` makes, moves and finishes one.
+
+    Without a terminal a line is written every ten seconds at most, so that logs stay short.
+    """
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Bars:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+
+    def __call__(self, name: str, done: int, total: int, note: str = "") -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note=note)
+        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+        if not self._console.is_terminal and time.monotonic() - self._last_line > 10:
+            self._last_line = time.monotonic()
+            self._console.print(f"{name} {done}/{total} {note}".rstrip())
+
+    def say(self, text: str) -> None:
+        """A line of text above the bars."""
+        self._progress.console.print(text)
+
+    def counter(self, name: str) -> Callable[[int, int], None]:
+        """A function of (done, total) that moves the bar `name`."""
+        return lambda done, total: self(name, done, total)

@@ -1,0 +1,165 @@
+"""`pyunictokens train`: the concept stages and UniCTask-GRPO on one concept folder, in one run folder."""
+
+from __future__ import annotations
+
+import signal
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .demo import show_results
+from .shell import (
+    Bars,
+    ConfigOption,
+    DeviceOption,
+    ModelOption,
+    OverridesArgument,
+    TokenizerOption,
+    VqOption,
+    console,
+)
+
+
+class Stages(str, Enum):
+    """Which concept stages run."""
+
+    staged = "staged"
+    joint = "joint"
+    none = "none"
+
+
+class Preset(str, Enum):
+    """Where settings start from."""
+
+    toy = "toy"
+    paper = "paper"
+
+
+def train(
+    root: Annotated[Path | None, typer.Argument(help="The data folder; default: the one in --config.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The concept; default: the one in --config.")] = None,
+    overrides: OverridesArgument = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder. Default: runs/NAME.")] = None,
+    stages: Annotated[
+        Stages | None,
+        typer.Option(
+            "--stages", help="staged: one stage after another; joint: one for both tasks; none: start from --start."
+        ),
+    ] = None,
+    grpo: Annotated[bool, typer.Option("--grpo/--no-grpo", help="Whether to reinforce after the stages.")] = True,
+    start: Annotated[
+        str | None, typer.Option("--start", help="A run or folder of concept tokens to begin with.", metavar="RUN")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Whether to measure before and after, and to report.")
+    ] = True,
+    rewards: Annotated[
+        str | None,
+        typer.Option(
+            "--rewards", metavar="MODULE:FUNCTION", help="Your own reward experts; the function takes a device."
+        ),
+    ] = None,
+    preset: Annotated[
+        Preset | None, typer.Option("--preset", help="Settings to start from: toy for the embedded model, else paper.")
+    ] = None,
+    model: ModelOption = None,
+    vq: VqOption = None,
+    tokenizer: TokenizerOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32 or bfloat16. Default: what grpo.dtype says, float32.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
+) -> None:
+    """Learn a concept's tokens from its folder, then improve answers and pictures by reinforcement.
+
+    Settings have three sections: stages, grpo, evaluation (docs/training.md lists them). A run's config.yaml is a valid
+    --config.
+
+    Examples:
+
+        pyunictokens train toydata bo --out runs/bo
+
+        pyunictokens train toydata bo --out runs/bo --resume
+
+        pyunictokens train toydata bo --out runs/short grpo.steps=5 grpo.group_size=4
+
+        pyunictokens train toydata bo --out runs/tokens --stages joint --no-grpo
+
+        pyunictokens train --config runs/bo/config.yaml --out runs/again --seed 1
+    """
+    from dataclasses import replace
+
+    from ..data.folder import load_concept
+    from ..pipeline import run_concept
+    from ..runs import CONFIG, Run, RunConfig
+    from ..train.settings import load_yaml, with_overrides
+    from ..workbench import Sources, load_experts, open_workbench
+
+    words = list(overrides or [])
+    root, name, words = _separate(root, name, words)
+    if resume and config is None and out is not None and (out / CONFIG).is_file():
+        config = out / CONFIG  # what the run was started with
+    values: dict[str, Any] = load_yaml(config) if config is not None else {}
+    root = root or _path(values.get("root"))
+    name = name or values.get("name")
+    if root is None or name is None:
+        raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
+    concept = load_concept(root, str(name))
+    sources = Sources.choose(Sources(model, vq, tokenizer), values)
+    rewards = rewards or values.get("rewards")
+    base = preset.value if preset else str(values.get("preset") or ("toy" if sources.is_toy else "paper"))
+    settings = RunConfig.make(base, values, str(config), words, seed)
+    if stages is Stages.joint:
+        settings = replace(settings, stages=replace(settings.stages, stages=("joint",)))
+    if dtype is not None:
+        settings = replace(settings, grpo=with_overrides(settings.grpo, [f"dtype={dtype}"]))
+    max_text = values.get("max_text")
+    bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
+    experts = load_experts(bench.sources, bench.device, rewards)
+    begin = None
+    if start is not None:
+        begin = Run.find(start).concept_tokens(concept.name)
+    out = out or Path("runs") / concept.name
+    signal.signal(signal.SIGTERM, _stop)
+    with Bars() as bars:
+        outcome = run_concept(
+            bench,
+            concept,
+            settings,
+            out,
+            experts,
+            start=begin,
+            stages=stages is not Stages.none,
+            grpo=grpo,
+            evaluate=evaluate,
+            resume=resume,
+            rewards=rewards,
+            progress=bars,
+        )
+    if outcome.results:
+        show_results(outcome.results)
+    console().print(f"{out}" + (f"; the report: {outcome.report}" if outcome.report else ""), markup=False)
+
+
+def _separate(root: Path | None, name: str | None, words: list[str]) -> tuple[Path | None, str | None, list[str]]:
+    """ROOT and NAME may be left out with --config; then the first KEY=VALUE words stand in their places."""
+    if name is not None and "=" in name:
+        words, name = [name, *words], None
+    if root is not None and "=" in str(root) and not root.exists():
+        words, root = [str(root), *words], None
+    return root, name, words
+
+
+def _path(value: Any) -> Path | None:
+    return None if value is None else Path(str(value))
+
+
+def _stop(*_: object) -> None:
+    """A polite kill (a cluster's time limit) ends like Ctrl-C: the last checkpoint stays, --resume goes on."""
+    raise KeyboardInterrupt

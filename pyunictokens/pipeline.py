@@ -1,0 +1,200 @@
+"""One concept through everything: measure, learn its tokens, measure, reinforce, measure, report, in one run folder.
+
+Every part is finished or resumed on its own: a part whose result is on disk is not done again with `resume`. It knows
+the order and the files (runs.py); how the parts work is the business of `train` and `evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .data.concept import Concept
+from .errors import UserError
+from .evaluate.result import EvalResult
+from .models.concept import ConceptTokens
+from .runs import CONCEPT, CONFIG, FINAL, STAGES, EvaluationConfig, RunConfig, write_description
+from .workbench import Experts, Workbench
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with (what, done, wanted, a word about it)."""
+
+
+@dataclass
+class Outcome:
+    """What a run ends with. `results` holds the evaluations by name: base, before, after."""
+
+    out: Path
+    concept: ConceptTokens
+    results: dict[str, EvalResult] = field(default_factory=dict)
+    report: Path | None = None
+
+
+def run_concept(
+    bench: Workbench,
+    concept: Concept,
+    config: RunConfig,
+    out: Path,
+    experts: Experts | None,
+    *,
+    start: ConceptTokens | None = None,
+    stages: bool = True,
+    grpo: bool = True,
+    evaluate: bool = True,
+    evaluate_base: bool = False,
+    resume: bool = False,
+    rewards: str | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train `concept` on `bench` and leave everything in the folder `out`.
+
+    "before" is measured ahead of the last thing that trains (reinforcement, or the stages where there is none), "after"
+    at the end; `evaluate_base` also measures the model that has never seen the concept. `start` gives tokens to begin
+    with. Raises UserError for a folder that holds a run (unless `resume`), and as the parts do.
+    """
+    if not (stages or grpo):
+        raise UserError("nothing to do: neither stages nor reinforcement was asked for")
+    if not stages and start is None:
+        raise UserError("no stages and no tokens to begin with: give --start RUN, or let the stages run")
+    if grpo and experts is None:
+        raise UserError(
+            "reinforcement needs reward experts, and this model brings none: give rewards=MODULE:FUNCTION, or --no-grpo"
+        )
+    if (out / CONFIG).exists() and not resume:
+        raise UserError(f"{out}: already holds a run: go on with it (--resume) or choose another folder")
+    if resume and not (out / CONFIG).exists():
+        raise UserError(f"{out}: holds no run to resume: start one without --resume")
+    config = config.with_max_text(bench.max_text)
+    if not resume:
+        out.mkdir(parents=True, exist_ok=True)
+        write_description(out, bench.sources, rewards, bench.max_text, concept, config)
+    run = _Run(bench, concept, config, out, experts, resume, progress or (lambda *_: None))
+    outcome = Outcome(out, start or ConceptTokens(concept.name, bench.model.config.hidden_size, 0, 0))
+    if evaluate and (evaluate_base or not grpo):
+        outcome.results["base" if grpo else "before"] = run.measure("base" if grpo else "before")
+    if start is not None:
+        bench.model.attach(start.to(bench.device))
+    if stages:
+        outcome.concept = run.learn(start)
+        outcome.concept.save(out / CONCEPT)
+    if grpo:
+        if evaluate:
+            outcome.results["before"] = run.measure("before")
+        outcome.concept = run.reinforce()
+        outcome.concept.save(out / CONCEPT)
+    if evaluate:
+        outcome.results["after"] = run.measure("after")
+        outcome.report = run.report()
+    return outcome
+
+
+def measure(
+    bench: Workbench,
+    concept: Concept,
+    config: EvaluationConfig,
+    experts: Experts | None,
+    progress: Progress | None = None,
+    name: str = "measuring",
+) -> EvalResult:
+    """UnifyBench++ of the model as it is, on the held-out half of the concept's folder."""
+    from .evaluate.benchmark import SPLITS, unifybench
+
+    def step(split: str, done: int, wanted: int) -> None:
+        if progress is not None:
+            progress(f"{name}: {split.replace('_', ' ')}", done, wanted, "")
+
+    return unifybench(
+        bench.engine(),
+        concept,
+        bench.concept,
+        image_text=experts.image_text if experts else None,
+        ensemble=experts.ensemble if experts else None,
+        reader=experts.reader if experts else None,
+        samples=config.samples,
+        seed=config.seed,
+        steps=config.timesteps,
+        guidance_scale=config.guidance_scale,
+        max_new_tokens=config.max_new_tokens,
+        splits=config.splits or SPLITS,
+        size=bench.size,
+        progress=step,
+    )
+
+
+class _Run:
+    """The parts of one run, each leaving its result in the folder."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        concept: Concept,
+        config: RunConfig,
+        out: Path,
+        experts: Experts | None,
+        resume: bool,
+        progress: Progress,
+    ):
+        self.bench, self.concept, self.config, self.out = bench, concept, config, out
+        self.experts, self.resume, self.progress = experts, resume, progress
+
+    def learn(self, start: ConceptTokens | None) -> ConceptTokens:
+        """The concept stages."""
+        from .train.stages import train_concept_tokens
+
+        folder = self.out / STAGES
+        return train_concept_tokens(
+            self.bench.model,
+            self.bench.vq,
+            self.bench.tokenizer,
+            self.concept,
+            self.config.stages,
+            folder,
+            start=start,
+            face_embedding=self.experts.face_embedding if self.experts else None,
+            resume=self.resume and (folder / "stages.json").exists(),
+            progress=self._step,
+        )
+
+    def reinforce(self) -> ConceptTokens:
+        """UniCTask-GRPO, from the tokens attached."""
+        from .train.grpo import train_grpo
+
+        assert self.experts is not None
+        result = train_grpo(
+            self.bench.model,
+            self.bench.vq,
+            self.bench.tokenizer,
+            self.concept,
+            self.experts.ensemble,
+            self.config.grpo,
+            self.out,
+            preview_scorer=self.experts.preview_scorer,
+            resume=self.resume and (self.out / "run.json").exists(),
+            progress=self._step,
+        )
+        return result.concept
+
+    def measure(self, name: str) -> EvalResult:
+        """One evaluation, kept in `name`.json; with `resume` one that is there is taken from it."""
+        file = self.out / f"{name}.json"
+        if self.resume and file.exists() and (name != "after" or not self._trained_since(file)):
+            return EvalResult.load(file)
+        result = measure(self.bench, self.concept, self.config.evaluation, self.experts, self.progress, f"{name}")
+        result.save(file)
+        return result
+
+    def _trained_since(self, file: Path) -> bool:
+        policy = self.out / FINAL / "policy.json"
+        return policy.exists() and policy.stat().st_mtime_ns > file.stat().st_mtime_ns
+
+    def report(self) -> Path:
+        """report.html of the folder."""
+        from .evaluate.report import write_report
+
+        return write_report(self.out)
+
+    def _step(self, phase: str, done: int, wanted: int, numbers: dict[str, Any]) -> None:
+        words = [f"{key} {numbers[key]:.3f}" for key in ("reward", "loss") if isinstance(numbers.get(key), float)]
+        self.progress(phase, done, wanted, ", ".join(words[:1]))

@@ -1,0 +1,418 @@
+"""The command line end to end on a tiny random model in the toy's place: files, exit codes, one-line errors, resume."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from pyunictokens.cli import app
+from pyunictokens.cli.shell import guarded
+
+SHORT = [
+    "stages.max_steps=2",
+    "stages.num_understanding=2",
+    "stages.num_generation=2",
+    "grpo.steps=2",
+    "grpo.group_size=2",
+    "grpo.timesteps=2",
+    "grpo.max_new_tokens=3",
+    "grpo.trainable=concept",
+    "grpo.checkpoint_every=1",
+    "evaluation.samples=1",
+    "evaluation.timesteps=2",
+    "evaluation.max_new_tokens=3",
+    "evaluation.splits=[reasoning, pure, reasoning_generation]",
+]
+
+
+def tiny_toy(*_: Any, **__: Any) -> Any:
+    """A random model of the toy's kind, small enough for tests: 16 codes, 32 pixels."""
+    from pyunictokens.data.toygrammar import build_tokenizer
+    from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, TextTokenizer
+    from pyunictokens.toy import Toy
+
+    torch.manual_seed(0)
+    made = build_tokenizer()
+    tokenizer = made if isinstance(made, TextTokenizer) else TextTokenizer(made, "<|endoftext|>", "<|endoftext|>")
+    config = ShowoConfig(
+        vocab_size=tokenizer.text_size + 10 + 16 + 1,
+        llm_vocab_size=tokenizer.text_size,
+        codebook_size=16,
+        num_vq_tokens=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    vq_config = MagvitConfig(8, (1, 1, 1, 2), (1, 1, 1, 2), (1, 1, 1, 1), (1, 1, 1, 1), 4, 4)
+    model, vq = Showo(config), MagvitV2(vq_config)
+    return Toy(model.requires_grad_(False).eval(), vq.requires_grad_(False).eval(), tokenizer, 48)
+
+
+def tiny_experts(*_: Any, **__: Any) -> Any:
+    """The toy's reward experts with random weights."""
+    from pyunictokens.data.toygrammar import words
+    from pyunictokens.rewards.toy import toy_rewards
+    from pyunictokens.rewards.toy_nets import ToyExperts
+
+    torch.manual_seed(1)
+    return toy_rewards(ToyExperts(words()).requires_grad_(False).eval())
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyunictokens.toy.load_toy", tiny_toy)
+    monkeypatch.setattr("pyunictokens.rewards.toy.load_toy_experts", tiny_experts)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pyunictokens.data import write_toy_concept
+
+    root = tmp_path_factory.mktemp("data")
+    write_toy_concept(root, seed=5, kind="animal", name="bo")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, trained through the command line."""
+    out = tmp_path_factory.mktemp("runs") / "bo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyunictokens.toy.load_toy", tiny_toy)
+        patch.setattr("pyunictokens.rewards.toy.load_toy_experts", tiny_experts)
+        call("train", data, "bo", "--out", out, *SHORT)
+    return out
+
+
+def call(*words: object, code: int = 0) -> str:
+    """Run a command, hold its exit code against `code`, return what it printed."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def only_error(*words: object) -> str:
+    """The one message of a command that ends with exit code 2."""
+    text = call(*words, code=2)
+    assert "Traceback" not in text
+    assert text.startswith("error: "), text
+    return text
+
+
+# --- edges ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_torch_and_is_quick() -> None:
+    check = "import sys, pyunictokens.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+    best = 10.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "pyunictokens", "--help"], capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+    assert done.returncode == 0 and "understand" in done.stdout
+    assert best < 1.0
+
+
+def test_every_command_has_help_with_examples() -> None:
+    import typer.main
+
+    def visit(command: Any, path: list[str]) -> None:
+        for name, inner in getattr(command, "commands", {}).items():
+            visit(inner, [*path, name])
+        if not hasattr(command, "commands"):
+            text = call(*path, "--help")
+            assert "Example" in text and f"pyunictokens {' '.join(path)}" in text, path
+
+    visit(typer.main.get_command(app), [])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "stopped"),
+        (ValueError("a bug"), 1, "Traceback"),
+        (OSError(28, "No space left on device", "/x/file"), 2, "error: /x/file: No space left on device"),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, says: str) -> None:
+    import typer
+
+    def command() -> None:
+        raise error
+
+    small = typer.Typer()
+    small.command()(guarded(command))
+    result = CliRunner().invoke(small, [])
+    assert result.exit_code == code
+    assert says in result.output
+    assert ("Traceback" in result.output) == (code == 1)
+
+
+def test_a_missing_extra_is_one_line() -> None:
+    import typer
+
+    from pyunictokens.errors import require
+
+    small = typer.Typer()
+    small.command()(guarded(lambda: require("no_such_module_at_all", "rewards")))
+    result = CliRunner().invoke(small, [])
+    assert result.exit_code == 2
+    assert "pip install 'pyunictokens[rewards]'" in result.output and "Traceback" not in result.output
+
+
+def test_warnings_are_one_line_and_not_repeated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyunictokens.cli.shell import show_warnings_briefly
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    show_warnings_briefly()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for number in (1, 2):
+            warnings.warn(f"{number} rows were filled", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert capsys.readouterr().err == "warning: 1 rows were filled\nwarning: something else\n"
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_data_toy_list_check(tmp_path: Path) -> None:
+    call("data", "toy", tmp_path / "d", "ann", "--kind", "human", "--seed", 2)
+    listing = call("data", "list", tmp_path / "d")
+    assert "ann" in listing and "human" in listing
+    assert "no problems" in " ".join(call("data", "check", tmp_path / "d").split())
+    (tmp_path / "d" / "concept" / "train" / "ann" / "info.json").write_text("{")
+    table = call("data", "check", tmp_path / "d", code=2)
+    assert "concept/train/ann/info.json" in table and "line 1" in " ".join(table.split())
+    rows = json.loads(call("data", "check", tmp_path / "d", "--json", code=2))
+    assert any(row["severity"] == "error" and "info.json" in row["file"] for row in rows)
+    assert "is there already" in only_error("data", "toy", tmp_path / "d", "ann")
+    assert "--kind plant" in only_error("data", "toy", tmp_path / "d", "x", "--kind", "plant")
+    assert "'../x'" in only_error("data", "toy", tmp_path / "d", "../x")
+
+
+def test_data_new_from_photos(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(6):
+        colour = (40 * index, 200 - 30 * index, 90)
+        Image.new("RGB", (80 + index, 70), colour).save(photos / f"p{index}.jpg")
+    sheet = tmp_path / "mug.yaml"
+    sheet.write_text(call("data", "new", tmp_path / "d", "mug", "--class", "mug", "--template"))
+    text = call("data", "new", tmp_path / "d", "mug", photos, "--kind", "object", "--class", "mug", "--facts", sheet)
+    assert "4 pictures to learn from, 2 to test with" in text
+    assert "mug" in call("data", "list", tmp_path / "d")
+    call("data", "check", tmp_path / "d", "mug")  # exit code 0: no errors
+    assert "no photos" in only_error("data", "new", tmp_path / "d", "x", "--class", "mug")
+    assert "--class is missing" in only_error("data", "new", tmp_path / "d", "x", photos)
+    (photos / "p0.jpg").write_bytes(b"not a picture")
+    assert "p0.jpg" in only_error("data", "new", tmp_path / "d", "y", photos, "--class", "mug")
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_leaves_the_run_that_is_promised(run: Path, data: Path) -> None:
+    import yaml
+
+    from pyunictokens import ConceptTokens
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["name"] == "bo" and Path(config["root"]) == data and config["grpo"]["steps"] == 2
+    assert json.loads((run / "about.json").read_text())["kind"] == "animal"
+    tokens = ConceptTokens.load(run / "concept")
+    final = ConceptTokens.load(run / "final" / "concept")
+    learned = ConceptTokens.load(run / "stages" / "concept")
+    assert torch.equal(tokens.embed, final.embed) and not torch.equal(tokens.embed, learned.embed)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1]
+    before, after = (json.loads((run / f"{name}.json").read_text())["metrics"] for name in ("before", "after"))
+    assert before.keys() == after.keys() and "reasoning_generation.reward" in before
+    page = (run / "report.html").read_text()
+    assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert list((run / "checkpoints").iterdir()) and list((run / "samples").glob("*.png"))
+
+
+def test_generate_and_understand_with_a_run(run: Path, data: Path, toy: None, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    call("generate", run, "A photo of <bo> on the beach.", "-n", 3, "--out", out, "timesteps=2", "--seed", 7)
+    singles = [tmp_path / f"x_{index}.png" for index in range(3)]
+    first = [file.read_bytes() for file in singles]
+    assert Image.open(out).width > 3 * 32 and Image.open(singles[0]).size == (32, 32)
+    call("generate", run, "A photo of <bo> on the beach.", "-n", 3, "--out", out, "timesteps=2", "--seed", 7)
+    assert first == [file.read_bytes() for file in singles]
+    call("generate", run, "A photo of <bo> on the beach.", "-n", 3, "--out", out, "timesteps=2", "--seed", 8)
+    assert first != [file.read_bytes() for file in singles]
+    reasoned = call("generate", run, "<bo> with its toy.", "--reason", "--out", out, "timesteps=2", "max_new_tokens=4")
+    assert "x.png" in reasoned
+    picture = next((data / "concept" / "test" / "bo").glob("*.png"))
+    answers = call("understand", run, picture, "What colour is <bo>?", "-n", 2, "max_new_tokens=3")
+    assert len(answers.rstrip("\n").split("\n")) == 2
+    call("generate", run / "concept", "<bo>", "--out", out, "timesteps=1")
+    call("generate", "base", "A red cat.", "--out", out, "timesteps=1")
+
+
+def test_generate_refuses_what_it_cannot_use(run: Path, toy: None, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    assert "<max> is not a token" in only_error("generate", run, "A photo of <max>.", "--out", out)
+    assert "no such folder" in only_error("generate", tmp_path / "none", "x", "--out", out)
+    assert "nothing was learned" in only_error("generate", tmp_path, "x", "--out", out)
+    assert "must end in" in only_error("generate", run, "x", "--out", tmp_path / "x.txt")
+    assert "did you mean 'timesteps'" in only_error("generate", run, "x", "timestep=3", "--out", out)
+    assert "guidance_scale=-1.0" in only_error("generate", run, "x", "guidance_scale=-1", "--out", out)
+    assert "steps=0" in only_error("generate", run, "x", "timesteps=0", "--out", out)
+    assert "--vq and --tokenizer missing" in only_error("generate", run, "x", "--model", "a/b", "--out", out)
+    assert "device tpu" in only_error("generate", run, "x", "--device", "tpu", "--out", out)
+    assert "dtype int8" in only_error("generate", run, "x", "--dtype", "int8", "--out", out)
+    assert "no such picture" in only_error("understand", run, tmp_path / "none.png", "What?")
+    assert "--concept ROOT NAME" in only_error("generate", "base", "x", "--reason", "--out", out)
+
+
+def test_evaluate_a_run(run: Path, toy: None, tmp_path: Path) -> None:
+    text = call("evaluate", run, "--out", tmp_path / "e.json")
+    assert "before" in text and "now" in text
+    now = json.loads((tmp_path / "e.json").read_text())["metrics"]
+    after = json.loads((run / "after.json").read_text())["metrics"]
+    assert now == after  # the run is loaded as it was trained, and the drawings have the same noise
+    call("evaluate", "base", "--concept", *_concept(run), "--out", tmp_path / "b.json", "splits=[pure]", "samples=1")
+    assert set(json.loads((tmp_path / "b.json").read_text())["records"]) == {"pure"}
+    assert "--concept ROOT NAME" in only_error("evaluate", "base")
+
+
+def _concept(run: Path) -> tuple[str, str]:
+    import yaml
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return config["root"], config["name"]
+
+
+def test_train_stops_and_resumes_as_if_it_had_not(run: Path, data: Path, toy: None, tmp_path: Path) -> None:
+    """The second step is cut off; the resumed run ends with the same rows as the one that never stopped."""
+    from pyunictokens import ConceptTokens
+    from pyunictokens.train import grpo
+
+    out = tmp_path / "bo"
+    with pytest.MonkeyPatch.context() as patch:
+        original = grpo._Run._one_step
+
+        def interrupted(self: Any) -> Any:
+            if self.step == 1:
+                raise KeyboardInterrupt
+            return original(self)
+
+        patch.setattr(grpo._Run, "_one_step", interrupted)
+        assert "stopped" in call("train", data, "bo", "--out", out, *SHORT, code=130)
+    assert "already holds a run" in only_error("train", data, "bo", "--out", out, *SHORT)
+    call("train", data, "bo", "--out", out, "--resume")
+    one, other = ConceptTokens.load(run / "concept"), ConceptTokens.load(out / "concept")
+    assert torch.equal(one.embed, other.embed) and torch.equal(one.head_bias, other.head_bias)
+    assert "cannot be resumed" in only_error("train", data, "bo", "--out", out, "--resume", "grpo.lr=0.5")
+
+
+def test_train_from_tokens_and_from_a_config(run: Path, toy: None, tmp_path: Path) -> None:
+    from pyunictokens import ConceptTokens
+
+    again = tmp_path / "again"
+    call("train", "--config", run / "config.yaml", "--out", again, "--no-evaluate")
+    assert torch.equal(ConceptTokens.load(run / "concept").embed, ConceptTokens.load(again / "concept").embed)
+    assert not (again / "after.json").exists()
+    other = tmp_path / "joint"
+    call(
+        "train", *_concept(run), "--out", other, "--stages", "joint", "--no-grpo", "--no-evaluate", *SHORT, "--seed", 3
+    )
+    assert (other / "stages" / "joint").is_dir() and not (other / "run.json").exists()
+    further = tmp_path / "further"
+    call(
+        "train", *_concept(run), "--out", further, "--stages", "none", "--start", other, "--no-evaluate",
+        *SHORT, "grpo.steps=1",
+    )  # fmt: skip
+    assert (further / "final" / "policy.json").exists() and not (further / "stages").exists()
+
+
+def test_train_refuses_what_it_cannot_use(data: Path, toy: None, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    assert "which concept" in only_error("train", "--out", out)
+    assert "'nobody'" in only_error("train", data, "nobody", "--out", out)
+    assert "'../bo'" in only_error("train", data, "../bo", "--out", out)
+    assert "group_size=1" in only_error("train", data, "bo", "--out", out, "grpo.group_size=1")
+    assert "no tokens to begin with" in only_error("train", data, "bo", "--out", out, "--stages", "none")
+    assert "nothing to do" in only_error("train", data, "bo", "--out", out, "--stages", "none", "--no-grpo")
+    assert "no run to resume" in only_error("train", data, "bo", "--out", out, "--resume")
+    assert "MODULE:FUNCTION" in only_error("train", data, "bo", "--out", out, "--rewards", "nothing")
+    (tmp_path / "bad.yaml").write_text("grpo: [1\n")
+    assert "line" in only_error("train", data, "bo", "--out", out, "--config", tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_text("grpo:\n  stepps: 3\n")
+    assert "did you mean 'steps'" in only_error("train", data, "bo", "--out", out, "--config", tmp_path / "bad.yaml")
+    assert not out.exists()
+
+
+def test_rewards_of_ones_own(data: Path, toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "import torch\n"
+        "from pyunictokens.rewards import Ensemble\n"
+        "class Bright:\n"
+        "    name = 'bright'\n"
+        "    def score(self, batch):\n"
+        "        return batch.images.mean((1, 2, 3)).clamp(-1, 1)\n"
+        "def load(device):\n"
+        "    return Ensemble({'bright': Bright()}, {'bright': 1.0})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = tmp_path / "own"
+    call(
+        "train", data, "bo", "--out", out, "--rewards", "my_rewards:load", "--no-evaluate", *SHORT,
+        "grpo.dsog.enabled=false", "grpo.steps=1",
+    )  # fmt: skip
+    line = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert "bright" in json.dumps(line)
+
+
+def test_the_demo_does_it_all(toy: None, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        text = call("demo", "--out", out, *SHORT)
+    assert not [str(item.message) for item in caught if "scorer failed" in str(item.message)]  # DSOG really judged
+    assert "base" in text and "before" in text and "after" in text and "report.html" in text
+    assert (out / "report.html").stat().st_size > 1000 and (out / "data" / "concept" / "train" / "bo").is_dir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    assert "not empty" in only_error("demo", "--out", tmp_path / "mine")
+    assert (tmp_path / "mine" / "precious.txt").exists()
+
+
+def test_bench_runs_the_suite_of_the_source_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from pyunictokens.cli import bench
+
+    called: list[Any] = []
+
+    def fake(command: list[str], **_: Any) -> Any:
+        called.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(bench.subprocess, "run", fake)
+    call("bench", "--only", "text", "--rounds", 1, code=3)
+    assert called[0][1:] == ["-m", "benchmarks.run_cpu", "--only", "text", "--rounds", "1"]
+    assert (bench.source_tree() / "benchmarks" / "run_cpu.py").is_file()
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
+    monkeypatch.chdir(tmp_path)
+    assert "source tree" in only_error("bench")
