@@ -1,0 +1,84 @@
+"""Write the README's tables of numbers from benchmarks/results/*.json, between the markers that are there.
+
+    python experiments/readme_tables.py            # rewrite README.md
+    python experiments/readme_tables.py --check    # exit 1 when the README is not what the results say
+
+One table for each machine. Ratios are quoted, with the ratios of single rounds as their spread; absolute times are left
+out where no GPU was measured, because they say more about the machine than about the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
+
+WHAT = {
+    "images": "a group of {group} images, {codes} codes, guidance on, {steps} timesteps",
+    "text": "{group} answers of {tokens} tokens after a context of {context}",
+}
+"""What each workload is, in words; its settings fill the gaps. A workload that is not here is named as it is."""
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One machine's results as a Markdown table under a line that names the machine."""
+    machine = results[0].get("machine", {})
+    lines = [
+        f"{machine.get('cpu', 'CPU')}, {machine.get('cores', '?')} cores, {machine.get('dtype', '')}, "
+        f"torch {machine.get('torch', '?')}:",
+        "",
+        "| work | against | times faster (single rounds) |",
+        "|---|---|---|",
+    ]
+    for result in results:
+        what = WHAT.get(result["name"], result["name"]).format_map(_Gaps(result["settings"]))
+        vocabulary = result["settings"].get("text_vocabulary")
+        what += f", {vocabulary:,} text ids".replace(",", " ") if vocabulary else ""
+        spread = f"{result['ratio_min']:g} to {result['ratio_max']:g}"
+        lines.append(f"| {what} | {result['peer']} | **{result['ratio']:g}** ({spread}, n = {result['rounds']}) |")
+    return "\n".join(lines)
+
+
+class _Gaps(dict[str, Any]):
+    def __missing__(self, key: str) -> str:
+        return "?"
+
+
+def numbers(folder: Path) -> str:
+    """All tables. Without any result, the sentence that says so."""
+    parts = []
+    for file in sorted(folder.glob("*.json")):
+        results = json.loads(file.read_text(encoding="utf-8"))["results"]
+        if results:
+            parts.append(table(results))
+    return "\n\n".join(parts) or "Nothing was measured yet."
+
+
+def rewritten(text: str, folder: Path) -> str:
+    """`text` with what stands between the markers replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md: the markers {BEGIN} and {END} are missing")
+    return f"{before}{BEGIN}\n\n{numbers(folder)}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when README.md is out of date")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    new = rewritten(text, ROOT / "benchmarks" / "results")
+    if options.check:
+        sys.exit("README.md: run python experiments/readme_tables.py" if new != text else 0)
+    readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The documents hold: links lead somewhere, commands and options exist, code blocks compile and their imports work.
+
+Also what no committed text may contain: paths of one machine, or where packages are fetched from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _code_lines(text: str) -> list[str]:
+    """Lines of fenced blocks without a language (or sh) and of indented blocks, continued lines joined."""
+    blocks = [body for language, body in _FENCE.findall(text) if language in {"", "sh", "bash", "console"}]
+    plain = _FENCE.sub("", text)
+    blocks += [line[4:] for line in plain.splitlines() if line.startswith("    ")]
+    return "\n".join(blocks).replace("\\\n", " ").splitlines()
+
+
+def _commands(app: Any, words: list[str]) -> tuple[Any, list[str]]:
+    """The command that `words` call, and what is left of them."""
+    import typer.main
+
+    command = typer.main.get_command(app)
+    while words and hasattr(command, "commands") and words[0] in command.commands:
+        command = command.commands[words[0]]
+        words = words[1:]
+    return command, words
+
+
+def test_there_are_documents() -> None:
+    names = {_name(path) for path in DOCUMENTS}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/index.md", "docs/tour.md"} <= names
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = _FENCE.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{_name(path)} links to {target}, which is not there"
+        if anchor and linked.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{_name(path)} links to {target}: no such heading"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
+def test_commands_exist(path: Path) -> None:
+    from pyunictokens.cli import app
+
+    for line in _code_lines(path.read_text(encoding="utf-8")):
+        found = re.match(r"(?:\$ )?pyunictokens (\S.*)", line.strip())
+        if not found:
+            continue
+        words = shlex.split(found[1], comments=True)
+        words = words[: next((i for i, word in enumerate(words) if word in {">", "|"}), len(words))]
+        command, rest = _commands(app, words)
+        assert not hasattr(command, "commands") or rest[:1] in ([], ["--help"], ["--version"]), (
+            f"{_name(path)}: `{line.strip()}`: no such command"
+        )
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for word in rest:
+            option = word.partition("=")[0]
+            if option.startswith("-") and option not in {"--help", "-h"}:
+                assert option in known, f"{_name(path)}: `{line.strip()}`: no option {option}"
+
+
+def test_the_table_of_commands_names_them_all() -> None:
+    import typer.main
+
+    from pyunictokens.cli import app
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
+    assert table == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"^    make ([a-z]+)", text, re.MULTILINE) + re.findall(r"`make ([a-z]+)`", text):
+            assert target in targets, f"{_name(path)}: make {target}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
+def test_python_blocks_compile_and_import(path: Path) -> None:
+    for language, body in _FENCE.findall(path.read_text(encoding="utf-8")):
+        if language != "python":
+            continue
+        compile(body, _name(path), "exec")
+        for line in body.splitlines():
+            found = re.match(r"from (pyunictokens\S*) import ([\w, ]+)|import (pyunictokens\S*)", line)
+            if not found:
+                continue
+            module = importlib.import_module(found[1] or found[3])
+            for attribute in (found[2] or "").split(","):
+                assert not attribute.strip() or hasattr(module, attribute.split(" as ")[0].strip()), line
+        for attribute in re.findall(r"\buct\.((?:ops\.)?\w+)", body):
+            target: Any = importlib.import_module("pyunictokens")
+            for part in attribute.split("."):
+                assert hasattr(target, part), f"{_name(path)}: uct.{attribute}"
+                target = getattr(target, part)
+
+
+def test_the_readme_example_runs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [body for language, body in _FENCE.findall(text) if language == "python"]
+    assert blocks
+    for body in blocks:
+        scope: dict[str, Any] = {}
+        exec(compile(body, "README.md", "exec"), scope)
+        assert scope["hidden"].grad.abs().sum() > 0
+
+
+def test_the_version_is_in_the_changelog() -> None:
+    import pyunictokens
+
+    assert f"## {pyunictokens.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_machine_paths_and_no_registry_hosts() -> None:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    forbidden = re.compile(
+        rb"(?<![\w.])/(?:work|home|root|Users|workspace)/\w"
+        rb"|(?:files\.|test\.)?" + rb"pypi" + rb"\.org|py" + rb"thonhosted|download\." + rb"pytorch\.org"
+    )
+    for name in listing.stdout.decode().split("\0"):
+        path = ROOT / name
+        if not name or not path.is_file() or path.suffix in {".safetensors", ".png", ".jpg", ".pt", ".npz"}:
+            continue
+        found = forbidden.search(path.read_bytes())
+        assert found is None, f"{name}: {found[0]!r}" if found else ""
