@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import metrics
+    from .benchmark import SPLITS, unifybench
     from .report import write_report
     from .result import EvalResult, Metric, bootstrap
-    from .unifybench import SPLITS, unifybench
 
 _NAMES = {
     "EvalResult": "result",
     "Metric": "result",
     "bootstrap": "result",
-    "SPLITS": "unifybench",
-    "unifybench": "unifybench",
+    "SPLITS": "benchmark",
+    "unifybench": "benchmark",
     "write_report": "report",
 }
 

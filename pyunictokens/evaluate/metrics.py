@@ -77,14 +77,11 @@ def character_bleu(reference: str, candidate: str, weights: Sequence[float] = PU
     common character at all gives 0; ``BP = exp(1 − r/c)`` when the candidate (length c) is shorter than the reference
     (length r).
     """
-    from sacrebleu.metrics.bleu import BLEU
-
     if not reference or not candidate:
         return 0.0
     # One number per character: spaces become tokens like any other, which sacrebleu's own character tokenizer drops.
     as_numbers = [" ".join(str(ord(character)) for character in text) for text in (candidate, reference)]
-    counts = BLEU(tokenize="none", max_ngram_order=len(weights), smooth_method="none", effective_order=False)
-    found = counts.sentence_score(as_numbers[0], [as_numbers[1]])
+    found = _ngrams(len(weights)).sentence_score(as_numbers[0], [as_numbers[1]])
     if found.counts[0] == 0:
         return 0.0
     log_precision = 0.0
@@ -99,7 +96,14 @@ def word_bleu(reference: str, candidate: str) -> float:
     return float(_sentence_bleu().sentence_score(candidate, [reference]).score) / 100.0
 
 
-@lru_cache(maxsize=1)
+@lru_cache
+def _ngrams(longest: int) -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU(tokenize="none", max_ngram_order=longest, smooth_method="none", effective_order=True)
+
+
+@lru_cache
 def _sentence_bleu() -> Any:
     from sacrebleu.metrics.bleu import BLEU
 
