@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,8 +33,11 @@ def run_one(seed: int, kind: str, work: Path, words: list[str], again: bool) -> 
     if again or not facts_file.exists():
         start = time.monotonic()
         command = [sys.executable, "-m", "pyunictokens", "demo", "--out", str(out), "--kind", kind, "--seed", str(seed)]
-        subprocess.run([*command, *words], check=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # the largest child so far, in GiB
+        child = subprocess.Popen([*command, *words])
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            raise SystemExit(f"the demo of seed {seed} failed; what it left is in {out}")
+        peak = usage.ru_maxrss / 2**20  # KiB on Linux
         facts = {"seed": seed, "kind": kind, "seconds": round(time.monotonic() - start), "peak_gib": round(peak, 2)}
         facts_file.write_text(json.dumps(facts))
     facts = json.loads(facts_file.read_text())
@@ -61,9 +63,9 @@ def page(runs: list[dict[str, Any]], words: list[str]) -> str:
     lines = [
         "# What the demo improves",
         "",
-        f"`pyunictokens demo` over {len(runs)} seeds, each with a concept of its own that pre-training never saw. Mean ± standard",
-        "deviation over the seeds; every number is measured on the held-out half of the concept's folder, with the same noise",
-        "before and after. Written by `python experiments/demo_seeds.py"
+        f"`pyunictokens demo` over {len(runs)} seeds, each with a concept of its own that pre-training never saw.",
+        "Mean ± standard deviation over the seeds; every number is measured on the held-out half of the concept's",
+        "folder, with the same noise before and after. Written by `python experiments/demo_seeds.py"
         + (f" {' '.join(words)}" if words else "")
         + "`; the numbers themselves are in [demo.json](demo.json).",
         "",

@@ -44,6 +44,25 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def memory(result: dict[str, Any]) -> str:
+    """The update's memory over the number of timesteps (benchmarks/update_memory.py), as a table."""
+    points = {(point["side"], point["timesteps"]): point["bytes"] for point in result["points"]}
+    steps = sorted({timesteps for _, timesteps in points})
+    names = {"streamed": "this library, streamed", "plain": "published, every graph alive"}
+    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+    lines = [
+        f"Peak memory of one update in MiB, weights not counted ({result['device']}, torch {result['torch']}; "
+        f"{settings}):",
+        "",
+        "| | " + " | ".join(f"T = {timesteps}" for timesteps in steps) + " |",
+        "|---|" + "---|" * len(steps),
+    ]
+    for side, name in names.items():
+        cells = [f"{points[side, timesteps] / 2**20:.0f}" if (side, timesteps) in points else "" for timesteps in steps]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 class _Gaps(dict[str, Any]):
     def __missing__(self, key: str) -> str:
         return "?"
@@ -53,9 +72,13 @@ def numbers(folder: Path) -> str:
     """All tables. Without any result, the sentence that says so."""
     parts = []
     for file in sorted(folder.glob("*.json")):
-        results = json.loads(file.read_text(encoding="utf-8"))["results"]
-        if results:
-            parts.append(table(results))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "points" in content:
+            parts.append(memory(content))
+        elif content.get("results"):
+            parts.append(table(content["results"]))
+        else:
+            print(f"{file.name}: neither results nor points in it, left out", file=sys.stderr)
     return "\n\n".join(parts) or "Nothing was measured yet."
 
 

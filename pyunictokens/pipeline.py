@@ -105,8 +105,9 @@ def measure(
         if progress is not None:
             progress(f"{name}: {split.replace('_', ' ')}", done, wanted, "")
 
+    engine: Any = bench.engine()  # evaluate asks for less than the engine's full signature
     return unifybench(
-        bench.engine(),
+        engine,
         concept,
         bench.concept,
         image_text=experts.image_text if experts else None,

@@ -410,8 +410,12 @@ def test_bench_runs_the_suite_of_the_source_tree(monkeypatch: pytest.MonkeyPatch
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(bench.subprocess, "run", fake)
-    call("bench", "--only", "text", "--rounds", 1, code=3)
+    call("bench", "rollout", "--only", "text", "--rounds", 1, code=3)
     assert called[0][1:] == ["-m", "benchmarks.run_cpu", "--only", "text", "--rounds", "1"]
+    call("bench", "memory", "--timesteps", 5, 50, code=3)
+    assert called[1][1:] == ["-m", "benchmarks.update_memory", "--timesteps", "5", "50"]
+    assert "rollout or memory" in only_error("bench", "speed")
+    assert "rollout or memory" in only_error("bench", "--rounds", 1)
     assert (bench.source_tree() / "benchmarks" / "run_cpu.py").is_file()
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
     monkeypatch.chdir(tmp_path)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from ..errors import UserError
 
-SUITES = {"cpu": "benchmarks.run_cpu"}
+SUITES = {"rollout": "benchmarks.run_cpu", "memory": "benchmarks.update_memory"}
+"""What can be measured, and the module that does it."""
 
 
 def source_tree() -> Path:
@@ -24,18 +26,27 @@ def source_tree() -> Path:
     raise UserError("the benchmarks live in the source tree: clone it, and run this there")
 
 
-def bench(context: typer.Context) -> None:
+def bench(
+    context: typer.Context,
+    suite: Annotated[str | None, typer.Argument(help="rollout or memory; both when left out.")] = None,
+) -> None:
     """Measure this library against its peers and write benchmarks/results/. Takes minutes; leave the machine alone.
 
-    Everything behind `bench` goes to the suite: --only, --rounds, --steps, --tokens, --threads, --out.
+    What stands behind the suite's name goes to it: for rollout --only, --rounds, --steps, --tokens, --threads, --out;
+    for memory --timesteps, --width, --device, --out.
 
     Examples:
 
         pyunictokens bench
 
-        pyunictokens bench --only text --rounds 3
+        pyunictokens bench rollout --only text --rounds 3
+
+        pyunictokens bench memory --timesteps 5 50
     """
-    command = [sys.executable, "-m", SUITES["cpu"], *context.args]
-    code = subprocess.run(command, cwd=source_tree(), check=False).returncode
-    if code:
-        raise typer.Exit(code)
+    if suite is not None and suite not in SUITES:
+        raise UserError(f"suite {suite!r}: must be {' or '.join(SUITES)}, with its own options behind it")
+    root = source_tree()
+    for name in [suite] if suite else list(SUITES):
+        code = subprocess.run([sys.executable, "-m", SUITES[name], *context.args], cwd=root, check=False).returncode
+        if code:
+            raise typer.Exit(code)
