@@ -62,6 +62,8 @@ def token_lists(
                 raise UserError(f"{name}[{place}] is text: give RolloutEngine a tokenizer, or pass ids")
             ids = tokenizer.encode(wrap(text) if wrap else text)
         else:
+            if isinstance(text, (int, float)) or (torch.is_tensor(text) and text.ndim != 1):
+                raise UserError(f"{name}[{place}] is no text and no list of ids: give a list of prompts, not one's ids")
             ids = [int(i) for i in text]
         wrong = [i for i in ids if not 0 <= i < known]
         if wrong:
@@ -130,13 +132,15 @@ def _square(codes: int) -> tuple[int, int]:
 def images(given: Tensor, model: Showo, vq: Any) -> Tensor:
     """Pixels float [B, 3, H, W] or codes int [B, N] as codes int64 [B, N] on the model's device."""
     given = torch.as_tensor(given)
+    if given.numel() == 0:
+        raise UserError(f"images of shape {tuple(given.shape)}: give at least one")
     if given.is_floating_point():
         if vq is None:
             raise UserError("images are pixels: give RolloutEngine a MagvitV2 to read them, or pass codes")
         if not bool(torch.isfinite(given).all()):
             raise UserError("images hold NaN or infinite pixels: must be finite, in [−1, 1]")
         return vq.encode(given.to(next(vq.parameters()).device)).to(model.device)
-    if given.ndim != 2 or given.numel() == 0 or given.dtype == torch.bool:
+    if given.ndim != 2 or given.dtype == torch.bool:
         raise UserError(f"images of shape {tuple(given.shape)}: must be pixels float [B, 3, H, W] or codes int [B, N]")
     if int(given.min()) < 0 or int(given.max()) >= model.config.codebook_size:
         raise UserError(

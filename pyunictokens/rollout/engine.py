@@ -232,7 +232,7 @@ class RolloutEngine:
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
         wrap = None if raw else prompting.chat_question
         asked = checks.token_lists("questions", questions, self.tokenizer, self.model, wrap)
-        clip = torch.is_tensor(images) and images.is_floating_point() and images.ndim == 3
+        clip = self.model.config.w_clip_vit and torch.is_tensor(images) and images.ndim == 3
         seen = images.to(self.model.device) if clip else checks.images(images, self.model, self.vq)
         if 1 not in (len(seen), len(asked)) and len(seen) != len(asked):
             raise UserError(f"{len(seen)} images and {len(asked)} questions: give one of either, or as many of both")

@@ -20,6 +20,7 @@ def dsog(**options):
         ({"prompts": []}, "give at least one"),
         ({"prompts": "a dog"}, "give RolloutEngine a tokenizer"),
         ({"prompts": [[1], [60]]}, r"prompts\[1\] has the id 60: text ids of this model are 0…59"),
+        ({"prompts": [1, 2]}, r"prompts\[0\] is no text and no list of ids"),
         ({"samples": 0}, "samples=0: must be an integer ≥ 1"),
         ({"samples": 1.5}, "samples=1.5"),
         ({"steps": 0}, "steps=0"),

@@ -194,6 +194,9 @@ def test_text_and_image_noise_of_one_id_are_not_the_same_numbers():
         ({"images": torch.full((2, 9), -1)}, "generate it first"),
         ({"images": torch.full((2, 3, 3, 3), float("nan"))}, "NaN"),
         ({"images": torch.zeros(2, 3, 3, 3, dtype=torch.long)}, "must be pixels float"),
+        ({"images": torch.zeros(0, 9, dtype=torch.long)}, "give at least one"),
+        ({"images": torch.zeros(0, 3, 3, 3)}, "give at least one"),
+        ({"questions": [1, 2]}, "give a list of prompts, not one's ids"),
         ({"system": "You are kind."}, "CLIP features only"),
     ],
 )

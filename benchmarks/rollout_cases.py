@@ -1,0 +1,110 @@
+"""The rollout workloads that are measured: one model, the engine on one side, the published loop on the other.
+
+The model is that of DESIGN, section 6: 8 layers of width 512, 256 codes, a codebook of 4096, a group of 4, guidance on.
+Its text vocabulary is that of the published checkpoints (50 295 ids): the published loop pays for the whole head at
+every position. A small one (--text-vocabulary 2000) shows what is left when it does not. Weights are random: time does
+not depend on them. Both sides run in one process in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.baselines import showo_plain
+from pyunictokens import MASK, RolloutEngine
+from pyunictokens.models import Showo, ShowoConfig
+
+GROUP = 4
+GUIDANCE = 5.0
+MAX_TEXT = 128
+PROMPT_IDS = 24
+CONTEXT = 290
+"""Tokens before an answer: task, soi, 256 codes, eoi and a question of 31 ids."""
+
+TEXT_VOCABULARY = 50295
+CODES, CODEBOOK = 256, 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload: both callables do the same work from the same inputs; `per` says what one call makes."""
+
+    name: str
+    peer: str
+    ours: Callable[[], object]
+    plain: Callable[[], object]
+    per: str
+    settings: dict[str, object]
+
+
+def build_model(text_vocabulary: int = TEXT_VOCABULARY, seed: int = 0) -> Showo:
+    """The measured model. Its answers never end by themselves, so that both sides draw equally many tokens."""
+    torch.manual_seed(seed)
+    config = ShowoConfig(
+        vocab_size=text_vocabulary + 10 + CODEBOOK + 1,
+        llm_vocab_size=text_vocabulary,
+        codebook_size=CODEBOOK,
+        num_vq_tokens=CODES,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_position_embeddings=1024,
+        bos_token_id=text_vocabulary - 1,
+        eos_token_id=text_vocabulary - 1,
+    )
+    model = Showo(config).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            parameter.copy_(torch.randn_like(parameter) * 0.02)
+        elif "layernorm.weight" not in name:
+            parameter.zero_()
+    model.showo.lm_head.bias[config.eos_token_id] = -1e4
+    return model
+
+
+def _shared(model: Showo) -> dict[str, object]:
+    return {"group": GROUP, "codes": CODES, "codebook": CODEBOOK, "text_vocabulary": model.config.llm_vocab_size}
+
+
+def images_case(model: Showo, steps: int) -> Case:
+    """A group of four images of one prompt, with guidance and recording as in training, without pixels."""
+    prompt = torch.randint(0, 1000, (PROMPT_IDS,), generator=torch.Generator().manual_seed(1)).tolist()
+    engine = RolloutEngine(model, max_text=MAX_TEXT)
+    unknown = torch.full((GROUP, CODES), MASK)
+
+    def ours() -> object:
+        return engine.generate_images([prompt], samples=GROUP, steps=steps, guidance_scale=GUIDANCE, decode=False)
+
+    def plain() -> object:
+        return showo_plain.generate_images(
+            model, [prompt] * GROUP, unknown, max_text=MAX_TEXT, steps=steps, guidance_scale=GUIDANCE
+        )
+
+    settings = {**_shared(model), "steps": steps, "guidance_scale": GUIDANCE, "prompt_ids": PROMPT_IDS}
+    return Case("images", "published loop, whole sequence and vocabulary", ours, plain, "group", settings)
+
+
+def text_case(model: Showo, tokens: int) -> Case:
+    """Four answers of `tokens` tokens to one question about one image: a context of 290 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, CODEBOOK, (1, CODES), generator=generator)
+    question = [
+        model.config.bos_token_id,
+        *torch.randint(0, 1000, (CONTEXT - CODES - 4,), generator=generator).tolist(),
+    ]
+    engine = RolloutEngine(model)
+
+    def ours() -> object:
+        return engine.generate_text(codes, [question], samples=GROUP, max_new_tokens=tokens)
+
+    def plain() -> object:
+        return showo_plain.generate_text(
+            model, codes.expand(GROUP, -1), [question] * GROUP, max_new_tokens=tokens, end_id=model.config.eos_token_id
+        )
+
+    settings = {**_shared(model), "tokens": tokens, "context": CONTEXT, "temperature": 1.0}
+    return Case("text", "published loop, whole sequence again for each token", ours, plain, "group", settings)

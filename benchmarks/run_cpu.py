@@ -1,0 +1,116 @@
+"""Measure the CPU workloads against their peers and write benchmarks/results/cpu-<cores>core.json.
+
+    python -m benchmarks.run_cpu                          # everything, as quoted in the README
+    python -m benchmarks.run_cpu --only text --rounds 3
+
+The two sides of a case alternate round by round in one process after a warm-up; what is quoted is the ratio of their
+medians, with the ratios of single rounds as spread. Cases of earlier runs that are not measured again stay in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import rollout_cases
+from benchmarks.rollout_cases import Case
+from pyunictokens import __version__
+from pyunictokens.io import read_json, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    name = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "cpu": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "pyunictokens": __version__,
+        "commit": commit.stdout.strip() or None,
+        "dtype": "float32",
+    }
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Medians of `rounds` alternating runs of both sides, and their ratio (how many times faster ours is)."""
+    seconds(case.ours), seconds(case.plain)
+    pairs = [(seconds(case.ours), seconds(case.plain)) for _ in range(rounds)]
+    ours, plain = (statistics.median(side) for side in zip(*pairs, strict=True))
+    single = sorted(theirs / mine for mine, theirs in pairs)
+    return {
+        "name": case.name,
+        "peer": case.peer,
+        "ratio": round(plain / ours, 2),
+        "ratio_min": round(single[0], 2),
+        "ratio_max": round(single[-1], 2),
+        "ours_seconds": round(ours, 4),
+        "peer_seconds": round(plain, 4),
+        "per": case.per,
+        "rounds": rounds,
+        "settings": case.settings,
+    }
+
+
+def _key(result: dict[str, Any]) -> tuple[str, Any]:
+    return result["name"], result["settings"].get("text_vocabulary")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["images", "text"], help="one workload instead of all")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each side (default 5)")
+    parser.add_argument("--steps", type=int, default=18, help="MaskGIT timesteps of an image (default 18)")
+    parser.add_argument("--tokens", type=int, default=50, help="tokens of an answer (default 50)")
+    parser.add_argument(
+        "--text-vocabulary", type=int, default=rollout_cases.TEXT_VOCABULARY, help="text ids of the model"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
+    parser.add_argument("--out", type=Path, help="result file (default benchmarks/results/cpu-<cores>core.json)")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.steps < 1 or options.tokens < 1:
+        parser.error("--rounds, --steps and --tokens must be at least 1")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    about = machine()
+    file = options.out or RESULTS / f"cpu-{about['cores']}core.json"
+    known = read_json(file)["results"] if file.exists() else []
+    model = rollout_cases.build_model(options.text_vocabulary)
+    cases = [rollout_cases.images_case(model, options.steps), rollout_cases.text_case(model, options.tokens)]
+    results = {_key(result): result for result in known}
+    for case in cases:
+        if options.only in (None, case.name):
+            result = measure(case, options.rounds)
+            results[_key(result)] = {**result, "machine": about}
+            print(f"{case.name}: {result['ratio']}× ({result['ratio_min']}…{result['ratio_max']}) against {case.peer}")
+    write_json(file, {"results": list(results.values())})
+    print(file)
+
+
+if __name__ == "__main__":
+    main()
