@@ -1,7 +1,7 @@
 """What can be set in training, with the paper's values as defaults (section 4.1, appendix F) and a `toy` preset.
 
-Each dataclass is frozen and checks itself, so a bad value stops a run before it starts. How settings are read from files
-and words is settings.py's business; what they do is told in docs/training.md.
+Each dataclass is frozen and checks itself, so a bad value stops a run before it starts. How settings are read from
+files and words is settings.py's business; what they do is told in docs/training.md.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class StageConfig:
     generated_guidance: float = 5.0
     """Guidance scale of those images."""
     compare_step: float = 0.7
-    """Where, as a part of all timesteps, an image is compared with its final codes; codes that still change after it are
+    """Where, as a part of all timesteps, an image is compared with its final codes; codes that still change after it
+    are
     blanked (published: step 35 of 50)."""
     max_text: int | None = None
     """Text positions of a drawing prompt; by default the model's own."""
@@ -122,7 +123,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DsogConfig:
-    """Dynamic scaling of the group: previews that score below a moving threshold are drawn anew (equations 9 and 10)."""
+    """Dynamic scaling of the group: previews that score below a moving threshold are drawn anew (equations 9, 10)."""
 
     enabled: bool = True
     """Whether previews are judged at all."""
@@ -277,14 +278,14 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str) -> TrainConfig:
-        """"paper" (the defaults) or "toy" (the shipped toy world on two CPU cores)."""
+        """ "paper" (the defaults) or "toy" (the shipped toy world on two CPU cores)."""
         if name not in PRESETS:
             raise UserError(f"preset {name!r}: must be one of {', '.join(PRESETS)}")
         return PRESETS[name]
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainConfig:
-        """Read a YAML file (a key ``preset`` says what it starts from, else the paper) and apply ``key=value`` words."""
+        """Read a YAML file (its key ``preset`` says what it starts from, or the paper), apply ``key=value`` words."""
         values = load_yaml(path)
         base = cls.preset(str(values.pop("preset", "paper")))
         return from_mapping(cls, values, base=base, origin=str(path)).override(overrides)

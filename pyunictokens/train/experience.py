@@ -1,4 +1,4 @@
-"""One group of rollouts: answers, the images drawn from them, their rewards and advantages (paper, sections 3.1 to 3.3).
+"""One group of rollouts: answers, the images drawn from them, their rewards and advantages (paper, 3.1 to 3.3).
 
     task → G answers (IR) → CP = BP/IP + IR → G images, previews judged → rewards → A_i = R_i − mean(R)
 
@@ -123,7 +123,9 @@ class Collector:
         )
 
 
-def trajectories(experience: Experience, engine: RolloutEngine, scope: str) -> tuple[ImageTrajectories, AnswerTrajectories]:
+def trajectories(
+    experience: Experience, engine: RolloutEngine, scope: str
+) -> tuple[ImageTrajectories, AnswerTrajectories]:
     """What the update needs of a group, and nothing else."""
     images, answers = experience.images, experience.answers
     assert images.inputs is not None and images.chosen is not None and images.logp is not None

@@ -1,7 +1,7 @@
 """What a run leaves to read: metrics.jsonl (one line a step), TensorBoard events, and pictures with their prompts.
 
-A resumed run first takes back the lines after its checkpoint, so the log reads as if the run had never stopped. It knows
-files and numbers; what they mean is told in docs/training.md.
+A resumed run first takes back the lines after its checkpoint, so the log reads as if the run had never stopped. It
+knows files and numbers; what they mean is told in docs/training.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MetricsLog:
         if self.file.exists():
             kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _before(line, from_step)]
             write_text_atomic(self.file, "".join(line + "\n" for line in kept))
-        self._handle = open(self.file, "a", encoding="utf-8")
+        self._handle = self.file.open("a", encoding="utf-8")
         self._events = _events(self.folder / "tensorboard", from_step)
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -39,7 +39,9 @@ class MetricsLog:
             self._handle.write(json.dumps(_plain(values), ensure_ascii=False) + "\n")
             self._handle.flush()
         except OSError as error:
-            raise UserError(f"{self.file}: cannot be written ({error.strerror}): make room and go on with --resume") from error
+            raise UserError(
+                f"{self.file}: cannot be written ({error.strerror}): make room and go on with --resume"
+            ) from error
         if self._events is not None:
             for key, value in _flat(values):
                 if key != "step":
@@ -53,7 +55,9 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -1,8 +1,8 @@
 """What learns, and what it is compared with: concept rows, LoRA adapters or all weights, and the reference policy.
 
-The reference is the policy with its trained part switched off, so no second model is held (DESIGN lever 6): concept rows
-are swapped for a copy of 25 rows, adapters are disabled, and full weights are read from a memory-mapped file written when
-the run begins. It knows parameters; it does not know losses, optimisers or checkpoints.
+The reference is the policy with its trained part switched off, so no second model is held (DESIGN lever 6): concept
+rows are swapped for a copy of 25 rows, adapters are disabled, and full weights are read from a memory-mapped file
+written when the run begins. It knows parameters; it does not know losses, optimisers or checkpoints.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ class Policy:
             raise UserError(f"{origin}: {len(absent)} trained tensors are missing ({', '.join(absent[:3])})")
         for name, parameter in named.items():
             if tensors[name].shape != parameter.shape:
-                raise UserError(
-                    f"{origin}: {name} has shape {tuple(tensors[name].shape)}, this model's has {tuple(parameter.shape)}"
-                )
+                found, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
+                raise UserError(f"{origin}: {name} has shape {found}, this model's has {wanted}")
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(tensors[name])
@@ -171,8 +170,9 @@ def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[Any]:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        targets = list(config.targets)
-        inject_adapter_in_model(PeftLora(r=config.rank, lora_alpha=config.alpha, target_modules=targets), model.showo)
+        peft_config = PeftLora(r=config.rank, target_modules=list(config.targets))
+        peft_config.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
+        inject_adapter_in_model(peft_config, model.showo)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for name, value in model.named_parameters():
         value.requires_grad_("lora_" in name)

@@ -1,10 +1,11 @@
 """Where a concept's rows begin: class word, k-means of the pictures' codes, faces, or small noise.
 
-    understanding   <name> from its class word, <token_0…K−1> from k-means centres of the training images' code embeddings
+    understanding   <name> from its class word, <token_0…K−1> from k-means centres of the pictures' code embeddings
     generation      <token_K…K+M−1> from the mean face embedding for humans, else N(0, 0.02)
     deepening       the added tokens from k-means over codes that stand still in the model's own drawings
 
-Source: the published stages of UniCTokens (An et al., 2025), restated in DESIGN section 4. It writes rows; it trains none.
+Source: the published stages of UniCTokens (An et al., 2025), restated in DESIGN section 4. It writes rows; it trains
+none.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def from_noise(concept: ConceptTokens, group: str, seed: int) -> None:
     """Start the embeddings of `group` from N(0, 0.02)."""
     where = concept.rows(group)
     generator = torch.Generator().manual_seed(seed)
-    concept.embed[where] = torch.randn(where.stop - where.start, concept.width, generator=generator).to(concept.embed) * 0.02
+    concept.embed[where] = (
+        torch.randn(where.stop - where.start, concept.width, generator=generator).to(concept.embed) * 0.02
+    )
 
 
 @torch.no_grad()

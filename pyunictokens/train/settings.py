@@ -1,4 +1,5 @@
-"""Settings from YAML files and ``key=value`` words into frozen dataclasses, with errors that name the key and a way out.
+"""Settings from YAML files and ``key=value`` words into frozen dataclasses, with errors that name the key and a way
+out.
 
 A nested dataclass is a section: ``grpo.dsog.mu=0.2`` sets a field of a section of a section. A bare key is enough where
 only one section has it. It knows types; it does not know what any setting means (config.py does).
@@ -6,11 +7,14 @@ only one section has it. It knows types; it does not know what any setting means
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import os
+import textwrap
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +25,7 @@ T = TypeVar("T")
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, origin: str = "settings") -> T:
-    """An instance of dataclass `cls` with `values` put over `base` (or over the defaults); `origin` opens each error."""
+    """An instance of dataclass `cls` with `values` put over `base` (or the defaults); `origin` opens each error."""
     if not isinstance(values, Mapping):
         raise UserError(f"{origin}: must be a table of settings, is {type(values).__name__}")
     hints = typing.get_type_hints(cls)
@@ -65,7 +69,7 @@ def find_key(cls: type, key: str) -> list[str]:
     raise UserError(f"override: {_unknown(key, paths)}")
 
 
-def leaves(cls: type, prefix: str = "") -> list[str]:
+def leaves(cls: Any, prefix: str = "") -> list[str]:
     """Dotted names of all settings of dataclass `cls`."""
     names: list[str] = []
     for name, hint in typing.get_type_hints(cls).items():
@@ -91,9 +95,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return convert(value, next(kind for kind in arguments if kind is not type(None)), where)
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is int and not isinstance(value, bool):
-        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-            return int(value)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if hint is int and whole and not isinstance(value, bool):
+        return int(value)
     if hint is float and not isinstance(value, bool):
         try:  # YAML 1.1 takes 1e-6, without a point, for text
             return float(value)
@@ -163,3 +167,31 @@ def _unknown(key: str, known: Iterable[str]) -> str:
         short[name] for name in difflib.get_close_matches(key.rpartition(".")[2], short, n=1)
     ]
     return f"unknown setting {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as documentation shows it."""
+
+    name: str
+    default: Any
+    about: str
+
+
+def describe(settings: Any, prefix: str = "") -> list[Setting]:
+    """All settings of a dataclass instance with the docstrings under their fields, in order."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(type(settings)))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    about: dict[str, str] = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            assert isinstance(text.value, ast.Constant)
+            about[field.target.id] = " ".join(str(text.value.value).split())
+    found: list[Setting] = []
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if is_dataclass(value):
+            found += describe(value, f"{prefix}{each.name}.")
+        else:
+            found.append(Setting(prefix + each.name, value, about[each.name]))
+    return found

@@ -118,14 +118,18 @@ class _Stages:
         about = self.out / "stages.json"
         settings = {"concept": self.data.name, "width": self.model.config.hidden_size, **to_mapping(self.config)}
         if about.exists() and not resume:
-            raise UserError(f"{self.out}: already holds concept stages: go on with them (--resume) or choose another folder")
+            raise UserError(
+                f"{self.out}: already holds concept stages: go on with them (--resume) or choose another folder"
+            )
         if about.exists() and read_json(about) != settings:
             raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
         write_json(about, settings)
         save_yaml(self.out / "stages.yaml", self.config)
         self.model.requires_grad_(False)
         finished = self._finished() if resume else []
-        concept = ConceptTokens.load(self.out / finished[-1]).to(self.model.device) if finished else start or self._new()
+        concept = (
+            ConceptTokens.load(self.out / finished[-1]).to(self.model.device) if finished else start or self._new()
+        )
         if finished:
             self.steps_done = sum(line["stage"] in finished for line in read_metrics(self.out, "stages.jsonl"))
         with MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl") as metrics:
@@ -149,7 +153,11 @@ class _Stages:
     def _new(self) -> ConceptTokens:
         config = self.config
         concept = ConceptTokens(
-            self.data.name, self.model.config.hidden_size, config.num_understanding, config.num_generation, seed=config.seed
+            self.data.name,
+            self.model.config.hidden_size,
+            config.num_understanding,
+            config.num_generation,
+            seed=config.seed,
         ).to(self.model.device)
         rows.from_class_word(concept, self.model, self.plain, self.data.class_word)
         codes = torch.stack([self.pictures.codes(path) for path in self.data.train_images])
@@ -216,7 +224,9 @@ class _Stages:
             loss = weight * losses["understanding"] + (1.0 - weight) * losses.get("generation", 0.0)
             pulled = loss + self._pull(stage, concept, begin)
             if not bool(torch.isfinite(pulled)):
-                raise UserError(f"stage {stage}, step {step}: the loss is {float(pulled)}: lower lr, or use float32")
+                raise UserError(
+                    f"stage {stage}, step {step}: the loss is {float(pulled.detach())}: lower lr, or use float32"
+                )
             pulled.backward()
             rate = learning_rate(step, lr=lr, steps=steps, warmup=config.warmup, schedule=config.schedule)
             norm = optimiser.step(rate)

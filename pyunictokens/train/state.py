@@ -3,9 +3,9 @@
     run.json             identity of model, concept and settings, written when the run begins
     checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksum)
 
-A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one that was
-damaged later is noticed by its checksum and the one before it is taken. It knows files and names; what the tensors mean is
-the business of policy.py and optim.py.
+A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one
+that was damaged later is noticed by its checksum and the one before it is taken. It knows files and names; what the
+tensors mean is the business of policy.py and optim.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ from .tensors import checksum, read_tensors, write_tensors
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset(
-    {"checkpoint_every", "keep_last", "sample_every", "max_bad_steps", "micro_rows", "micro_timesteps", "checkpoint_layers"}
+    {
+        "checkpoint_every",
+        "keep_last",
+        "sample_every",
+        "max_bad_steps",
+        "micro_rows",
+        "micro_timesteps",
+        "checkpoint_layers",
+    }
 )
 """Settings that a resumed run may change: they alter no number but the rounding of a sum."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
     return digest.hexdigest()
 
 
-def _blocks(tensors: Mapping[str, Tensor]):
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     header: dict[str, object] = {}
     offset = 0
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned for mapping
@@ -71,7 +71,7 @@ def _blocks(tensors: Mapping[str, Tensor]):
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            data = memoryview(flat.view(torch.uint8).numpy())
+            data: memoryview = flat.view(torch.uint8).numpy().data
             for start in range(0, len(data), _CHUNK):
                 yield data[start : start + _CHUNK]
 

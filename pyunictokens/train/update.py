@@ -313,7 +313,9 @@ def _answers_backward(
             loss.backward()
         total += loss.detach()
         tally.add(stats, mask.sum().float())
-    shared = [(live, leaf) for live, leaf in zip(_tensors(prompts), _tensors(leaves), strict=True) if live.requires_grad]
+    shared = [
+        (live, leaf) for live, leaf in zip(_tensors(prompts), _tensors(leaves), strict=True) if live.requires_grad
+    ]
     live = [tensor for tensor, leaf in shared if leaf.grad is not None]
     gradients = [leaf.grad for _, leaf in shared if leaf.grad is not None]
     if last.requires_grad and cut.cut[0].grad is not None:  # one graph holds both: it goes back once

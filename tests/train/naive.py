@@ -48,7 +48,13 @@ def answer_logp(model: Showo, answers: AnswerTrajectories) -> Tensor:
 
 
 def objective(
-    logp: Tensor, old: Tensor, ref: Tensor | None, advantages: Tensor, alpha: float, settings: LossSettings, mask: Tensor
+    logp: Tensor,
+    old: Tensor,
+    ref: Tensor | None,
+    advantages: Tensor,
+    alpha: float,
+    settings: LossSettings,
+    mask: Tensor,
 ) -> Tensor:
     advantage = advantages.view(-1, *[1] * (logp.ndim - 1))
     ratio = (logp - old).exp()

@@ -124,3 +124,11 @@ def test_learning_rate() -> None:
     assert warm == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
     with pytest.raises(ValueError, match="constant or cosine"):
         learning_rate(0, lr=1, steps=1, schedule="linear")
+
+
+def test_the_table_in_the_docs_is_up_to_date() -> None:
+    from experiments import settings_table
+
+    text = settings_table.FILE.read_text(encoding="utf-8")
+    assert settings_table.updated(text) == text, "run: python -m experiments.settings_table"
+    assert "| `grpo.group_size` | 9 |" in text and "G: rollouts of one question." in text

@@ -1,4 +1,4 @@
-"""The whole loop on a world in miniature: what it writes, how it goes on after a stop, and what it says of bad input."""
+"""The whole loop on a world in miniature: what it writes, how it goes on, and what it says of bad input."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train import naive
-from tests.train.world import World, experts, grpo_config, tiny_concept, tiny_model, world
 
 from pyunictokens.errors import UserError
 from pyunictokens.models import ConceptTokens, prompting
@@ -19,11 +17,14 @@ from pyunictokens.rewards import Ensemble
 from pyunictokens.train import grpo, read_metrics, state, train_grpo
 from pyunictokens.train.experience import Collector, trajectories
 from pyunictokens.train.tasks import TaskSampler
+from tests.train import naive
+from tests.train.world import World, experts, grpo_config, tiny_concept, tiny_model, world
 
-KEYS = (
+KEY_NAMES = (
     "step mode loss reward_mean reward_std within_group_std parts kl clip_fraction ratio_max grad_norm lr threshold "
     "pass_rate candidates no_face seconds answer prompt"
-).split()
+)
+KEYS = KEY_NAMES.split()
 
 
 class Killed(BaseException):

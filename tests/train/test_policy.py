@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.world import tiny_concept, tiny_model
 
 from pyunictokens.errors import UserError
 from pyunictokens.models import Showo, prompting
 from pyunictokens.train import LoraConfig, Policy, load_policy
 from pyunictokens.train.optim import Optimiser
+from tests.train.world import tiny_concept, tiny_model
 
 KINDS = ("concept", "lora", "full")
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train import naive
-from tests.train.world import tiny_concept, tiny_model
 
 from pyunictokens.models import Showo, prompting
 from pyunictokens.train import Policy
@@ -23,11 +21,15 @@ from pyunictokens.train.update import (
     streamed_backward,
     token_mask,
 )
+from tests.train import naive
+from tests.train.world import tiny_concept, tiny_model
 
 MAX_TEXT = 14
 
 
-def fake_images(model: Showo, steps: int = 3, rows: int = 5, scale: float = 2.0, scope: str = "all") -> ImageTrajectories:
+def fake_images(
+    model: Showo, steps: int = 3, rows: int = 5, scale: float = 2.0, scope: str = "all"
+) -> ImageTrajectories:
     """Trajectories of made-up codes; the old and reference policies differ a little from the present one."""
     generator = torch.Generator().manual_seed(3)
     ids, count, codebook = prompting.SpecialIds.of(model), model.config.num_vq_tokens, model.config.codebook_size
@@ -243,7 +245,9 @@ def test_text_logprob_is_the_whole_vocabulary(temperature: float) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     learn = [hidden, concept.head_weight, concept.head_bias, model.showo.lm_head.weight, model.showo.lm_head.bias]
     push = torch.randn(found.shape)
-    for mine, theirs in zip(torch.autograd.grad(found, learn, push), torch.autograd.grad(wanted, learn, push), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(found, learn, push), torch.autograd.grad(wanted, learn, push), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""A whole training world in miniature: random Show-o and MAGVIT-v2 of 4×4 codes, a word tokenizer, experts of colour."""
+"""A whole training world in miniature: random Show-o and MAGVIT-v2, 4×4 codes, a word tokenizer, experts of colour."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.data.conftest import Folder
 from torch import Tensor
 
 from pyunictokens.data.folder import load_concept
 from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig, TextTokenizer
 from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.train import GrpoConfig, StageConfig
+from tests.data.conftest import Folder
 
-WORDS = (
+TEXTS = (
     "a photo of is the dog red ball blue basket with its toy asleep in bed hiding from what it fears favourite afraid "
     "vacuum cleaner information request which fits user assistant here yes no small s"
-).split()
+)
+WORDS = TEXTS.split()
 
 
 def tiny_tokenizer() -> TextTokenizer:

@@ -1,0 +1,54 @@
+"""Write the table of settings in docs/training.md from the dataclasses: ``python -m experiments.settings_table``.
+
+With ``--check`` nothing is written and the exit code says whether the table is up to date.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pyunictokens.io import write_text_atomic
+from pyunictokens.train.config import TrainConfig
+from pyunictokens.train.settings import describe
+
+FILE = Path(__file__).parent.parent / "docs" / "training.md"
+BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->"
+
+
+def table() -> str:
+    """The Markdown table: name, the paper's default, the toy's where it differs, and what it is."""
+    toy = {setting.name: setting.default for setting in describe(TrainConfig.preset("toy"))}
+    lines = ["| setting | paper | toy | |", "|---|---|---|---|"]
+    for setting in describe(TrainConfig.preset("paper")):
+        other = "" if toy[setting.name] == setting.default else _show(toy[setting.name])
+        about = setting.about.replace("<", "&lt;").replace("|", "\\|").replace("`&lt;", "`<")
+        lines.append(f"| `{setting.name}` | {_show(setting.default)} | {other} | {about} |")
+    return "\n".join(lines) + "\n"
+
+
+def updated(text: str) -> str:
+    """`text` with the table between its marks renewed."""
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return text[:start] + table() + text[end:]
+
+
+def _show(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    if value is None:
+        return "the model's"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    text = FILE.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        sys.exit(updated(text) != text)
+    write_text_atomic(FILE, updated(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Concept stages: where rows begin, which of them change, and that the losses are what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyunictokens.errors import UserError
+from pyunictokens.models import ConceptTokens, PromptKV, prompting
+from pyunictokens.ops import mask_rate
+from pyunictokens.train import as_prompt, as_question, read_metrics, rows, train_concept_tokens
+from pyunictokens.train.pictures import Pictures
+from pyunictokens.train.prompts import first_sentence
+from pyunictokens.train.stage_loss import generation_loss, random_mask, text_row, understanding_loss
+from tests.train.world import World, stage_config, tiny_concept, tiny_model, world
+
+ALL = ("understanding", "generation", "deepening", "joint")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> World:
+    return world(tmp_path / "data")
+
+
+def learn(here: World, out: Path, config: Any = None, **options: Any) -> ConceptTokens:
+    return train_concept_tokens(
+        here.model, here.vq, here.tokenizer, here.data, config or stage_config(), out, **options
+    )
+
+
+def moved(one: ConceptTokens, other: ConceptTokens, group: str) -> float:
+    return float((one.embed[one.rows(group)] - other.embed[other.rows(group)]).detach().abs().max())
+
+
+# --- the stages ----------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_changes_its_own_rows_and_nothing_else(here: World, tmp_path: Path) -> None:
+    weights = {name: value.clone() for name, value in here.model.state_dict().items()}
+    events: list[tuple[str, int, int]] = []
+    config = stage_config(stages=ALL, max_steps=4)
+    learned = learn(here, tmp_path / "c", config, progress=lambda *event: events.append(event[:3]))
+    assert all(torch.equal(value, weights[name]) for name, value in here.model.state_dict().items())
+    assert here.model.concept is learned and not learned.embed.requires_grad
+    stage = {name: ConceptTokens.load(tmp_path / "c" / name) for name in ALL}
+    assert torch.equal(ConceptTokens.load(tmp_path / "c" / "concept").embed, stage["joint"].embed)
+    assert [stage[name].num_tokens for name in ALL] == [6, 6, 8, 8]
+
+    begin = ConceptTokens("bo", 32, 3, 2, seed=0)
+    rows.from_noise(begin, "generation", 1)
+    assert moved(stage["understanding"], begin, "generation") == 0
+    for group in ("sks", "understanding", "generation"):
+        assert moved(stage["generation"], stage["understanding"], group) > 1e-4, group
+        if group != "sks":
+            assert moved(stage["deepening"], stage["generation"], group) == 0, group
+    assert moved(stage["deepening"], stage["generation"], "sks") > 1e-4
+    for group in ("sks", "understanding", "generation", "extra"):
+        assert moved(stage["joint"], stage["deepening"], group) > 1e-4, group
+    assert (stage["understanding"].head_weight[4:] == begin.head_weight[4:]).all()
+
+    lines = read_metrics(tmp_path / "c", "stages.jsonl")
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        (name, number) for number, name in enumerate(name for name, _, _ in events)
+    ]
+    for line in lines[:: len(lines) - 1]:
+        both = 0.2 * line["loss_understanding"] + 0.8 * line.get("loss_generation", 0.0)
+        assert line["loss"] == pytest.approx(
+            both if "loss_generation" in line else line["loss_understanding"], rel=1e-4
+        )
+    per_stage = {name: max(done for each, done, _ in events if each == name) for name in ALL}
+    assert all(total == per_stage[name] for name, _, total in events)
+
+
+def test_the_losses_go_down(here: World, tmp_path: Path) -> None:
+    config = stage_config(
+        epochs=99,
+        max_steps=60,
+        lr=1e-2,
+        lr_generation=3e-2,
+        batch_generation=3,
+        condition_dropout=0.0,
+        flip=False,
+        crop=1,
+    )
+    learn(here, tmp_path / "c", config)
+    lines = read_metrics(tmp_path / "c", "stages.jsonl")
+    for stage, loss in (("understanding", "loss_understanding"), ("generation", "loss_generation")):
+        values = torch.tensor([line[loss] for line in lines if line["stage"] == stage])
+        assert values[-20:].mean() < values[:20].mean() - 0.3, stage
+
+
+def test_pull_keeps_the_name_near(here: World, tmp_path: Path) -> None:
+    far = {}
+    for pull in (0.0, 100.0):
+        config = stage_config(max_steps=12, l2_pull=pull, lr_generation=1e-2)
+        learn(here, tmp_path / str(pull), config)
+        stage = [ConceptTokens.load(tmp_path / str(pull) / name) for name in ("understanding", "generation")]
+        far[pull] = {group: moved(stage[1], stage[0], group) for group in ("sks", "generation")}
+    assert far[100.0]["sks"] < 0.5 * far[0.0]["sks"]
+    assert far[100.0]["generation"] > 0.5 * far[0.0]["generation"]
+
+
+def test_stages_are_repeatable_and_go_on_where_they_stopped(here: World, tmp_path: Path) -> None:
+    whole = learn(here, tmp_path / "a")
+
+    def stop(stage: str, done: int, total: int, values: dict[str, Any]) -> None:
+        if stage == "generation" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(here, tmp_path / "b", progress=stop)
+    with pytest.raises(UserError, match=r"already holds concept stages.*--resume"):
+        learn(here, tmp_path / "b")
+    with pytest.raises(UserError, match="other settings"):
+        learn(here, tmp_path / "b", stage_config(epochs=3), resume=True)
+    seen = []
+    again = learn(here, tmp_path / "b", resume=True, progress=lambda stage, *_: seen.append(stage))
+    assert set(seen) == {"generation"}
+    assert torch.equal(again.embed, whole.embed) and torch.equal(again.head_weight, whole.head_weight)
+    assert read_metrics(tmp_path / "a", "stages.jsonl") == read_metrics(tmp_path / "b", "stages.jsonl")
+
+
+def test_bad_input(here: World, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="loss is nan"):
+        here.model.showo.lm_head.bias.data[3] = float("nan")
+        learn(here, tmp_path / "a")
+    here.model = tiny_model()
+    here.data.class_word = ""
+    with pytest.raises(UserError, match="class word ''"):
+        learn(here, tmp_path / "b")
+    here.data.train_images = []
+    with pytest.raises(UserError, match="no training images"):
+        learn(here, tmp_path / "c")
+    here.vq = here.vq.__class__(replace(here.vq.config, z_channels=6))
+    with pytest.raises(UserError, match="64 codes, the model 32"):
+        learn(here, tmp_path / "d")
+
+
+# --- starting rows -------------------------------------------------------------------------------------------------
+
+
+def test_rows_begin_where_they_should(here: World) -> None:
+    model, concept = here.model, ConceptTokens("bo", 32, 3, 2)
+    table = model.showo.model.embed_tokens.weight
+    rows.from_class_word(concept, model, here.tokenizer, "small dog")
+    ids = here.tokenizer.encode("small dog")
+    assert len(ids) == 2 and torch.allclose(concept.embed[0], table[ids].mean(0))
+    codes = torch.tensor([[1, 1, 1, 9], [1, 20, 9, 9]])
+    rows.from_codes(concept, model, codes, "understanding", seed=0)
+    centres = {tuple(row.tolist()) for row in concept.embed[1:4]}
+    assert centres == {tuple(row.tolist()) for row in model.embed_codes(torch.tensor([1, 9, 20]))}
+    points = torch.cat([torch.randn(30, 4) * 0.01 + at for at in (torch.zeros(4), torch.ones(4), -torch.ones(4))])
+    found = rows.kmeans(points, 3, seed=0)
+    assert torch.allclose(found[found[:, 0].argsort()], torch.tensor([[-1.0], [0.0], [1.0]]).expand(3, 4), atol=0.02)
+    assert torch.equal(rows.kmeans(torch.ones(7, 4), 3, seed=0), torch.ones(3, 4))
+    face = torch.arange(10.0)
+    rows.from_face(concept, torch.zeros(2, 3, 4, 4), lambda pixels: torch.stack([face, face + 2]))
+    start = concept.embed[concept.rows("generation")]
+    assert torch.allclose(start.mean(1), torch.tensor([3.0, 8.0])) and bool((start.diff(dim=1) >= 0).all())
+    with pytest.raises(UserError, match="face embedding"):
+        rows.from_face(concept, torch.zeros(1, 3, 4, 4), lambda pixels: torch.full((1, 4), float("nan")))
+
+
+def test_faces_start_a_human(here: World, tmp_path: Path) -> None:
+    asked = []
+
+    def faces(pixels: torch.Tensor) -> torch.Tensor:
+        asked.append(tuple(pixels.shape))
+        return torch.full((len(pixels), 8), 3.0)
+
+    slow = stage_config(epochs=1, max_steps=1, lr_generation=1e-6)
+    learn(here, tmp_path / "animal", slow, face_embedding=faces)
+    assert not asked
+    here.data.kind = "human"
+    concept = learn(here, tmp_path / "human", slow, face_embedding=faces)
+    assert asked == [(3, 3, 16, 16)]
+    assert torch.allclose(concept.embed[concept.rows("generation")], torch.tensor(3.0), atol=1e-3)
+
+
+# --- losses --------------------------------------------------------------------------------------------------------
+
+
+def test_understanding_is_the_answers_tokens_alone(here: World) -> None:
+    model = here.model.attach(tiny_concept().requires_grad_(True))
+    tokenizer, ids = here.tokenizer.with_concept(model.concept.tokens), prompting.SpecialIds.of(model)
+    pictures = Pictures(model, here.vq)
+    asked = [
+        ("what is <bo>?", "a dog"),
+        (as_question(model.concept, "is <bo> here?"), "yes"),
+        ("small?", "<bo> red ball"),
+    ]
+    images = [here.data.train_images[0], None, here.data.train_images[0]]
+    prefixes = PromptKV([], [], [])
+    total, count = torch.zeros(()), 0
+    for (question, answer), image in zip(asked, images, strict=True):
+        prefixes = prefixes + pictures.prefix(image)
+        text = tokenizer.encode(prompting.chat_question(question))
+        said = [*tokenizer.encode(answer), ids.eot]
+        sequence = prompting.mmu(pictures.codes(image), text, ids, said[:-1])[None]
+        assert sequence[0, -1] == ids.eot
+        logits = model(sequence, prompting.attention_allowed(sequence, "mmu", ids))[0, -len(said) - 1 : -1]
+        total = total - logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None]).sum()
+        count += len(said)
+    found = understanding_loss(model, prefixes, [text_row(tokenizer, ids, *pair) for pair in asked])
+    assert float(found) == pytest.approx(float(total / count), rel=1e-5)
+    learn = list(model.concept.parameters())
+    for mine, theirs in zip(torch.autograd.grad(found, learn), torch.autograd.grad(total / count, learn), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_generation_is_the_masked_codes_alone(here: World) -> None:
+    model = here.model.attach(tiny_concept().requires_grad_(True))
+    ids, generator = prompting.SpecialIds.of(model), torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 32, (3, 16), generator=generator)
+    mask = random_mask(codes, "cosine", generator)
+    first = model.config.first_code_id
+    texts = [[5, first, first + 2], [], [5, first, first + 2]]
+    prompts = [prompting.t2i_text(text, ids, 8) for text in texts]
+    total = torch.zeros(())
+    for row, text in enumerate(texts):
+        sequence = prompting.t2i(text, codes[row].masked_fill(mask[row], -1), ids, 8)[None]
+        logits = model(sequence, prompting.attention_allowed(sequence, "t2i", ids))[0, -17:-1, first + 6 : first + 38]
+        logp = logits.log_softmax(-1).gather(-1, codes[row][:, None])[:, 0]
+        total = total - logp[mask[row]].sum()
+    found = generation_loss(model, codes, mask, prompts, 8)
+    assert float(found) == pytest.approx(float(total / mask.sum()), rel=1e-5)
+    mine, theirs = (torch.autograd.grad(loss, model.concept.embed)[0] for loss in (found, total / mask.sum()))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_masks_follow_the_schedule() -> None:
+    codes = torch.zeros(4000, 16, dtype=torch.int64)
+    mask = random_mask(codes, "cosine", torch.Generator().manual_seed(0))
+    counts = mask.sum(1)
+    assert counts.min() == 1 and counts.max() == 16
+    wanted = sum(max(1, round(16 * mask_rate("cosine", place / 999))) for place in range(1000)) / 1000
+    assert float(counts.float().mean()) == pytest.approx(wanted, abs=0.25)
+    assert (mask.float().mean(0) - counts.float().mean() / 16).abs().max() < 0.03  # no position is preferred
+
+
+# --- texts and pictures --------------------------------------------------------------------------------------------
+
+
+def test_texts_name_the_concept_the_same_way_everywhere() -> None:
+    concept = tiny_concept()
+    helpers = "<token_0><token_1><token_2><token_3><token_4>"
+    assert as_prompt(concept, "A photo of <bo>. <bo> is red.") == f"A photo of {helpers}<bo>. <bo> is red."
+    assert as_question(concept, "Is <bo> here?", ("understanding",)) == "Is <token_0><token_1><token_2><bo> here?"
+    prefixed = as_question(concept, "Is <bo> here?", ("understanding",), "prefix")
+    assert prefixed == "<bo> is <token_0><token_1><token_2>.Is <bo> here?"
+    assert as_question(concept, "Is it red?") == "Is it red?"
+    with pytest.raises(ValueError, match="expand or prefix"):
+        as_question(concept, "?", form="suffix")
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("A red ball. It rolls.", "A red ball."),
+        ("  3.5 metres tall! Yes.", "3.5 metres tall!"),
+        ("no stop at all", "no stop at all"),
+        ("one line\nanother. line", "one line"),
+        ("What? No.", "What?"),
+        ("", ""),
+    ],
+)
+def test_first_sentence(text: str, first: str) -> None:
+    assert first_sentence(text) == first
+
+
+def test_pictures(here: World) -> None:
+    model = here.model.attach(tiny_concept())
+    pictures, path = Pictures(model, here.vq, crop=1.25, flip=True), here.data.train_images[0]
+    assert pictures.size == 16 and pictures.pixels(None).eq(-1).all()
+    assert torch.equal(pictures.codes(path), here.vq.encode(pictures.pixels(path)[None])[0])
+    generator = torch.Generator().manual_seed(0)
+    many = pictures.augmented([path] * 40, generator)
+    assert len(many.unique(dim=0)) > 10 and many.shape == (40, 16)
+    still = Pictures(model, here.vq).augmented([path, path], generator)
+    assert torch.equal(still, pictures.codes(path).expand(2, 16))
+    kept = pictures.prefix(path)
+    assert pictures.prefix(path) is kept and kept.lengths == [19] and kept.next_position == [19]
+    assert Pictures(model, here.vq, cache_mb=0).prefix(path) is not kept
