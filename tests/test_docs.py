@@ -6,6 +6,7 @@ Also what no committed text may contain: paths of one machine, or where packages
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -102,12 +103,27 @@ def test_make_targets_exist() -> None:
             assert target in targets, f"{_name(path)}: make {target}"
 
 
+def _holds(name: str, parameters: str) -> None:
+    """A signature shown in a document must be that of the operation: names, order and defaults."""
+    ops = importlib.import_module("pyunictokens.ops")
+    shown = [word.strip() for word in parameters.split(",") if word.strip() not in {"*", ""}]
+    real = inspect.signature(getattr(ops, name)).parameters.values()
+    empty = inspect.Parameter.empty
+    assert shown == [p.name if p.default is empty else f"{p.name}={p.default!r}" for p in real], name
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_python_blocks_compile_and_import(path: Path) -> None:
     for language, body in _FENCE.findall(path.read_text(encoding="utf-8")):
         if language != "python":
             continue
-        compile(body, _name(path), "exec")
+        signature = re.match(r"(\w+)\((.*?)\)\s*->", body, re.DOTALL)
+        if signature:
+            _holds(signature[1], signature[2])
+            continue
+        if body.startswith(">>>"):
+            body = "\n".join(line[4:] for line in body.splitlines() if line.startswith((">>>", "...")))
+        compile(body, "a block of " + _name(path), "exec")
         for line in body.splitlines():
             found = re.match(r"from (pyunictokens\S*) import ([\w, ]+)|import (pyunictokens\S*)", line)
             if not found:
