@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pyunictokens as uct
@@ -54,6 +54,7 @@ def test_training_rate_is_the_same_curve() -> None:
     assert uct.ops.mask_rate("cosine", 0.0) == 1.0
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     name=st.sampled_from(NAMES),
     positions=st.integers(1, 4096),

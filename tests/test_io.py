@@ -1,0 +1,135 @@
+"""Whole-or-absent files, JSON errors with file and position, names that may become a path, and the two errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pyunictokens import io
+from pyunictokens.errors import MissingExtra, UserError, require
+
+
+def test_text_and_bytes_arrive_whole_in_new_folders(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "note.txt"
+    io.write_text_atomic(target, "grüße ⟨bo⟩")
+    assert target.read_text(encoding="utf-8") == "grüße ⟨bo⟩"
+    io.write_bytes_atomic(target, b"\x00\xff")
+    assert target.read_bytes() == b"\x00\xff"
+    assert [p.name for p in target.parent.iterdir()] == ["note.txt"]
+
+
+def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        io.write_text_atomic(tmp_path / "x", "1")
+    finally:
+        os.umask(before)
+    if sys.platform != "win32":
+        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    target = tmp_path / "state.json"
+    io.write_text_atomic(target, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match="No space left"):
+        io.write_text_atomic(target, "new")
+    monkeypatch.undo()
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_safetensors_round_trip(tmp_path: Path) -> None:
+    base = torch.randn(6, 8)
+    tensors = {"view": base[:, ::2].t(), "same": base, "half": base.bfloat16(), "codes": torch.arange(5)}
+    io.save_safetensors_atomic(tmp_path / "w.safetensors", tensors, {"seed": "3"})
+    loaded = load_file(tmp_path / "w.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert loaded[key].dtype == value.dtype
+        assert torch.equal(loaded[key], value)
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert file.metadata() == {"seed": "3"}
+
+
+def test_json_round_trip_keeps_letters_readable(tmp_path: Path) -> None:
+    value = {"prompt": "⟨bo⟩ läuft", "n": [1, 2.5, None, True]}
+    io.write_json(tmp_path / "v.json", value)
+    assert io.read_json(tmp_path / "v.json") == value
+    assert "läuft" in (tmp_path / "v.json").read_text(encoding="utf-8")
+
+
+def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "v.json").write_bytes(b"\xef\xbb\xbf[1]")
+    assert io.read_json(tmp_path / "v.json") == [1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n "b": }', "not valid JSON at line 2, column 7"),
+        (b"", "not valid JSON at line 1, column 1"),
+        (b"abc\xff", r"not UTF-8 text \(byte 3\): save it as UTF-8"),
+        (b"[" * 200_000, "JSON nested too deeply"),
+    ],
+)
+def test_bad_json_names_file_and_place(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"bad\.json: {message}"):
+        io.read_json(tmp_path / "bad.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.json: no such file"):
+        io.read_json(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("name", ["bo", "my dog", "Ändi_2", "犬", "a.b", "x" * 64])
+def test_good_names_pass_unchanged(name: str) -> None:
+    assert io.safe_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", ".", "..", ".hidden", "-rf", "a/b", "../up", "a\\b", "nul\0", "tab\t", "C:", "<bo>", "x" * 65, None, 3],
+)
+def test_names_that_may_not_become_a_path(name: object) -> None:
+    with pytest.raises(UserError, match=r"concept .*must be 1 to 64 printable characters"):
+        io.safe_name(name, "concept")  # type: ignore[arg-type]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(max_size=70))
+def test_a_safe_name_is_one_part_of_a_path(name: str) -> None:
+    try:
+        io.safe_name(name)
+    except UserError:
+        return
+    inside = Path("/data") / name
+    assert inside.parent == Path("/data")
+    assert inside.name == name
+
+
+def test_user_errors_are_value_errors_and_extras_are_named() -> None:
+    assert issubclass(UserError, ValueError)
+    assert issubclass(MissingExtra, ImportError)
+    assert require("math", "dev").sqrt(4) == 2
+    with pytest.raises(MissingExtra, match=r"no_such_module is needed here.*pip install 'pyunictokens\[rewards\]'"):
+        require("no_such_module.part", "rewards")
