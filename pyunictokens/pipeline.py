@@ -54,9 +54,36 @@ def run_concept(
     at the end; `evaluate_base` also measures the model that has never seen the concept. `start` gives tokens to begin
     with. Raises UserError for a folder that holds a run (unless `resume`), and as the parts do.
     """
+    check_request(out, experts, started=start is not None, stages=stages, grpo=grpo, resume=resume)
+    config = config.with_max_text(bench.max_text)
+    if not resume:
+        out.mkdir(parents=True, exist_ok=True)
+        write_description(out, bench.sources, rewards, bench.max_text, concept, config)
+    run = _Run(bench, concept, config, out, experts, resume, progress or (lambda *_: None))
+    results: dict[str, EvalResult] = {}
+    if evaluate and evaluate_base:
+        results["base"] = run.measure("base")
+    if start is not None:
+        bench.model.attach(start.to(bench.device))
+    if evaluate and not grpo:
+        results["before"] = run.measure("before")
+    if stages:
+        run.learn(start).save(out / CONCEPT)
+    if grpo:
+        if evaluate:
+            results["before"] = run.measure("before")
+        run.reinforce().save(out / CONCEPT)
+    if evaluate:
+        results["after"] = run.measure("after")
+    assert bench.concept is not None
+    return Outcome(out, bench.concept, results, run.report() if evaluate else None)
+
+
+def check_request(out: Path, experts: Experts | None, *, started: bool, stages: bool, grpo: bool, resume: bool) -> None:
+    """Raise UserError for a run that cannot work, before anything is loaded. `started`: there are tokens to begin with."""
     if not (stages or grpo):
         raise UserError("nothing to do: neither stages nor reinforcement was asked for")
-    if not stages and start is None:
+    if not stages and not started:
         raise UserError("no stages and no tokens to begin with: give --start RUN, or let the stages run")
     if grpo and experts is None:
         raise UserError(
@@ -66,28 +93,6 @@ def run_concept(
         raise UserError(f"{out}: already holds a run: go on with it (--resume) or choose another folder")
     if resume and not (out / CONFIG).exists():
         raise UserError(f"{out}: holds no run to resume: start one without --resume")
-    config = config.with_max_text(bench.max_text)
-    if not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        write_description(out, bench.sources, rewards, bench.max_text, concept, config)
-    run = _Run(bench, concept, config, out, experts, resume, progress or (lambda *_: None))
-    outcome = Outcome(out, start or ConceptTokens(concept.name, bench.model.config.hidden_size, 0, 0))
-    if evaluate and (evaluate_base or not grpo):
-        outcome.results["base" if grpo else "before"] = run.measure("base" if grpo else "before")
-    if start is not None:
-        bench.model.attach(start.to(bench.device))
-    if stages:
-        outcome.concept = run.learn(start)
-        outcome.concept.save(out / CONCEPT)
-    if grpo:
-        if evaluate:
-            outcome.results["before"] = run.measure("before")
-        outcome.concept = run.reinforce()
-        outcome.concept.save(out / CONCEPT)
-    if evaluate:
-        outcome.results["after"] = run.measure("after")
-        outcome.report = run.report()
-    return outcome
 
 
 def measure(

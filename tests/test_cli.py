@@ -26,7 +26,7 @@ SHORT = [
     "grpo.group_size=2",
     "grpo.timesteps=2",
     "grpo.max_new_tokens=3",
-    "grpo.trainable=concept",
+    "grpo.trainable=full",
     "grpo.checkpoint_every=1",
     "evaluation.samples=1",
     "evaluation.timesteps=2",
@@ -325,6 +325,8 @@ def test_train_stops_and_resumes_as_if_it_had_not(run: Path, data: Path, toy: No
     call("train", data, "bo", "--out", out, "--resume")
     one, other = ConceptTokens.load(run / "concept"), ConceptTokens.load(out / "concept")
     assert torch.equal(one.embed, other.embed) and torch.equal(one.head_bias, other.head_bias)
+    weights = [(folder / "final" / "model" / "model.safetensors").read_bytes() for folder in (run, out)]
+    assert weights[0] == weights[1]
     assert "cannot be resumed" in only_error("train", data, "bo", "--out", out, "--resume", "grpo.lr=0.5")
 
 
@@ -343,9 +345,10 @@ def test_train_from_tokens_and_from_a_config(run: Path, toy: None, tmp_path: Pat
     further = tmp_path / "further"
     call(
         "train", *_concept(run), "--out", further, "--stages", "none", "--start", other, "--no-evaluate",
-        *SHORT, "grpo.steps=1",
+        *SHORT, "grpo.steps=1", "grpo.trainable=lora",
     )  # fmt: skip
-    assert (further / "final" / "policy.json").exists() and not (further / "stages").exists()
+    assert (further / "final" / "adapter.safetensors").exists() and not (further / "stages").exists()
+    call("generate", further, "<bo>", "--out", tmp_path / "x.png", "timesteps=1")
 
 
 def test_train_refuses_what_it_cannot_use(data: Path, toy: None, tmp_path: Path) -> None:

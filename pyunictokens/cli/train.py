@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,10 +97,10 @@ def train(
     from dataclasses import replace
 
     from ..data.folder import load_concept
-    from ..pipeline import run_concept
+    from ..pipeline import check_request, run_concept
     from ..runs import CONFIG, Run, RunConfig
     from ..train.settings import load_yaml, with_overrides
-    from ..workbench import Sources, load_experts, open_workbench
+    from ..workbench import Sources, load_experts, open_workbench, pick_device
 
     words = list(overrides or [])
     root, name, words = _separate(root, name, words)
@@ -120,13 +121,14 @@ def train(
     if dtype is not None:
         settings = replace(settings, grpo=with_overrides(settings.grpo, [f"dtype={dtype}"]))
     max_text = values.get("max_text")
-    bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
-    experts = load_experts(bench.sources, bench.device, rewards)
-    begin = None
-    if start is not None:
-        begin = Run.find(start).concept_tokens(concept.name)
     out = out or Path("runs") / concept.name
-    signal.signal(signal.SIGTERM, _stop)
+    begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
+    experts = load_experts(sources, pick_device(device), rewards)
+    with_stages = stages is not Stages.none
+    check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
+    bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     with Bars() as bars:
         outcome = run_concept(
             bench,
@@ -135,7 +137,7 @@ def train(
             out,
             experts,
             start=begin,
-            stages=stages is not Stages.none,
+            stages=with_stages,
             grpo=grpo,
             evaluate=evaluate,
             resume=resume,
