@@ -38,7 +38,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         what = WHAT.get(result["name"], result["name"]).format_map(_Gaps(result["settings"]))
         vocabulary = result["settings"].get("text_vocabulary")
-        what += f", {vocabulary:,} text ids".replace(",", " ") if vocabulary else ""
+        what += f", a vocabulary of {f'{vocabulary:,}'.replace(',', ' ')} text ids" if vocabulary else ""
         spread = f"{result['ratio_min']:g} to {result['ratio_max']:g}"
         lines.append(f"| {what} | {result['peer']} | **{result['ratio']:g}** ({spread}, n = {result['rounds']}) |")
     return "\n".join(lines)

@@ -80,7 +80,7 @@ def run_concept(
 
 
 def check_request(out: Path, experts: Experts | None, *, started: bool, stages: bool, grpo: bool, resume: bool) -> None:
-    """Raise UserError for a run that cannot work, before anything is loaded. `started`: there are tokens to begin with."""
+    """Raise UserError for a run that cannot work, before anything is loaded. `started`: tokens to begin with exist."""
     if not (stages or grpo):
         raise UserError("nothing to do: neither stages nor reinforcement was asked for")
     if not stages and not started:

@@ -168,3 +168,64 @@ def test_no_machine_paths_and_no_registry_hosts() -> None:
             continue
         found = forbidden.search(path.read_bytes())
         assert found is None, f"{name}: {found[0]!r}" if found else ""
+
+
+def _script(name: str) -> Any:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
+    script = _script("readme_tables")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script.rewritten(text, ROOT / "benchmarks" / "results") == text, "run python experiments/readme_tables.py"
+
+
+def test_tables_are_made_from_results(tmp_path: Path) -> None:
+    import json
+
+    script = _script("readme_tables")
+    result = {
+        "name": "text",
+        "peer": "the plain loop",
+        "ratio": 21.5,
+        "ratio_min": 20.25,
+        "ratio_max": 23.0,
+        "rounds": 5,
+        "settings": {"group": 4, "tokens": 50, "context": 290, "text_vocabulary": 50295},
+        "machine": {"cpu": "Some CPU", "cores": 2, "dtype": "float32", "torch": "2.11.0"},
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps({"results": [result]}))
+    points = [
+        {"side": side, "timesteps": t, "bytes": b << 20} for side, t, b in (("streamed", 5, 90), ("plain", 50, 999))
+    ]
+    memory = {"device": "cpu", "torch": "2.11.0", "settings": {"width": 256}, "points": points}
+    (tmp_path / "update-memory.json").write_text(json.dumps(memory))
+    text = script.rewritten(f"a\n{script.BEGIN}old{script.END}\nb\n", tmp_path)
+    assert "old" not in text and text.startswith("a\n") and text.endswith("\nb\n")
+    row = "| 4 answers of 50 tokens after a context of 290, a vocabulary of 50 295 text ids | the plain loop "
+    assert row + "| **21.5** (20.25 to 23, n = 5) |" in text
+    assert "| this library, streamed | 90 |  |" in text and "| published, every graph alive |  | 999 |" in text
+    assert "Nothing was measured yet" in script.numbers(tmp_path / "none")
+    with pytest.raises(SystemExit, match="markers"):
+        script.rewritten("no markers", tmp_path)
+
+
+def test_the_page_of_the_demo_says_what_its_json_says() -> None:
+    import json
+
+    file = ROOT / "docs" / "demo.json"
+    if not file.exists():
+        pytest.skip("no demo was run over its seeds in this checkout")
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    script = _script("demo_seeds")
+    assert len(runs) >= 3
+    for key in ("reasoning_generation.reward", "pure.attributes"):
+        for name in script.NAMES:
+            assert script.spread([run["metrics"][name][key] for run in runs]) in page
