@@ -58,6 +58,26 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     return result
 
 
+def stages(rows: Rows, theme: Theme) -> bytes:
+    """Losses of the stages in which the concept's tokens are learned, a panel a stage."""
+    names = list(dict.fromkeys(str(row.get("stage")) for row in rows))
+    figure, axes = _figure(len(names), theme, height=2.6)
+    losses = {"loss_understanding": "answering", "loss_generation": "drawing"}
+    for axis, name in zip(axes, names, strict=True):
+        own = [row for row in rows if str(row.get("stage")) == name]
+        steps = numbers(own, "step")
+        for colour, (key, label) in zip(theme.lines, losses.items(), strict=False):
+            values = numbers(own, key)
+            if any(map(math.isfinite, values)):
+                axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+                axis.plot(steps, smooth(values, max(3, len(values) // 12)), color=colour, linewidth=2, label=label)
+        _title(axis, theme, f"Stage: {name}")
+        axis.set_ylim(bottom=0)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(loc="upper right", frameon=False, labelcolor=theme.ink, fontsize=8)
+    return _png(figure)
+
+
 def reward(rows: Rows, theme: Theme) -> bytes:
     """Mean reward of each step's group with the spread inside the group, and its moving average."""
     figure, (axis,) = _figure(1, theme, height=3.1)

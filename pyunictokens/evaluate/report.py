@@ -215,18 +215,14 @@ def _right(record: Mapping[str, Any]) -> bool:
 
 
 def _plots(files: RunFiles) -> list[dict[str, Any]]:
-    if not files.rows:
-        return []
     settings = files.config.get("grpo", files.config)
     target = settings.get("dsog", {}).get("target_pass_rate") if isinstance(settings.get("dsog", {}), dict) else None
-    draw: dict[str, tuple[str, Callable[[plots.Theme], bytes]]] = {
-        "reward": (
-            "Each dot is the mean reward of one group; the band is the spread inside it, all that is learned from.",
-            lambda theme: plots.reward(files.rows, theme),
-        ),
-        "experts": ("The experts apart, unweighted.", lambda theme: plots.experts(files.rows, theme)),
-        "policy": ("How far and how fast the policy moved.", lambda theme: plots.policy(files.rows, theme)),
-    }
+    draw: dict[str, tuple[str, Callable[[plots.Theme], bytes]]] = {}
+    if files.stage_rows:
+        text = "Losses while the concept's tokens were learned, before reinforcement."
+        draw["stages"] = (text, lambda theme: plots.stages(files.stage_rows, theme))
+    if files.rows:
+        draw |= _curves(files)
     if any(math.isfinite(value) for value in plots.numbers(files.rows, "threshold")):
         text = "Previews that score below the threshold are drawn anew; it moves so that the target share passes."
         draw["dsog"] = (text, lambda theme: plots.dsog(files.rows, theme, target))
@@ -238,6 +234,16 @@ def _plots(files: RunFiles) -> list[dict[str, Any]]:
             {"name": name, "text": text, "light": pictures.png_uri(light), "dark": pictures.png_uri(figure(plots.DARK))}
         )
     return found
+
+
+def _curves(files: RunFiles) -> dict[str, tuple[str, Callable[[plots.Theme], bytes]]]:
+    rows = files.rows
+    reward = "Each dot is the mean reward of one group; the band is the spread inside it, all that is learned from."
+    return {
+        "reward": (reward, lambda theme: plots.reward(rows, theme)),
+        "experts": ("The experts apart, unweighted.", lambda theme: plots.experts(rows, theme)),
+        "policy": ("How far and how fast the policy moved.", lambda theme: plots.policy(rows, theme)),
+    }
 
 
 def _samples(files: RunFiles) -> list[dict[str, Any]]:

@@ -26,6 +26,9 @@ class RunFiles:
     folder: Path
     results: dict[str, EvalResult] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    """Steps of reinforcement."""
+    stage_rows: list[dict[str, Any]] = field(default_factory=list)
+    """Steps of the stages before it."""
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     about: dict[str, Any] = field(default_factory=dict)
@@ -45,10 +48,11 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: give the folder of a run")
     files = RunFiles(folder, rows=_read_rows(folder / "metrics.jsonl"))
+    files.stage_rows = _read_rows(folder / "stages" / "stages.jsonl") or _read_rows(folder / "stages.jsonl")
     for stage in STAGES:
         if (folder / f"{stage}.json").exists():
             files.results[stage] = EvalResult.load(folder / f"{stage}.json")
-    if not files.rows and not files.results:
+    if not (files.rows or files.stage_rows or files.results):
         raise UserError(f"{folder}: holds no metrics.jsonl, before.json or after.json: is this the folder of a run?")
     for name in ("config.yaml", "grpo.yaml"):
         if (folder / name).exists():

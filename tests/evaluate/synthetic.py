@@ -139,6 +139,13 @@ def write_run(folder: Path, steps: int = 60, lift: float = 0.08) -> Path:
         "  dsog:\n    target_pass_rate: 0.25\n",
         encoding="utf-8",
     )
+    (folder / "stages").mkdir(exist_ok=True)
+    stages = [
+        {"step": step, "stage": stage, "loss_understanding": 2 * math.exp(-step / 40), **more}
+        for step in range(120)
+        for stage, more in [("understanding", {}) if step < 60 else ("generation", {"loss_generation": 3.0})]
+    ]
+    (folder / "stages" / "stages.jsonl").write_text("\n".join(map(json.dumps, stages)), encoding="utf-8")
     about = {"name": "bo", "kind": "animal", "class_word": "cat", "extra_info": FACTS}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
     rng = np.random.default_rng(9)

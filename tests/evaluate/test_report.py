@@ -62,6 +62,7 @@ def test_every_section_is_there(page: Page) -> None:
     wanted = ["verdict", "concept", "measures", "drawings", "answers", "training", "samples", "settings"]
     assert [name for name in page.ids if not name.startswith("plot-")] == wanted
     assert [name for name in page.ids if name.startswith("plot-")] == [
+        "plot-stages",
         "plot-reward",
         "plot-experts",
         "plot-policy",
@@ -132,7 +133,7 @@ def test_a_spread_that_teaches_nothing_is_told(run: Path) -> None:
 
 
 def test_plots_lie_beside_the_page(run: Path, page: Page) -> None:
-    for name in ("reward", "experts", "policy", "dsog"):
+    for name in ("stages", "reward", "experts", "policy", "dsog"):
         with Image.open(run / "plots" / f"{name}.png") as image:
             assert image.mode == "RGB" and image.width >= 1200
             assert len(image.convert("L").getcolors() or range(300)) > 8  # something is drawn
@@ -158,6 +159,8 @@ def test_plots_of_a_run_of_one_step_and_of_missing_numbers() -> None:
     for draw in (plots.reward, plots.experts, plots.policy, plots.dsog):
         for rows in (metrics(1), [{"step": 0}], [{"step": 0, "kl": None, "parts": None}]):
             assert draw(rows, plots.DARK).startswith(b"\x89PNG")
+    for rows in ([{"step": 0, "stage": "joint", "loss_understanding": 1.0}], [{"step": 0}]):
+        assert plots.stages(rows, plots.DARK).startswith(b"\x89PNG")
 
 
 def test_numbers_and_averages() -> None:

@@ -243,3 +243,29 @@ def test_progress_reaches_the_end_of_every_split(concept: Concept, truth: dict[s
 def test_bad_settings(concept: Concept, truth: dict[str, Any], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(Rule(concept, truth), concept, **settings)
+
+
+def test_with_a_real_engine(tmp_path: Path) -> None:
+    """A random model through the real rollout engine: batches change nothing, seeds change drawings."""
+    from pyunictokens.rollout.engine import RolloutEngine
+    from tests.train.world import experts, world
+
+    made = world(tmp_path)
+    made.model.attach(made.concept)
+    tokenizer = made.tokenizer.with_concept(made.concept.tokens)
+    engine = RolloutEngine(made.model, made.vq, tokenizer, max_text=48)
+
+    def measured(**more: Any) -> EvalResult:
+        settings = {"samples": 2, "steps": 3, "guidance_scale": 1.0, "max_new_tokens": 4, **more}
+        return unifybench(engine, made.data, made.concept, ensemble=experts(), **settings)
+
+    first = measured()
+    assert {"vqa", "reasoning", "reasoning_generation"} <= set(first.records)
+    assert measured(batch=1).records == first.records
+    record = first.records["reasoning_generation"][0]
+    assert len(record["scores"]["reward"]) == 2 and record["drawn"].startswith(record["prompt"].rstrip("."))
+    other = measured(seed=1, splits=["pure", "reasoning_generation"])
+    drawn, again = (each.images["reasoning_generation"][0] for each in (first, other))
+    assert not torch.equal(drawn, again) and not torch.equal(drawn[0], drawn[1])
+    alone = measured(splits=["reasoning_generation"], samples=1).images["reasoning_generation"][0]
+    assert (alone[0].int() - drawn[0].int()).abs().max() <= 1  # the same noise, whatever else is drawn

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunictokens.errors import UserError
@@ -46,6 +46,7 @@ def test_tier_is_clamped_where_the_distance_passes_two() -> None:
     assert tier_score(similarity, 0).tolist() == [0.0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=6), st.floats(-1, 0.98))
 def test_tier_rises_with_the_similarity_to_the_true_fact(wrong: list[float], low: float) -> None:
     scores = tier_score(torch.tensor([[low, *wrong], [low + 0.02, *wrong]], dtype=torch.float64), 0)
