@@ -1,1 +1,1 @@
-"""Triton kernels of the fused operations, installed as ``pyunictokens.kernels``; see ``docs/ops.md`` for the backends."""
+"""Triton kernels of the fused operations, installed as ``pyunictokens.kernels``; ``docs/ops.md`` lists the backends."""

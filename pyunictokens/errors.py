@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class UserError(ValueError):
-    """Something a user gave (a file, a flag, a tensor) cannot be used. The command line prints it without a traceback."""
+    """Something a user gave (a file, a flag, a tensor) cannot be used. The command line prints it, no traceback."""
 
 
 class MissingExtra(ImportError):
@@ -20,4 +20,6 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         top = module.partition(".")[0]
-        raise MissingExtra(f"{top} is needed here and cannot be imported ({error}): pip install 'pyunictokens[{extra}]'") from error
+        raise MissingExtra(
+            f"{top} is needed here and cannot be imported ({error}): pip install 'pyunictokens[{extra}]'"
+        ) from error

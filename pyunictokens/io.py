@@ -1,7 +1,7 @@
 """Files that are either whole or absent: write aside in the same folder, flush to disk, rename.
 
-Also the reading of JSON with errors that name file and position, and the one check for names that come from data and are
-about to become a path. Knows nothing of models or training.
+Also the reading of JSON with errors that name file and position, and the one check for names that come from data and
+are about to become a path. Knows nothing of models or training.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def safe_name(name: str, what: str = "name") -> str:
     )
     if bad:
         raise UserError(
-            f"{what} {name!r}: must be 1 to {_NAME_LIMIT} printable characters without / \\ < > : \" | ? * "
+            f'{what} {name!r}: must be 1 to {_NAME_LIMIT} printable characters without / \\ < > : " | ? * '
             "and must not start with '-' or '.'"
         )
     return name

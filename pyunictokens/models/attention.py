@@ -2,8 +2,8 @@
 
 A transformer block hands (layer, q, k, v) to a strategy and gets the attended values back. So one set of blocks serves
 the plain full-sequence definition, image steps over a cached prompt (text is causal and blind to the image, hence its
-keys and values never change: DESIGN lever 1), and token-by-token text. This file knows shapes and rows; it does not know
-embeddings, sampling or what a prompt says.
+keys and values never change: DESIGN lever 1), and token-by-token text. This file knows shapes and rows; it does not
+know embeddings, sampling or what a prompt says.
 
 Shape suffixes: B batch rows, H heads, L new positions, P prompt positions, E head width.
 """
@@ -64,9 +64,7 @@ class PromptKV:
         return len(self.keys)
 
     def __add__(self, other: PromptKV) -> PromptKV:
-        return PromptKV(
-            self.keys + other.keys, self.values + other.values, self.next_position + other.next_position
-        )
+        return PromptKV(self.keys + other.keys, self.values + other.values, self.next_position + other.next_position)
 
     def select(self, prompts: Sequence[int]) -> PromptKV:
         """The prompts of the given indices, in that order. Nothing is copied."""

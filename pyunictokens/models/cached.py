@@ -2,8 +2,8 @@
 
     prompts  →  prefill_t2i / prefill_mmu  →  PromptKV  →  image_hidden / answer_hidden  →  hidden states for the heads
 
-Everything here is differentiable and equals the plain path of ``Showo.forward`` row for row. It knows positions; it does
-not know schedules, sampling or losses.
+Everything here is differentiable and equals the plain path of ``Showo.forward`` row for row. It knows positions; it
+does not know schedules, sampling or losses.
 
 Shape suffixes: B rows, N image codes, L answer tokens, D width.
 """
@@ -45,9 +45,7 @@ def _by_length(sequences: Sequence[Sequence[int]]) -> dict[int, list[int]]:
     return groups
 
 
-def _merge(
-    count: int, groups: list[tuple[list[int], PromptKV, Tensor]]
-) -> tuple[PromptKV, Tensor]:
+def _merge(count: int, groups: list[tuple[list[int], PromptKV, Tensor]]) -> tuple[PromptKV, Tensor]:
     order = [0] * count
     total, offset = PromptKV([], [], []), 0
     for members, prompts, _ in groups:
@@ -68,7 +66,9 @@ def prefill_t2i(model: Showo, prompts: Sequence[Sequence[int]], max_text: int) -
     groups = []
     for length, members in _by_length(distinct).items():
         if length > max_text + 1:
-            raise UserError(f"a prompt of {length} ids: at most max_text + 1 = {max_text + 1}; cut it with prompting.t2i_text")
+            raise UserError(
+                f"a prompt of {length} ids: at most max_text + 1 = {max_text + 1}; cut it with prompting.t2i_text"
+            )
         ids = torch.tensor([distinct[i] for i in members], device=model.device)
         causal = torch.ones(1, length, length, dtype=torch.bool, device=model.device).tril()
         groups.append((members, *_prefill(model, model.embed(ids), max_text + 1 - length, causal)))
@@ -98,8 +98,8 @@ def image_hidden(model: Showo, codes_BN: Tensor, prompts: PromptKV, prompt_of_ro
 
 
 def prefill_mmu(model: Showo, codes_BN: Tensor, questions: Sequence[Sequence[int]]) -> tuple[PromptKV, Tensor]:
-    """Keys and values of understanding prefixes (image codes [B, N] and question ids, one question a row), and the hidden
-    state [B, D] from which each answer's first token is drawn."""
+    """Keys and values of understanding prefixes (image codes [B, N] and question ids, one question a row), and the
+    hidden state [B, D] from which each answer's first token is drawn."""
     ids = SpecialIds.of(model)
     rows = codes_BN.tolist()
     if len(rows) != len(questions):

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..io import read_json
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+)
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:

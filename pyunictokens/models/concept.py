@@ -1,8 +1,8 @@
-"""A concept's learned tokens: `<name>` and its K + M (+ extra) helpers, as rows of embedding, head weight and head bias.
+"""A concept's learned tokens: `<name>` and its K + M (+ extra) helpers, as rows of embedding, head weight and bias.
 
 They are the only new parameters of a personalised model: 25 rows against two matrices of 58 k × 2048. Reads and writes
-the published files ``epoch_*_{embed,lm_head_weight,lm_head_bias}.pt`` and one safetensors file of our own. It knows token
-strings and rows; how rows are trained is the business of `train`, where they sit among the ids that of `showo`.
+the published files ``epoch_*_{embed,lm_head_weight,lm_head_bias}.pt`` and one safetensors file of our own. It knows
+token strings and rows; how rows are trained is the business of `train`, where they sit among the ids that of `showo`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ class ConceptTokens(nn.Module):
         folder = Path(folder)
         epochs = sorted(int(file.name.split("_")[1]) for file in folder.glob("epoch_*_embed.pt"))
         if not epochs or (epoch is not None and epoch not in epochs):
-            raise UserError(f"{folder}: no epoch_{'*' if epoch is None else epoch}_embed.pt; present: {epochs or 'none'}")
+            raise UserError(
+                f"{folder}: no epoch_{'*' if epoch is None else epoch}_embed.pt; present: {epochs or 'none'}"
+            )
         epoch = epochs[-1] if epoch is None else epoch
         parts: dict[str, Tensor] = {}
         for part, published in _PUBLISHED.items():

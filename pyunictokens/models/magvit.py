@@ -1,10 +1,11 @@
 """MAGVIT-v2 image tokenizer: pixels to codes and back, with a look-up-free quantiser.
 
 The layout (module names, order of layers) is that of the published checkpoint, so its state dict loads key by key. The
-shape of the network (widths, blocks, bits) is read from the weights themselves. It knows nothing of text or transformers.
+shape of the network (widths, blocks, bits) is read from the weights themselves. It knows nothing of text or
+transformers.
 
-A code is the sign pattern of one position's `z_channels` features read as a binary number, most significant bit first
-(Yu et al., 2023, "Language Model Beats Diffusion", section 3.1). The decoder is fully convolutional but for one attention
+A code is the sign pattern of one position's `z_channels` features read as a binary number, most significant bit
+first (Yu et al., 2023, "Language Model Beats Diffusion", section 3.1). The decoder is fully convolutional but for one attention
 layer in the middle, so it takes any grid h×w.
 """
 
@@ -16,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,7 @@ class _Level(nn.Module):
 
     def __init__(self, widths: list[int], groups: int, resample: tuple[str, nn.Module] | None):
         super().__init__()
-        self.block = nn.ModuleList([_Residual(a, b, groups) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.block = nn.ModuleList([_Residual(a, b, groups) for a, b in pairwise(widths)])
         self.resample_name = resample[0] if resample else None
         if resample:
             self.add_module(*resample)
@@ -243,7 +245,8 @@ class MagvitV2(nn.Module):
             raise UserError(f"pixels of shape {tuple(pixels.shape)}: must be [B, 3, H, W]")
         if any(side % self.downsampling or side == 0 for side in pixels.shape[2:]):
             raise UserError(
-                f"pixels of {pixels.shape[2]}×{pixels.shape[3]}: sides must be positive multiples of {self.downsampling}"
+                f"pixels of {pixels.shape[2]}×{pixels.shape[3]}: sides must be positive multiples "
+                f"of {self.downsampling}"
             )
         bits = self.encoder(pixels.to(self.encoder.conv_in.weight.dtype)).flatten(2).transpose(1, 2) > 0
         return (bits * self.quantize.power_vals).sum(-1)
@@ -299,5 +302,6 @@ class MagvitV2(nn.Module):
         """Write `config.json` and `model.safetensors`; floating weights in `dtype` when given."""
         weights = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()}
         save_safetensors_atomic(Path(path) / "model.safetensors", weights)
-        write_json(Path(path) / "config.json", json.loads(json.dumps({"_class_name": "MAGVITv2", **asdict(self.config)})))
-
+        write_json(
+            Path(path) / "config.json", json.loads(json.dumps({"_class_name": "MAGVITv2", **asdict(self.config)}))
+        )

@@ -139,7 +139,9 @@ def attention_allowed(input_ids: Tensor, kind: str, ids: SpecialIds) -> Tensor:
     if kind != "t2i":
         raise UserError(f"kind={kind!r}: must be 't2i' or 'mmu'")
     pad = input_ids == ids.pad
-    image = ((input_ids == ids.soi).cumsum(1) > 0) & ((input_ids == ids.eoi).cumsum(1) - (input_ids == ids.eoi).int() < 1)
+    image = ((input_ids == ids.soi).cumsum(1) > 0) & (
+        (input_ids == ids.eoi).cumsum(1) - (input_ids == ids.eoi).int() < 1
+    )
     seen = torch.where(image[:, :, None], True, causal) & ~pad[:, None, :]
     return torch.where(pad[:, :, None], causal & pad[:, None, :], seen)
 

@@ -80,7 +80,9 @@ class ShowoConfig:
         return self.llm_vocab_size + NUM_SPECIAL
 
     @classmethod
-    def from_checkpoint(cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> ShowoConfig:
+    def from_checkpoint(
+        cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path
+    ) -> ShowoConfig:
         """Sizes from the weights' shapes; what shapes cannot say from config.json and the language model's config."""
         try:
             vocab, hidden = shapes["showo.model.embed_tokens.weight"]
@@ -115,7 +117,7 @@ class ShowoConfig:
 
 
 def _language_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the language model's own config says: keys in config.json itself, else `llm_model_path` beside the weights."""
+    """What the language model's own config says: its keys in config.json, else `llm_model_path` beside it."""
     known = set(ShowoConfig.__dataclass_fields__) - {"vocab_size"}
     found = {key: value for key, value in config.items() if key in known}
     name = config.get("llm_model_path")

@@ -27,7 +27,9 @@ class TextTokenizer:
         self._bos, self._eos = bos, eos
         for token in (bos, eos):
             if tokenizer.token_to_id(token) is None:
-                raise UserError(f"the tokenizer has no token {token!r}: name its bos and eos tokens in tokenizer_config.json")
+                raise UserError(
+                    f"the tokenizer has no token {token!r}: name its bos and eos tokens in tokenizer_config.json"
+                )
         if text_size is None:
             text_size = tokenizer.get_vocab_size()
             self._add(SPECIAL_TOKENS, special=True)
