@@ -1,13 +1,14 @@
 """AdamW over the trained parameters with clipping and a schedule, in float32 whatever the model's precision.
 
-Parameters of lower precision get a float32 twin that the optimiser works on: a step of 1e-6 would vanish in bfloat16's
-rounding. It knows parameters by name, so its state can be saved beside them; it does not know losses or files.
+Parameters of lower precision get a float32 twin that the optimiser works on and that gathers their gradients: a step
+of 1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients that are added up. It knows
+parameters by name, so its state can be saved beside them; it does not know losses or files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,9 @@ class Optimiser:
             name: value.detach().float().clone() if value.dtype != torch.float32 else value
             for name, value in self.named.items()
         }
+        for name, value in self.named.items():
+            if self._masters[name] is not value:
+                value.register_post_accumulate_grad_hook(_into(self._masters[name]))
         groups = [
             {"params": [self._masters[n] for n in self.named if (n in undecayed) == bare], "weight_decay": decay}
             for bare, decay in ((False, weight_decay), (True, 0.0))
@@ -56,12 +60,12 @@ class Optimiser:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        for value in self.named.values():
-            value.grad = None
+        for name, value in self.named.items():
+            value.grad = self._masters[name].grad = None
 
     def grad_norm(self) -> float:
         """The length of the whole gradient, in float32."""
-        norms = [torch.linalg.vector_norm(p.grad.detach().float()) for p in self.named.values() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(p.grad.detach()) for p in self._masters.values() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def step(self, lr: float) -> float:
@@ -73,13 +77,9 @@ class Optimiser:
         scale = 1.0
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
             scale = self.max_grad_norm / (norm + 1e-6)
-        for name, parameter in self.named.items():
-            if parameter.grad is None:
-                continue
-            if scale != 1.0:
-                parameter.grad.mul_(scale)
-            if self._masters[name] is not parameter:
-                self._masters[name].grad = parameter.grad.float()
+        for master in self._masters.values():
+            if master.grad is not None and scale != 1.0:
+                master.grad.mul_(scale)
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
@@ -87,7 +87,6 @@ class Optimiser:
             for name, parameter in self.named.items():
                 if self._masters[name] is not parameter:
                     parameter.copy_(self._masters[name])
-                    self._masters[name].grad = None
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -117,6 +116,18 @@ class Optimiser:
                     ).to("cpu" if part == "step" else master.device, copy=True)
                     for part in _PARTS
                 }
+
+
+def _into(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that moves a parameter's new gradient to its float32 twin."""
+
+    def gather(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return gather
 
 
 def _fitting(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, origin: object) -> Tensor:
