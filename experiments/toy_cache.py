@@ -1,7 +1,7 @@
 """Stage `cache` of the toy's build: draw the pre-training scenes once and keep them as uint8.
 
-Writes WORK/cache/{images.npy, labels.npy}; the last `HOLD` scenes are never trained on, they are what the report is measured
-on. A second pair of files holds scenes whose subjects are held out from training altogether.
+Writes WORK/cache/{images.npy, labels.npy}; the last `HOLD` scenes are never trained on, they are what the report is
+measured on. A second pair of files holds scenes whose subjects are held out from training altogether.
 """
 
 from __future__ import annotations
@@ -41,4 +41,4 @@ def build_cache(work: Path, *, count: int, seed: int) -> None:
 def load_cache(work: Path, prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 [n, 64, 64, 3], labels int64 [n, 9])."""
     folder = work / "cache"
-    return np.load(folder / f"{prefix}images.npy", mmap_mode="r"), np.load(folder / f"{prefix}labels.npy")
+    return np.load(folder / f"{prefix}images.npy"), np.load(folder / f"{prefix}labels.npy")

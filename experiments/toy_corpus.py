@@ -1,8 +1,8 @@
 """Stage `corpus` of the toy's build: everything the toy model will read, as padded ids.
 
-WORK/corpus.npz: captions of the cached scenes, questions with answers, and lists of facts with the one that fits. Ids are
-those of the toy tokenizer; CODE (the unknown word) marks where training puts codes of the picture into the text, because
-concept tokens start as means of code embeddings.
+WORK/corpus.npz: captions of the cached scenes, questions with answers, and lists of facts with the one that fits. Ids
+are those of the toy tokenizer; CODE (the unknown word) marks where training puts codes of the picture into the text,
+because concept tokens start as means of code embeddings.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from toy_cache import load_cache
 
 from pyunictokens.data import toygrammar as grammar
 from pyunictokens.data.toyscene import from_labels, random_scene
+from pyunictokens.data.toywords import build_tokenizer
 from pyunictokens.models import prompting
 
 CAPTIONS, QUESTIONS = 3, 6
@@ -55,7 +56,9 @@ def _known_without_picture(rng: np.random.Generator) -> tuple[str, str]:
     if rng.random() < 0.3:
         pairs = [(f"is {pairs[1][0].split(' does ')[1].removesuffix(' have?')} {scene.word('pattern')}?", "yes")]
         if rng.random() < 0.5:
-            pairs = [(pairs[0][0].replace(f" {scene.word('pattern')}?", f" {grammar.another('pattern', scene, rng)}?"), "no")]
+            pairs = [
+                (pairs[0][0].replace(f" {scene.word('pattern')}?", f" {grammar.another('pattern', scene, rng)}?"), "no")
+            ]
     return pairs[rng.integers(len(pairs))]
 
 
@@ -78,7 +81,7 @@ def _fact_pair(rng: np.random.Generator) -> tuple[str, str]:
 
 def _part(job: tuple[int, np.ndarray, int]) -> dict[str, np.ndarray]:
     seed, labels, num_facts = job
-    rng, tokenizer = np.random.default_rng(seed), grammar.build_tokenizer()
+    rng, tokenizer = np.random.default_rng(seed), build_tokenizer()
     captions: list[list[int]] = []
     asked: list[tuple[str, str]] = []
     for row in labels:

@@ -1,8 +1,8 @@
 """Write one toy concept to disk in the published folder layout, with its truth beside it.
 
-The subject is one that pre-training never drew. Ten training pictures show it at different moments; eight facts about it
-are in no picture. `truth.json` in the test half says what each prompt should show: only the attribute accuracy metric may
-read it. Knows the toy world and the layout (docs/data-format.md); knows no model.
+The subject is one that pre-training never drew. Ten training pictures show it at different moments; eight facts about
+it are in no picture. `truth.json` in the test half says what each prompt should show: only the attribute accuracy
+metric may read it. Knows the toy world and the layout (docs/data-format.md); knows no model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..models import prompting
 from .concept import FACT_PROMPTS, concept_name
 from .images import save_image
 from .toydraw import render
-from .toygrammar import FACTS, RECOGNITIONS, at_place, change_subject, draw_facts, subject_questions, thing
+from .toyfacts import FACTS, at_place, draw_facts, thing
+from .toygrammar import RECOGNITIONS, change_subject, subject_questions
 from .toyscene import KINDS, SLOTS, SUBJECT_SLOTS, Attributes, random_moment, random_scene
 
 TRAIN_IMAGES, TEST_IMAGES, NEGATIVES, RANDOM_IMAGES = 10, 4, 12, 12
@@ -66,13 +67,14 @@ class _Writer:
         self._truth(shown)
         self._shared()
 
-    # --- pictures ------------------------------------------------------------------------------------------------------
+    # --- pictures ----------------------------------------------------------------------------------------------------
 
     def _picture(self, scene: Attributes, path: Path) -> None:
         save_image(Image.fromarray(render(scene, _SIDE)), path)
 
     def _pictures(self, folder: Path, count: int) -> list[Attributes]:
-        """The subject at `count` moments, no two alike: places in turn, one in three without wear, one without an item."""
+        """The subject at `count` moments, no two alike: places in turn, one in three without wear, one without an
+        item."""
         scenes: list[Attributes] = []
         skin = float(self.rng.random())
         while len(scenes) < count:
@@ -87,7 +89,7 @@ class _Writer:
             self._picture(moment, folder / f"{index}.png")
         return scenes
 
-    # --- words ---------------------------------------------------------------------------------------------------------
+    # --- words -------------------------------------------------------------------------------------------------------
 
     def _info(self) -> None:
         info = {
@@ -163,7 +165,7 @@ class _Writer:
         write_json(self.train / "positive_recognitions.json", positive)
         write_json(self.train / "random_recognitions.json", negative)
 
-    # --- prompts and truth ---------------------------------------------------------------------------------------------
+    # --- prompts and truth -------------------------------------------------------------------------------------------
 
     def _prompts(self) -> dict[str, list[str]]:
         """The prompts by their published names; notes on the way what each should show."""
@@ -182,7 +184,11 @@ class _Writer:
             beside = {slot: moment.word(slot) for slot in ("item", "item_colour")}
             where = {"place": moment.word("place")}
             pure.append(
-                (self._drawn(where, place), self._drawn(wear, f"wearing {worn}"), self._drawn(beside, f"beside {item}"))[k % 3]
+                (
+                    self._drawn(where, place),
+                    self._drawn(wear, f"wearing {worn}"),
+                    self._drawn(beside, f"beside {item}"),
+                )[k % 3]
             )
             dense.append(self._drawn({**wear, **beside, **where}, f"wearing {worn} beside {item} {place}"))
             if k < 4:

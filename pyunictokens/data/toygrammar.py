@@ -1,19 +1,19 @@
 """What is said about toy scenes: captions, questions with answers, and facts from which one must be picked.
 
-Everything is made from a closed list of words (:func:`words`), so the tokenizer never meets an unknown one. Names ("mimi",
-"bo") stand where a learned concept token will stand, and rows of attribute words before the noun stand where a concept's
-helper tokens will stand. Knows scenes (toyscene.py); does not know pictures.
+Everything is made from a closed list of words (toywords.py), so the tokenizer never meets an unknown one. Names
+("mimi", "bo") stand where a learned concept token will stand, and rows of attribute words before the noun stand where
+a concept's helper tokens will stand. Knows scenes (toyscene.py); does not know pictures.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from .toyscene import SLOTS, Attributes, code
+from .toyfacts import FACTS, at_place, draw_facts, pick, thing
+from .toyscene import SLOTS, Attributes
 
 NAMES = ("bo", "mimi", "lulu", "toto", "kiki", "nino", "pip", "zaza", "coco", "tiki", "fifi", "momo")
 FILLERS = ("nice", "happy", "sweet", "very", "new", "old", "good", "one")
@@ -21,7 +21,6 @@ _MENTION = np.cumsum([0.15, 0.1, 0.15, 0.42])
 """Shares of "the cat", "a cat", "mimi", "red striped cat" (the rest: "red striped mimi")."""
 _CAPTION = np.cumsum([0.35, 0.27, 0.3])
 """Shares of plain, word-row and compound captions (the rest: answered ones)."""
-TOYS, SNACKS = ("ball", "kite", "boat", "block"), ("apple", "cake")
 RECOGNITIONS = (
     "is {x} in the picture?",
     "is {x} in the picture?",
@@ -30,134 +29,9 @@ RECOGNITIONS = (
     "does this photo show {x}?",
     "is this {x}?",
 )
-_AT = {"beach": "on the beach"}
-_WORD = re.compile(r"<\|?[\w]+\|?>|\w+|[^\w\s]")
 
 
-def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
-    return choices[int(rng.integers(len(choices)))]
-
-
-def at_place(place: str) -> str:
-    """ "on the beach", "in the snow", …"""
-    return _AT.get(place, f"in the {place}")
-
-
-def thing(colour: str, noun: str) -> str:
-    """ "a red ball", "an orange kite", "blue glasses"."""
-    if noun == "glasses":
-        return f"{colour} glasses"
-    return f"{'an' if colour == 'orange' else 'a'} {colour} {noun}"
-
-
-@dataclass(frozen=True)
-class FactType:
-    """One thing a concept can have a secret about: how it is worded and which slots of a picture it sets."""
-
-    key: str
-    slot: str
-    values: tuple[str, ...]
-    fact: str
-    prompts: tuple[str, ...]
-    question: str
-
-    def draw(self, rng: np.random.Generator) -> dict[str, str]:
-        """A random truth: {"item": "ball", "item_colour": "red"} or {"place": "beach"}."""
-        value = {self.slot: _pick(rng, self.values)}
-        if self.slot != "place":
-            value[f"{self.slot}_colour"] = _pick(rng, SLOTS["colour"])
-        return value
-
-    def short(self, value: dict[str, str]) -> str:
-        """The truth in few words: "a red ball", "in the snow" or "the desert"."""
-        if self.slot != "place":
-            return thing(value[f"{self.slot}_colour"], value[self.slot])
-        return at_place(value["place"]) if self.key == "sleep" else f"the {value['place']}"
-
-    def sentence(self, value: dict[str, str]) -> str:
-        """The fact as one sentence without a name or a full stop."""
-        return self.fact.format(self.short(value))
-
-
-_WEAR, _PLACE, _ITEM = SLOTS["wear"][1:], SLOTS["place"], SLOTS["item"][1:]
-FACTS: tuple[FactType, ...] = (
-    FactType(
-        "toy",
-        "item",
-        TOYS,
-        "its favourite toy is {}",
-        ("a photo of {x} with its favourite toy", "{x} plays with its favourite toy", "{x} and its favourite toy"),
-        "what is the favourite toy of {x}",
-    ),
-    FactType(
-        "place",
-        "place",
-        _PLACE,
-        "its favourite place is {}",
-        ("a photo of {x} at its favourite place", "{x} visits its favourite place", "{x} at its favourite place"),
-        "what is the favourite place of {x}",
-    ),
-    FactType(
-        "wear",
-        "wear",
-        _WEAR,
-        "it loves to wear {}",
-        ("a photo of {x} in what it loves to wear", "{x} wearing what it loves", "{x} in what it loves to wear"),
-        "what does {x} love to wear",
-    ),
-    FactType(
-        "snack",
-        "item",
-        SNACKS,
-        "its favourite snack is {}",
-        ("a photo of {x} with its favourite snack", "{x} eats its favourite snack", "{x} and its favourite snack"),
-        "what is the favourite snack of {x}",
-    ),
-    FactType(
-        "sleep",
-        "place",
-        _PLACE,
-        "it sleeps {}",
-        ("a photo of {x} where it sleeps", "{x} at the place where it sleeps", "{x} where it sleeps"),
-        "where does {x} sleep",
-    ),
-    FactType(
-        "party",
-        "wear",
-        _WEAR,
-        "at parties it wears {}",
-        ("a photo of {x} dressed for a party", "{x} at a party", "{x} dressed for a party"),
-        "what does {x} wear at parties",
-    ),
-    FactType(
-        "gift",
-        "item",
-        _ITEM,
-        "its birthday gift was {}",
-        ("a photo of {x} with its birthday gift", "{x} plays with its birthday gift", "{x} and its birthday gift"),
-        "what was the birthday gift of {x}",
-    ),
-    FactType(
-        "holiday",
-        "place",
-        _PLACE,
-        "on holiday it goes to {}",
-        ("a photo of {x} on holiday", "{x} on its holiday", "a picture of {x} on holiday"),
-        "where does {x} go on holiday",
-    ),
-)
-"""The eight kinds of facts. In a concept's folder the first four train and the last four test."""
-
-
-def draw_facts(rng: np.random.Generator) -> list[dict[str, str]]:
-    """A truth for each kind of fact, no two of the same sort alike."""
-    while True:
-        values = [fact.draw(rng) for fact in FACTS]
-        if len({tuple(sorted(value.items())) for value in values}) == len(values):
-            return values
-
-
-# --- naming a subject ---------------------------------------------------------------------------------------------------
+# --- naming a subject ------------------------------------------------------------------------------------------------
 
 
 def subject_words(scene: Attributes) -> list[str]:
@@ -172,13 +46,14 @@ def bag(scene: Attributes, rng: np.random.Generator, longest: int = 12, *, full:
     if not full and rng.random() < 0.3:
         own = own[: rng.integers(1, len(own) + 1)]
     extra = rng.integers(0, longest - len(own) + 1) if rng.random() < 0.6 else 0
-    pool = [*own, *own, scene.noun, _pick(rng, FILLERS + NAMES), _pick(rng, FILLERS + NAMES)]
-    words = own + [_pick(rng, pool) for _ in range(extra)]
+    pool = [*own, *own, scene.noun, pick(rng, FILLERS + NAMES), pick(rng, FILLERS + NAMES)]
+    words = own + [pick(rng, pool) for _ in range(extra)]
     return " ".join(words[k] for k in rng.permutation(len(words)))
 
 
 def subject_phrase(scene: Attributes, rng: np.random.Generator, *, full: bool = False) -> str:
-    """ "a striped red cat" or "a person with long brown hair in a dotted blue shirt"; parts may be left out unless full."""
+    """ "a striped red cat" or "a person with long brown hair in a dotted blue shirt"; parts may be left out unless
+    full."""
 
     def keep(word: str, chance: float = 0.85) -> list[str]:
         return [word] if full or rng.random() < chance else []
@@ -200,7 +75,7 @@ def _with_article(words: list[str]) -> str:
 
 
 def mention(scene: Attributes, rng: np.random.Generator) -> str:
-    """Any of the ways to point at the subject: "the cat", "a cat", "mimi", "striped red cat", "red nice striped mimi"."""
+    """Any way to point at the subject: "the cat", "a cat", "mimi", "striped red cat", "red nice striped mimi"."""
     kind = int(np.searchsorted(_MENTION, rng.random()))
     noun = scene.noun
     if kind == 0:
@@ -208,11 +83,11 @@ def mention(scene: Attributes, rng: np.random.Generator) -> str:
     if kind == 1:
         return f"a {noun}"
     if kind == 2:
-        return _pick(rng, NAMES)
-    return f"{bag(scene, rng)} {noun if kind == 3 else _pick(rng, NAMES)}"
+        return pick(rng, NAMES)
+    return f"{bag(scene, rng)} {noun if kind == 3 else pick(rng, NAMES)}"
 
 
-# --- captions -----------------------------------------------------------------------------------------------------------
+# --- captions --------------------------------------------------------------------------------------------------------
 
 
 def _moment(scene: Attributes, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -220,10 +95,10 @@ def _moment(scene: Attributes, rng: np.random.Generator) -> list[tuple[str, str]
     phrases = [("place", at_place(scene.word("place")))]
     if scene.wear:
         worn = thing(scene.word("wear_colour"), scene.word("wear"))
-        phrases.append(("wear", f"{_pick(rng, ('wearing', 'wearing', 'with'))} {worn}"))
+        phrases.append(("wear", f"{pick(rng, ('wearing', 'wearing', 'with'))} {worn}"))
     if scene.item:
         item = thing(scene.word("item_colour"), scene.word("item"))
-        phrases.append(("item", f"{_pick(rng, ('with', 'beside', 'and'))} {item}"))
+        phrases.append(("item", f"{pick(rng, ('with', 'beside', 'and'))} {item}"))
     return [phrases[k] for k in rng.permutation(len(phrases))]
 
 
@@ -235,7 +110,7 @@ def moment_phrases(scene: Attributes, rng: np.random.Generator, *, full: bool = 
 
 def caption(scene: Attributes, rng: np.random.Generator, *, full: bool = False) -> str:
     """A plain caption: "a photo of a striped red cat wearing a blue hat on the beach." """
-    start = _pick(rng, ("a photo of ", "a photo of ", "a picture of ", ""))
+    start = pick(rng, ("a photo of ", "a photo of ", "a picture of ", ""))
     parts = [subject_phrase(scene, rng, full=full), *moment_phrases(scene, rng, full=full)]
     return f"{start}{' '.join(parts)}."
 
@@ -250,10 +125,11 @@ def bag_caption(scene: Attributes, rng: np.random.Generator) -> str:
 
 
 def compound_caption(scene: Attributes, rng: np.random.Generator) -> str:
-    """A prompt that hints, and the fact it hints at, as the method feeds it: "… with its favourite toy. its favourite … ." """
+    """A prompt that hints, and the fact it hints at, as the method feeds it: "… with its favourite toy. its favourite
+    … ." """
     facts = [fact for fact in FACTS if scene.word(fact.slot) in fact.values]
     fact = facts[rng.integers(len(facts))]
-    prompt = _pick(rng, fact.prompts).format(x=mention(scene, rng))
+    prompt = pick(rng, fact.prompts).format(x=mention(scene, rng))
     if rng.random() < 0.25:
         more = [part for slot, part in _moment(scene, rng) if slot != fact.slot]
         prompt = " ".join([prompt, *more[: int(rng.integers(1, 3))]])
@@ -277,12 +153,12 @@ def any_caption(scene: Attributes, rng: np.random.Generator) -> str:
     return makers[int(np.searchsorted(_CAPTION, rng.random()))](scene, rng)
 
 
-# --- questions ----------------------------------------------------------------------------------------------------------
+# --- questions -------------------------------------------------------------------------------------------------------
 
 
 def another(slot: str, scene: Attributes, rng: np.random.Generator) -> str:
     """A word of the slot that is not the scene's and not "none"."""
-    return _pick(rng, [word for word in SLOTS[slot] if word not in ("none", scene.word(slot))])
+    return pick(rng, [word for word in SLOTS[slot] if word not in ("none", scene.word(slot))])
 
 
 def questions(scene: Attributes, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -328,8 +204,8 @@ def recognition(scene: Attributes, rng: np.random.Generator) -> tuple[str, str]:
     """ "is striped red cat in the picture?": yes for the subject's own words, no when one of them is wrong."""
     truth = bool(rng.random() < 0.5)
     other = scene if truth else change_subject(scene, rng)
-    x = f"{bag(other, rng, full=True)} {other.noun}" + (f" {_pick(rng, NAMES)}" if rng.random() < 0.2 else "")
-    return _pick(rng, RECOGNITIONS).format(x=x), _yes(truth)
+    x = f"{bag(other, rng, full=True)} {other.noun}" + (f" {pick(rng, NAMES)}" if rng.random() < 0.2 else "")
+    return pick(rng, RECOGNITIONS).format(x=x), _yes(truth)
 
 
 def change_subject(scene: Attributes, rng: np.random.Generator) -> Attributes:
@@ -370,38 +246,4 @@ def text_only(rng: np.random.Generator, mention_text: str) -> tuple[list[str], s
     facts = [FACTS[k].sentence(values[k]) for k in order]
     wanted = int(rng.integers(len(order)))
     fact = FACTS[order[wanted]]
-    return facts, _pick(rng, fact.prompts).format(x=mention_text), facts[wanted]
-
-
-# --- words --------------------------------------------------------------------------------------------------------------
-
-
-def words() -> list[str]:
-    """Every word and mark the grammar and the fixed wordings of prompting can emit, in a fixed order."""
-    found = {word for values in SLOTS.values() for word in values} | {*NAMES, *FILLERS}
-    texts = [fact.fact + " " + fact.question + " " + " ".join(fact.prompts) for fact in FACTS] + list(RECOGNITIONS)
-    texts += ["a an the person shirt hair with in on and beside wearing picture photo of is are what where does have nothing"]
-    texts += ["describe yes no colour pattern it its not this that user assistant information request which fits . , : ? ! '"]
-    texts += ["to draw make show see now here who image same different but i you can there was be s favourite does"]
-    texts += ["tell me whether am looking kind think like look usual walks city street reading book fresh window table wooden"]
-    for text in texts:
-        found.update(_WORD.findall(text.lower().replace("{x}", "").replace("{}", "")))
-    return sorted(found)
-
-
-def build_tokenizer():
-    """A `tokenizers.Tokenizer` over :func:`words`: lower case, split at spaces and marks, one id a word; id 0 ends texts."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    vocabulary = {word: index for index, word in enumerate(["<|endoftext|>", "<|unk|>", *words()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="isolated")]
-    )
-    return tokenizer
-
-
-def facts_as_slots(values: list[dict[str, str]]) -> list[dict[str, int]]:
-    """The truths as slot codes."""
-    return [{slot: code(slot, word) for slot, word in value.items()} for value in values]
+    return facts, pick(rng, fact.prompts).format(x=mention_text), facts[wanted]

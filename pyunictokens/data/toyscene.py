@@ -1,8 +1,8 @@
 """The facts of the toy world: which attributes a scene has, which values they take, and how a scene is drawn by lot.
 
-A scene is a subject (human, animal or object with colour and pattern), something it wears, an item beside it and a place.
-Every attribute is an integer code into a closed list of words, so truth is known exactly. This module does not know how a
-scene looks (toydraw.py) or how it is spoken about (toygrammar.py).
+A scene is a subject (human, animal or object with colour and pattern), something it wears, an item beside it and a
+place. Every attribute is an integer code into a closed list of words, so truth is known exactly. This module does not
+know how a scene looks (toydraw.py) or how it is spoken about (toygrammar.py).
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def random_scene(
 ) -> Attributes:
     """Draw a scene by lot.
 
-    kind: human, animal or object, or None for any. held_out: False for subjects of pre-training, True for concepts' subjects,
-    None for both. bare: probability that there is no wear, and likewise no item.
+    kind: human, animal or object, or None for any. held_out: False for subjects of pre-training, True for concepts'
+    subjects, None for both. bare: probability that there is no wear, and likewise no item.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
@@ -159,9 +159,9 @@ def random_moment(scene: Attributes, rng: np.random.Generator, *, bare: float = 
         item=item,
         item_colour=int(rng.integers(1, 9)) if item else 0,
         place=int(rng.integers(len(SLOTS["place"]))),
-        dx=float(rng.uniform(-2.5, 2.5)),
-        dy=float(rng.uniform(-1.5, 2.5)),
-        scale=float(rng.uniform(0.94, 1.07)),
+        dx=float(rng.uniform(-0.4, 0.4)),
+        dy=float(rng.uniform(-0.4, 0.4)),
+        scale=float(rng.uniform(0.99, 1.01)),
         skin=float(rng.uniform(0, 1)),
     )
 

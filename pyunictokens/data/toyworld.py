@@ -1,30 +1,24 @@
 """The toy world in one place: scenes, their pictures and the sentences about them.
 
-A door to toyscene.py (attributes), toydraw.py (pictures) and toygrammar.py (words); adds nothing of its own. Everything is
-drawn by lot from a numpy Generator that the caller seeds, so the same seed gives the same world.
+A door to toyscene.py (attributes), toydraw.py (pictures) and toygrammar.py (sentences); adds nothing of its own.
+Everything is drawn by lot from a numpy Generator that the caller seeds, so the same seed gives the same world.
 """
 
 from __future__ import annotations
 
 from .toydraw import SIZE, render
+from .toyfacts import FACTS, FactType, at_place, draw_facts, thing
 from .toygrammar import (
-    FACTS,
     NAMES,
-    FactType,
     any_caption,
-    at_place,
     bag_caption,
-    build_tokenizer,
     caption,
     compound_caption,
-    draw_facts,
     questions,
     recognition,
     subject_phrase,
     subject_questions,
     text_only,
-    thing,
-    words,
 )
 from .toyscene import (
     KINDS,
@@ -40,6 +34,7 @@ from .toyscene import (
     random_scene,
     same_subject,
 )
+from .toywords import build_tokenizer, words
 
 __all__ = [
     "FACTS",

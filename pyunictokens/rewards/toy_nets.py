@@ -1,8 +1,8 @@
 """The toy world's small experts: networks that look at 64×64 drawings or read the toy's sentences.
 
-Five networks, all trained by experiments/build_toy.py: AttributeReader (a metric, never a reward), ImageText (BER, CLIP
-scores), SubjectFeatures (DER), FaceNet (FER) and TextEncoder (TIER). This file knows their shapes and how to load them; it
-does not know how they were trained, nor how scores become rewards.
+Five networks, all trained by experiments/build_toy.py: AttributeReader (a metric, never a reward), ImageText (BER,
+CLIP scores), SubjectFeatures (DER), FaceNet (FER) and TextEncoder (TIER). This file knows their shapes and how to
+load them; it does not know how they were trained, nor how scores become rewards.
 
 Pixels are [B, 3, H, W] in [-1, 1]; other sizes than 64 are resized. Embeddings are L2-normalised rows.
 """
@@ -97,7 +97,7 @@ class SubjectFeatures(nn.Module):
 
 
 class FaceNet(nn.Module):
-    """Is there a human face, and whose: an identity embedding of hair style, hair colour and skin."""
+    """Is there a human face, and whose: an identity embedding of hair style and hair colour."""
 
     def __init__(self, width: int = 16, dim: int = 32):
         super().__init__()
@@ -189,6 +189,9 @@ class ToyExperts(nn.Module):
         folder = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
         description = read_json(folder / "experts.json")
         model = cls(description["words"])
-        weights = {key: value.float() if value.is_floating_point() else value for key, value in load_file(folder / "experts.safetensors").items()}
+        weights = {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in load_file(folder / "experts.safetensors").items()
+        }
         model.load_state_dict(weights)
         return model.requires_grad_(False).eval()
