@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,12 @@ def only_error(*words: object) -> str:
 def test_help_needs_no_torch_and_is_quick() -> None:
     check = "import sys, pyunictokens.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
-    best = 10.0
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "pyunictokens", "--help"], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - start)
+    before = os.times()
+    done = subprocess.run([sys.executable, "-m", "pyunictokens", "--help"], capture_output=True, text=True)
+    after = os.times()
     assert done.returncode == 0 and "understand" in done.stdout
-    assert best < 1.0
+    # processor time: a busy machine must not make this fail
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
 
 
 def test_every_command_has_help_with_examples() -> None:
