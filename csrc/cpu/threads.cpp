@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #ifndef _WIN32
@@ -28,7 +29,11 @@ class Pool {
   bool run(int helpers, const std::function<void()>& work) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
-    for (; workers_ < helpers; ++workers_) std::thread(&Pool::loop, this).detach();
+    try {
+      for (; workers_ < helpers; ++workers_) std::thread(&Pool::loop, this).detach();
+    } catch (const std::system_error&) {
+      helpers = workers_;  // the machine grants no more threads: those that are there do the work
+    }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       work_ = &work;
