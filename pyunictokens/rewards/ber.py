@@ -40,6 +40,7 @@ class Ber:
         prompts = list(prompts)
 
         def scorer(pixels: Tensor, prompt_index: Tensor) -> Tensor:
+            pixels = pixels.clamp(-1.0, 1.0)  # a decoder overshoots a little
             check_pixels(pixels, "preview")
             chosen = [int(index) for index in prompt_index]
             if any(not 0 <= index < len(prompts) for index in chosen):

@@ -91,6 +91,8 @@ def test_preview_scorer_takes_the_prompt_of_each_row() -> None:
     scorer = ber.preview_scorer(["red", "grass"])
     previews = flat(RED, RED, GREEN)
     torch.testing.assert_close(scorer(previews, torch.tensor([0, 1, 1])), torch.tensor([1.0, 0.0, 1.0]))
+    overshoot = flat((1.2, -1.1, 0.0))
+    torch.testing.assert_close(scorer(overshoot, torch.tensor([0])), torch.tensor([math.sqrt(0.5)]))  # as (1, −1, 0)
     with pytest.raises(UserError, match=r"indices into the 2 prompts"):
         scorer(previews, torch.tensor([0, 1, 2]))
     with pytest.raises(UserError, match="finite"):
