@@ -93,9 +93,12 @@ def train_grpo(
     with RunFolder(out, identity(model, model.concept), to_mapping(config), resume=resume) as folder:
         run = _Run(model, vq, tokenizer, concept_data, rewards, preview_scorer, config, folder)
         save_yaml(out / "grpo.yaml", config)
-        if resume:
-            run.restore()
-        return run.train(progress)
+        try:
+            if resume:
+                run.restore()
+            return run.train(progress)
+        finally:
+            run.optimiser.release()
 
 
 class _Run:

@@ -12,27 +12,55 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..models import Showo
+from ..models import PromptKV, Showo
 
 
 class Leaves:
-    """Tensors cut from their graph; `backward` sends the gradients that the cut copies collected back through it.
+    """Tensors cut from their graph. Calling it gives them for one piece of an update; `backward` sends what all pieces
+    asked of them back through the graph, once. Tensors without a graph are passed on as they are.
 
-    Tensors without a graph are passed on as they are.
+    Gradients add up in float32, whatever the tensors' own precision: hundreds of pieces would drown in bfloat16.
     """
 
     def __init__(self, *tensors: Tensor):
         self._live = tensors
-        self.cut = tuple(t.detach().requires_grad_() if t.requires_grad else t for t in tensors)
+        self._sums = [t.detach().to(_exact(t)).requires_grad_() if t.requires_grad else t for t in tensors]
+
+    def __call__(self) -> list[Tensor]:
+        """The tensors in their own precision, for one piece."""
+        return [total.to(live.dtype) for live, total in zip(self._live, self._sums, strict=True)]
 
     def backward(self) -> None:
         pairs = [
-            (live, leaf.grad)
-            for live, leaf in zip(self._live, self.cut, strict=True)
-            if leaf is not live and leaf.grad is not None
+            (live, total.grad.to(live.dtype))
+            for live, total in zip(self._live, self._sums, strict=True)
+            if live.requires_grad and total.grad is not None
         ]
         if pairs:
             torch.autograd.backward([live for live, _ in pairs], [gradient for _, gradient in pairs])
+
+
+class PromptLeaves:
+    """:class:`Leaves` for the keys and values of prompts, and for further tensors of the same graph."""
+
+    def __init__(self, prompts: PromptKV, *others: Tensor):
+        self._prompts, self._layers = prompts, len(prompts.keys[0])
+        flat = [tensor for part in (prompts.keys, prompts.values) for layers in part for tensor in layers]
+        self._leaves = Leaves(*flat, *others)
+
+    def __call__(self) -> tuple[PromptKV, list[Tensor]]:
+        """(keys and values, the other tensors) for one piece."""
+        flat = self._leaves()
+        count, layers = len(self._prompts), self._layers
+        rows = [flat[start * layers : (start + 1) * layers] for start in range(2 * count)]
+        return PromptKV(rows[:count], rows[count:], self._prompts.next_position), flat[2 * count * layers :]
+
+    def backward(self) -> None:
+        self._leaves.backward()
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def text_parts(model: Showo) -> tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor, Tensor]:

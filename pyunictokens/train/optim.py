@@ -1,8 +1,8 @@
 """AdamW over the trained parameters with clipping and a schedule, in float32 whatever the model's precision.
 
-Parameters of lower precision get a float32 twin that the optimiser works on and that gathers their gradients: a step
-of 1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients that are added up. It knows
-parameters by name, so its state can be saved beside them; it does not know losses or files.
+Parameters of lower precision get a float32 twin that the optimiser works on and that gathers their gradients: a step of
+1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients that are added up. It knows parameters
+by name, so its state can be saved beside them; it does not know losses or files.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ class Optimiser:
             name: value.detach().float().clone() if value.dtype != torch.float32 else value
             for name, value in self.named.items()
         }
-        for name, value in self.named.items():
-            if self._masters[name] is not value:
-                value.register_post_accumulate_grad_hook(_into(self._masters[name]))
+        self._hooks = [
+            value.register_post_accumulate_grad_hook(_into(self._masters[name]))
+            for name, value in self.named.items()
+            if self._masters[name] is not value
+        ]
         groups = [
             {"params": [self._masters[n] for n in self.named if (n in undecayed) == bare], "weight_decay": decay}
             for bare, decay in ((False, weight_decay), (True, 0.0))
@@ -62,6 +64,12 @@ class Optimiser:
         """Forget all gradients."""
         for name, value in self.named.items():
             value.grad = self._masters[name].grad = None
+
+    def release(self) -> None:
+        """Forget all gradients and let go of the parameters; another optimiser may then take them."""
+        self.zero_grad()
+        for hook in self._hooks:
+            hook.remove()
 
     def grad_norm(self) -> float:
         """The length of the whole gradient, in float32."""

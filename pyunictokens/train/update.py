@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import MASK, ops
 from ..models import PromptKV, Showo, answer_hidden, image_hidden, prefill_mmu, prefill_t2i
-from .heads import Leaves, text_logprob, text_parts
+from .heads import Leaves, PromptLeaves, text_logprob, text_parts
 
 
 @dataclass
@@ -199,20 +199,21 @@ def _images_backward(
     model: Showo, advantages: Tensor, settings: LossSettings, images: ImageTrajectories, tally: _Tally
 ) -> Tensor:
     prompts = _image_prompts(model, images)
-    leaves, head = prompts.leaves(), Leaves(*model.image_head())
+    shared, head = PromptLeaves(prompts), Leaves(*model.image_head())
     total = torch.zeros((), device=model.device)
     for rows, steps in _pieces(images, settings.micro_rows, settings.micro_timesteps):
-        hidden, uncond = _piece_hidden(model, images, leaves, rows, steps)
+        hidden, uncond = _piece_hidden(model, images, shared()[0], rows, steps)
+        weight, bias = head()
         target = images.chosen_RTN[rows, steps].to(model.device, torch.int64)
         mask = None if images.mask_RTN is None else images.mask_RTN[rows, steps].to(model.device)
         loss, _, stats = ops.maskgit_grpo_loss(
             hidden,
-            head.cut[0],
+            weight,
             target,
             images.old_logp_RTN[rows, steps].to(model.device),
             None if images.ref_logp_RTN is None else images.ref_logp_RTN[rows, steps].to(model.device),
             advantages[rows].to(model.device),
-            head.cut[1],
+            bias,
             hidden_uncond=uncond,
             guidance_scale=images.guidance_scale,
             alpha=settings.alpha_image,
@@ -227,7 +228,7 @@ def _images_backward(
         total += loss.detach()
         counted = torch.tensor(float(target.numel())) if mask is None else mask.sum().float()
         tally.add(stats, counted.to(model.device))
-    prompts.backward_from(leaves)
+    shared.backward()
     head.backward()
     return total
 
@@ -238,7 +239,7 @@ def image_logprobs(model: Showo, images: ImageTrajectories, micro_rows: int = 4,
     prompts = _image_prompts(model, images)
     weight, bias = model.image_head()
     logp = torch.zeros(images.inputs_RTN.shape, device=model.device)
-    for rows, steps in _pieces(images, micro_rows, micro_timesteps):
+    for rows, steps in _pieces(images, micro_rows, 4 * micro_timesteps):  # without a graph, a piece is light
         hidden, uncond = _piece_hidden(model, images, prompts, rows, steps)
         target = images.chosen_RTN[rows, steps].to(model.device, torch.int64)
         kept = torch.ones_like(target, dtype=torch.bool)
@@ -291,12 +292,13 @@ def _answers_backward(
     model: Showo, advantages: Tensor, settings: LossSettings, answers: AnswerTrajectories, tally: _Tally
 ) -> Tensor:
     prompts, last = _answer_prefix(model, answers)
-    leaves, cut, head = prompts.leaves(), Leaves(last), Leaves(*text_parts(model))
+    shared, head = PromptLeaves(prompts, last), Leaves(*text_parts(model))
     total = torch.zeros((), device=model.device)
     for start in range(0, len(answers), settings.micro_rows):
         rows = slice(start, min(start + settings.micro_rows, len(answers)))
         mask = answers.mask_RL[rows].to(model.device)
-        logp = _answer_logp(model, answers, leaves, cut.cut[0], rows, head.cut)
+        cut, (cut_last,) = shared()
+        logp = _answer_logp(model, answers, cut, cut_last, rows, head())
         loss, stats = ops.grpo_loss(
             logp,
             answers.old_logp_RL[rows].to(model.device),
@@ -313,21 +315,9 @@ def _answers_backward(
             loss.backward()
         total += loss.detach()
         tally.add(stats, mask.sum().float())
-    shared = [
-        (live, leaf) for live, leaf in zip(_tensors(prompts), _tensors(leaves), strict=True) if live.requires_grad
-    ]
-    live = [tensor for tensor, leaf in shared if leaf.grad is not None]
-    gradients = [leaf.grad for _, leaf in shared if leaf.grad is not None]
-    if last.requires_grad and cut.cut[0].grad is not None:  # one graph holds both: it goes back once
-        live, gradients = [*live, last], [*gradients, cut.cut[0].grad]
-    if live:
-        torch.autograd.backward(live, gradients)
+    shared.backward()
     head.backward()
     return total
-
-
-def _tensors(prompts: PromptKV) -> list[Tensor]:
-    return [tensor for part in (prompts.keys, prompts.values) for layers in part for tensor in layers]
 
 
 @torch.no_grad()

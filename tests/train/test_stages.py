@@ -285,3 +285,10 @@ def test_pictures(here: World) -> None:
     kept = pictures.prefix(path)
     assert pictures.prefix(path) is kept and kept.lengths == [19] and kept.next_position == [19]
     assert Pictures(model, here.vq, cache_mb=0).prefix(path) is not kept
+
+
+def test_evaluation_cuts_answers_the_same_way() -> None:
+    from pyunictokens.evaluate import metrics
+
+    for text in ("A red ball. It rolls.", " 3.5 metres! Yes.", "no stop", "one\ntwo.", "What?", "", "It is <bo>'s.\n"):
+        assert metrics.first_sentence(text) == first_sentence(text)
