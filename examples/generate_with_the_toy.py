@@ -12,7 +12,7 @@ import pyunictokens as uct
 from pyunictokens.data import make_grid, save_image
 from pyunictokens.toy import load_toy
 
-PROMPTS = ["A red striped cat with a blue hat in the snow.", "A photo of a yellow mug on the beach."]
+PROMPTS = ["A photo of a striped red cat wearing a blue hat in the snow.", "A photo of a yellow mug on the beach."]
 
 
 def main(out: Path = Path("toy.png"), samples: int = 4) -> Path:
@@ -23,8 +23,8 @@ def main(out: Path = Path("toy.png"), samples: int = 4) -> Path:
     assert rollout.pixels is not None
     captions = [PROMPTS[index] for index in rollout.prompt_index.tolist()]
     save_image(make_grid(rollout.pixels, samples, captions), out)
-    answers = engine.generate_text(rollout.pixels[:1], "What animal is it?", temperature=0.0, max_new_tokens=24)
-    print(f"{out}; asked what animal the first one is, the model says: {answers.texts[0]}")
+    answers = engine.generate_text(rollout.pixels[:1], "What colour is the cat?", temperature=0.0, max_new_tokens=24)
+    print(f"{out}; asked what colour the first cat is, the model says: {answers.texts[0]}")
     return out
 
 

@@ -37,13 +37,12 @@ SHORT = [
 
 def tiny_toy(*_: Any, **__: Any) -> Any:
     """A random model of the toy's kind, small enough for tests: 16 codes, 32 pixels."""
-    from pyunictokens.data.toygrammar import build_tokenizer
+    from pyunictokens.data.toyworld import build_tokenizer
     from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, TextTokenizer
     from pyunictokens.toy import Toy
 
     torch.manual_seed(0)
-    made = build_tokenizer()
-    tokenizer = made if isinstance(made, TextTokenizer) else TextTokenizer(made, "<|endoftext|>", "<|endoftext|>")
+    tokenizer = TextTokenizer(build_tokenizer(), "<|endoftext|>", "<|endoftext|>")
     config = ShowoConfig(
         vocab_size=tokenizer.text_size + 10 + 16 + 1,
         llm_vocab_size=tokenizer.text_size,
@@ -64,7 +63,7 @@ def tiny_toy(*_: Any, **__: Any) -> Any:
 
 def tiny_experts(*_: Any, **__: Any) -> Any:
     """The toy's reward experts with random weights."""
-    from pyunictokens.data.toygrammar import words
+    from pyunictokens.data.toyworld import words
     from pyunictokens.rewards.toy import toy_rewards
     from pyunictokens.rewards.toy_nets import ToyExperts
 

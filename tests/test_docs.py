@@ -125,12 +125,8 @@ def test_python_blocks_compile_and_import(path: Path) -> None:
             body = "\n".join(line[4:] for line in body.splitlines() if line.startswith((">>>", "...")))
         compile(body, "a block of " + _name(path), "exec")
         for line in body.splitlines():
-            found = re.match(r"from (pyunictokens\S*) import ([\w, ]+)|import (pyunictokens\S*)", line)
-            if not found:
-                continue
-            module = importlib.import_module(found[1] or found[3])
-            for attribute in (found[2] or "").split(","):
-                assert not attribute.strip() or hasattr(module, attribute.split(" as ")[0].strip()), line
+            if re.match(r"(from|import) pyunictokens", line):
+                exec(line, {})
         for attribute in re.findall(r"\buct\.((?:ops\.)?\w+)", body):
             target: Any = importlib.import_module("pyunictokens")
             for part in attribute.split("."):

@@ -165,7 +165,7 @@ def generate(
 
         pyunictokens generate runs/bo "A photo of <bo> with its favourite toy." --reason --out toy.png
 
-        pyunictokens generate base "A red cat with a blue hat in the snow." timesteps=18 guidance_scale=4
+        pyunictokens generate base "A photo of a red cat wearing a blue hat in the snow." timesteps=18 guidance_scale=4
     """
     from ..runs import Run
     from ..workbench import Sources
