@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from pyunictokens.cli import app
 from pyunictokens.cli.shell import guarded
+from tests.tiny import tiny_experts, tiny_toy
 
 SHORT = [
     "stages.max_steps=2",
@@ -33,42 +34,6 @@ SHORT = [
     "evaluation.max_new_tokens=3",
     "evaluation.splits=[reasoning, pure, reasoning_generation]",
 ]
-
-
-def tiny_toy(*_: Any, **__: Any) -> Any:
-    """A random model of the toy's kind, small enough for tests: 16 codes, 32 pixels."""
-    from pyunictokens.data.toyworld import build_tokenizer
-    from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, TextTokenizer
-    from pyunictokens.toy import Toy
-
-    torch.manual_seed(0)
-    tokenizer = TextTokenizer(build_tokenizer(), "<|endoftext|>", "<|endoftext|>")
-    config = ShowoConfig(
-        vocab_size=tokenizer.text_size + 10 + 16 + 1,
-        llm_vocab_size=tokenizer.text_size,
-        codebook_size=16,
-        num_vq_tokens=16,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
-    vq_config = MagvitConfig(8, (1, 1, 1, 2), (1, 1, 1, 2), (1, 1, 1, 1), (1, 1, 1, 1), 4, 4)
-    model, vq = Showo(config), MagvitV2(vq_config)
-    return Toy(model.requires_grad_(False).eval(), vq.requires_grad_(False).eval(), tokenizer, 48)
-
-
-def tiny_experts(*_: Any, **__: Any) -> Any:
-    """The toy's reward experts with random weights."""
-    from pyunictokens.data.toyworld import words
-    from pyunictokens.rewards.toy import toy_rewards
-    from pyunictokens.rewards.toy_nets import ToyExperts
-
-    torch.manual_seed(1)
-    return toy_rewards(ToyExperts(words()).requires_grad_(False).eval())
 
 
 @pytest.fixture
