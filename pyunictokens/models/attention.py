@@ -126,8 +126,9 @@ class PromptAttention:
         for where, _, chosen in self._groups:
             where = where.to(q.device) if isinstance(where, Tensor) else where
             parts.append((where, self._attend(layer, q[where], k[where], v[where], chosen)))
-        if all(isinstance(where, slice) for where, _ in parts):
-            return torch.cat([part for _, part in sorted(parts, key=lambda item: item[0].start)])
+        slices = {where.start: part for where, part in parts if isinstance(where, slice)}
+        if len(slices) == len(parts):
+            return torch.cat([slices[start] for start in sorted(slices)])
         order = torch.cat(
             [w if isinstance(w, Tensor) else torch.arange(w.start, w.stop, device=q.device) for w, _ in parts]
         )
@@ -168,7 +169,8 @@ class DecodeAttention:
         self.filled = lengths.pop()
         first = prompts.keys[0][0]
         shape = (len(prompt_of_row), first.shape[0], self.filled + max_new, first.shape[2])
-        self._keys, self._values = [], []
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
         for layer in range(len(prompts.keys[0])):
             for store, source in ((self._keys, prompts.keys), (self._values, prompts.values)):
                 buffer = first.new_empty(shape)

@@ -56,8 +56,9 @@ class SpecialIds:
     def from_config(cls, config: Any, num_new: int = 0) -> SpecialIds:
         """Ids of a model of this configuration with `num_new` concept rows attached."""
         first = config.llm_vocab_size
+        names = ("pad", "soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
         return cls(
-            *range(first, first + len(SPECIAL_TOKENS)),
+            **{name: first + place for place, name in enumerate(names)},
             sot=config.bos_token_id,
             eot=config.eos_token_id,
             first_code=first + len(SPECIAL_TOKENS) + num_new,
