@@ -158,17 +158,32 @@ def sentence_loss(model: nn.Module, rng: np.random.Generator, count: int = 128) 
     return 10 * F.mse_loss((e @ e.T)[keep], wanted[keep])
 
 
+_SHARES = (("reader", "subject", "face"), ("image_text", "sentence"))
+"""Which networks each process trains; they have nothing in common but the pictures."""
+
+
 def train_experts(work: Path, *, seconds: float, seed: int = 0, batch: int = 96) -> None:
-    """Train all five for a wall time and write WORK/experts.pt."""
-    log = work / "experts.log"
-    torch.manual_seed(seed + 3)
+    """Train all five for a wall time, in two processes, and write WORK/experts.pt."""
+    torch.multiprocessing.spawn(_worker, (work, seconds, seed, batch), nprocs=len(_SHARES))
+    whole: dict[str, Tensor] = {}
+    for rank in range(len(_SHARES)):
+        whole |= torch.load(work / f"experts_{rank}.pt")
+    torch.save(whole, work / "experts.pt")
+
+
+def _worker(rank: int, work: Path, seconds: float, seed: int, batch: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed + 3 + rank)
+    log, names = work / "experts.log", _SHARES[rank]
     model = ToyExperts(words())
-    model.load_state_dict(torch.load(work / "experts.pt")) if (work / "experts.pt").exists() else None
+    if (work / "experts.pt").exists():
+        model.load_state_dict(torch.load(work / "experts.pt"))
     for part in (model.reader, model.image_text.backbone, model.subject, model.face):
         part.to(memory_format=torch.channels_last)
-    heads = nn.ModuleDict({slot: nn.Linear(256, len(words)) for slot, words in SLOTS.items()})
-    data = _Pairs(work, seed + 3)
-    parameters = [*model.parameters(), *heads.parameters()]
+    heads = nn.ModuleDict({slot: nn.Linear(256, len(values)) for slot, values in SLOTS.items()})
+    data = _Pairs(work, seed + 3 + rank)
+    parts = [getattr(model, name) for name in names]
+    parameters = [p for part in (*parts, heads) for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, 2e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     start, step = time.time(), 0
     while (spent := time.time() - start) < seconds:
@@ -176,23 +191,25 @@ def train_experts(work: Path, *, seconds: float, seed: int = 0, batch: int = 96)
             group["lr"] = 2e-3 * min(1, (step + 1) / 30) * max(0.01, 1 - spent / seconds)
         x, labels = data.batch(batch)
         x = degrade(x).contiguous(memory_format=torch.channels_last)
+        losses: dict[str, Tensor] = {}
         with torch.autocast("cpu", torch.bfloat16):
-            losses = {
-                "reader": slot_loss(model.reader(x), labels),
-                "image_text": image_text_loss(model.image_text, heads, x, labels, data.rng),
-                "subject": subject_loss(model.subject, x, labels),
-                "face": face_loss(model.face, x, labels),
-                "sentence": sentence_loss(model.sentence, data.rng),
-            }
+            if "reader" in names:
+                losses["reader"] = slot_loss(model.reader(x), labels)
+                losses["subject"] = subject_loss(model.subject, x, labels)
+                losses["face"] = face_loss(model.face, x, labels)
+            else:
+                losses["image_text"] = image_text_loss(model.image_text, heads, x, labels, data.rng)
+                losses["sentence"] = sentence_loss(model.sentence, data.rng)
         optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        for part in (model.reader, model.image_text, model.subject, model.face, model.sentence):
+        torch.stack(list(losses.values())).sum().backward()
+        for part in parts:
             nn.utils.clip_grad_norm_(part.parameters(), 2.0)
         optimizer.step()
         step += 1
         if step % 25 == 0:
             log_line(log, f"{step} {spent:.0f}s " + " ".join(f"{k} {v.item():.3f}" for k, v in losses.items()))
-    torch.save(model.state_dict(), work / "experts.pt")
+    kept = {key: value for key, value in model.state_dict().items() if key.split(".")[0] in names}
+    torch.save(kept, work / f"experts_{rank}.pt")
 
 
 def load_experts(work: Path) -> ToyExperts:
