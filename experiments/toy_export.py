@@ -1,7 +1,7 @@
 """Stage `export` of the toy's build: half-precision weights into pyunictokens/assets/toy, with their provenance.
 
 Layout: showo/ and vq/ as `from_pretrained` reads them, tokenizer/, experts.safetensors with experts.json,
-provenance.json (seed, commit of the scripts, versions, wall times, checksums).
+provenance.json (seed, commit of the scripts, versions, wall times, notes, checksums).
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ def export(work: Path, *, seed: int) -> None:
     commit = subprocess.run(
         ["git", "log", "-1", "--format=%H", "--", "experiments"], cwd=ROOT, capture_output=True, text=True, check=True
     )
+    notes = work / "notes.txt"  # what a rerun of the scripts as they are would do differently
     provenance = {
         "made_by": "experiments/build_toy.py",
         "commit": commit.stdout.strip(),
         "seed": seed,
         "versions": {name: version(name) for name in ("torch", "numpy", "pillow", "tokenizers")},
         "seconds": _times(work),
+        "notes": notes.read_text(encoding="utf-8").splitlines() if notes.exists() else [],
         "bytes": size,
         "sha256": {str(path.relative_to(ASSETS)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
