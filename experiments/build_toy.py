@@ -1,7 +1,7 @@
 """Make the toy's models from nothing: draw, train, measure, export. Every stage can be run alone and again.
 
-    python experiments/build_toy.py --work /tmp/toy                   # all stages, an hour and a half on two cores
-    python experiments/build_toy.py --work /tmp/toy --stage vq --seconds 900
+    python experiments/build_toy.py --work build/toy                 # all stages, an hour and a half on two cores
+    python experiments/build_toy.py --work build/toy --stage vq --seconds 900
 
 Stages: cache (draw scenes), corpus (write sentences), vq (autoencoder, then codes), showo (the model), experts (the
 small networks), export (weights into pyunictokens/assets), report (numbers and pictures into docs). `vq` and `showo`

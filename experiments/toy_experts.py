@@ -167,7 +167,7 @@ def train_experts(work: Path, *, seconds: float, seed: int = 0, batch: int = 96)
     torch.multiprocessing.spawn(_worker, (work, seconds, seed, batch), nprocs=len(_SHARES))
     whole: dict[str, Tensor] = {}
     for rank in range(len(_SHARES)):
-        whole |= torch.load(work / f"experts_{rank}.pt")
+        whole |= torch.load(work / f"experts_{rank}.pt", weights_only=True)
     torch.save(whole, work / "experts.pt")
 
 
@@ -177,7 +177,7 @@ def _worker(rank: int, work: Path, seconds: float, seed: int, batch: int) -> Non
     log, names = work / "experts.log", _SHARES[rank]
     model = ToyExperts(words())
     if (work / "experts.pt").exists():
-        model.load_state_dict(torch.load(work / "experts.pt"))
+        model.load_state_dict(torch.load(work / "experts.pt", weights_only=True))
     for part in (model.reader, model.image_text.backbone, model.subject, model.face):
         part.to(memory_format=torch.channels_last)
     heads = nn.ModuleDict({slot: nn.Linear(256, len(values)) for slot, values in SLOTS.items()})
@@ -215,7 +215,7 @@ def _worker(rank: int, work: Path, seconds: float, seed: int, batch: int) -> Non
 def load_experts(work: Path) -> ToyExperts:
     """The trained experts, ready to use."""
     model = ToyExperts(words())
-    model.load_state_dict(torch.load(work / "experts.pt"))
+    model.load_state_dict(torch.load(work / "experts.pt", weights_only=True))
     return model.eval().requires_grad_(False)
 
 

@@ -238,7 +238,7 @@ def _worker(
     model = Showo(CONFIG)
     _initialise(model)
     if path.exists():
-        model.load_state_dict(torch.load(path))
+        model.load_state_dict(torch.load(path, weights_only=True))
     leg = int(path.stat().st_mtime) % 100_000 if path.exists() else 0
     torch.manual_seed(seed + leg + rank)
     corpus = Corpus(work, seed + leg + 7919 * rank)
@@ -282,5 +282,5 @@ def _worker(
 def load_showo(work: Path) -> Showo:
     """The trained model, ready to use."""
     model = Showo(CONFIG)
-    model.load_state_dict(torch.load(work / "showo.pt"))
+    model.load_state_dict(torch.load(work / "showo.pt", weights_only=True))
     return model.eval().requires_grad_(False)

@@ -89,7 +89,7 @@ def train_vq(work: Path, *, seconds: float, batch: int = 24, seed: int = 0, lr: 
     empty = backgrounds(work)
     model = MagvitV2(CONFIG)
     if (work / "vq.pt").exists():
-        model.load_state_dict(torch.load(work / "vq.pt"))
+        model.load_state_dict(torch.load(work / "vq.pt", weights_only=True))
         log_line(log, "resumed")
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -132,7 +132,7 @@ def train_vq(work: Path, *, seconds: float, batch: int = 24, seed: int = 0, lr: 
 def load_vq(work: Path) -> MagvitV2:
     """The trained tokenizer, ready to use."""
     model = MagvitV2(CONFIG)
-    model.load_state_dict(torch.load(work / "vq.pt"))
+    model.load_state_dict(torch.load(work / "vq.pt", weights_only=True))
     return model.eval().requires_grad_(False)
 
 
