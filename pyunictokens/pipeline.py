@@ -202,5 +202,5 @@ class _Run:
         return write_report(self.out)
 
     def _step(self, phase: str, done: int, wanted: int, numbers: dict[str, Any]) -> None:
-        words = [f"{key} {numbers[key]:.3f}" for key in ("reward", "loss") if isinstance(numbers.get(key), float)]
+        words = [f"{key} {numbers[key]:.3f}" for key in ("reward_mean", "loss") if isinstance(numbers.get(key), float)]
         self.progress(phase, done, wanted, ", ".join(words[:1]))
