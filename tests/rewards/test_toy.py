@@ -97,7 +97,6 @@ def test_missing_assets_are_named(tmp_path: Path) -> None:
         load_toy_experts(tmp_path)
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the toy's weights are not in this checkout")
 @pytest.mark.parametrize("kind", ["animal", "object", "human"])
 def test_shipped_experts_prefer_what_is_right(kind: str) -> None:
     """Over 24 scenes: the concept's own subject and the prompt's own item beat wrong ones, and faces are faces."""
