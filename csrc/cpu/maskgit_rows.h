@@ -1,6 +1,5 @@
-// The inner loop of maskgit_step: one row of K logits -> one code and its log-probability. Included once per instruction set,
-// with PYUNICTOKENS_LEVEL naming the namespace, so nothing here may have external linkage besides `rows`, and no template
-// of the standard library may be used (its code, compiled for AVX, could be linked into the baseline).
+// The inner loop of maskgit_step: one row of K logits -> one code and its log-probability. Compiled per instruction set
+// (all_rows.h).
 //
 // Choosing argmax_k(l_k + g_k), g = -log(E), is choosing argmax_k(e_k / E_k) with e_k = exp(l_k - max l), and the e_k are
 // needed for the softmax anyway. Because E >= v, an entry can only win against the best score so far if e >= best * v. That
@@ -14,75 +13,13 @@
 #include <immintrin.h>
 #endif
 
-#include "maskgit_step.h"
+#include "lanes.h"
 #include "noise.h"
 #include "rows.h"
 
 namespace pyunictokens {
 namespace PYUNICTOKENS_LEVEL {
 namespace {
-
-constexpr int kTile = 64;  // entries handled at once: 16 Philox blocks
-
-// exp(x) for x <= 0, about 1e-7 relative; exp(-87) below -87. Branch-free, so loops over it vectorise.
-inline float exp_negative(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504f + magic;
-  const float n = shifted - magic;
-  const float r = (x - n * 0.693145751953125f) - n * 1.428606765330187e-6f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  std::int32_t bits, exponent;
-  std::memcpy(&bits, &p, 4);
-  std::memcpy(&exponent, &shifted, 4);
-  bits += (exponent - 0x4B400000) << 23;
-  std::memcpy(&p, &bits, 4);
-  return p;
-}
-
-inline void load_tile(const float* from, float* to) { std::memcpy(to, from, sizeof(float) * kTile); }
-
-inline void load_tile(const std::uint16_t* from, float* to) {
-  for (int i = 0; i < kTile; ++i) {
-    const std::uint32_t bits = std::uint32_t(from[i]) << 16;
-    std::memcpy(to + i, &bits, 4);
-  }
-}
-
-inline float load_one(const float* from) { return *from; }
-
-inline float load_one(const std::uint16_t* from) {
-  const std::uint32_t bits = std::uint32_t(*from) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Entries [start, start + 64) of a row of K, those past its end as -inf.
-template <typename T>
-inline void load(const T* row, std::int64_t start, std::int64_t entries, float* to) {
-  if (start + kTile <= entries) {
-    load_tile(row + start, to);
-    return;
-  }
-  for (int i = 0; i < kTile; ++i) to[i] = start + i < entries ? load_one(row + start + i) : -INFINITY;
-}
-
-inline float max_of_tile(const float* values) {
-  float lanes[16];
-  for (int i = 0; i < 16; ++i) lanes[i] = values[i];
-  for (int j = 16; j < kTile; j += 16)
-    for (int i = 0; i < 16; ++i) lanes[i] = lanes[i] < values[j + i] ? values[j + i] : lanes[i];
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
-  return lanes[0];
-}
 
 // The 64 words of blocks first .. first + 15: out[4 * j + w] is word w of block first + j.
 // With vectors, a 64-bit lane holds one 32-bit word of the state and, above it, bits that nothing reads: the widening
@@ -192,7 +129,7 @@ void one_row(const T* row, const RowTask& task, float* tile_max, std::int64_t* c
   }
   const float top = tile_max[top_tile];
   std::int64_t top_entry = top_tile * kTile;
-  while (top_entry < entries - 1 && load_one(row + top_entry) != top) ++top_entry;
+  while (top_entry < entries - 1 && widen(row[top_entry]) != top) ++top_entry;
 
   const bool draw = task.known < 0 && task.gumbel == nullptr;
   const PhiloxBlock counter = noise_counter(task.sample, task.step, task.position, task.stream);
@@ -236,17 +173,19 @@ void one_row(const T* row, const RowTask& task, float* tile_max, std::int64_t* c
   double sum = 0.0;
   for (int i = 0; i < kTile; ++i) sum += double(sums[i]);
   *chosen = task.known >= 0 ? task.known : race.entry;
-  *logp = float(double(load_one(row + *chosen)) - double(top) - std::log(sum));
+  *logp = float(double(widen(row[*chosen])) - double(top) - std::log(sum));
+}
+
+void maskgit_row(const void* logits, FloatType type, const RowTask& task, float* tile_max, std::int64_t* chosen,
+                 float* logp) {
+  if (type == FloatType::kFloat32)
+    one_row(static_cast<const float*>(logits), task, tile_max, chosen, logp);
+  else if (type == FloatType::kBFloat16)
+    one_row(static_cast<const BFloat16*>(logits), task, tile_max, chosen, logp);
+  else
+    one_row(static_cast<const Float16*>(logits), task, tile_max, chosen, logp);
 }
 
 }  // namespace
-
-void row(const void* logits, LogitsType type, const RowTask& task, float* tile_max, std::int64_t* chosen, float* logp) {
-  if (type == LogitsType::kFloat32)
-    one_row(static_cast<const float*>(logits), task, tile_max, chosen, logp);
-  else
-    one_row(static_cast<const std::uint16_t*>(logits), task, tile_max, chosen, logp);
-}
-
 }  // namespace PYUNICTOKENS_LEVEL
 }  // namespace pyunictokens

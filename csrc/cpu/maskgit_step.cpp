@@ -13,16 +13,6 @@
 namespace pyunictokens {
 namespace {
 
-RowFunction row_function(CpuLevel level) {
-#ifdef PYUNICTOKENS_WITH_X86_LEVELS
-  if (level == CpuLevel::kAvx512) return avx512::row;
-  if (level == CpuLevel::kAvx2) return avx2::row;
-#else
-  (void)level;
-#endif
-  return baseline::row;
-}
-
 // (confidence, position) as one integer that sorts the same way: the least confident first, then the lowest position.
 std::uint64_t sort_key(float confidence, std::int64_t position) {
   confidence += 0.0f;  // -0 becomes +0, which is its equal
@@ -63,20 +53,10 @@ void mask_again(const MaskgitStepArgs& args, std::int64_t b) {
 
 }  // namespace
 
-CpuLevel best_cpu_level() {
-#ifdef PYUNICTOKENS_WITH_X86_LEVELS
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return CpuLevel::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuLevel::kAvx2;
-#endif
-  return CpuLevel::kBaseline;
-}
-
 void maskgit_step_cpu(const MaskgitStepArgs& args, int threads, CpuLevel level) {
-  const RowFunction row = row_function(level);
+  const auto row = rows_of(level).maskgit;
   const std::int64_t rows = args.batch * args.positions;
-  const std::size_t element = args.type == LogitsType::kFloat32 ? 4 : 2;
+  const std::size_t element = args.type == FloatType::kFloat32 ? 4 : 2;
   const std::int64_t grain = std::max<std::int64_t>(1, 32768 / args.entries);  // pieces of about ten microseconds
   parallel_for(rows, grain, threads, [&](std::int64_t first, std::int64_t last) {
     std::vector<float> tile_max(std::size_t(args.entries / 64 + 1));

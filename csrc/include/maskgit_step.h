@@ -3,13 +3,14 @@
 
 #include <cstdint>
 
-namespace pyunictokens {
+#include "cpu_level.h"
+#include "floats.h"
 
-enum class LogitsType : int { kFloat32 = 0, kBFloat16 = 1 };
+namespace pyunictokens {
 
 struct MaskgitStepArgs {
   const void* logits;  // [B, N, K]; the last stride is 1
-  LogitsType type;
+  FloatType type;
   std::int64_t batch, positions, entries;       // B, N, K >= 1
   std::int64_t stride_batch, stride_position;   // of logits, in elements
   const std::int64_t* codes;                    // [B, N], -1 where unknown, else in [0, K)
@@ -26,11 +27,6 @@ struct MaskgitStepArgs {
   float* out_logp;                              // [B, N]
   bool* out_masked;                             // [B, N]
 };
-
-enum class CpuLevel : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
-
-// The best level this build holds and this machine can run.
-CpuLevel best_cpu_level();
 
 // Runs on at most `threads` threads (>= 1), the caller's being one of them. `level` must not exceed best_cpu_level().
 void maskgit_step_cpu(const MaskgitStepArgs& args, int threads, CpuLevel level);

@@ -25,17 +25,19 @@ enum NoiseStream : std::uint32_t {
 constexpr std::int64_t kMaxStep = 65535, kMaxPosition = 65535;
 constexpr std::int64_t kMaxLanes = std::int64_t(1) << 30;
 
-static inline PhiloxBlock noise_counter(std::uint64_t sample, std::uint32_t step, std::uint32_t position,
-                                        std::uint32_t stream) {
+PYUNICTOKENS_HD static inline PhiloxBlock noise_counter(std::uint64_t sample, std::uint32_t step,
+                                                        std::uint32_t position, std::uint32_t stream) {
   return {{std::uint32_t(sample), std::uint32_t(sample >> 32), step << 16 | position, stream << 28}};
 }
 
-static inline std::uint32_t noise_word(PhiloxBlock counter, std::uint32_t lane, std::uint64_t seed) {
+PYUNICTOKENS_HD static inline std::uint32_t noise_word(PhiloxBlock counter, std::uint32_t lane, std::uint64_t seed) {
   counter.word[3] |= lane >> 2;
-  return philox4x32(counter, std::uint32_t(seed), std::uint32_t(seed >> 32)).word[lane & 3];
+  counter = philox4x32(counter, std::uint32_t(seed), std::uint32_t(seed >> 32));
+  const std::uint32_t* word = counter.word;  // no index from a variable: on a GPU it would send the block to memory
+  return lane & 2 ? (lane & 1 ? word[3] : word[2]) : (lane & 1 ? word[1] : word[0]);
 }
 
-static inline float noise_exponential(std::uint32_t word) {
+PYUNICTOKENS_HD static inline float noise_exponential(std::uint32_t word) {
   const float v = (float(word) + 0.5f) * 0x1p-32f, limit = 1.0f - 0x1p-24f;
   return -std::log1p(-(v < limit ? v : limit));
 }

@@ -1,3 +1,0 @@
-// maskgit_rows.h for one instruction set; CMakeLists.txt sets the compiler flags of this file.
-#define PYUNICTOKENS_LEVEL avx512
-#include "maskgit_rows.h"
