@@ -1,11 +1,18 @@
 // The only file that knows Python. Every function takes raw addresses as integers, with their sizes; shapes, dtypes, devices
 // and contiguity are checked by pyunictokens/ops/_native.py before an address crosses.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 
+#include "grpo_loss.h"
+#include "head.h"
 #include "maskgit_step.h"
+#include "maskgit_step_cuda.h"
 #include "noise.h"
 #include "philox.h"
 
@@ -70,15 +77,15 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void maskgit_step(std::uintptr_t logits, int type, std::int64_t batch, std::int64_t positions, std::int64_t entries,
-                  std::int64_t stride_batch, std::int64_t stride_position, std::uintptr_t codes,
-                  std::uintptr_t mask_len, std::uintptr_t temperature, std::uint64_t seed, std::uintptr_t sample_ids,
-                  std::uintptr_t step, std::uint32_t stream, std::uintptr_t token_gumbel, std::uintptr_t rank_gumbel,
-                  std::uintptr_t out_codes, std::uintptr_t out_chosen, std::uintptr_t out_logp,
-                  std::uintptr_t out_masked, int threads, const std::string& level) {
+MaskgitStepArgs step_args(std::uintptr_t logits, int type, std::int64_t batch, std::int64_t positions,
+                          std::int64_t entries, std::int64_t stride_batch, std::int64_t stride_position,
+                          std::uintptr_t codes, std::uintptr_t mask_len, std::uintptr_t temperature, std::uint64_t seed,
+                          std::uintptr_t sample_ids, std::uintptr_t step, std::uint32_t stream,
+                          std::uintptr_t token_gumbel, std::uintptr_t rank_gumbel, std::uintptr_t out_codes,
+                          std::uintptr_t out_chosen, std::uintptr_t out_logp, std::uintptr_t out_masked) {
   MaskgitStepArgs args{};
   args.logits = at<const void>(logits);
-  args.type = LogitsType(type);
+  args.type = FloatType(type);
   args.batch = batch;
   args.positions = positions;
   args.entries = entries;
@@ -97,9 +104,94 @@ void maskgit_step(std::uintptr_t logits, int type, std::int64_t batch, std::int6
   args.out_chosen = at<std::int64_t>(out_chosen);
   args.out_logp = at<float>(out_logp);
   args.out_masked = at<bool>(out_masked);
+  return args;
+}
+
+template <typename Result, typename... Fields>
+std::tuple<Fields...> fields_of(Result (*)(Fields...));
+using StepFields = decltype(fields_of(&step_args));  // what step_args takes, as one tuple from Python
+
+void maskgit_step(const StepFields& step, int threads, const std::string& level) {
+  const MaskgitStepArgs args = std::apply(step_args, step);
   const CpuLevel chosen_level = level_named(level);
   py::gil_scoped_release release;
   maskgit_step_cpu(args, threads < 1 ? 1 : threads, chosen_level);
+}
+// strides: those of mask_len, temperature, sample_ids and step, 0 or 1 each
+MaskgitStepCudaArgs step_cuda_args(const StepFields& step, const std::array<std::int64_t, 4>& strides,
+                                   std::uintptr_t keys, std::uintptr_t done) {
+  return {std::apply(step_args, step), strides[0], strides[1], strides[2], strides[3], at<std::uint32_t>(keys),
+          at<std::uint32_t>(done)};
+}
+
+void maskgit_step_emulated_by(const StepFields& step, const std::array<std::int64_t, 4>& strides, std::uintptr_t keys,
+                              int threads, bool cached) {
+  const MaskgitStepCudaArgs args = step_cuda_args(step, strides, keys, 0);
+  if (threads < 1) throw py::value_error("threads must be at least 1");
+  py::gil_scoped_release release;
+  maskgit_step_emulated(args, threads, cached);
+}
+
+#ifdef PYUNICTOKENS_WITH_CUDA
+void maskgit_step_on_gpu(const StepFields& step, const std::array<std::int64_t, 4>& strides, std::uintptr_t keys,
+                         std::uintptr_t done, int device, std::uintptr_t stream) {
+  const MaskgitStepCudaArgs args = step_cuda_args(step, strides, keys, done);
+  const std::string error = maskgit_step_cuda(args, device, at<void>(stream));
+  if (!error.empty()) throw std::runtime_error("maskgit_step could not be launched: " + error);
+}
+#endif
+
+void grpo_loss(std::uintptr_t logp, int logp_type, std::uintptr_t old_logp, int old_type, std::uintptr_t ref_logp,
+               int ref_type, std::int64_t tokens, std::int64_t tokens_per_advantage, std::uintptr_t advantages,
+               std::uintptr_t alpha, std::int64_t alpha_stride, std::uintptr_t mask, double rollouts, double clip_low,
+               double clip_high, double beta, std::uintptr_t d_logp, std::uintptr_t out, int threads,
+               const std::string& level) {
+  GrpoLossArgs args{};
+  args.logp = at<const void>(logp);
+  args.old_logp = at<const void>(old_logp);
+  args.ref_logp = at<const void>(ref_logp);
+  args.logp_type = FloatType(logp_type);
+  args.old_type = FloatType(old_type);
+  args.ref_type = FloatType(ref_type);
+  args.tokens = tokens;
+  args.tokens_per_advantage = tokens_per_advantage;
+  args.advantages = at<const float>(advantages);
+  args.alpha = at<const float>(alpha);
+  args.alpha_stride = alpha_stride;
+  args.mask = at<const bool>(mask);
+  args.rollouts = rollouts;
+  args.clip_low = clip_low;
+  args.clip_high = clip_high;
+  args.beta = beta;
+  args.d_logp = at<float>(d_logp);
+  args.out = at<float>(out);
+  const CpuLevel chosen_level = level_named(level);
+  py::gil_scoped_release release;
+  grpo_loss_cpu(args, threads < 1 ? 1 : threads, chosen_level);
+}
+
+HeadArgs head_args(std::uintptr_t scores, std::int64_t rows, std::int64_t entries, std::uintptr_t bias,
+                   double inverse_temperature, std::uintptr_t target) {
+  return {at<float>(scores),      rows, entries, at<const float>(bias), float(inverse_temperature),
+          at<const std::int64_t>(target)};
+}
+
+void head_logprob(std::uintptr_t scores, std::int64_t rows, std::int64_t entries, std::uintptr_t bias,
+                  double inverse_temperature, std::uintptr_t target, std::uintptr_t lse, std::uintptr_t logp,
+                  std::uintptr_t entropy, int threads, const std::string& level) {
+  const HeadArgs args = head_args(scores, rows, entries, bias, inverse_temperature, target);
+  const CpuLevel chosen_level = level_named(level);
+  py::gil_scoped_release release;
+  head_logprob_cpu(args, at<float>(lse), at<float>(logp), at<float>(entropy), threads < 1 ? 1 : threads, chosen_level);
+}
+
+void head_gradient(std::uintptr_t scores, std::int64_t rows, std::int64_t entries, std::uintptr_t bias,
+                   double inverse_temperature, std::uintptr_t target, std::uintptr_t lse, std::uintptr_t slope,
+                   int threads, const std::string& level) {
+  const HeadArgs args = head_args(scores, rows, entries, bias, inverse_temperature, target);
+  const CpuLevel chosen_level = level_named(level);
+  py::gil_scoped_release release;
+  head_gradient_cpu(args, at<const float>(lse), at<const float>(slope), threads < 1 ? 1 : threads, chosen_level);
 }
 
 }  // namespace
@@ -110,12 +202,26 @@ PYBIND11_MODULE(_core, module) {
   module.def("philox4x32", &philox, "One Philox4x32-10 block, for the known-answer test.", py::arg("c0"), py::arg("c1"),
              py::arg("c2"), py::arg("c3"), py::arg("k0"), py::arg("k1"));
   module.def("cpu_levels", &cpu_levels, "The instruction-set levels that can run here, the best last.");
-  module.def("maskgit_step", &maskgit_step, "csrc/include/maskgit_step.h on the CPU.", py::arg("logits"),
-             py::arg("type"), py::arg("batch"), py::arg("positions"), py::arg("entries"), py::arg("stride_batch"),
-             py::arg("stride_position"), py::arg("codes"), py::arg("mask_len"), py::arg("temperature"), py::arg("seed"),
-             py::arg("sample_ids"), py::arg("step"), py::arg("stream"), py::arg("token_gumbel"),
-             py::arg("rank_gumbel"), py::arg("out_codes"), py::arg("out_chosen"), py::arg("out_logp"),
-             py::arg("out_masked"), py::arg("threads"), py::arg("level"));
+  module.def("maskgit_step", &maskgit_step, "csrc/include/maskgit_step.h on the CPU.", py::arg("step"),
+             py::arg("threads"), py::arg("level"));
+  module.def("maskgit_step_emulated", &maskgit_step_emulated_by, "The CUDA kernel's algorithm on the host, for tests.",
+             py::arg("step"), py::arg("strides"), py::arg("keys"), py::arg("threads"), py::arg("cached"));
+#ifdef PYUNICTOKENS_WITH_CUDA
+  module.def("maskgit_step_cuda", &maskgit_step_on_gpu, "csrc/include/maskgit_step_cuda.h: one launch.",
+             py::arg("step"), py::arg("strides"), py::arg("keys"), py::arg("done"), py::arg("device"),
+             py::arg("stream"));
+#endif
+  module.def("grpo_loss", &grpo_loss, "csrc/include/grpo_loss.h on the CPU.", py::arg("logp"), py::arg("logp_type"),
+             py::arg("old_logp"), py::arg("old_type"), py::arg("ref_logp"), py::arg("ref_type"), py::arg("tokens"),
+             py::arg("tokens_per_advantage"), py::arg("advantages"), py::arg("alpha"), py::arg("alpha_stride"),
+             py::arg("mask"), py::arg("rollouts"), py::arg("clip_low"), py::arg("clip_high"), py::arg("beta"),
+             py::arg("d_logp"), py::arg("out"), py::arg("threads"), py::arg("level"));
+  module.def("head_logprob", &head_logprob, "csrc/include/head.h on the CPU.", py::arg("scores"), py::arg("rows"),
+             py::arg("entries"), py::arg("bias"), py::arg("inverse_temperature"), py::arg("target"), py::arg("lse"),
+             py::arg("logp"), py::arg("entropy"), py::arg("threads"), py::arg("level"));
+  module.def("head_gradient", &head_gradient, "csrc/include/head.h on the CPU.", py::arg("scores"), py::arg("rows"),
+             py::arg("entries"), py::arg("bias"), py::arg("inverse_temperature"), py::arg("target"), py::arg("lse"),
+             py::arg("slope"), py::arg("threads"), py::arg("level"));
   module.attr("STREAM_TOKEN") = int(kTokenStream);
   module.attr("STREAM_RANK") = int(kRankStream);
   module.attr("STREAM_TEXT") = int(kTextStream);
