@@ -1,0 +1,95 @@
+"""How a head operation is cut up: which engine, how many rows at a time, and how much memory that takes.
+
+Plain arithmetic on shapes; imports neither torch nor Triton, looks at no device. The decision is written down in
+docs/kernels.md.
+
+Legend: M tokens, D width, K codebook entries; bytes `size` of one number of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LOGITS_BYTES = 32 << 20
+"""float32 logits that exist at once: less than the level-2 cache of an A100 (40 MiB), H100 or H200 (50 MiB)."""
+GRADIENT_BYTES = 256 << 20
+"""Gradient of the logits that is kept, in the compute dtype, for the two products of the way back."""
+ADDED_BYTES = 64 << 20
+"""A product that is added to the weight's gradient is formed in float32 parts of this size."""
+LEAST_ROWS = 512
+"""Fewer rows in a product read the weight more often than they use it: 512 rows do 512 operations per byte of it."""
+
+MATRIX_RATE = {2: 700e12, 4: 50e12}
+"""Assumed operations per second of cuBLAS by bytes of a number (Hopper: bf16 tensor cores, float32 without them)."""
+TILE_SHARE = {2: 0.60, 4: 0.30}
+"""Assumed rate of `head.logprob_tiles` relative to cuBLAS: 64 × 128 tiles without tensor-memory copies; plain
+multiplications for float32."""
+LOGITS_RATE = 5e12
+"""Assumed bytes per second at which logits pass through the level-2 cache."""
+LAUNCH_SECONDS = 4e-6
+"""Assumed time between two kernels of a chunk."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for one call."""
+
+    engine: str
+    """"chunked": a product into a buffer of logits, one kernel over its rows. "fused": tiles that keep no logits."""
+    rows: int
+    """Rows that are gathered, and whose logits' gradient exists, at once; a multiple of `inner` (or all rows)."""
+    inner: int
+    """Rows whose float32 logits exist at once."""
+
+
+def costs(tokens: int, width: int, entries: int, size: int) -> dict[str, float]:
+    """Estimated seconds of log-sum-exp and chosen logit for all tokens, per engine.
+
+        chunked   2·M·K·D / rate  +  8·M·K / cache rate  +  2 launches per chunk     (logits written once, read once)
+        fused     2·M·K·D / (share · rate)  +  2 launches
+
+    The constants above are assumptions about a Hopper GPU, not measurements; `benchmarks/` measures both engines.
+    """
+    work = 2.0 * tokens * entries * width / MATRIX_RATE[size]
+    chunks = -(-tokens // _cut(tokens, width, entries, size)[1])
+    return {
+        "chunked": work + 8.0 * tokens * entries / LOGITS_RATE + 2 * chunks * LAUNCH_SECONDS,
+        "fused": work / TILE_SHARE[size] + 2 * LAUNCH_SECONDS,
+    }
+
+
+def _cut(tokens: int, width: int, entries: int, size: int) -> tuple[int, int]:
+    """(rows, inner) of a plan: gathered rows on their way back cost as much as three numbers of the compute dtype."""
+    inner = max(LEAST_ROWS, LOGITS_BYTES // (4 * entries) // 128 * 128)
+    most = max(LEAST_ROWS, GRADIENT_BYTES // (size * max(entries, 3 * width, 1)))
+    inner = max(1, min(tokens, inner, most))
+    return max(inner, min(tokens, most // inner * inner)), inner
+
+
+def choose(tokens: int, width: int, entries: int, size: int, *, gradient: bool, engine: str | None = None) -> Plan:
+    """The plan for a call. `engine` overrides the cost model where no gradient is formed (tests and benchmarks).
+
+    A gradient needs the logits a second time, so it always takes "chunked": tiles would have to compute them anew.
+    """
+    rows, inner = _cut(tokens, width, entries, size)
+    if gradient:
+        return Plan("chunked", rows, inner)
+    seconds = costs(tokens, width, entries, size)
+    return Plan(engine or min(seconds, key=seconds.__getitem__), rows, inner)
+
+
+def extra_bytes(
+    plan: Plan, tokens: int, width: int, entries: int, size: int, *, gradient: bool, gathered: bool = True
+) -> int:
+    """Upper bound of what a call holds besides its inputs and the gradients that it returns.
+
+    Logits, their gradient, gathered rows, the rows on their way back in float32, the weight's gradient in float32 and a
+    part of a product that is added to it; and per token two indices and five numbers.
+    """
+    total = 4 * plan.inner * entries if plan.engine == "chunked" else 4 * 4 * 64 * plan.rows
+    total += gathered * plan.rows * width * size + tokens * (2 * 4 + 5 * 4)
+    if gradient:
+        total += plan.rows * entries * size + 4 * plan.rows * width
+        if size < 4:
+            total += 4 * entries * width + (min(ADDED_BYTES, 4 * entries * width) if tokens > plan.rows else 0)
+    return total
