@@ -8,11 +8,16 @@ it. This package needs torch alone and knows nothing of models. API page: docs/o
 from __future__ import annotations
 
 from . import _native, philox, reference
+from . import _native_cuda as _native_cuda
+from . import _native_head as _native_head
+from . import _triton as _triton
 from ._dispatch import capabilities
 from ._grpo import grpo_loss, maskgit_grpo_loss
 from ._logprob import selected_logprob
 from ._step import maskgit_step, sample_categorical
+from ._triton import set_deterministic
 from ._types import GrpoStats, MaskgitStep
+from .objectives import lowest_kept, remasked_logprob, sequence_logprob, token_mask, transition_logprob
 from .schedule import mask_len, mask_rate, mask_schedule
 
 build_info = _native.build_info
@@ -23,6 +28,7 @@ __all__ = [
     "build_info",
     "capabilities",
     "grpo_loss",
+    "lowest_kept",
     "mask_len",
     "mask_rate",
     "mask_schedule",
@@ -30,6 +36,11 @@ __all__ = [
     "maskgit_step",
     "philox",
     "reference",
+    "remasked_logprob",
     "sample_categorical",
     "selected_logprob",
+    "sequence_logprob",
+    "set_deterministic",
+    "token_mask",
+    "transition_logprob",
 ]

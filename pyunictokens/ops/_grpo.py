@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 from . import _validate as check
 from ._dispatch import choose, entry
-from ._logprob import fake_gradients, head_arguments, needed
+from ._logprob import fake_gradients, head_arguments, needed, placed
+from ._transforms import autocast_inputs, no_autocast, refuse_transforms
 from ._types import GrpoStats
 from .reference import working_dtype
 
@@ -49,7 +51,7 @@ def grpo_loss(
         clip_low, clip_high: ≥ 0; clip_low ≤ 1.
         beta: ≥ 0, weight of the KL penalty.
         mask: bool or integer tensor that broadcasts to logp; tokens where it is 0 have no effect, even if they are NaN.
-        backend: None or "reference".
+        backend: None (the best that can run), "reference", "cpu" or "triton".
 
     Returns:
         (loss 0-d, GrpoStats over the tokens that count; its entropy is None). Nothing waits for the device.
@@ -57,6 +59,7 @@ def grpo_loss(
     Raises:
         UserError: a wrong shape, dtype, device or value.
     """
+    refuse_transforms("grpo_loss")
     check.tensor("logp", logp, check.FLOATS)
     alpha, mask = _loss_arguments(
         logp.shape, "the shape of logp", logp, old_logp, ref_logp, advantages, alpha, clip_low, clip_high, beta, mask
@@ -94,13 +97,15 @@ def maskgit_grpo_loss(
     clip_high: float = 0.2,
     beta: float = 0.01,
     mask: Tensor | None = None,
+    with_entropy: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, GrpoStats]:
     """`selected_logprob` and `grpo_loss` in one operation over all timesteps of MaskGIT rollouts.
 
     Gradients are formed while the logits of a chunk of tokens are at hand, so the head is applied once and nothing of
     size [R·T·N, K] exists, forward or backward. Tokens where the mask is 0 cost no matrix work. Besides the inputs it
-    holds the gradients of hidden and hidden_uncond (their size) and of the weight in float32.
+    holds the gradients of hidden and hidden_uncond (their size) and of the weight in float32. Under torch.autocast
+    hidden, hidden_uncond and weight are cast as `nn.Linear` casts them; the loss stays float32.
 
     Args:
         hidden: [R, T, N, D] (any [R, ..., D]); weight [K, D]; target int64 [R, T, N]; bias [K] or None.
@@ -108,15 +113,17 @@ def maskgit_grpo_loss(
         advantages: [R].
         hidden_uncond, guidance_scale, temperature: as in `selected_logprob`.
         alpha, clip_low, clip_high, beta, mask: as in `grpo_loss`, against [R, T, N].
-        backend: None or "reference".
+        with_entropy: whether the statistics hold the mean entropy, which costs one more pass over each chunk of logits.
+        backend: None (the best that can run), "reference", "cpu" or "triton".
 
     Returns:
         (loss 0-d, differentiable in hidden, hidden_uncond, weight and bias; logp [R, T, N] detached, 0 where the mask
-        is 0; GrpoStats with the entropy).
+        is 0; GrpoStats, its entropy None without `with_entropy`).
 
     Raises:
         UserError: a wrong shape, dtype, device or value.
     """
+    refuse_transforms("maskgit_grpo_loss")
     hidden_uncond, guidance_scale, temperature = head_arguments(
         hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature
     )
@@ -135,6 +142,7 @@ def maskgit_grpo_loss(
         beta,
         mask,
     )
+    hidden, hidden_uncond, weight = autocast_inputs(hidden, hidden_uncond, weight)
     backend = choose("maskgit_grpo_loss", backend, hidden.device, hidden.dtype)
     loss, logp, statistics, *_ = _maskgit_grpo_loss(
         hidden,
@@ -153,15 +161,16 @@ def maskgit_grpo_loss(
         float(clip_high),
         float(beta),
         needed(hidden, hidden_uncond, weight, bias),
+        bool(with_entropy),
         backend,
     )
-    return loss, logp.detach(), _stats(statistics)
+    return loss, logp.detach(), _stats(statistics, with_entropy)
 
 
-def _stats(statistics: Tensor) -> GrpoStats:
-    """The vector that the operations return as the public record; four numbers come without entropy."""
+def _stats(statistics: Tensor, with_entropy: bool = False) -> GrpoStats:
+    """The vector of four or five numbers that the operations return, as the public record."""
     clip_fraction, kl, ratio_max, ratio_mean, *entropy = statistics.detach().unbind()
-    return GrpoStats(clip_fraction, kl, ratio_max, ratio_mean, entropy[0] if entropy else None)
+    return GrpoStats(clip_fraction, kl, ratio_max, ratio_mean, entropy[0] if with_entropy else None)
 
 
 def _loss_arguments(
@@ -208,37 +217,26 @@ def _loss_arguments(
     return alpha, mask
 
 
-@torch.library.custom_op("pyunictokens::grpo_loss", mutates_args=())
-def _grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    alpha: Tensor,
-    mask: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    beta: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return entry("grpo_loss", backend).forward(
-        logp, old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta
-    )
+_LOSS = "Tensor old_logp, Tensor? ref_logp, Tensor advantages, Tensor alpha"
+_CLIP = "float clip_low, float clip_high, float beta"
+_SMALL = f"Tensor logp, {_LOSS}, Tensor? mask, {_CLIP}, str backend"
+_FUSED = (
+    f"Tensor hidden, Tensor weight, Tensor target, {_LOSS}, Tensor? bias, Tensor? hidden_uncond, Tensor? mask, "
+    f"float guidance_scale, float temperature, {_CLIP}, int needs, bool entropy, str backend"
+)
+_BIAS, _UNCOND = 7, 8
+"""Places of two inputs in _FUSED."""
+
+
+@torch.library.custom_op("pyunictokens::grpo_loss", mutates_args=(), schema=f"({_SMALL}) -> (Tensor, Tensor, Tensor)")
+def _grpo_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, backend = arguments
+    with no_autocast(inputs[0]):
+        return entry("grpo_loss", backend).forward(*inputs)
 
 
 @_grpo_loss.register_fake
-def _(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    alpha: Tensor,
-    mask: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    beta: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logp: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = working_dtype(logp)
     return logp.new_empty((), dtype=dtype), logp.new_empty(4, dtype=dtype), torch.empty_like(logp)
 
@@ -247,75 +245,31 @@ def _grpo_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(output[2])
 
 
+@once_differentiable
 def _grpo_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (d_logp,) = ctx.saved_tensors
-    return (grad_loss.to(d_logp.dtype) * d_logp, *[None] * 9)
+    return (grad_loss.to(d_logp.dtype) * d_logp, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 _grpo_loss.register_autograd(_grpo_backward, setup_context=_grpo_setup)
 
 
-@torch.library.custom_op("pyunictokens::maskgit_grpo_loss", mutates_args=())
-def _maskgit_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    alpha: Tensor,
-    bias: Tensor | None,
-    hidden_uncond: Tensor | None,
-    mask: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    clip_low: float,
-    clip_high: float,
-    beta: float,
-    needs: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "pyunictokens::maskgit_grpo_loss",
+    mutates_args=(),
+    schema=f"({_FUSED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _maskgit_grpo_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = arguments
+    hidden, weight, target, *_ = inputs
     check.value_range("target", target, 0, weight.shape[0] - 1)
-    return entry("maskgit_grpo_loss", backend).forward(
-        hidden,
-        weight,
-        target,
-        old_logp,
-        ref_logp,
-        advantages,
-        alpha,
-        bias,
-        hidden_uncond,
-        mask,
-        guidance_scale,
-        temperature,
-        clip_low,
-        clip_high,
-        beta,
-        needs,
-    )
+    with no_autocast(hidden):
+        return entry("maskgit_grpo_loss", backend).forward(*inputs)
 
 
 @_maskgit_grpo_loss.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    alpha: Tensor,
-    bias: Tensor | None,
-    hidden_uncond: Tensor | None,
-    mask: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    clip_low: float,
-    clip_high: float,
-    beta: float,
-    needs: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    bias, needs = rest[_BIAS - 3], rest[-3]
     dtype = working_dtype(hidden)
     return (
         hidden.new_empty((), dtype=dtype),
@@ -329,21 +283,15 @@ def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(*output[3:])
 
 
+@once_differentiable
 def _fused_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    d_hidden, d_uncond, d_weight, d_bias = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-
-    def scaled(gradient: Tensor, position: int) -> Tensor | None:
-        return grad_loss.to(gradient.dtype) * gradient if wanted[position] else None
-
-    return (
-        scaled(d_hidden, 0),
-        scaled(d_weight, 1),
-        *[None] * 5,
-        scaled(d_bias, 7),
-        scaled(d_uncond, 8),
-        *[None] * 8,
-    )
+    here = wanted[0], wanted[_UNCOND], wanted[1], wanted[_BIAS]
+    scaled = [
+        grad_loss.to(gradient.dtype) * gradient if wants else None
+        for gradient, wants in zip(ctx.saved_tensors, here, strict=True)
+    ]
+    return placed(tuple(scaled), wanted, bias=_BIAS, hidden_uncond=_UNCOND)
 
 
 _maskgit_grpo_loss.register_autograd(_fused_backward, setup_context=_fused_setup)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import _validate as check
 from ._dispatch import choose, entry
+from ._transforms import autocast_inputs, no_autocast, refuse_transforms
 from .reference import NEEDS_BIAS, NEEDS_HIDDEN, NEEDS_UNCOND, NEEDS_WEIGHT, working_dtype
 
 
@@ -33,17 +34,17 @@ def selected_logprob(
 
     logp = log_softmax((W·h + b)/temperature)[target], h = (1+s)·hidden − s·hidden_uncond, s = guidance_scale. Guidance,
     softmax and the result are float32 (float64 if `hidden` is). Differentiable in hidden, hidden_uncond, weight and
-    bias.
+    bias. Under torch.autocast hidden, hidden_uncond and weight are cast as `nn.Linear` casts them.
 
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.
-        weight: [K, D], any of these dtypes.
+        weight: [K, D], any of these dtypes; float64 only with float64 `hidden` (bias likewise).
         target: int64 [...], values 0 … K−1.
         bias: [K] or None.
-        hidden_uncond: [..., D]; needed where guidance_scale > 0, without effect where it is 0.
+        hidden_uncond: [..., D], dtype of `hidden`; needed where guidance_scale > 0, without effect where it is 0.
         guidance_scale: ≥ 0.
         temperature: > 0.
-        backend: None (the best that can run) or "reference".
+        backend: None (the best that can run), "reference", "cpu" or "triton".
 
     Returns:
         [...] float32 (float64 for float64 `hidden`).
@@ -51,9 +52,11 @@ def selected_logprob(
     Raises:
         UserError: a wrong shape, dtype, device or value (target values are looked at on the CPU only).
     """
+    refuse_transforms("selected_logprob")
     hidden_uncond, guidance_scale, temperature = head_arguments(
         hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature
     )
+    hidden, hidden_uncond, weight = autocast_inputs(hidden, hidden_uncond, weight)
     backend = choose("selected_logprob", backend, hidden.device, hidden.dtype)
     return _selected_logprob(hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature, backend)[0]
 
@@ -70,6 +73,7 @@ def head_arguments(
     """Check what every operation with a head takes. Returns hidden_uncond (None if without effect) and the floats."""
     check.tensor("hidden", hidden, check.FLOATS)
     check.tensor("weight", weight, check.FLOATS, hidden)
+    check.precision("weight", weight, hidden)
     check.tensor("target", target, (torch.int64,), hidden)
     if hidden.dim() < 1:
         raise UserError("hidden: a 0-d tensor, must be [..., D]")
@@ -80,11 +84,12 @@ def head_arguments(
     check.shape("target", target, hidden.shape[:-1], "the leading shape of hidden")
     if bias is not None:
         check.tensor("bias", bias, check.FLOATS, hidden)
+        check.precision("bias", bias, hidden)
         check.shape("bias", bias, weight.shape[:1], "[K]")
     guidance_scale = check.number("guidance_scale", guidance_scale, 0.0, hint="0 turns guidance off")
     temperature = check.number("temperature", temperature, 0.0, strict=True)
     if hidden_uncond is not None:
-        check.tensor("hidden_uncond", hidden_uncond, check.FLOATS, hidden)
+        check.tensor("hidden_uncond", hidden_uncond, (hidden.dtype,), hidden)
         check.shape("hidden_uncond", hidden_uncond, hidden.shape, "the shape of hidden")
     elif guidance_scale > 0.0:
         raise UserError(f"guidance_scale={guidance_scale}: needs hidden_uncond (or guidance_scale=0)")
@@ -103,6 +108,16 @@ def needed(hidden: Tensor, hidden_uncond: Tensor | None, weight: Tensor, bias: T
     )
 
 
+def placed(
+    gradients: tuple[Tensor | None, ...], wanted: tuple[bool, ...], *, bias: int, hidden_uncond: int
+) -> tuple[Tensor | None, ...]:
+    """The four gradients at the places of their inputs (hidden and weight come first), None at all others."""
+    row: list[Tensor | None] = [None] * len(wanted)
+    for place, gradient in zip((0, hidden_uncond, 1, bias), gradients, strict=True):
+        row[place] = gradient if wanted[place] else None
+    return tuple(row)
+
+
 def fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,98 +131,62 @@ def fake_gradients(
     )
 
 
-@torch.library.custom_op("pyunictokens::selected_logprob", mutates_args=())
-def _selected_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    hidden_uncond: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+HEAD = "Tensor? bias, Tensor? hidden_uncond, float guidance_scale, float temperature"
+_FORWARD = f"Tensor hidden, Tensor weight, Tensor target, {HEAD}"
+_BACKWARD = f"Tensor grad, Tensor lse, {_FORWARD}, int needs, str backend"
+
+
+@torch.library.custom_op(
+    "pyunictokens::selected_logprob", mutates_args=(), schema=f"({_FORWARD}, str backend) -> (Tensor, Tensor)"
+)
+def _selected_logprob(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = arguments
+    hidden, weight, target, *_ = inputs
     check.value_range("target", target, 0, weight.shape[0] - 1)
-    return entry("selected_logprob", backend).forward(
-        hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature
-    )
+    with no_autocast(hidden):
+        return entry("selected_logprob", backend).forward(*inputs)
 
 
 @_selected_logprob.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    hidden_uncond: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     logp = hidden.new_empty(target.shape, dtype=working_dtype(hidden))
     return logp, torch.empty_like(logp)
 
 
-@torch.library.custom_op("pyunictokens::selected_logprob_backward", mutates_args=())
-def _selected_logprob_backward(
-    grad: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    hidden_uncond: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    needs: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "pyunictokens::selected_logprob_backward",
+    mutates_args=(),
+    schema=f"({_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _selected_logprob_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, backend = arguments
     backward = entry("selected_logprob", backend).backward
     assert backward is not None
-    return backward(grad, lse, hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature, needs)
+    with no_autocast(inputs[0]):
+        return backward(*inputs)
 
 
 @_selected_logprob_backward.register_fake
 def _(
-    grad: Tensor,
-    lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    hidden_uncond: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    needs: int,
-    backend: str,
+    grad: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-2]
     return fake_gradients(hidden, weight, bias, needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature, backend = inputs
-    ctx.save_for_backward(hidden, weight, target, bias, hidden_uncond, output[1])
-    ctx.settings = guidance_scale, temperature, backend
+    *tensors, guidance_scale, temperature, backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.settings = guidance_scale, temperature
+    ctx.backend = backend
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, target, bias, hidden_uncond, lse = ctx.saved_tensors
-    guidance_scale, temperature, backend = ctx.settings
+    *tensors, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = NEEDS_HIDDEN * wanted[0] + NEEDS_WEIGHT * wanted[1] + NEEDS_BIAS * wanted[3] + NEEDS_UNCOND * wanted[4]
-    d_hidden, d_uncond, d_weight, d_bias = _selected_logprob_backward(
-        grad, lse, hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature, needs, backend
-    )
-    return (
-        d_hidden if wanted[0] else None,
-        d_weight if wanted[1] else None,
-        None,
-        d_bias if wanted[3] else None,
-        d_uncond if wanted[4] else None,
-        None,
-        None,
-        None,
-    )
+    gradients = _selected_logprob_backward(grad, lse, *tensors, *ctx.settings, needs, ctx.backend)
+    return placed(gradients, wanted, bias=3, hidden_uncond=4)
 
 
 _selected_logprob.register_autograd(_backward, setup_context=_setup)

@@ -25,7 +25,9 @@ except ImportError as error:
 level = ""
 """Instruction set to use (one of `_core.cpu_levels()`); empty: the best of this machine. Tests set it."""
 
-_TYPE = {torch.float32: 0, torch.bfloat16: 1}
+_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the core reads as they are; float64 stays with the reference."""
 
 
 def core() -> ModuleType | None:
@@ -50,49 +52,181 @@ def maskgit_step(
     rank_gumbel: Tensor | None,
     stream: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, chosen, logp, masked) from the fused row kernel. float32 and bfloat16 are read as they are."""
+    """(codes, chosen, logp, masked) from the fused row kernel, which reads the logits in their own dtype."""
     assert _core is not None
-    if logits.dtype == torch.float16:
-        logits = logits.float()
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    batch, positions, entries = logits.shape
-    codes, mask_len = codes.contiguous(), mask_len.contiguous()
-    temperature, sample_ids, step = temperature.float().contiguous(), sample_ids.contiguous(), step.contiguous()
-    token_gumbel = None if token_gumbel is None else token_gumbel.float().contiguous()
-    rank_gumbel = None if rank_gumbel is None else rank_gumbel.float().contiguous()
-    out_codes, out_chosen = torch.empty_like(codes), torch.empty_like(codes)
-    logp, masked = torch.empty(codes.shape), torch.empty(codes.shape, dtype=torch.bool)
-    _core.maskgit_step(
-        logits.data_ptr(),
-        _TYPE[logits.dtype],
-        batch,
-        positions,
-        entries,
-        logits.stride(0),
-        logits.stride(1),
-        codes.data_ptr(),
-        mask_len.data_ptr(),
-        temperature.data_ptr(),
-        seed,
-        sample_ids.data_ptr(),
-        step.data_ptr(),
-        stream,
-        0 if token_gumbel is None else token_gumbel.data_ptr(),
-        0 if rank_gumbel is None else rank_gumbel.data_ptr(),
-        out_codes.data_ptr(),
-        out_chosen.data_ptr(),
+    mask_len, sample_ids, step = mask_len.contiguous(), sample_ids.contiguous(), step.contiguous()
+    per_sample = (mask_len, temperature.float().contiguous(), sample_ids, step)
+    call = _StepCall(logits, codes, per_sample, seed, token_gumbel, rank_gumbel, stream)
+    _core.maskgit_step(call.fields, torch.get_num_threads(), level)
+    return call.results
+
+
+class _StepCall:
+    """The fields of csrc/include/maskgit_step.h and the tensors behind them, which live as long as this object."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        codes: Tensor,
+        per_sample: tuple[Tensor, Tensor, Tensor, Tensor],
+        seed: int,
+        token_gumbel: Tensor | None,
+        rank_gumbel: Tensor | None,
+        stream: int,
+    ):
+        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+        codes = codes.contiguous()
+        mask_len, temperature, sample_ids, step = per_sample
+        token_gumbel = None if token_gumbel is None else token_gumbel.float().contiguous()
+        rank_gumbel = None if rank_gumbel is None else rank_gumbel.float().contiguous()
+        out_codes, chosen = torch.empty_like(codes), torch.empty_like(codes)
+        logp, masked = torch.empty_like(codes, dtype=torch.float32), torch.empty_like(codes, dtype=torch.bool)
+        self.results = (out_codes, chosen, logp, masked)
+        self.inputs = (logits, codes, *per_sample, token_gumbel, rank_gumbel)
+        self.strides = tuple(x.stride(0) if len(x) > 1 else 0 for x in per_sample)
+        self.fields = (
+            logits.data_ptr(),
+            _TYPE[logits.dtype],
+            *logits.shape,
+            logits.stride(0),
+            logits.stride(1),
+            codes.data_ptr(),
+            mask_len.data_ptr(),
+            temperature.data_ptr(),
+            seed,
+            sample_ids.data_ptr(),
+            step.data_ptr(),
+            stream,
+            0 if token_gumbel is None else token_gumbel.data_ptr(),
+            0 if rank_gumbel is None else rank_gumbel.data_ptr(),
+            out_codes.data_ptr(),
+            chosen.data_ptr(),
+            logp.data_ptr(),
+            masked.data_ptr(),
+        )
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    alpha: Tensor,
+    mask: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, the four statistics, d loss/d logp) in one pass; inputs of 16 bits are widened tile by tile."""
+    tokens_per_rollout = max(logp.numel() // logp.shape[0], 1)
+    if mask is not None:
+        mask = mask.expand(logp.shape)
+    alpha = alpha.expand(logp.shape) if alpha.numel() > 1 else alpha
+    out, d_logp = loss_over_tokens(
+        logp, old_logp, ref_logp, advantages, tokens_per_rollout, alpha, mask, logp.shape[0], clip_low, clip_high, beta
+    )
+    return out[0].clone(), out[1:].clone(), d_logp.to(logp.dtype)
+
+
+def loss_over_tokens(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    tokens_per_advantage: int,
+    alpha: Tensor,
+    mask: Tensor | None,
+    rollouts: int,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """The call behind `grpo_loss`: (loss and statistics as one vector, d loss/d logp in float32, shaped like logp).
+
+    Token j, counted over all dimensions, has advantage j // tokens_per_advantage. alpha: one number or one a token.
+    """
+    assert _core is not None
+    logp, old_logp, ref_logp = _readable(logp), _readable(old_logp), None if ref_logp is None else _readable(ref_logp)
+    advantages, alpha = advantages.float().contiguous(), alpha.float().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    out, d_logp = torch.empty(5), torch.empty(logp.shape)
+    _core.grpo_loss(
         logp.data_ptr(),
-        masked.data_ptr(),
+        _TYPE[logp.dtype],
+        old_logp.data_ptr(),
+        _TYPE[old_logp.dtype],
+        0 if ref_logp is None else ref_logp.data_ptr(),
+        0 if ref_logp is None else _TYPE[ref_logp.dtype],
+        logp.numel(),
+        tokens_per_advantage,
+        advantages.data_ptr(),
+        alpha.data_ptr(),
+        int(alpha.numel() > 1),
+        0 if mask is None else mask.data_ptr(),
+        rollouts,
+        clip_low,
+        clip_high,
+        beta,
+        d_logp.data_ptr(),
+        out.data_ptr(),
         torch.get_num_threads(),
         level,
     )
-    return out_codes, out_chosen, logp, masked
+    return out, d_logp
+
+
+def _readable(values: Tensor) -> Tensor:
+    return (values if values.dtype in NARROW else values.float()).contiguous()
+
+
+def head_logprob(
+    scores_mK: Tensor,
+    bias_K: Tensor | None,
+    temperature: float,
+    target_m: Tensor,
+    lse_m: Tensor,
+    logp_m: Tensor,
+    entropy_m: Tensor | None,
+) -> None:
+    """Write log-sum-exp, log-probability of the target and entropy of every row. All float32 and contiguous."""
+    assert _core is not None
+    _core.head_logprob(
+        scores_mK.data_ptr(),
+        *scores_mK.shape,
+        0 if bias_K is None else bias_K.data_ptr(),
+        1.0 / temperature,
+        target_m.data_ptr(),
+        lse_m.data_ptr(),
+        logp_m.data_ptr(),
+        0 if entropy_m is None else entropy_m.data_ptr(),
+        torch.get_num_threads(),
+        level,
+    )
+
+
+def head_gradient(
+    scores_mK: Tensor,
+    bias_K: Tensor | None,
+    temperature: float,
+    target_m: Tensor,
+    lse_m: Tensor,
+    slope_m: Tensor,
+) -> None:
+    """Overwrite the scores with the gradient of Σ slope·logp. All float32 and contiguous."""
+    assert _core is not None
+    _core.head_gradient(
+        scores_mK.data_ptr(),
+        *scores_mK.shape,
+        0 if bias_K is None else bias_K.data_ptr(),
+        1.0 / temperature,
+        target_m.data_ptr(),
+        lse_m.data_ptr(),
+        slope_m.data_ptr(),
+        torch.get_num_threads(),
+        level,
+    )
 
 
 if _core is not None:
-    offer(
-        "maskgit_step",
-        "cpu",
-        Entry(maskgit_step, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16, torch.float16)),
-    )
+    offer("maskgit_step", "cpu", Entry(maskgit_step, devices=("cpu",), dtypes=NARROW))
+    offer("grpo_loss", "cpu", Entry(grpo_loss, devices=("cpu",), dtypes=NARROW))

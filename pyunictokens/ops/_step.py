@@ -7,6 +7,8 @@ caller passes final logits, a number of codes to mask and this step's re-masking
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ..errors import UserError
 from . import _validate as check
 from . import philox
 from ._dispatch import choose, entry
+from ._transforms import no_autocast, refuse_transforms
 from ._types import MaskgitStep
 
 _MASK = -1
@@ -62,6 +65,7 @@ def maskgit_step(
         UserError: a wrong shape, dtype, device or value; on the CPU also NaN or +inf in the logits. On a GPU values are
             not looked at, because that would wait for the device.
     """
+    refuse_transforms("maskgit_step")
     logits, codes = check.tensor("logits", logits, check.FLOATS), check.tensor("codes", codes, (torch.int64,), logits)
     if logits.dim() != 3 or 0 in logits.shape:
         raise UserError(f"logits: shape {tuple(logits.shape)}, must be [B, N, K] with every dimension ≥ 1")
@@ -130,6 +134,7 @@ def sample_categorical(
         (ids int64 [B], logp [B]): logp under the full softmax(logits/temperature), whatever top_k is, and under
         softmax(logits) for temperature 0. Not differentiable.
     """
+    refuse_transforms("sample_categorical")
     check.tensor("logits", logits, check.FLOATS)
     if logits.dim() != 2 or 0 in logits.shape:
         raise UserError(f"logits: shape {tuple(logits.shape)}, must be [B, V] with both ≥ 1")
@@ -181,20 +186,16 @@ def _per_sample(name: str, value: Tensor | float, logits: Tensor, dtype: torch.d
     return value.detach().to(dtype).expand(batch)
 
 
-@torch.library.custom_op("pyunictokens::maskgit_step", mutates_args=())
-def _maskgit_step(
-    logits: Tensor,
-    codes: Tensor,
-    mask_len: Tensor,
-    temperature: Tensor,
-    seed: int,
-    sample_ids: Tensor,
-    step: Tensor,
-    token_gumbel: Tensor | None,
-    rank_gumbel: Tensor | None,
-    stream: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "pyunictokens::maskgit_step",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor codes, Tensor mask_len, Tensor temperature, int seed, Tensor sample_ids, "
+    "Tensor step, Tensor? token_gumbel, Tensor? rank_gumbel, int stream, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _maskgit_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, backend = arguments
+    logits, codes, mask_len, temperature, _, sample_ids, step, token_gumbel, rank_gumbel, _ = inputs
     check.value_range("codes", codes, _MASK, logits.shape[-1] - 1, "-1 is MASK")
     check.value_range("mask_len", mask_len, 0, _MASK_LEN_MAX)
     check.value_range("temperature", temperature, 0.0, torch.finfo(torch.float32).max)
@@ -203,9 +204,8 @@ def _maskgit_step(
     for name, noise in (("token_gumbel", token_gumbel), ("rank_gumbel", rank_gumbel)):
         if noise is not None and check.on_cpu(noise) and bool(noise.isnan().any()):
             raise UserError(f"{name}: holds NaN")
-    result = entry("maskgit_step", backend).forward(
-        logits, codes, mask_len, temperature, seed, sample_ids, step, token_gumbel, rank_gumbel, stream
-    )
+    with no_autocast(logits):
+        result = entry("maskgit_step", backend).forward(*inputs)
     logp = result[2]
     if check.on_cpu(logp) and bool(logp.isnan().any()):
         sample, position = (int(x) for x in logp.isnan().nonzero()[0])
@@ -216,19 +216,7 @@ def _maskgit_step(
 
 
 @_maskgit_step.register_fake
-def _(
-    logits: Tensor,
-    codes: Tensor,
-    mask_len: Tensor,
-    temperature: Tensor,
-    seed: int,
-    sample_ids: Tensor,
-    step: Tensor,
-    token_gumbel: Tensor | None,
-    rank_gumbel: Tensor | None,
-    stream: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, codes: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     new = codes.new_empty(codes.shape)
     return new, torch.empty_like(new), torch.empty_like(new, dtype=dtype), torch.empty_like(new, dtype=torch.bool)

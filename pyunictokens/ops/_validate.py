@@ -27,11 +27,25 @@ def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: Tensor
     """`value`, if it is a tensor of one of `dtypes`, on the device of `like`."""
     if not isinstance(value, Tensor):
         raise UserError(f"{name}: must be a tensor, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):
+        raise UserError(
+            f"{name}: a DTensor; call the operation inside the forward of the module that FSDP2 wraps, where "
+            "parameters are whole, or pass .full_tensor()"
+        )
     if value.dtype not in dtypes:
         raise UserError(f"{name}: dtype {dtype_names([value.dtype])}, must be {dtype_names(dtypes)}")
     if like is not None and value.device != like.device:
         raise UserError(f"{name}: on {value.device}, but the other tensors are on {like.device}; move one of them")
     return value
+
+
+def precision(name: str, value: Tensor, like: Tensor) -> None:
+    """Raise where float64 meets another dtype: one of the two would be rounded without a word."""
+    if (value.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise UserError(
+            f"{name}: dtype {dtype_names([value.dtype])}, but hidden is {dtype_names([like.dtype])}: "
+            "float64 goes with float64 only"
+        )
 
 
 def shape(name: str, value: Tensor, wanted: Sequence[int], meaning: str) -> None:
@@ -44,7 +58,7 @@ def number(name: str, value: object, low: float, *, strict: bool = False, hint: 
     """A finite float ≥ low (> low if strict)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{name}={value!r}: must be a number")
-    if not math.isfinite(value) or value < low or (strict and value == low):
+    if not low <= value < math.inf or (strict and value == low):  # comparisons alone: torch.compile traces them
         limit = f"{'>' if strict else '≥'} {low:g}"
         raise UserError(f"{name}={value}: must be finite and {limit}{f' ({hint})' if hint else ''}")
     return float(value)

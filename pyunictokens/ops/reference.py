@@ -251,8 +251,11 @@ def maskgit_grpo_loss(
     clip_high: float,
     beta: float,
     needs: int,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """selected_logprob and grpo_loss in one pass: (loss, logp, five statistics, and the four gradients of the loss).
+
+    The fifth statistic is the mean entropy, 0 unless `entropy` asks for it.
 
     Tokens outside the mask are left out before the first product; their logp is returned as 0. A chunk's gradient is
     formed while its logits are there, so they are computed once. Counting the tokens inside a mask waits for the
@@ -270,15 +273,16 @@ def maskgit_grpo_loss(
     ref_M = None if ref_logp is None else gather(ref_logp).to(dtype)
     advantage_M = gather(_per_token(advantages, shape)).to(dtype)
     share_M = -alpha_M / shape[0]
-    logp_M, entropy_M = torch.empty_like(old_M), torch.empty_like(old_M)
+    logp_M, entropy_M = torch.empty_like(old_M), torch.zeros_like(old_M)
     for chunk in _chunks(len(target_M), len(weight)):
         rows = chunk if kept is None else kept[chunk]
         guided_mD = head.guided(rows)
         logits_mK = head.logits(guided_mD)
         lse_m = logits_mK.logsumexp(-1)
         logp_M[chunk] = logits_mK.gather(-1, target_M[chunk, None])[:, 0] - lse_m
-        probability_mK = (logits_mK - lse_m[:, None]).exp_()
-        entropy_M[chunk] = lse_m - probability_mK.mul_(logits_mK).nan_to_num_(nan=0.0).sum(-1)
+        if entropy:
+            probability_mK = (logits_mK - lse_m[:, None]).exp_()
+            entropy_M[chunk] = lse_m - probability_mK.mul_(logits_mK).nan_to_num_(nan=0.0).sum(-1)
         if needs:
             ref_m = None if ref_M is None else ref_M[chunk]
             slope_m = _objective(logp_M[chunk], old_M[chunk], ref_m, advantage_M[chunk], clip_low, clip_high, beta)[1]

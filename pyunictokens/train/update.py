@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import MASK, ops
+from .. import ops
 from ..models import PromptKV, Showo, answer_hidden, image_hidden, prefill_mmu, prefill_t2i
+from ..ops.objectives import token_mask as token_mask
 from .heads import Leaves, PromptLeaves, text_logprob, text_parts
 
 
@@ -257,20 +258,6 @@ def image_logprobs(model: Showo, images: ImageTrajectories, micro_rows: int = 4,
             ).float(),
         )
     return logp
-
-
-def token_mask(inputs_RTN: Tensor, scope: str) -> Tensor | None:
-    """Which image tokens count: "all" (None), "masked" before a step, or "newly_unmasked" by it."""
-    if scope == "all":
-        return None
-    masked = inputs_RTN == MASK
-    if scope == "masked":
-        return masked
-    if scope != "newly_unmasked":
-        raise ValueError(f"scope={scope!r}: must be all, masked or newly_unmasked")
-    after = torch.zeros_like(masked)
-    after[:, :-1] = masked[:, 1:]  # after the last step everything is known
-    return masked & ~after
 
 
 # --- answers -------------------------------------------------------------------------------------------------------

@@ -36,27 +36,35 @@ def _step(dtype: torch.dtype) -> tuple[Any, ...]:
     return torch.randn(R, N, K, dtype=dtype), torch.full((R, N), -1), numbers, torch.rand(R), 5, numbers, numbers
 
 
-def test_opcheck_selected_logprob() -> None:
+def _offers(operation: str) -> list[str]:
+    """The backends that take CPU tensors here."""
+    report = uct.ops.capabilities()
+    return [name for name in ("reference", "cpu", "triton") if operation in report[name]["ops"]]
+
+
+@pytest.mark.parametrize("backend", _offers("selected_logprob"))
+def test_opcheck_selected_logprob(backend: str) -> None:
     h = _head()
     for bias, uncond, scale in ((h["bias"], h["uncond"], 2.0), (None, None, 0.0), (h["bias"].detach(), None, 0.0)):
-        arguments = (h["hidden"], h["weight"], h["target"], bias, uncond, scale, 0.9, "reference")
+        arguments = (h["hidden"], h["weight"], h["target"], bias, uncond, scale, 0.9, backend)
         torch.library.opcheck(OPS.selected_logprob, arguments)
     with torch.no_grad():
         logp, lse = OPS.selected_logprob(*arguments)
     for needs in (0, 1, 4, 15):
         arguments = (logp, lse, h["hidden"], h["weight"], h["target"], h["bias"], h["uncond"], 2.0, 0.9, needs)
         detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-        torch.library.opcheck(OPS.selected_logprob_backward, (*detached, "reference"))
+        torch.library.opcheck(OPS.selected_logprob_backward, (*detached, backend))
 
 
-def test_opcheck_losses() -> None:
+@pytest.mark.parametrize("backend", _offers("maskgit_grpo_loss"))
+def test_opcheck_losses(backend: str) -> None:
     h = _head()
     shape, advantages = (R, T, N), torch.randn(R)
     old, ref = torch.randn(shape), torch.randn(shape)
     for mask, reference, beta in ((torch.rand(shape) > 0.5, ref, 0.1), (None, None, 0.0)):
         torch.library.opcheck(
             OPS.grpo_loss,
-            (_leaf(*shape), old, reference, advantages, torch.tensor(0.6), mask, 0.2, 0.2, beta, "reference"),
+            (_leaf(*shape), old, reference, advantages, torch.tensor(0.6), mask, 0.2, 0.2, beta, backend),
         )
         for bias, uncond, scale, needs in ((h["bias"], h["uncond"], 1.5, 15), (None, None, 0.0, 5)):
             torch.library.opcheck(
@@ -78,12 +86,13 @@ def test_opcheck_losses() -> None:
                     0.2,
                     beta,
                     needs,
-                    "reference",
+                    bool(needs & 8),
+                    backend,
                 ),
             )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", _offers("maskgit_step"))
 def test_opcheck_maskgit_step(backend: str) -> None:
     for dtype in (torch.float32, torch.float64 if backend == "reference" else torch.bfloat16):
         for noise in ((None, None), (torch.rand(R, N, K), torch.rand(R, N))):

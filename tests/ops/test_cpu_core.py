@@ -1,0 +1,323 @@
+"""The CPU core's loss and head against float64: every instruction set, odd sizes, masks, threads, broken numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyunictokens as uct
+from pyunictokens.ops import _native, _native_head
+
+from . import naive
+
+CORE = _native.core()
+LEVELS = CORE.cpu_levels() if CORE is not None else []
+pytestmark = pytest.mark.skipif(CORE is None, reason="the compiled core is not built")
+TOLERANCE = 1e-5  # relative, of float32 inputs against float64
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set that this build and this machine share."""
+    monkeypatch.setattr(_native, "level", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of torch's threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _loss_inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    logp = -3 * torch.rand(shape)
+    values = {
+        "logp": logp,
+        "old": logp + 0.3 * torch.randn(shape),
+        "ref": logp + 0.1 * torch.randn(shape),
+        "advantages": torch.randn(shape[0]),
+    }
+    values = {key: x.to(dtype) for key, x in values.items()}
+    # Away from the kinks of the clipping, where one rounding decides about a whole gradient.
+    ratio = (values["logp"].double() - values["old"].double()).exp()
+    near = ((ratio - 0.9).abs() < 1e-4) | ((ratio - 1.2).abs() < 1e-4)
+    values["old"] = torch.where(near, values["old"] - 1.0, values["old"])
+    return values
+
+
+LOSS_SHAPES = [(3, 5, 7), (1, 1), (64,), (2, 3, 2, 5), (7, 1031), (2, 4096), (3, 0), (1, 130)]
+
+
+@pytest.mark.parametrize("shape", LOSS_SHAPES)
+@pytest.mark.parametrize("kind", ["plain", "mask", "alpha", "no reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grpo_loss(level: str, shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    x = _loss_inputs(shape, dtype)
+    exact = {key: value.double() for key, value in x.items()}
+    mask = torch.rand(shape[1:]) > 0.4 if kind == "mask" else None
+    alpha = torch.rand(shape) if kind == "alpha" else 0.6
+    beta, ref = (0.0, None) if kind == "no reference" else (0.04, x["ref"])
+    x["logp"].requires_grad_()
+    exact["logp"].requires_grad_()
+    whole_mask = None if mask is None else mask.expand(shape)
+    loss, stats = uct.ops.grpo_loss(
+        x["logp"], x["old"], ref, x["advantages"], alpha=alpha, beta=beta, mask=mask, clip_low=0.1, backend="cpu"
+    )
+    (grad,) = torch.autograd.grad(loss, x["logp"])
+    if 0 in shape:
+        assert loss.item() == 0.0
+        assert [float(value) for value in stats[:4]] == [0.0] * 4
+        return
+    wanted, statistics = naive.loss(
+        exact["logp"],
+        exact["old"],
+        None if ref is None else exact["ref"],
+        exact["advantages"],
+        alpha.double() if isinstance(alpha, Tensor) else alpha,
+        0.1,
+        0.2,
+        beta,
+        whole_mask,
+    )
+    (wanted_grad,) = torch.autograd.grad(wanted, exact["logp"])
+    scale = wanted_grad.abs().sum() + 1e-30  # the terms may cancel; their sizes are those of the gradient
+    assert (loss.double() - wanted).abs() <= TOLERANCE * (scale + wanted.abs())
+    assert grad.dtype == dtype
+    assert naive.relative(grad, wanted_grad) < {torch.float32: TOLERANCE}.get(dtype, 4e-3)  # one rounding
+    for key, value in statistics.items():
+        assert torch.allclose(getattr(stats, key).double(), value, rtol=TOLERANCE, atol=1e-8), key
+
+
+def test_grpo_loss_k3_keeps_its_precision_near_zero(level: str) -> None:
+    # k3 of two policies that differ by 1e-4 is 5e-9: exp(gap) - gap - 1 in float32 would be noise alone.
+    logp = -torch.rand(4, 100)
+    ref = logp + 1e-4 * (1 + torch.rand(4, 100))
+    _, stats = uct.ops.grpo_loss(logp, logp, ref, torch.zeros(4), backend="cpu")
+    gap = ref.double() - logp.double()
+    assert stats.kl.item() == pytest.approx((gap.exp() - gap - 1).mean().item(), rel=1e-4)
+
+
+def test_grpo_loss_of_infinite_and_broken_numbers(level: str) -> None:
+    logp = torch.full((1, 6), -1.0)
+    old = torch.tensor([[-1.0, 200.0, -200.0, torch.inf, -1.0, -1.0]])
+    mask = torch.tensor([[True, True, True, True, False, False]])
+    logp[0, 4:] = torch.nan
+    logp.requires_grad_()
+    loss, stats = uct.ops.grpo_loss(logp, old, None, torch.ones(1), beta=0.0, mask=mask, backend="cpu")
+    assert loss.item() == pytest.approx(-(1.0 + 0.0 + 1.2 + 0.0))
+    assert stats.ratio_max.item() == torch.inf
+    loss.backward()
+    assert logp.grad is not None
+    assert logp.grad.tolist() == [[-1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    broken = uct.ops.grpo_loss(logp.detach(), old, None, torch.ones(1), beta=0.0, backend="cpu")[0]
+    assert broken.isnan()  # where nothing is masked, NaN is seen
+
+
+def _head(lead: tuple[int, ...], width: int, entries: int) -> dict[str, Tensor]:
+    return {
+        "hidden": torch.randn(*lead, width),
+        "uncond": torch.randn(*lead, width),
+        "weight": torch.randn(entries, width) / width**0.5,
+        "bias": torch.randn(entries),
+        "target": torch.randint(0, entries, lead),
+    }
+
+
+HEADS = [  # leading shape, D, K, guidance, temperature, with bias
+    ((3, 5, 7), 13, 29, 5.0, 1.0, True),
+    ((131,), 8, 64, 0.0, 0.7, True),
+    ((2, 1), 5, 1, 2.5, 1.3, False),
+    ((), 6, 17, 1.0, 1.0, True),
+    ((0, 4), 6, 17, 0.0, 1.0, True),
+    ((9,), 16, 4099, 0.0, 1.0, False),
+]
+
+
+@pytest.mark.parametrize("elements", [1 << 22, 100])
+@pytest.mark.parametrize(("lead", "width", "entries", "scale", "temperature", "with_bias"), HEADS)
+def test_selected_logprob(
+    level: str,
+    monkeypatch: pytest.MonkeyPatch,
+    elements: int,
+    lead: tuple[int, ...],
+    width: int,
+    entries: int,
+    scale: float,
+    temperature: float,
+    with_bias: bool,
+) -> None:
+    monkeypatch.setattr(_native_head, "BUFFER_ELEMENTS", elements)
+    x = _head(lead, width, entries)
+    names = ["hidden", "weight", *["uncond"] * (scale > 0), *["bias"] * with_bias]
+    exact = {key: value.double() if value.is_floating_point() else value for key, value in x.items()}
+    for name in names:
+        x[name].requires_grad_()
+        exact[name].requires_grad_()
+    wanted = naive.logprob(
+        x["target"],
+        naive.logits(
+            exact["hidden"], exact["weight"], exact["bias"] if with_bias else None, exact["uncond"], scale, temperature
+        ),
+    )
+    found = uct.ops.selected_logprob(
+        x["hidden"],
+        x["weight"],
+        x["target"],
+        x["bias"] if with_bias else None,
+        hidden_uncond=x["uncond"],
+        guidance_scale=scale,
+        temperature=temperature,
+        backend="cpu",
+    )
+    grad = torch.randn(lead)
+    grads = torch.autograd.grad(found, [x[name] for name in names], grad)
+    wanted_grads = torch.autograd.grad(wanted, [exact[name] for name in names], grad.double())
+    assert found.shape == lead
+    assert naive.relative(found.detach(), wanted.detach()) < TOLERANCE or entries == 1
+    for name, got, want in zip(names, grads, wanted_grads, strict=True):
+        # with one entry the gradient is 0, and what is left is the rounding of a product formed twice
+        assert naive.relative(got, want) < TOLERANCE or (entries == 1 and got.abs().max() < 1e-4), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_widened(level: str, dtype: torch.dtype) -> None:
+    x = {key: v.to(dtype) if v.is_floating_point() else v for key, v in _head((4, 9), 12, 77).items()}
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    found = uct.ops.selected_logprob(hidden, weight, x["target"], x["bias"], backend="cpu")
+    wide = hidden.detach().double().requires_grad_()
+    wanted = naive.logprob(
+        x["target"], naive.logits(wide, weight.detach().double(), x["bias"].double(), None, 0.0, 1.0)
+    )
+    assert found.dtype == torch.float32
+    assert naive.relative(found.detach(), wanted.detach()) < TOLERANCE
+    found.sum().backward()
+    wanted.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+    assert naive.relative(hidden.grad, wide.grad) < 4e-3  # one rounding of the result
+
+
+def test_tokens_without_a_gradient_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _head((40,), 8, 33)
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    grad = torch.randn(40) * (torch.rand(40) > 0.5)
+    rows = []
+    forward = _native_head._Head.forward
+    monkeypatch.setattr(_native_head._Head, "forward", lambda self, c: rows.append(c) or forward(self, c))
+    out = {}
+    for backend in ("cpu", "reference"):
+        logp = uct.ops.selected_logprob(hidden, weight, x["target"], backend=backend)
+        out[backend] = torch.autograd.grad(logp, [hidden, weight], grad)
+    assert [chunk.stop for chunk in rows] == [40, int((grad != 0).sum())]
+    for got, want in zip(out["cpu"], out["reference"], strict=True):
+        assert naive.relative(got, want) < TOLERANCE
+
+
+def test_excluded_entries(level: str) -> None:
+    """A logit of -inf has probability 0: no gradient, and no NaN in the entropy."""
+    x = _head((2, 3, 5), 8, 72)
+    bias = x["bias"].clone()
+    bias[::3] = -torch.inf
+    x["target"] = x["target"] // 3 * 3 + 1
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    old, advantages = -torch.rand(2, 3, 5), torch.tensor([1.0, -1.0])
+    out = {}
+    for backend in ("cpu", "reference"):
+        loss, logp, stats = uct.ops.maskgit_grpo_loss(
+            hidden, weight, x["target"], old, old, advantages, bias, backend=backend
+        )
+        out[backend] = [loss, logp, stats.entropy, *torch.autograd.grad(loss, [hidden, weight])]
+    for got, want in zip(out["cpu"], out["reference"], strict=True):
+        assert torch.isfinite(got).all()
+        assert naive.relative(got, want) < 3 * TOLERANCE
+    assert (out["cpu"][4][::3] == 0).all()
+
+
+@pytest.mark.parametrize("elements", [1 << 22, 200])
+@pytest.mark.parametrize("mask_kind", ["none", "some", "rows", "all false"])
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_maskgit_grpo_loss(
+    level: str, monkeypatch: pytest.MonkeyPatch, elements: int, mask_kind: str, scale: float
+) -> None:
+    monkeypatch.setattr(_native_head, "BUFFER_ELEMENTS", elements)
+    shape = (3, 2, 11)
+    x = _head(shape, 9, 37)
+    x.update(old=-3 - torch.rand(shape), ref=-3 - torch.rand(shape), advantages=torch.randn(3))
+    mask = {
+        "none": None,
+        "some": torch.rand(shape) > 0.5,
+        "rows": torch.tensor([True, False, True]).view(3, 1, 1),
+        "all false": torch.zeros(shape, dtype=torch.bool),
+    }[mask_kind]
+    kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape)
+    alpha = torch.rand(shape)
+    names = ["hidden", "weight", "bias", *["uncond"] * (scale > 0)]
+
+    def call(values: dict[str, Tensor], backend: str, asked: bool = True) -> tuple[Any, ...]:
+        leaves = {name: values[name].detach().requires_grad_() for name in names}
+        loss, logp, stats = uct.ops.maskgit_grpo_loss(
+            leaves["hidden"],
+            leaves["weight"],
+            values["target"],
+            values["old"],
+            values["ref"],
+            values["advantages"],
+            leaves["bias"],
+            hidden_uncond=leaves.get("uncond"),
+            guidance_scale=scale,
+            temperature=0.9,
+            alpha=alpha.to(values["old"].dtype),
+            mask=mask,
+            with_entropy=asked,
+            backend=backend,
+        )
+        return loss, logp, stats, torch.autograd.grad(loss, [leaves[name] for name in names])
+
+    exact = {key: value.double() if value.is_floating_point() else value for key, value in x.items()}
+    broken = dict(x)
+    for name in ("hidden", "old"):
+        broken[name] = torch.where(kept[..., None] if name == "hidden" else kept, x[name], torch.nan)
+    loss, logp, stats, grads = call(broken, "cpu")
+    wanted_loss, wanted_logp, wanted_stats, wanted_grads = call(exact, "reference")
+    assert loss.item() == pytest.approx(wanted_loss.item(), rel=1e-4, abs=1e-5)
+    assert naive.relative(logp, wanted_logp) < TOLERANCE
+    assert (logp[~kept] == 0).all()
+    for got, want in zip(stats, wanted_stats, strict=True):
+        assert got.item() == pytest.approx(want.item(), rel=TOLERANCE, abs=1e-6)
+    for name, got, want in zip(names, grads, wanted_grads, strict=True):
+        assert naive.relative(got, want) < 2 * TOLERANCE, name
+    without = call(broken, "cpu", asked=False)
+    assert without[2].entropy is None
+    assert torch.equal(without[0], loss)
+
+
+def test_the_number_of_threads_changes_nothing(level: str, threads: None) -> None:
+    """Bit for bit in the core; the products between are torch's, here of a size that it does not share out."""
+    x, head = _loss_inputs((5, 9001)), _head((300,), 8, 130)
+    scores, grad = torch.randn(300, 130), torch.randn(300)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out, d_logp = _native.loss_over_tokens(
+            x["logp"], x["old"], x["ref"], x["advantages"], 9001, torch.ones(()), None, 5, 0.2, 0.2, 0.01
+        )
+        lse, logp, entropy, gradient = torch.empty(300), torch.empty(300), torch.empty(300), scores.clone()
+        _native.head_logprob(gradient, head["bias"], 0.8, head["target"], lse, logp, entropy)
+        _native.head_gradient(gradient, head["bias"], 0.8, head["target"], lse, grad)
+        results.append([out, d_logp, lse, logp, entropy, gradient])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_selected_logprob_holds_a_tenth_of_what_eager_holds() -> None:
+    tokens, entries = 4096, 4096
+    eager = 3 * 4 * tokens * entries  # log-softmax, its gradient and that of the scores
+    head = _native_head._Head(torch.empty(tokens, 8), torch.empty(entries, 8), None, None, 0.0, None, 15)
+    assert 4 * head.buffer.numel() <= 0.09 * eager
