@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes says something about the machine, not about the code.
+hypothesis.settings.register_profile("pyunictokens", deadline=None)
+hypothesis.settings.load_profile("pyunictokens")
 
 GOLDEN = Path(__file__).parent / "golden"
 
