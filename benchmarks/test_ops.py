@@ -1,63 +1,63 @@
-"""maskgit_step under pytest-benchmark: the CPU core beside the eager torch sequence and the reference backend.
+"""The operations and their peers under pytest-benchmark: the cases of `benchmarks/ops`, one side and phase a test.
 
-    pytest benchmarks/test_ops.py --benchmark-group-by=group
+    pytest benchmarks/test_ops.py --benchmark-group-by=group                    # tiny shapes
+    UCT_BENCH_OPS=full pytest benchmarks/test_ops.py -k "maskgit_step and eager"  # those of the tables
 
-The eager side is what one writes first: log-softmax, Gumbel noise from torch.rand, argmax, gather, sort. It draws
-other noise than the two backends, so the results differ; the work is the same. Logits are spread like those of a
-trained model under guidance ("peaked") or of a random one ("flat"): the core skips what cannot win.
+The figures of the README come from ``pyunictokens bench ops``, where the sides take turns round by round. A side that
+cannot run is skipped with its reason; one that is far from float64 fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-import pyunictokens as uct
+from benchmarks.ops import cases, check, memory
+from benchmarks.ops.cases import Case
+from benchmarks.ops.peers import Peer, peers
 
-SHAPES = {"B18-N256-K4096": (18, 256, 4096), "B9-N1024-K8192": (9, 1024, 8192), "B18-N64-K512": (18, 64, 512)}
-SPREAD = {"flat": 1.0, "peaked": 8.0}
-UNKNOWN = 0.7
-
-
-def eager(logits: Tensor, codes: Tensor, mask_len: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, chosen, logp, masked) by whole-tensor torch operations."""
-    tiny = torch.finfo(torch.float32).tiny
-    logp = torch.log_softmax(logits, -1)
-    noise = -torch.log((-torch.log(torch.rand_like(logits).clamp_min_(tiny))).clamp_min_(tiny))
-    chosen = torch.where(codes < 0, (logp + noise).argmax(-1), codes)
-    selected = logp.gather(-1, chosen[..., None])[..., 0]
-    rank = -torch.log((-torch.log(torch.rand_like(selected).clamp_min_(tiny))).clamp_min_(tiny))
-    confidence = torch.where(codes < 0, selected + temperature * rank, torch.inf)
-    cut = confidence.sort(-1).values.gather(-1, mask_len[:, None])
-    masked = confidence < cut
-    return torch.where(masked, uct.MASK, chosen), chosen, selected, masked
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+FULL = os.environ.get("UCT_BENCH_OPS") == "full"
+ROUNDS = int(os.environ.get("UCT_BENCH_ROUNDS", "5" if FULL else "1"))
+SUITE = cases.suite(DEVICE, smoke=not FULL)
 
 
-@pytest.mark.parametrize("side", ["cpu", "reference", "eager"])
-@pytest.mark.parametrize("spread", list(SPREAD))
-@pytest.mark.parametrize("shape", list(SHAPES))
-def test_maskgit_step(benchmark: Any, shape: str, spread: str, side: str) -> None:
-    batch, positions, entries = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
-    logits = SPREAD[spread] * torch.randn(batch, positions, entries, generator=generator)
-    given = torch.randint(0, entries, (batch, positions), generator=generator)
-    codes = torch.where(torch.rand(batch, positions, generator=generator) < UNKNOWN, uct.MASK, given)
-    wanted = torch.full((batch,), positions // 3)
-    ids = torch.arange(batch)
+def _name(value: object) -> str:
+    return f"{value.operation}-{value.shape}" if isinstance(value, Case) else getattr(value, "name", str(value))
 
-    def backend() -> tuple[Tensor, ...]:
-        return uct.ops.maskgit_step(
-            logits, codes, mask_len=wanted, temperature=1.0, seed=1, sample_ids=ids, step=3, backend=side
-        )
 
-    call: Callable[[], tuple[Tensor, ...]] = backend
-    if side == "eager":
-        call = lambda: eager(logits, codes, wanted, 1.0)  # noqa: E731
-    benchmark.group = f"maskgit_step {shape} {spread}"
-    benchmark.extra_info.update(threads=torch.get_num_threads(), dtype="float32")
-    out = benchmark.pedantic(call, rounds=5, iterations=1, warmup_rounds=1)
-    assert out[3].sum(-1).tolist() == [positions // 3] * batch
+@pytest.mark.parametrize(("case", "phase"), [(c, phase) for c in SUITE for phase in c.phases], ids=_name)
+@pytest.mark.parametrize("peer", peers(), ids=_name)
+def test_ops(benchmark: Any, case: Case, phase: str, peer: Peer) -> None:
+    reason = peer.missing(case, DEVICE, DTYPE)
+    if reason:
+        pytest.skip(f"{peer.title}: {reason}")
+    if peer.exact:
+        check.check(peer, case, DEVICE, DTYPE)
+    torch._dynamo.reset()
+    inputs = cases.make(case, DEVICE, DTYPE)
+    call = peer.builds[case.operation](inputs)
+    benchmark.group = f"{case.operation} {case.shape} {phase}"
+    benchmark.extra_info.update(case.sizes, peer=peer.title, dtype=str(DTYPE), threads=torch.get_num_threads())
+
+    def setup() -> tuple[tuple[object, ...], dict[str, object]]:
+        memory.forget(inputs)
+        return (call() if phase == "backward" else None,), {}
+
+    def timed(ready: Any) -> object:
+        if phase == "backward":
+            result = check.backward(inputs, ready)
+        elif phase == "both":
+            result = memory.training_call(call, inputs)()
+        else:
+            with torch.no_grad():
+                result = call()
+        if DEVICE != "cpu":
+            torch.cuda.synchronize()
+        return result
+
+    benchmark.pedantic(timed, setup=setup, rounds=ROUNDS, iterations=1, warmup_rounds=1)

@@ -1,7 +1,7 @@
-"""Write the README's tables of numbers from benchmarks/results/*.json, between the markers that are there.
+"""Write the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json, between their markers.
 
-    python experiments/readme_tables.py            # rewrite README.md
-    python experiments/readme_tables.py --check    # exit 1 when the README is not what the results say
+    python experiments/readme_tables.py            # rewrite both
+    python experiments/readme_tables.py --check    # exit 1 when one of them is not what the results say
 
 One table for each machine. Ratios are quoted, with the ratios of single rounds as their spread; absolute times are left
 out where no GPU was measured, because they say more about the machine than about the code.
@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for benchmarks/, which is no part of the installed package
+
+from benchmarks.ops import tables  # noqa: E402
+
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 
 WHAT = {
@@ -69,9 +73,11 @@ class _Gaps(dict[str, Any]):
 
 
 def numbers(folder: Path) -> str:
-    """All tables. Without any result, the sentence that says so."""
+    """All tables of workloads. Without any result, the sentence that says so."""
     parts = []
     for file in sorted(folder.glob("*.json")):
+        if file.name.startswith("ops-"):
+            continue
         content = json.loads(file.read_text(encoding="utf-8"))
         if "points" in content:
             parts.append(memory(content))
@@ -82,25 +88,39 @@ def numbers(folder: Path) -> str:
     return "\n\n".join(parts) or "Nothing was measured yet."
 
 
-def rewritten(text: str, folder: Path) -> str:
-    """`text` with what stands between the markers replaced."""
+def between(text: str, new: str, name: str) -> str:
+    """`text` with what stands between the markers replaced by `new`."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"README.md: the markers {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n\n{numbers(folder)}\n\n{END}{after}"
+        raise SystemExit(f"{name}: the markers {BEGIN} and {END} are missing")
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+
+
+def rewritten(text: str, folder: Path) -> str:
+    """The README's text with its tables replaced."""
+    return between(text, f"{numbers(folder)}\n\n{tables.summary(folder)}", "README.md")
+
+
+def rewritten_page(text: str, folder: Path) -> str:
+    """The text of docs/benchmarks.md with its tables replaced."""
+    return between(text, tables.full(folder, ROOT / "docs" / "images"), "docs/benchmarks.md")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a page is out of date")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = rewritten(text, ROOT / "benchmarks" / "results")
-    if options.check:
-        sys.exit("README.md: run python experiments/readme_tables.py" if new != text else 0)
-    readme.write_text(new, encoding="utf-8")
+    stale = []
+    for file, make in ((ROOT / "README.md", rewritten), (ROOT / "docs" / "benchmarks.md", rewritten_page)):
+        text = file.read_text(encoding="utf-8")
+        new = make(text, ROOT / "benchmarks" / "results")
+        if new != text:
+            stale.append(file.name)
+            if not options.check:
+                file.write_text(new, encoding="utf-8")
+    if options.check and stale:
+        sys.exit(f"{' and '.join(stale)}: run python experiments/readme_tables.py")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import UserError
 
-SUITES = {"rollout": "benchmarks.run_cpu", "memory": "benchmarks.update_memory"}
+SUITES = {"rollout": "benchmarks.run_cpu", "memory": "benchmarks.update_memory", "ops": "benchmarks.ops"}
 """What can be measured, and the module that does it."""
 
 
@@ -28,12 +28,14 @@ def source_tree() -> Path:
 
 def bench(
     context: typer.Context,
-    suite: Annotated[str | None, typer.Argument(help="rollout or memory; both when left out.")] = None,
+    suite: Annotated[str | None, typer.Argument(help="rollout, memory or ops; all when left out.")] = None,
 ) -> None:
     """Measure this library against its peers and write benchmarks/results/. Takes minutes; leave the machine alone.
 
     What stands behind the suite's name goes to it: for rollout --only, --rounds, --steps, --tokens, --threads, --out;
-    for memory --timesteps, --width, --device, --out.
+    for memory --timesteps, --width, --device, --out; for ops --device, --smoke, --operations, --peers, --rounds,
+    --share, --budget, --threads, --no-memory, --tables, --out. Peers of ops that are not installed are listed as such:
+    pip install -e '.[bench]' brings them.
 
     Examples:
 
@@ -42,6 +44,8 @@ def bench(
         pyunictokens bench rollout --only text --rounds 3
 
         pyunictokens bench memory --timesteps 5 50
+
+        pyunictokens bench ops --smoke
     """
     if suite is not None and suite not in SUITES:
         raise UserError(f"suite {suite!r}: must be {' or '.join(SUITES)}, with its own options behind it")

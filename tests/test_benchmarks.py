@@ -1,0 +1,258 @@
+"""The benchmark suite of the operations, end to end on tiny shapes: run, report, tables, pictures; and its honesty.
+
+What is held: a side that computes something else is never timed, a missing number names its reason, the pages are what
+the results say. No test looks at a speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.ops import cases, check, clock, goals, memory, peers, plot, run, schema, tables
+from benchmarks.ops.cases import Case
+from benchmarks.ops.schema import Absence, CaseInfo, Machine, Measurement, Memory, Rates, Report
+
+ROOT = Path(__file__).parent.parent
+SIDES = ("ours-reference", "ours-cpu", "eager", "cce", "products")
+SMOKE = cases.suite("cpu", smoke=True)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a smoke run of some sides, as the command line makes it."""
+    out = tmp_path_factory.mktemp("bench") / "ops-smoke.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ops", "--smoke", "--device", "cpu", "--out", str(out), "--peers", *SIDES],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not measured: cce: " in done.stdout
+    return out
+
+
+def test_a_smoke_run_measures_every_case(smoke: Path) -> None:
+    report = Report.load(smoke)
+    assert report.machine.smoke and report.machine.device == "cpu" and report.date and "--smoke" in report.command
+    assert set(report.versions) >= {"torch", "liger-kernel", "trl", "cut-cross-entropy", "python", "pyunictokens"}
+    assert report.rates is not None and report.rates.copy_bytes_per_second > 0
+    assert {info.operation for info in report.cases} == set(cases.OPERATIONS)
+    for case in SMOKE:
+        for peer in ("ours-reference", "eager"):
+            for phase in case.phases:
+                found = report.measurement(case.operation, case.shape, peer, phase)
+                assert found is not None and 0 < found.low <= found.seconds <= found.high
+            held = report.extra(case.operation, case.shape, peer)
+            assert held is not None and held.extra_bytes >= 0
+        forward = report.measurement(case.operation, case.shape, "eager", "forward")
+        assert forward is not None and forward.fraction is not None and forward.fraction > 0
+        assert report.reason(case.operation, case.shape, "cce")
+    assert {(one.operation, one.peer) for one in report.checks} >= {(each, "eager") for each in cases.OPERATIONS}
+    assert all(one.value <= 1e-4 and (one.gradient or 0) <= 1e-4 for one in report.checks)
+
+
+def test_the_pages_are_made_from_a_report(smoke: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="smoke"):
+        _write(Report.load(smoke), tmp_path)
+        tables.load(tmp_path)
+    report = Report.load(smoke)
+    report.machine = dataclasses.replace(report.machine, smoke=False)
+    _write(report, tmp_path)
+    summary, full = tables.summary(tmp_path), tables.full(tmp_path)
+    for operation in cases.OPERATIONS:
+        assert f"`{operation}` (float32)" in summary and f"#### {operation} on the CPU" in full
+    assert "The operations on a GPU: not measured" in summary and "On a GPU nothing was measured" in full
+    assert "cut-cross-entropy" in summary and ("GPU only" in summary or "not installed" in summary)
+    assert full.count("not measured") >= len(goals.GOALS)
+    made = tmp_path / "ops-x-grpo_loss.png"
+    assert plot.draw(report, "grpo_loss", made) and made.stat().st_size > 1000
+    assert "ops-x-grpo_loss.png" in tables.full(tmp_path, tmp_path)
+
+
+def _write(report: Report, folder: Path) -> None:
+    report.save(folder / "ops-x.json")
+
+
+def test_every_page_says_what_the_results_say() -> None:
+    done = subprocess.run(
+        [sys.executable, "experiments/readme_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_schema_is_refused(smoke: Path, tmp_path: Path) -> None:
+    content = json.loads(smoke.read_text())
+    content["schema"] = 99
+    (tmp_path / "ops-x.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="schema=99"):
+        Report.load(tmp_path / "ops-x.json")
+
+
+@pytest.mark.parametrize("name", [peer.name for peer in peers.peers() if peer.exact and peer.name != "compile"])
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: f"{case.operation}-{case.shape}")
+def test_every_side_that_runs_here_computes_the_same(name: str, case: Case) -> None:
+    peer = peers.by_name(name)
+    reason = peer.missing(case, "cpu", torch.float32)
+    if reason:
+        pytest.skip(f"{peer.title}: {reason}")
+    check.check(peer, case, "cpu", torch.float32)
+
+
+def test_a_side_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = peers.by_name("eager")
+    halved = {name: (lambda i, b=build: lambda: 0.5 * b(i)()) for name, build in real.builds.items()}
+    wrong = dataclasses.replace(real, builds=halved)
+    monkeypatch.setattr(run, "peers", lambda: [peers.by_name("ours-reference"), wrong])
+    settings = run.Settings(smoke=True, operations=("grpo_loss",), rounds=1, with_memory=False)
+    report = run.Run(settings, tmp_path / "x.json", say=lambda _: None).all()
+    assert "wrong: 5" in (report.reason("grpo_loss", "smoke", "eager") or "")
+    assert report.seconds("grpo_loss", "smoke", "eager") is None
+    assert report.seconds("grpo_loss", "smoke", "ours-reference") is not None
+
+
+def test_a_budget_cuts_the_tail_and_says_so(tmp_path: Path) -> None:
+    settings = run.Settings(smoke=True, only_peers=("eager",), rounds=1, budget=1e-9, with_memory=False)
+    report = run.Run(settings, tmp_path / "x.json", say=lambda _: None).all()
+    assert not report.measurements and len(report.cases) == len(SMOKE)
+    assert report.reason("grpo_loss", "smoke", "eager") == "time budget spent"
+
+
+def test_sides_take_turns() -> None:
+    order: list[str] = []
+    turns = [clock.Turn(lambda _, n=name: order.append(n)) for name in "ab"]
+    clock.rounds(turns, "cpu", 3, share=60.0)
+    assert "".join(order) == "abbaab" and all(len(turn.samples) == 3 for turn in turns)
+    for spent, least in ((2.0, clock.MIN_ROUNDS), (1e9, clock.FEWEST)):  # past its share, and far past it
+        slow = clock.Turn(lambda _: None, spent=spent)
+        clock.rounds([slow], "cpu", clock.MIN_ROUNDS + 4, share=1.0)
+        assert len(slow.samples) == least
+
+
+def test_extra_memory_sees_what_a_side_holds() -> None:
+    case = Case("selected_logprob", "x", {"R": 2, "T": 2, "N": 64, "D": 8, "K": 2048})
+    plain = memory.measure_here("eager", case).extra_bytes
+    logits = 4 * case.tokens * 2048
+    assert 2 * logits <= plain <= 6 * logits
+
+
+def test_memory_in_a_process_of_its_own() -> None:
+    wanted = [case for case in SMOKE if case.operation == "grpo_loss"]
+    (held,) = memory.measure_apart("eager", wanted, smoke=True)
+    assert held.operation == "grpo_loss" and held.extra_bytes > 0
+    with pytest.raises(RuntimeError, match="no such case"):
+        memory.measure_apart("eager", [Case("grpo_loss", "none", {})], smoke=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cost_model(device: str) -> None:
+    suite = {(case.operation, case.shape): case for case in cases.suite(device)}
+    assert len(suite) == len(cases.suite(device)), "a case is there twice"
+    assert {operation for operation, _ in suite} == set(cases.OPERATIONS)
+    for goal in goals.GOALS:  # every goal speaks of a case that exists: an empty report answers none of them
+        assert goal.answer(_report(device if goal.device == device else goal.device)) is None
+    if device == "cuda":
+        case = suite[goals.HEAD, goals.FIRST]
+        assert case.tokens == 460800 and case.flops()["both"] == pytest.approx(46.4e12, rel=1e-2)
+        kept = suite[goals.HEAD, f"{goals.FIRST} newly_unmasked"]
+        assert kept.kept() == pytest.approx(1 / 50) and kept.flops()["both"] == pytest.approx(case.flops()["both"] / 50)
+
+
+@pytest.mark.parametrize("scope", ["masked", "newly_unmasked"])
+def test_masks_hold_the_share_they_say(scope: str) -> None:
+    case = Case("maskgit_grpo_loss", "x", {"R": 3, "T": 5, "N": 40, "D": 4, "K": 8}, scope=scope)
+    mask = cases.make(case, "cpu", torch.float32).mask
+    assert mask.float().mean().item() == pytest.approx(case.kept())
+    shown = mask if scope == "newly_unmasked" else mask[:, :-1] & ~mask[:, 1:]
+    assert (shown.sum(1) <= 1).all(), "a position is shown once"
+
+
+def _report(device: str) -> Report:
+    return Report(Machine("X", device, 2, 2, False), {"torch": "2"}, None, "c", "2026-01-01T00:00:00", peers={})
+
+
+def test_goals_are_judged_by_what_was_measured() -> None:
+    report = _report("cuda")
+    report.peers = {"ours-triton": "ours: triton", "eager": "plain PyTorch", "trl": "TRL", "products": "products"}
+    for shape, kept in ((goals.FIRST, 1.0), (f"{goals.FIRST} newly_unmasked", 0.02)):
+        report.cases.append(CaseInfo(goals.HEAD, shape, {"kept": kept}, "bfloat16", "matrix", {}, {}))
+    for peer, shape, took in (
+        ("ours-triton", goals.FIRST, 1.1),
+        ("ours-triton", f"{goals.FIRST} newly_unmasked", 0.05),
+        ("products", goals.FIRST, 1.0),
+        ("eager", goals.FIRST, 3.3),
+        ("trl", goals.FIRST, 2.2),
+    ):
+        report.measurements.append(Measurement(goals.HEAD, shape, peer, "both", "call", took, took, took, 5))
+    report.memory.append(Memory(goals.HEAD, goals.FIRST, "ours-triton", 2 << 30))
+    answers = [goal.answer(report) for goal in goals.GOALS if goal.device == "cuda"]
+    assert answers[:3] == [("1.10 ×", True), ("2048 MiB", False), ("2.00 × (TRL)", True)]
+    assert answers[3] is not None and not answers[3][1], "2.3 times its share is not proportional"
+    assert answers[4:] == [None] * 3
+    text = tables.goals([report])
+    assert "| 2048 MiB | **no** |" in text and text.count("not measured") == len(goals.GOALS) - 4
+
+
+def test_reports_survive_a_round_trip(tmp_path: Path) -> None:
+    report = _report("cpu")
+    report.rates = Rates(1e9, 1e12, "float32", 0.01)
+    report.absences.append(Absence("grpo_loss", "*", "cce", "GPU only"))
+    report.save(tmp_path / "ops-a.json")
+    assert Report.load(tmp_path / "ops-a.json") == report
+    assert report.reason("grpo_loss", "any", "cce") == "GPU only" and report.reason("grpo_loss", "any", "trl") is None
+    assert schema.VERSION == 1
+
+
+def test_the_gpu_command_is_exercised_without_one(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "gpu.sh"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    done = subprocess.run(
+        ["bash", str(script), "--dry-run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert Report.load(tmp_path / "ops-dry-run.json").machine.smoke
+    assert "would build" in done.stdout and "would run" in done.stdout
+
+
+def test_the_adapter_of_ligers_kernels_computes_the_same() -> None:
+    """GPU only, so their Triton kernels run in the interpreter, in a process of their own."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("Liger-Kernel is not installed")
+    code = """
+import torch
+from benchmarks.ops import cases, check, peers
+peer = peers.by_name("liger-triton")
+for case in cases.suite("cpu", smoke=True):
+    if case.operation in peer.builds:
+        print("checked", check.check(peer, case, "cpu", torch.float32))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.count("checked") == 3, done.stderr[-2000:]
+
+
+def test_the_adapter_of_cut_cross_entropy_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels run on a GPU alone; the adapter is held against float64 over that library's own plain way."""
+    cce = pytest.importorskip("cut_cross_entropy", reason="cut-cross-entropy is not installed")
+    with_kernels = cce.linear_cross_entropy
+    monkeypatch.setattr(cce, "linear_cross_entropy", lambda *a, **k: with_kernels(*a, **k, impl="torch_compile"))
+    peer = peers.by_name("cce")
+    for case in SMOKE:
+        if case.operation in peer.builds and case.scope == "all":
+            with torch.compiler.set_stance("force_eager"):
+                check.check(peer, case, "cpu", torch.float32)
