@@ -104,8 +104,7 @@ def reason(
 ) -> tuple[str, str]:
     """(answer, prompt + answer): the fact the model takes the prompt to mean, and what to draw (equations 2 and 4)."""
     from ..data.images import black_image
-    from ..models.prompting import compound_prompt, text_only_question
-    from ..train.prompts import first_sentence
+    from ..models.prompting import compound_prompt, first_sentence, text_only_question
 
     question = text_only_question(facts, prompt)
     concept = bench.concept

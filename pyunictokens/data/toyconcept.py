@@ -26,6 +26,7 @@ from .toygrammar import RECOGNITIONS, change_subject, subject_questions
 from .toyscene import KINDS, SLOTS, SUBJECT_SLOTS, Attributes, random_moment, random_scene
 
 TRAIN_IMAGES, TEST_IMAGES, NEGATIVES, RANDOM_IMAGES = 10, 4, 12, 12
+FRESH = 4  # further pictures of other things, of both kinds, that no training question shows
 _SIDE = 256
 
 
@@ -155,9 +156,11 @@ class _Writer:
             for k in range(2)
         ]
         negative = []
-        for i in range(NEGATIVES):
+        for i in range(NEGATIVES + FRESH):
             other = random_moment(change_subject(self.subject, self.rng), self.rng)
             self._picture(other, self.train / "negative_example" / f"{i}.png")
+            if i >= NEGATIVES:
+                continue
             file = f"{base}/negative_example/{i}.png"
             negative.append({"image": file, "query": ask[i % len(ask)], "answer": "no"})
         for i in range(RANDOM_IMAGES):
@@ -228,7 +231,7 @@ class _Writer:
         """The files that all concepts of a data folder share."""
         folder, images = self.root / "random_images", self.root / "concept" / "train" / "train_images.json"
         rng = np.random.default_rng(4)
-        for i in range(RANDOM_IMAGES):
+        for i in range(RANDOM_IMAGES + FRESH):
             self._picture(random_scene(rng), folder / f"{i}.png")
         save_image(Image.new("RGB", (512, 512)), self.root / "black_512x512.png")
         listed = read_json(images) if images.exists() else {}

@@ -256,7 +256,7 @@ class _Bench:
         drawn: list[Tensor] = []
         for index, (prompt, explicit, correct) in enumerate(prompts):
             answer = self._chosen[prompt] if correct is not None else ""
-            compound = prompting.compound_prompt(prompt, m.first_sentence(answer)) if answer else prompt
+            compound = prompting.compound_prompt(prompt, prompting.first_sentence(answer)) if answer else prompt
             pixels = self.engine.generate_images(
                 [self._expand(compound)],
                 samples=samples,

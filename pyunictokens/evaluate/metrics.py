@@ -62,13 +62,6 @@ def clean(answer: str) -> str:
     return " ".join(_HELPERS.sub("", answer).split())
 
 
-def first_sentence(answer: str) -> str:
-    """The part of an answer that goes into the compound prompt, as in training: its first line's first sentence."""
-    line = answer.strip().partition("\n")[0].strip()
-    end = _SENTENCE_END.search(line)
-    return line[: end.end()] if end else line
-
-
 def character_bleu(reference: str, candidate: str, weights: Sequence[float] = PUBLISHED_WEIGHTS) -> float:
     """BLEU over characters, as the published evaluation of UniCTokens computes it, in [0, 1].
 

@@ -9,6 +9,7 @@ knows ids and positions; it does not know weights, tokenizers or sampling.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ SPECIAL_TOKENS = (
     "<|lvg|>",
 )
 """Token strings of the special ids, in the order of their ids."""
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,14 @@ def text_only_question(extra_info: Sequence[str], prompt: str) -> str:
 def base_prompt(sks: str) -> str:
     """BP, the prompt that visual-instruct reasoning starts from (paper, equation 3)."""
     return f"A photo of {sks}."
+
+
+def first_sentence(answer: str) -> str:
+    """The part of an answer that goes into the compound prompt (a long one confuses drawing): its first line's first
+    sentence."""
+    line = answer.strip().partition("\n")[0].strip()
+    end = _SENTENCE_END.search(line)
+    return line[: end.end()] if end else line
 
 
 def compound_prompt(prompt: str, answer: str) -> str:

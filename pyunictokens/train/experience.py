@@ -22,7 +22,7 @@ from ..rollout.engine import RolloutEngine
 from ..rollout.types import ImageRollout, TextRollout
 from .config import GrpoConfig
 from .pictures import Pictures
-from .prompts import as_prompt, as_question, first_sentence
+from .prompts import as_prompt, as_question
 from .tasks import Task
 from .update import AnswerTrajectories, ImageTrajectories, token_mask
 
@@ -82,7 +82,7 @@ class Collector:
             seed=2 * config.seed + 1,
             sample_ids=sample_ids,
         )
-        prompts = [prompting.compound_prompt(task.prompt, first_sentence(text)) for text in answers.texts]
+        prompts = [prompting.compound_prompt(task.prompt, prompting.first_sentence(text)) for text in answers.texts]
         judged = [prompting.compound_prompt(task.prompt, task.answer)] * len(prompts)
         if config.judged_prompt == "compound":
             judged = prompts

@@ -11,13 +11,11 @@ Evaluation calls the same ``ConceptTokens.expand``. It knows texts; it does not 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from ..models import ConceptTokens
 
 GROUPS = ("understanding", "generation", "extra")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
 def as_prompt(concept: ConceptTokens, text: str, groups: Sequence[str] = GROUPS) -> str:
@@ -37,10 +35,3 @@ def as_question(concept: ConceptTokens, question: str, groups: Sequence[str] = G
         raise ValueError(f"form={form!r}: must be expand or prefix")
     helpers = "".join("".join(concept.tokens[concept.rows(group)]) for group in groups)
     return f"{concept.sks} is {helpers}.{question}" if helpers else question
-
-
-def first_sentence(text: str) -> str:
-    """The first sentence of an answer: what goes into the compound prompt (a long prompt confuses drawing)."""
-    line = text.strip().partition("\n")[0].strip()
-    end = _SENTENCE_END.search(line)
-    return line[: end.end()] if end else line

@@ -107,11 +107,8 @@ def test_nearest_fact() -> None:
         m.nearest("x", [])
 
 
-def test_cleaning_and_first_sentences() -> None:
+def test_cleaning_and_segments() -> None:
     assert m.clean("<token_0><token_12> <bo>  is\nred ") == "<bo> is red"
-    assert m.first_sentence(" It is red. It is a ball.") == "It is red."
-    assert m.first_sentence("3.5 metres\nlong") == "3.5 metres"
-    assert m.first_sentence("") == ""
     assert m.segments("a cat, with a hat; in 3.5 cm snow. Yes!") == ["a cat", "with a hat", "in 3.5 cm snow", "Yes"]
     assert m.segments("...") == ["..."]
 

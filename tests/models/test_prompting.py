@@ -66,3 +66,18 @@ def test_bad_input_is_named():
         attention_allowed(torch.zeros(1, 2, dtype=torch.long), "v2v", IDS)
     with pytest.raises(UserError, match="give codes, or num_codes"):
         t2i([1], None, IDS, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("A red ball. It rolls.", "A red ball."),
+        ("  3.5 metres tall! Yes.", "3.5 metres tall!"),
+        ("no stop at all", "no stop at all"),
+        ("one line\nanother. line", "one line"),
+        ("What? No.", "What?"),
+        ("", ""),
+    ],
+)
+def test_first_sentence(text: str, first: str) -> None:
+    assert prompting.first_sentence(text) == first

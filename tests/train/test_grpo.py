@@ -68,7 +68,7 @@ def test_a_run_writes_what_it_says(here: World, tmp_path: Path) -> None:
         assert line["reward_mean"] == pytest.approx(wanted, abs=1e-6)
         assert line["ratio_max"] == pytest.approx(1, abs=1e-4) and line["within_group_std"] > 0
         assert line["candidates"] >= 3 and 0 <= line["pass_rate"] <= 1 and line["grad_norm"] > 0
-    assert lines[0]["kl"] == 0 and lines[3]["kl"] > 0
+    assert lines[0]["kl"] < 1e-10 < lines[3]["kl"]
     assert lines[0]["threshold"] == 0.5 and lines[1]["threshold"] != 0.5
     run = tmp_path / "run"
     assert {file.name for file in (run / "samples").iterdir()} >= {
@@ -202,7 +202,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     result = train_grpo(**here.fresh(), config=grpo_config(steps=3), out_dir=tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert result.skipped == 1 and [bool(line["skipped"]) for line in lines] == [True, False, False]
-    assert "gradient of length nan" in lines[0]["skipped"] and lines[1]["kl"] == 0 and lines[2]["kl"] > 0
+    assert "gradient of length nan" in lines[0]["skipped"] and lines[1]["kl"] < 1e-10 < lines[2]["kl"]
     assert torch.isfinite(result.concept.embed).all()
 
 

@@ -14,7 +14,6 @@ from pyunictokens.models import ConceptTokens, PromptKV, prompting
 from pyunictokens.ops import mask_rate
 from pyunictokens.train import as_prompt, as_question, read_metrics, rows, train_concept_tokens
 from pyunictokens.train.pictures import Pictures
-from pyunictokens.train.prompts import first_sentence
 from pyunictokens.train.stage_loss import generation_loss, random_mask, text_row, understanding_loss
 from tests.train.world import World, stage_config, tiny_concept, tiny_model, world
 
@@ -257,21 +256,6 @@ def test_texts_name_the_concept_the_same_way_everywhere() -> None:
         as_question(concept, "?", form="suffix")
 
 
-@pytest.mark.parametrize(
-    ("text", "first"),
-    [
-        ("A red ball. It rolls.", "A red ball."),
-        ("  3.5 metres tall! Yes.", "3.5 metres tall!"),
-        ("no stop at all", "no stop at all"),
-        ("one line\nanother. line", "one line"),
-        ("What? No.", "What?"),
-        ("", ""),
-    ],
-)
-def test_first_sentence(text: str, first: str) -> None:
-    assert first_sentence(text) == first
-
-
 def test_pictures(here: World) -> None:
     model = here.model.attach(tiny_concept())
     pictures, path = Pictures(model, here.vq, crop=1.25, flip=True), here.data.train_images[0]
@@ -285,10 +269,3 @@ def test_pictures(here: World) -> None:
     kept = pictures.prefix(path)
     assert pictures.prefix(path) is kept and kept.lengths == [19] and kept.next_position == [19]
     assert Pictures(model, here.vq, cache_mb=0).prefix(path) is not kept
-
-
-def test_evaluation_cuts_answers_the_same_way() -> None:
-    from pyunictokens.evaluate import metrics
-
-    for text in ("A red ball. It rolls.", " 3.5 metres! Yes.", "no stop", "one\ntwo.", "What?", "", "It is <bo>'s.\n"):
-        assert metrics.first_sentence(text) == first_sentence(text)
