@@ -6,7 +6,7 @@ the order and the files (runs.py); how the parts work is the business of `train`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def run_concept(
     evaluate: bool = True,
     evaluate_base: bool = False,
     resume: bool = False,
-    rewards: str | None = None,
+    rewards: str | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Train `concept` on `bench` and leave everything in the folder `out`.
@@ -87,7 +87,8 @@ def check_request(out: Path, experts: Experts | None, *, started: bool, stages: 
         raise UserError("no stages and no tokens to begin with: give --start RUN, or let the stages run")
     if grpo and experts is None:
         raise UserError(
-            "reinforcement needs reward experts, and this model brings none: give rewards=MODULE:FUNCTION, or --no-grpo"
+            "reinforcement needs reward experts, and this model brings none: "
+            "give --rewards FILE.yaml (docs/rewards.md), or --no-grpo"
         )
     if (out / CONFIG).exists() and not resume:
         raise UserError(f"{out}: already holds a run: go on with it (--resume) or choose another folder")

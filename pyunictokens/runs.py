@@ -162,7 +162,12 @@ class Run:
 
 
 def write_description(
-    out: Path, sources: Sources, rewards: str | None, max_text: int, concept: Concept, config: RunConfig
+    out: Path,
+    sources: Sources,
+    rewards: str | Mapping[str, Any] | None,
+    max_text: int,
+    concept: Concept,
+    config: RunConfig,
 ) -> None:
     """Write config.yaml and about.json of a run."""
     import yaml
@@ -174,7 +179,7 @@ def write_description(
         "model": sources.model,
         "vq": sources.vq,
         "tokenizer": sources.tokenizer,
-        "rewards": rewards,
+        "rewards": dict(rewards) if isinstance(rewards, Mapping) else rewards,
         "root": str(concept.root.absolute()),
         "name": concept.name,
         "max_text": max_text,
