@@ -98,9 +98,10 @@ class Blip2(ImageNetwork):
         self._tokenizer: Any = None
 
     def _build(self, folder: Path) -> tuple[nn.Module, ...]:
+        net = from_transformers("Blip2ForImageTextRetrieval", folder, self.dtype, kinds=("blip-2",))
         self._tokenizer = read_tokenizer(folder)
         self._read_processor(folder)
-        return (from_transformers("Blip2ForImageTextRetrieval", folder, self.dtype, kinds=("blip-2",)),)
+        return (net,)
 
     def _net(self) -> Any:
         return self.load()[0]

@@ -100,8 +100,9 @@ class Dinov2(ImageNetwork):
     expert = "der"
 
     def _build(self, folder: Path) -> tuple[nn.Module, ...]:
+        net = from_transformers("AutoModel", folder, self.dtype, kinds=("dinov2", "dinov2_with_registers"))
         self._read_processor(folder)
-        return (from_transformers("AutoModel", folder, self.dtype, kinds=("dinov2", "dinov2_with_registers")),)
+        return (net,)
 
     @torch.no_grad()
     def encode_patches(self, pixels: Tensor) -> Tensor:

@@ -88,10 +88,10 @@ class SentenceEncoder(Network):
         self._tokenizer: Any = None
 
     def _build(self, folder: Path) -> tuple[nn.Module, ...]:
-        self._tokenizer = read_tokenizer(folder)
         net: Any = from_transformers("AutoModel", folder, self.dtype, unused=("pooler.",))
         if getattr(net.config, "is_encoder_decoder", False):
             raise UserError(f"{folder}: holds an encoder-decoder ({net.config.model_type}): TIER wants an encoder")
+        self._tokenizer = read_tokenizer(folder)
         return (net,)
 
     @torch.no_grad()

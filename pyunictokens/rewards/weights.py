@@ -40,12 +40,16 @@ class Wanted:
 
     def missing(self, folder: Path) -> list[str]:
         """What `folder` lacks, each as its alternatives joined by " or "."""
-        lacking = [names for names in self.files if not any((folder / name).is_file() for name in names)]
-        return [" or ".join(names[:2]) + (" or …" if len(names) > 2 else "") for names in lacking]
+        return [_either(names) for names in self.files if not any((folder / name).is_file() for name in names)]
 
     def command(self, folder: str | os.PathLike[str] | None = None) -> str:
         """The command that gets the files into `folder`."""
         return self.get.format(folder=folder or self.folder)
+
+
+def _either(names: tuple[str, ...]) -> str:
+    """A few of the names, of which one is enough."""
+    return " or ".join(names[:2]) + (" or …" if len(names) > 2 else "")
 
 
 def _hub(expert: str, network: str, source: str, files: tuple[tuple[str, ...], ...], licence: str) -> Wanted:
@@ -101,16 +105,18 @@ def find(expert: str, path: str | os.PathLike[str], *, offline: bool) -> Path:
 def status(paths: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """One finding an expert: where its network is looked for, whether it is whole, its licence, and how to get it.
 
-    paths: folder or hub id by expert; without one, the folder of the examples, then the hub's local cache.
+    paths: folder or hub id of every expert to look for; None looks for all of them, in the folders that the examples
+    use and in the hub's local cache.
     """
-    return [_status(wanted, (paths or {}).get(wanted.expert)) for wanted in WANTED.values()]
+    chosen = [wanted for wanted in WANTED.values() if paths is None or wanted.expert in paths]
+    return [_status(wanted, paths[wanted.expert] if paths is not None else None) for wanted in chosen]
 
 
 def _status(wanted: Wanted, given: str | None) -> dict[str, Any]:
     places = [given] if given else [wanted.folder, wanted.source]
     found = next((path for place in places if (path := _local(place)) is not None), None)
     whole_file = found is not None and found.is_file()
-    lacking = [" or ".join(names[:2]) for names in wanted.files] if found is None else wanted.missing(found)
+    lacking = [_either(names) for names in wanted.files] if found is None else wanted.missing(found)
     missing = [] if whole_file else lacking
     return {
         "expert": wanted.expert,

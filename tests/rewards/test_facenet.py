@@ -1,4 +1,4 @@
-"""MTCNN with its real weights on real photographs, InceptionResnetV1 in the published layout, against facenet-pytorch."""
+"""MTCNN with its real weights on real photographs, InceptionResnetV1 as published, against facenet-pytorch."""
 
 from __future__ import annotations
 
