@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -111,17 +112,24 @@ def measure(ensemble: Ensemble, rows: int, rounds: int, device: str) -> dict[str
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of docs/rewards.md."""
-    rows = report["rows"]
-    lines = [f"| networks | expert | one batch of {rows} is faster by | drawings a second |", "|---|---|---|---|"]
+    """The table of docs/rewards.md; drawings a second are shown of a GPU alone, where they mean something elsewhere."""
+    gpu = report["device"] == "cuda"
+    rate = " drawings a second |" if gpu else ""
+    lines = [
+        f"| networks | expert | one batch of {report['rows']} is faster by |{rate}",
+        "|---|---|---|" + "---|" * gpu,
+    ]
     for networks, experts in report["networks"].items():
         for name, found in experts.items():
             spread = f"{found['ratio_min']:.1f} to {found['ratio_max']:.1f}"
-            rate = f"{found['items_per_second']:.0f}"
-            lines.append(f"| {networks} | {name} | {found['ratio']:.1f} ({spread}) | {rate} |")
-    about = report["machine"]
-    place = f"{about['cpu']}, {about['threads']} threads" if report["device"] == "cpu" else report["gpu"]
-    return "\n".join([*lines, "", f"Measured on {place}, {SIDE}² pixels, {report['rounds']} rounds."])
+            rate = f" {found['items_per_second']:.0f} |" if gpu else ""
+            lines.append(f"| {networks} | {name} | {found['ratio']:.1f} ({spread}) |{rate}")
+    about, load = report["machine"], report["load"]
+    place = report["gpu"] if gpu else f"{about['cpu']}, threads of torch: {about['threads']} of {about['cores']} cores"
+    conditions = (
+        f"{SIDE}² pixels, medians of {report['rounds']} rounds and the extremes, load of the machine {load:.1f}"
+    )
+    return "\n".join([*lines, "", f"{place}; {conditions}."])
 
 
 def main() -> None:
@@ -141,6 +149,7 @@ def main() -> None:
         parser.error("--rows and --rounds must be at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
+    load = os.getloadavg()[0]  # before this adds to it
     with tempfile.TemporaryDirectory() as folder:
         ensembles = {
             TOY: load_toy_experts(device=options.device).ensemble,
@@ -152,12 +161,16 @@ def main() -> None:
         "device": options.device,
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "machine": machine(),
+        "load": round(load, 1),
         "rows": options.rows,
         "rounds": options.rounds,
         "networks": networks,
     }
     write_json(file, report)
     print(markdown(report))
+    for name, experts in networks.items():
+        rates = ", ".join(f"{expert} {found['items_per_second']:.0f}" for expert, found in experts.items())
+        print(f"drawings a second, {name}: {rates}")
     print(file)
 
 
