@@ -14,8 +14,9 @@ from typing import Any
 from .data.concept import Concept
 from .errors import UserError
 from .evaluate.result import EvalResult
+from .io import write_json
 from .models.concept import ConceptTokens
-from .runs import CONCEPT, CONFIG, FINAL, STAGES, EvaluationConfig, RunConfig, write_description
+from .runs import CONCEPT, CONFIG, EXPERTS, FINAL, STAGES, EvaluationConfig, RunConfig, write_description
 from .workbench import Experts, Workbench
 
 Progress = Callable[[str, int, int, str], None]
@@ -181,6 +182,8 @@ class _Run:
             resume=self.resume and (self.out / "run.json").exists(),
             progress=self._step,
         )
+        if callable(throughput := getattr(self.experts.ensemble, "throughput", None)):
+            write_json(self.out / EXPERTS, {"drawings_per_second": throughput()})
         return result.concept
 
     def measure(self, name: str) -> EvalResult:

@@ -7,6 +7,7 @@ device. It knows transformers' way of loading; it does not know what the numbers
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -117,9 +118,11 @@ class ImageNetwork(Network):
     def _read_processor(self, folder: Path) -> None:
         require("torchvision", "rewards")  # resizing on the device is torchvision's
         transformers = require("transformers", "rewards")
+        named = importlib.util.find_spec("transformers.image_processing_backends") is not None  # else an older one
+        on_tensors: dict[str, Any] = {"backend": "torchvision"} if named else {"use_fast": True}
         try:
             self._processor = transformers.AutoImageProcessor.from_pretrained(
-                folder, local_files_only=True, backend="torchvision"
+                folder, local_files_only=True, **on_tensors
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: its image processor cannot be read: {error}") from error

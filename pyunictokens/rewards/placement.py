@@ -85,6 +85,8 @@ class Placement:
         if device.type != "cuda":
             return "together"
         if device not in self._chosen:
+            for expert in experts.values():
+                _move(expert, self.home)  # weighed there: all of them might not fit together
             free, _ = torch.cuda.mem_get_info(device)
             weights = sum(int(getattr(expert, "bytes", 0)) for expert in experts.values())
             self._chosen[device] = "together" if fits(weights, free) else "lean"

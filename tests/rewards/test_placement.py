@@ -95,9 +95,11 @@ def test_auto_chooses_by_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch
     gpu = torch.device("cuda", 0)
     for free, mode in ((80 << 30, "together"), (3 << 30, "lean")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 << 30))
-        experts = {"a": Movable([], "a", 2 << 30), "b": object()}
+        log: list[str] = []
+        experts = {"a": Movable(log, "a", 2 << 30), "b": object()}
         placement = Placement()
         assert placement.mode(experts, gpu) == mode
+        assert log == ["a to cpu"]  # weighed where it rests
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
         assert placement.mode(experts, gpu) == mode  # chosen once
     with pytest.raises(UserError, match="memory='all'"):
