@@ -125,6 +125,7 @@ def measure(
         steps=config.timesteps,
         guidance_scale=config.guidance_scale,
         max_new_tokens=config.max_new_tokens,
+        judged_as=config.judged_as,
         splits=config.splits or SPLITS,
         size=bench.size,
         progress=step,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .data.concept import Concept
 from .errors import UserError
@@ -48,6 +48,9 @@ class EvaluationConfig:
     """Classifier-free guidance of the drawings."""
     max_new_tokens: int = 100
     """Longest answer."""
+    judged_as: Literal["class", "info"] = "class"
+    """What the ensemble's judges of images read for the concept's token, as in training; CLIP-T always takes the class
+    word."""
     splits: tuple[str, ...] = ()
     """Which splits of UnifyBench++ are measured; none named means all."""
     seed: int = 1000
@@ -77,7 +80,11 @@ class RunConfig:
         """
         training = TrainConfig.preset(preset)
         toy = EvaluationConfig(
-            samples=4, timesteps=training.grpo.timesteps, guidance_scale=training.grpo.guidance_scale, max_new_tokens=24
+            samples=4,
+            timesteps=training.grpo.timesteps,
+            guidance_scale=training.grpo.guidance_scale,
+            max_new_tokens=24,
+            judged_as=training.grpo.judged_as,
         )
         base = cls(training.stages, training.grpo, toy if preset == "toy" else EvaluationConfig())
         settings = {key: value for key, value in (values or {}).items() if key not in OWN_KEYS}

@@ -71,6 +71,19 @@ class Concept:
         """The concept's token, `<name>`."""
         return f"<{self.name}>"
 
+    def in_words(self, judged_as: str = "class") -> str:
+        """What stands for `<name>` in a text that a reader without the concept's tokens is given.
+
+        ``"class"``: the class word (`cat`). ``"info"``: what info says it is (`a striped pink cat`, from "<name> is a
+        striped pink cat."), so that a drawing has to show *this* cat; the class word where info does not say "is".
+        """
+        if judged_as == "class":
+            return self.class_word
+        if judged_as != "info":
+            raise UserError(f"judged_as={judged_as!r}: must be class or info")
+        said = re.match(rf"\s*{re.escape(self.sks)}\s+is\s+([^.!?]+)", self.info)
+        return " ".join(said[1].split()) if said else self.class_word
+
     @property
     def fact_pairs_train(self) -> list[tuple[str, int]]:
         return self.fact_pairs[: len(self.fact_pairs) - self.num_test_facts]

@@ -75,6 +75,7 @@ def unifybench(
     ensemble: Ensemble | None = None,
     reader: m.AttributeNet | None = None,
     truth: Mapping[str, Any] | None = None,
+    judged_as: str = "class",
     samples: int = 4,
     seed: int = 0,
     steps: int = 50,
@@ -93,6 +94,7 @@ def unifybench(
         image_text: encoder of CLIP-I and CLIP-T. Without it they are left out and the result's notes say so.
         ensemble: reward of the drawings of held-out facts, each judged by the prompt with the true fact.
         reader, truth: attribute accuracy; `truth` is read from the concept's truth.json when that exists.
+        judged_as: what the ensemble's judges of images read for `<name>`: the class word, or what info says it is.
         samples: drawings of each prompt.
         steps, guidance_scale: of the drawings. Answers are greedy.
         size: side of the pictures in pixels; by default the engine's own.
@@ -113,10 +115,12 @@ def unifybench(
         truth = read_json(file)
     size = size or isqrt(engine.model.config.num_vq_tokens) * engine.vq.downsampling
     settings = {"samples": samples, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
-    result = EvalResult(concept.name, {**settings, "splits": [split for split in SPLITS if split in splits]})
+    result = EvalResult(
+        concept.name, {**settings, "judged_as": judged_as, "splits": [split for split in SPLITS if split in splits]}
+    )
     photos = load_batch(concept.train_images, size)
     result.images["photos"] = [to_bytes(photos[:_PHOTOS])]
-    judge = _Judge(concept, image_text, ensemble, reader, truth, photos, result.notes)
+    judge = _Judge(concept, image_text, ensemble, reader, truth, judged_as, photos, result.notes)
     bench = _Bench(engine, concept, tokens, result, judge, size, batch, max_new_tokens, progress)
     bench.run()
     if not any(result.records.values()):
@@ -325,11 +329,13 @@ class _Judge:
         ensemble: Ensemble | None,
         reader: m.AttributeNet | None,
         truth: Mapping[str, Any] | None,
+        judged_as: str,
         photos: Tensor,
         notes: list[str],
     ):
         self.concept, self.image_text, self.ensemble, self.photos = concept, image_text, ensemble, photos
         self.reader, self.truth = reader, truth
+        self.words = concept.in_words(judged_as)
         if image_text is None:
             notes.append("CLIP-I and CLIP-T: no image–text encoder was given: not measured")
         if ensemble is None:
@@ -353,7 +359,9 @@ class _Judge:
             rows = len(pixels)
             facts = [plain_text(fact, self.concept.class_word) for fact in self.concept.extra_info]
             answers = [plain_text(answer, self.concept.class_word)] * rows
-            batch = RewardBatch(pixels, [plain] * rows, answers, facts, correct, photos, self.concept.kind)
+            batch = RewardBatch(
+                pixels, [plain_text(explicit, self.words)] * rows, answers, facts, correct, photos, self.concept.kind
+            )
             score = self.ensemble.score(batch)
             result["reward"] = score.total.tolist()
             result |= {name: part.tolist() for name, part in score.parts.items()}

@@ -207,6 +207,9 @@ class GrpoConfig:
     """Part of the steps that ask about a picture; the others ask for a fact in text alone."""
     judged_prompt: Literal["compound", "truth"] = "compound"
     """What the image is judged against: the prompt it was drawn from (the paper), or the same with the true answer."""
+    judged_as: Literal["class", "info"] = "class"
+    """What the judges of images read for the concept's token: the class word, or what info says it is. A text encoder
+    that is told "a cat" may score another cat above this one."""
     guidance_scale: float = 5.0
     """Classifier-free guidance s: (1 + s)·cond − s·uncond; 0 turns it off."""
     timesteps: int = 50
@@ -328,6 +331,7 @@ PRESETS = {
             guidance_scale=3.0,
             timesteps=12,
             max_new_tokens=24,
+            judged_as="info",
             trainable="full",
             max_text=48,
             micro_rows=9,

@@ -86,7 +86,7 @@ class Collector:
         judged = [prompting.compound_prompt(task.prompt, task.answer)] * len(prompts)
         if config.judged_prompt == "compound":
             judged = prompts
-        plain = [plain_text(text, self.data.class_word) for text in judged]
+        plain = [plain_text(text, self.data.in_words(config.judged_as)) for text in judged]
         images = self.engine.generate_images(
             [as_prompt(self.concept, text) for text in prompts],
             steps=config.timesteps,

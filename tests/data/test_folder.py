@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyunictokens.data import concept_name, list_concepts, load_concept, read_concept
+from pyunictokens.data.concept import Concept
 from pyunictokens.data.parse import Problem, natural_key
 from pyunictokens.data.reader import images_for_key
 from pyunictokens.errors import UserError
@@ -488,3 +490,13 @@ def test_no_bytes_get_past_as_anything_but_problems(folder, content, file):
         assert all(isinstance(problem, Problem) for problem in problems)
     finally:
         (folder.root / file).write_bytes(kept)
+
+
+def test_a_concept_in_words_for_readers_without_its_token():
+    concept = Concept("bo", Path(), class_word="cat", info="<bo> is a striped  pink cat. It purrs.")
+    assert concept.in_words() == concept.in_words("class") == "cat"
+    assert concept.in_words("info") == "a striped pink cat"
+    for info in ("", "A cat that <bo> is like.", "<bob> is a dog", "<bo> likes fish."):
+        assert replace(concept, info=info).in_words("info") == "cat"
+    with pytest.raises(UserError, match="judged_as='name': must be class or info"):
+        concept.in_words("name")

@@ -163,16 +163,22 @@ def test_only_held_out_facts_are_asked_for(concept: Concept, truth: dict[str, An
     assert len(engine.asked) == len(held_out)  # the answer is asked for once and used twice
 
 
-def test_rewards_are_judged_by_the_true_fact_in_plain_words(concept: Concept, truth: dict[str, Any]) -> None:
+@pytest.mark.parametrize("judged_as", ["class", "info"])
+def test_rewards_are_judged_by_the_true_fact_in_plain_words(
+    concept: Concept, truth: dict[str, Any], judged_as: str
+) -> None:
     judge, net = Judge(), Net()
-    ensemble = Ensemble({"tier": judge}, weights={"tier": 1})
-    run(Rule(concept, truth), concept, ensemble=ensemble, image_text=net, splits=["reasoning_generation"])
+    ensemble, splits = Ensemble({"tier": judge}, weights={"tier": 1}), ["reasoning_generation"]
+    run(Rule(concept, truth), concept, ensemble=ensemble, image_text=net, splits=splits, judged_as=judged_as)
+    words = concept.class_word if judged_as == "class" else concept.info.removeprefix("<bo> is ").rstrip(".")
+    assert concept.class_word in words and len(words.split()) == (1 if judged_as == "class" else 4)
     for batch, (prompt, index) in zip(judge.batches, concept.fact_pairs_test, strict=True):
-        plain = prompt.replace("<bo>", concept.class_word)
+        plain = prompt.replace("<bo>", words)
         assert batch.prompts == [f"{plain}. {concept.extra_info[index]}."] * 2
         assert batch.facts == concept.extra_info and batch.correct == index and batch.kind == "animal"
         assert batch.references.shape == (10, 3, 64, 64)
     assert not any("<" in text for text in net.texts)
+    assert not any(words in text for text in net.texts if judged_as == "info")  # CLIP-T keeps the class word
 
 
 def test_tokens_are_expanded_and_noise_follows_split_item_and_sample(concept: Concept, truth: dict[str, Any]) -> None:

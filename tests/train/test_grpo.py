@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,3 +265,23 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
             torch.testing.assert_close(drawn, images.old_logp_RTN, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(said, answers.old_logp_RL, rtol=1e-3, atol=1e-3)
     assert (group.advantages * (change[1] - change[0])).sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_judges_of_images_read_the_description_where_it_is_wanted(here: World, tmp_path: Path) -> None:
+    seen: dict[str, list[str]] = {}
+    here.data.info = "<bo> is a small red dog."
+    for judged_as in ("class", "info"):
+        arguments = here.fresh()
+        score = arguments["rewards"].score
+
+        def kept(batch: Any, name: str = judged_as, score: Any = score) -> Any:
+            seen.setdefault(name, []).extend(batch.prompts)
+            return score(batch)
+
+        rewards = SimpleNamespace(score=kept, experts=arguments["rewards"].experts)
+        config = grpo_config(steps=1, judged_as=judged_as)
+        train_grpo(**{**arguments, "rewards": rewards}, config=config, out_dir=tmp_path / judged_as)
+    word = here.data.class_word
+    assert all(word in text and "small red" not in text for text in seen["class"])
+    assert [text.replace("a small red dog", word) for text in seen["info"]] == seen["class"] != seen["info"]
