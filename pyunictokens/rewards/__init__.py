@@ -12,6 +12,7 @@ from .ber import Ber
 from .der import Der
 from .ensemble import PAPER_WEIGHTS, Ensemble, EnsembleScore
 from .fer import Fer
+from .judge import Judge, JudgeConfig, JudgeExpert, JudgeItem, JudgeScore
 from .tier import Tier
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ __all__ = [
     "EnsembleScore",
     "Expert",
     "Fer",
+    "Judge",
+    "JudgeConfig",
+    "JudgeExpert",
+    "JudgeItem",
+    "JudgeScore",
     "RewardBatch",
     "Tier",
     "ToyRewards",

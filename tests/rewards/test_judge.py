@@ -1,0 +1,371 @@
+"""The remote judge against a real HTTP server on localhost that answers well, slowly, badly, or not at all."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyunictokens.errors import UserError
+from pyunictokens.rewards import Ensemble, RewardBatch
+from pyunictokens.rewards.endpoint import Endpoint, EndpointConfig, EndpointError
+from pyunictokens.rewards.judge import Judge, JudgeConfig, JudgeExpert, JudgeItem, data_url, parse_score
+
+from ..judge_server import JudgeServer, images_of, question_of
+from .fakes import flat
+
+openai = pytest.importorskip("openai", reason="the judge needs the extra `judge`")
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+
+def judge(server: JudgeServer, waits: list[float] | None = None, **changes: Any) -> Judge:
+    settings = {"model": "m", "base_url": server.url, "key_env": "JUDGE_KEY", "timeout": 5.0, **changes}
+    config = JudgeConfig(**settings)
+    return Judge(config, Endpoint(config, sleep=(waits if waits is not None else []).append, chance=lambda: 1.0))
+
+
+# --- asking --------------------------------------------------------------------------------------------------------
+
+
+def test_items_are_scored_in_order_on_the_scale(server: JudgeServer) -> None:
+    server.answer = lambda request: json.dumps({"score": len(question_of(request).split()[0]), "reason": "length"})
+    scores = judge(server).score([JudgeItem("x" * n + " is it good?") for n in (3, 10, 1, 7)])
+    assert [score.value for score in scores] == [0.3, 1.0, 0.1, 0.7]
+    assert all(score.error is None and score.reason == "length" for score in scores)
+    assert "from 0 (worst) to 10 (best)" in question_of(server.requests[0])
+
+
+def test_another_scale(server: JudgeServer) -> None:
+    server.answer = '{"score": 4, "reason": ""}'
+    assert judge(server, low=1, high=5).score([JudgeItem("q")])[0].value == 0.75
+    assert judge(server, low=-4, high=4).score([JudgeItem("q")])[0].value == 1.0
+
+
+def test_the_pictures_arrive_as_they_were(server: JudgeServer) -> None:
+    from PIL import Image
+
+    pixels = torch.rand(2, 3, 11, 17, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    judge(server).score([JudgeItem("q", list(pixels))])
+    urls = images_of(server.requests[0])
+    assert len(urls) == 2
+    for url, image in zip(urls, pixels, strict=True):
+        assert url.startswith("data:image/png;base64,")
+        seen = torch.from_numpy(_array(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))))
+        assert (seen.permute(2, 0, 1).float() / 127.5 - 1 - image).abs().max() <= 0.5 / 127.5 + 1e-6
+
+
+def _array(image: Any) -> Any:
+    import numpy as np
+
+    return np.array(image)
+
+
+def test_large_pictures_are_made_smaller() -> None:
+    from PIL import Image
+
+    sizes = {}
+    for high, wide in ((100, 40), (30, 90), (20, 20)):
+        url = data_url(torch.zeros(3, high, wide), longest=50)
+        sizes[(high, wide)] = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
+    assert sizes == {(100, 40): (20, 50), (30, 90): (50, 17), (20, 20): (20, 20)}
+
+
+def test_equal_items_are_asked_once(server: JudgeServer) -> None:
+    image = torch.zeros(3, 4, 4)
+    scores = judge(server).score([JudgeItem("a", [image]), JudgeItem("b", [image]), JudgeItem("a", [image.clone()])])
+    assert [score.value for score in scores] == [0.7] * 3 and len(server.requests) == 2
+
+
+def test_no_more_requests_at_once_than_allowed(server: JudgeServer) -> None:
+    server.always, server.delay = "slow", 0.05
+    begin = time.monotonic()
+    scores = judge(server, concurrency=3).score([JudgeItem(f"q{n}") for n in range(9)])
+    assert all(score.value == 0.7 for score in scores)
+    assert 2 <= server.most_at_once <= 3
+    assert 3 * 0.05 <= time.monotonic() - begin < 9 * 0.05 + 2
+
+
+def test_counters(server: JudgeServer) -> None:
+    server.script("500")
+    asked = judge(server, price_prompt=2.0, price_completion=10.0, concurrency=1)
+    asked.score([JudgeItem("a"), JudgeItem("b")])
+    found = asked.counters.summary()
+    assert (found["answered"], found["retried"], found["failed"], found["cached"]) == (2, 1, 0, 0)
+    assert (found["prompt_tokens"], found["completion_tokens"]) == (200, 40)
+    assert found["cost"] == pytest.approx((200 * 2 + 40 * 10) / 1e6)
+    assert 0 < found["p50_s"] <= found["p95_s"] < 5
+
+
+# --- an endpoint that misbehaves -----------------------------------------------------------------------------------
+
+
+def test_what_passes_is_tried_again_with_growing_waits(server: JudgeServer) -> None:
+    server.script("500", "hang_up", "not_json", "no_choices", "ok")
+    waits: list[float] = []
+    score = judge(server, waits, attempts=5, backoff=0.5, backoff_limit=3.0).score([JudgeItem("q")])[0]
+    assert score.value == 0.7
+    assert waits == [0.5, 1.0, 2.0, 3.0]  # doubled, then at the limit
+
+
+def test_jitter_shortens_the_wait_by_up_to_half(server: JudgeServer) -> None:
+    waits: list[float] = []
+    dice = iter([0.0, 0.5, 1.0])
+    config = EndpointConfig("m", server.url, "JUDGE_KEY", attempts=4, backoff=1.0)
+    server.always = "500"
+    with pytest.raises(EndpointError, match=r"HTTP 500.*given up after 4 attempts"):
+        Endpoint(config, sleep=waits.append, chance=lambda: next(dice)).chat([{"role": "user", "content": "q"}])
+    assert waits == [0.5, 1.5, 4.0]
+
+
+def test_a_429_waits_as_long_as_it_asks_but_not_for_ever(server: JudgeServer) -> None:
+    for asked, expected in (("7", 7.0), ("900", 30.0), (None, 1.0), ("Wed, 21 Oct 2099 07:28:00 GMT", 1.0)):
+        server.retry_after = asked
+        server.script("429")
+        waits: list[float] = []
+        assert judge(server, waits).score([JudgeItem(f"q{asked}")])[0].value == 0.7
+        assert waits == [expected], asked
+
+
+def test_a_server_too_slow_is_given_up(server: JudgeServer) -> None:
+    server.always, server.delay = "slow", 3.0
+    begin = time.monotonic()
+    score = judge(server, timeout=0.15, attempts=2).score([JudgeItem("q")])[0]
+    assert score.value is None and "APITimeoutError" in str(score.error) and "2 attempts" in str(score.error)
+    assert time.monotonic() - begin < 2
+
+
+def test_a_slow_server_within_the_time_is_waited_for(server: JudgeServer) -> None:
+    server.delay = 0.2
+    server.script("slow")
+    score = judge(server).score([JudgeItem("q")])[0]
+    assert score.value == 0.7 and score.seconds >= 0.2
+
+
+def test_no_server_at_all() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = JudgeConfig("m", f"http://127.0.0.1:{port}/v1", "JUDGE_KEY", attempts=3)
+    waits: list[float] = []
+    score = Judge(config, Endpoint(config, sleep=waits.append)).score([JudgeItem("q")])[0]
+    assert score.value is None and "APIConnectionError" in str(score.error) and len(waits) == 2
+
+
+def test_a_refused_key_is_not_tried_again_and_not_shown(server: JudgeServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.script("401")
+    asked = judge(server)
+    score = asked.score([JudgeItem("q")])[0]
+    assert score.value is None and "HTTP 401" in str(score.error) and len(server.requests) == 1
+    assert "[key]" in str(score.error)  # the server echoed it
+    assert server.keys == [f"Bearer {KEY}"]
+    for text in (repr(score), repr(asked.config), repr(vars(asked.endpoint)["config"]), caplog.text):
+        assert KEY not in text
+
+
+def test_the_key_is_nowhere_on_disk(server: JudgeServer, tmp_path: Path) -> None:
+    judge(server, cache=str(tmp_path)).score([JudgeItem("q")])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 1 and all(KEY not in path.read_text() for path in files)
+
+
+def test_a_missing_key_names_the_variable(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(UserError, match="JUDGE_KEY is not set"):
+        judge(server).score([JudgeItem("q")])
+    assert judge(server, key_env=None).score([JudgeItem("q")])[0].value == 0.7  # a local server wants none
+
+
+def test_one_bad_item_does_not_stop_the_others(server: JudgeServer) -> None:
+    server.answer = lambda request: "11" if "odd" in str(request["messages"][0]) else "5"
+    scores = judge(server).score([JudgeItem("even"), JudgeItem("odd"), JudgeItem("even too")])
+    assert [score.value for score in scores] == [0.5, None, 0.5]
+    assert "is 11: must be from 0 to 10 (asked 2 times)" in str(scores[1].error)
+    assert scores[1].raw == "11"
+
+
+def test_garbage_is_asked_again_with_the_complaint(server: JudgeServer) -> None:
+    server.script("garbage", "ok")
+    score = judge(server).score([JudgeItem("q")])[0]
+    assert score.value == 0.7
+    second = server.requests[1]["messages"]
+    assert [turn["role"] for turn in second] == ["user", "assistant", "user"]
+    assert "holds 0 scores" in second[2]["content"]
+    server.script("garbage", "empty")
+    score = judge(server).score([JudgeItem("q2")])[0]
+    assert score.value is None and "holds 0 scores" in str(score.error) and len(server.requests) == 4
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_keyed_by_all_that_was_asked(server: JudgeServer, tmp_path: Path) -> None:
+    red, grey = flat((0.8, 0, 0))[0], flat((0.1, 0, 0))[0]
+    settings = {"cache": str(tmp_path)}
+    first = judge(server, **settings).score([JudgeItem("q", [red])])[0]
+    again = judge(server, **settings)
+    kept = again.score([JudgeItem("q", [red.clone()], name="another name")])[0]
+    assert (kept.value, kept.reason, kept.raw, kept.cached) == (first.value, first.reason, first.raw, True)
+    assert len(server.requests) == 1 and again.counters.cached == 1 and again.counters.cost == 0
+    for changed, item in (
+        ({}, JudgeItem("q", [grey])),
+        ({}, JudgeItem("q", [red, red])),
+        ({}, JudgeItem("other", [red])),
+        ({"model": "n"}, JudgeItem("q", [red])),
+        ({"high": 7}, JudgeItem("q", [red])),
+        ({"temperature": 1.0}, JudgeItem("q", [red])),
+    ):
+        before = len(server.requests)
+        assert judge(server, **{**settings, **changed}).score([item])[0].cached is False
+        assert len(server.requests) == before + 1, (changed, item.question)
+
+
+def test_failures_are_not_kept_and_broken_entries_are_asked_again(server: JudgeServer, tmp_path: Path) -> None:
+    server.script("garbage", "garbage")
+    assert judge(server, cache=str(tmp_path)).score([JudgeItem("q")])[0].value is None
+    assert judge(server, cache=str(tmp_path)).score([JudgeItem("q")])[0].value == 0.7
+    (file,) = [path for path in tmp_path.rglob("*.json")]
+    for broken in ("", "{", "[]", '{"raw": [3]}', '{"raw": "no score"}'):
+        file.write_text(broken)
+        score = judge(server, cache=str(tmp_path)).score([JudgeItem("q")])[0]
+        assert score.value == 0.7 and not score.cached
+    assert judge(server, cache=str(tmp_path)).score([JudgeItem("q")])[0].cached
+
+
+# --- reading answers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('{"score": 7}', 7),
+        ('{"reason": "a {brace}", "score": 7.5}', 7.5),
+        ('```json\n{"score": 0}\n```', 0),
+        ('```\n{"score": 10}\n```', 10),
+        ("7", 7),
+        (" 7.25 \n", 7.25),
+        ("Good colours.\nScore: 3", 3),
+        ("**Score:** 3/10", 3),
+        ("- score = 3 / 10.", 3),
+    ],
+)
+def test_scores_that_can_be_read(text: str, score: float) -> None:
+    assert parse_score(text, 0, 10)[0] == score
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds 0 scores"),
+        ("I would say 7 of 10", "holds 0 scores"),
+        ("Score: 3\nScore: 4", "holds 2 scores"),
+        ("Score: 3/5", "out of 5: the scale ends at 10"),
+        ("Score: high", "holds 0 scores"),
+        ("11", "is 11: must be from 0 to 10"),
+        ("-1", "is -1: must be"),
+        ('{"score": 10.01}', "must be from 0 to 10"),
+        ('{"score": "7"}', "must be a number"),
+        ('{"score": true}', "must be a number"),
+        ('{"score": null}', "must be a number"),
+        ('{"score": NaN}', "must be from 0 to 10"),
+        ('{"score": Infinity}', "must be from 0 to 10"),
+        ('{"rating": 7}', "score is None"),
+        ('{"score": 7} and more', "no valid JSON"),
+        ('{"score": 7', "no valid JSON"),
+    ],
+)
+def test_scores_that_cannot(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_score(text, 0, 10)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_gives_a_score_on_the_scale_or_an_error(text: str) -> None:
+    try:
+        score, _ = parse_score(text, 0, 10)
+    except UserError:
+        return
+    assert 0 <= score <= 10
+
+
+@settings(deadline=None)
+@given(st.floats(0, 10), st.text(max_size=30))
+def test_json_answers_come_back_exactly(score: float, reason: str) -> None:
+    assert parse_score(json.dumps({"reason": reason, "score": score}), 0, 10) == (score, reason)
+
+
+# --- bad input and the expert --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": " "}, "model is empty"),
+        ({"timeout": 0}, "timeout=0: must be"),
+        ({"timeout": float("nan")}, "timeout=nan"),
+        ({"backoff": -1}, "backoff=-1"),
+        ({"attempts": 0}, "attempts=0: must be at least 1"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"answers": 0}, "answers=0"),
+        ({"low": 5, "high": 5}, "low below high"),
+        ({"high": float("inf")}, "must be finite"),
+        ({"limit_field": "tokens"}, "limit_field='tokens'"),
+        ({"price_prompt": -1}, "price_prompt=-1"),
+        ({"image_side": 0}, "image_side=0"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        JudgeConfig(**{"model": "m", **changes})
+
+
+def test_bad_items(server: JudgeServer) -> None:
+    with pytest.raises(UserError, match="card 3: the question is empty"):
+        judge(server).score([JudgeItem("  ", name="card 3")])
+    for wrong in (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4, 3), torch.full((3, 4, 4), 2.0), "a.png"):
+        with pytest.raises(UserError, match="a judge's picture"):
+            judge(server).score([JudgeItem("q", [wrong])])  # type: ignore[list-item]
+    assert server.requests == []
+
+
+def test_the_judge_as_a_reward(server: JudgeServer) -> None:
+    server.answer = lambda request: "9" if "a red dog" in question_of(request) else "2"
+    batch = RewardBatch(flat((0.5, 0, 0), (0, 0.5, 0)), ["a red dog", "snow"], references=flat((0.4, 0, 0), (0, 0, 1)))
+    ensemble = Ensemble({"judge": JudgeExpert(judge(server), photos=2)}, weights={"judge": 2})
+    score = ensemble.score(batch)
+    torch.testing.assert_close(score.parts["judge"], torch.tensor([0.9, 0.2]))
+    torch.testing.assert_close(score.total, torch.tensor([1.8, 0.4]))
+    assert all(len(images_of(request)) == 3 for request in server.requests)
+
+
+def test_a_row_the_judge_cannot_score_stops_the_step(server: JudgeServer) -> None:
+    server.answer = lambda request: "99" if "snow" in str(request["messages"][0]) else "2"
+    expert = JudgeExpert(judge(server), photos=0)
+    with pytest.raises(UserError, match=r"expert 'judge': the judge gave no score for row 1: .*99"):
+        Ensemble({"judge": expert}, weights={"judge": 1}).score(RewardBatch(flat((0, 0, 0), (0, 0, 0)), ["a", "snow"]))
+    with pytest.raises(UserError, match=r"must hold \{prompt\}"):
+        JudgeExpert(judge(server), question="How good?")
