@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from .result import read_strip, write_strip
 from .subject import Item, Subject
 
 FORMAT = 1
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt"})
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
 
 
@@ -97,6 +99,23 @@ class Cells:
         content = asdict(cell)
         del content["path"]
         write_json(cell.path, {"format": FORMAT, **content})
+
+
+def fingerprint(path: str | os.PathLike[str], pattern: str = "**/*") -> str:
+    """A digest of the weights under a local folder (or of one file), by names, sizes and times; "" where none is local.
+
+    Part of a candidate's identity: weights trained anew at the same place are another model.
+    """
+    place = Path(path).expanduser()
+    if not str(path):
+        return ""
+    files = [place] if place.is_file() else sorted(place.glob(pattern)) if place.is_dir() else []
+    found = [
+        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+        for file in files
+        if file.suffix in _WEIGHTS and file.is_file()
+    ]
+    return _digest("\n".join(found))[:16] if found else ""
 
 
 def _slug(name: str) -> str:

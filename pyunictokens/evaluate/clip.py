@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +133,7 @@ class Embeddings:
     Args:
         encoder: an :class:`Encoder`, or a function that makes one when it is first needed.
         name: what the encoder is called where scores are kept.
-        size: side in pixels to which photos are brought before they are encoded; by default the encoder's own, else 224.
+        size: side in pixels to which photos are brought before encoding; None: the encoder's own, else 224.
     """
 
     def __init__(self, encoder: Encoder | Callable[[], Encoder], name: str, size: int | None = None):
@@ -148,8 +148,9 @@ class Embeddings:
     def encoder(self) -> Encoder:
         """The encoder, made on first use."""
         if self._encoder is None:
-            self._encoder = self._make if hasattr(self._make, "encode_image") else self._make()  # type: ignore
-        return self._encoder
+            made: Any = self._make
+            self._encoder = made if hasattr(made, "encode_image") else made()
+        return cast(Encoder, self._encoder)
 
     @property
     def size(self) -> int:

@@ -1,8 +1,8 @@
 """What a judge is asked (Dense Rea., the GPT columns of VQA and QA, Dense Gen., Dense Rea. Gen.), as one question each.
 
 The paper has GPT-4o score answers, and for drawings "whether each segment of text is correctly represented in the
-image, giving a score from 0 to 1", segments split at punctuation marks; its prompts are not published, so these are this
-project's own. The judge brings its scale to 0…1 itself. Knows wording alone; `rewards.judge` asks.
+image, giving a score from 0 to 1", segments split at punctuation marks; its prompts are not published, so these are
+this project's own. The judge brings its scale to 0…1 itself. Knows wording alone; `rewards.judge` asks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def answer_question(question: str, reference: str, answer: str) -> str:
 def segment_question(segment: str, class_word: str) -> str:
     """Is this part of a longer prompt shown?"""
     return (
-        f"The picture was drawn from a longer description of one {_line(class_word)}. Judge one part of the description "
+        f"The picture was drawn from a longer description of one {_line(class_word)}. Judge one part of it "
         "alone: is it correctly shown in the picture? Style and beauty do not count.\n"
         f"{PART} {_line(segment)}\n"
         "Best score: everything this part says is there as it says. Worst score: nothing of it is."

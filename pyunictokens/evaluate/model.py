@@ -45,12 +45,12 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of a table: a model by name, and how to make it ready for a concept. Nothing is loaded before it is asked."""
+    """A row of a table: a model by name, and how to make it ready for a concept. Loads nothing before it is needed."""
 
     name: str
     """What the row is called."""
     identity: str
-    """All that decides what the model says: weights, settings, prompts. Cells of another identity are not its own."""
+    """All that decides what the model says: weights, settings, prompts. A cell of another identity is not its own."""
     load: Callable[[Subject], Model]
     """Makes the model ready for one concept; called once a concept, and not at all when every cell is there."""
     reasons: bool = False

@@ -1,7 +1,7 @@
 """Scores of cells: arithmetic on answers, CLIP on drawings, a judge on both. Every column of Tables 1, 2, 3 and 5.
 
     rec                     weight                       right "yes" or "no"
-    rea                     bleu, word_bleu, accuracy    against the right fact; accuracy: is it the nearest of all facts
+    rea                     bleu, word_bleu, accuracy    against the right fact; accuracy: the nearest of all facts
     dense_rea               judge, bleu, accuracy
     vqa, qa                 bleu, judge, word_bleu, accuracy
     pure, rea_gen           clip_t, clip_i               CLIP-T by the prompt with its details spelled out
@@ -81,7 +81,9 @@ class Scorer:
         if embeddings is None:
             self.notes.append("CLIP-T and CLIP-I: no CLIP model was given (--clip): not measured")
         if judge is None:
-            self.notes.append("judge: none was given (--judge-url): Dense Rea., Dense Gen. and GPT columns not measured")
+            self.notes.append(
+                "judge: none was given (--judge-url): Dense Rea., Dense Gen. and GPT columns not measured"
+            )
 
     def lacking(self, cell: Cell) -> list[str]:
         """Measures that `cell` wants and does not have from the present encoder and judge."""

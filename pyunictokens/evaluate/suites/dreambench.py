@@ -3,8 +3,8 @@
     ROOT/NAME/{00.jpg …}             or ROOT/dataset/NAME/…: four to six photos a subject
     ROOT/prompts_and_classes.txt     lines ``subject,class`` under "Classes"; read if there
 
-A folder brings its own prompts with ``prompts.json`` ({"object": […], "live": […]}, `{}` for the subject); otherwise the
-templates of dreambooth.py are used. All photos are references; a real image is not compared with itself.
+A folder brings its own prompts with ``prompts.json`` ({"object": […], "live": […]}, `{}` for the subject); otherwise
+the templates of dreambooth.py are used. All photos are references; a real image is not compared with itself.
 """
 
 from __future__ import annotations

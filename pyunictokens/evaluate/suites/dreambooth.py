@@ -6,8 +6,43 @@ prompts are this project's own words. `{}` is the subject.
 from __future__ import annotations
 
 LIVE_CLASSES = frozenset(
-    "animal bear bird boy bunny cat chicken cow dog duck fish fox girl goat hamster horse human kitten lion man monkey "
-    "mouse owl panda parrot penguin person pig puppy rabbit sheep tiger turtle wolf woman".split()
+    {
+        "animal",
+        "bear",
+        "bird",
+        "boy",
+        "bunny",
+        "cat",
+        "chicken",
+        "cow",
+        "dog",
+        "duck",
+        "fish",
+        "fox",
+        "girl",
+        "goat",
+        "hamster",
+        "horse",
+        "human",
+        "kitten",
+        "lion",
+        "man",
+        "monkey",
+        "mouse",
+        "owl",
+        "panda",
+        "parrot",
+        "penguin",
+        "person",
+        "pig",
+        "puppy",
+        "rabbit",
+        "sheep",
+        "tiger",
+        "turtle",
+        "wolf",
+        "woman",
+    }
 )
 """Class words of live subjects; everything else is an object."""
 

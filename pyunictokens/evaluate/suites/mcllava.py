@@ -5,8 +5,8 @@
                                                   …/vqa.json     {path: {Human, AI}}: questions about pictures
                                                   …/qa.json      [{question, answer}]: multiple choice, no picture
 
-Recognition: the concept's test photos are positive, as many as `NEGATIVES` test photos of other concepts, spread evenly,
-are negative. The answer of a multiple choice is a letter; it stands for the option of that letter in the question.
+Recognition: the concept's test photos are positive, as many as `NEGATIVES` test photos of other concepts, evenly
+spread, are negative. The answer of a multiple choice is a letter; it stands for the option of that letter.
 """
 
 from __future__ import annotations

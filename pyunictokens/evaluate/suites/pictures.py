@@ -1,4 +1,4 @@
-"""What the readers of foreign layouts share: pictures of a folder, JSON that is there or not, multiple choice as text."""
+"""What readers of foreign layouts share: pictures of a folder, JSON that is there or not, multiple choice as text."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def subject_of(concept: Concept) -> Subject:
     pairs, note = recognition_pairs(concept)
     subject.notes += [note] if note else []
     subject.items += [
-        Item("rec", query, "yes" if yes else "no", path, "positive" if yes else "negative") for path, query, yes in pairs
+        Item("rec", query, "yes" if yes else "no", path, "positive" if yes else "negative")
+        for path, query, yes in pairs
     ]
     facts = tuple(concept.extra_info)
     drawn: dict[str, list[Item]] = {}

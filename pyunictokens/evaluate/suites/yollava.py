@@ -1,10 +1,10 @@
 """The Yo'LLaVA data set as subjects: recognition, multiple choice with and without pictures, likeness of drawings.
 
-    ROOT/train/NAME/{0.png …}                photos to learn from
-    ROOT/test/NAME/{0.png …}                 photos of the concept never trained on
-    ROOT/yollava-visual-qa.json              {NAME: {path: {question, options: {A, B}, correct_answer}}}, or flat {path: …}
-    ROOT/yollava-text-qa.json                {NAME: [{question, options, correct_answer}, …]}, not published, read if there
-    ROOT/classes.json                        {NAME: class word}, not published, read if there
+    ROOT/train/NAME/{0.png …}           photos to learn from
+    ROOT/test/NAME/{0.png …}            photos of the concept never trained on
+    ROOT/yollava-visual-qa.json         {NAME: {path: {question, options: {A, B}, correct_answer}}} or flat {path: …}
+    ROOT/yollava-text-qa.json           {NAME: [{question, options, correct_answer}, …]}, not published, read if there
+    ROOT/classes.json                   {NAME: class word}, not published, read if there
 
 Recognition: the concept's test photos are positive, every other concept's are negative. Paths in the JSON are those of
 the machine it was made on: only the file name counts. `<sks>` in questions is the concept.
