@@ -1,12 +1,12 @@
 """A judge for the toy world on this machine: an OpenAI-compatible server that scores answers and drawings by rule.
 
     python experiments/local_judge.py --port 8808
-    pyunictokens evaluate table runs/bo -m ours --judge-url http://127.0.0.1:8808/v1 --judge-model toy --judge-key-env none
+    pyunictokens evaluate table runs/bo --judge-url http://127.0.0.1:8808/v1 --judge-model toy --judge-key-env none
 
-Answers: the share of words that answer and truth have in common (F1). Parts of a prompt: the toy's attribute reader looks
-at the drawing, and the score is the share of the things the part names (an animal, a colour, a hat …) that it sees. So it
-is a judge whose every score can be checked, for tests and for trying the tables without a paid endpoint; it reads nothing
-but what `evaluate/judging.py` writes, and says so otherwise. It listens on the local machine alone.
+Answers: the share of words that answer and truth have in common (F1). Parts of a prompt: the toy's attribute reader
+looks at the drawing, and the score is the share of the things the part names (an animal, a colour, a hat …) that it
+sees. So it is a judge whose every score can be checked, for tests and for trying the tables without a paid endpoint; it
+reads nothing but what `evaluate/judging.py` writes, and says so otherwise. It listens on the local machine alone.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tables/toy"))
     parser.add_argument("--run", type=Path, help="a run of `pyunictokens train`; default: a brief one below --out")
     parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=6, help="items of each task; 0 means all")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of `evaluate table`")
     given = parser.parse_args()
     run = given.run or given.out / "run"
@@ -49,8 +50,9 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     judge = f"http://127.0.0.1:{server.server_address[1]}/v1"
     rows = [word for model in MODELS for word in ("--model", model)]
+    asked = (f"samples={given.samples}", f"limit={given.limit}")
     judged = ("--judge-url", judge, "--judge-model", "toy", "--judge-key-env", "none")
-    call("evaluate", "table", run, *rows, *judged, "--out", given.out, f"samples={given.samples}", *given.words)
+    call("evaluate", "table", run, *rows, *judged, "--out", given.out, *asked, *given.words)
     server.shutdown()
 
 

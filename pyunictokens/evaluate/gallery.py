@@ -67,6 +67,7 @@ def write_gallery(
             **about,
             "photos": photos.get(concept, []),
             "lines": lines,
+            "most": max(len(sheet["images"]) for line in lines for sheet in line["sheets"]),
             "number": number + 1,
             "total": len(files),
             "before": files[number - 1] if number else "",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,32 +115,44 @@ class Table:
                 writer.writerow((row.model, row.part, key, *numbers, metric.n))
         return out.getvalue()
 
-    def markdown(self, intervals: bool = True) -> str:
-        """The paper's columns; below the same by concept and by kind, what failed, and what was not measured."""
-        text = self._markdown_table(rows(self.cells), intervals)
+    def markdown(self) -> str:
+        """The paper's columns; below the same with intervals, by concept and by kind, what failed, what is missing."""
+        text = self._markdown_table(rows(self.cells))
+        text += "\n## With 95 % intervals\n\n" + self._intervals()
         concepts = {cell.concept for cell in self.cells}
         if len(concepts) > 1:
-            text += "\n## By concept\n\n" + self._markdown_table(rows(self.cells, lambda cell: cell.concept), False)
+            text += "\n## By concept\n\n" + self._markdown_table(rows(self.cells, lambda cell: cell.concept))
         if len({cell.kind for cell in self.cells}) > 1:
-            text += "\n## By kind\n\n" + self._markdown_table(rows(self.cells, lambda cell: cell.kind), False)
+            text += "\n## By kind\n\n" + self._markdown_table(rows(self.cells, lambda cell: cell.kind))
         if self.failures:
             text += "\n## What could not be judged\n\n" + "".join(f"- {line}\n" for line in told(self.failures))
         if self.notes:
             text += "\n## Notes\n\n" + "".join(f"- {note}\n" for note in dict.fromkeys(self.notes))
         return text
 
-    def _markdown_table(self, lines: Sequence[Row], intervals: bool) -> str:
+    def _markdown_table(self, lines: Sequence[Row]) -> str:
         parted = any(row.part != "all" for row in lines)
         head = ["Model", *(["Of"] if parted else []), *(f"{c.group} {c.label}" for c in self.columns)]
         body = [
-            [_bar(row.model), *([_bar(row.part)] if parted else []), *(self._cells(row.metrics, intervals))]
+            [
+                _bar(row.model),
+                *([_bar(row.part)] if parted else []),
+                *(_mean(row.metrics.get(column.key)) for column in self.columns),
+            ]
             for row in lines
         ]
         rule = ["---"] * len(head)
         return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *body))
 
-    def _cells(self, metrics: Mapping[str, Metric], intervals: bool) -> list[str]:
-        return [_cell(metrics.get(column.key), intervals) for column in self.columns]
+    def _intervals(self) -> str:
+        """Columns as lines, models as columns: mean, interval, number of items."""
+        lines = rows(self.cells)
+        body = [
+            [f"{column.group} {column.label}", *(_interval(row.metrics.get(column.key)) for row in lines)]
+            for column in self.columns
+        ]
+        head = ["", *(_bar(row.model) for row in lines)]
+        return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *body))
 
     def latex(self) -> str:
         """A booktabs table of the paper's columns; the best of each column in bold."""
@@ -204,10 +216,12 @@ def _record(cell: Cell, folder: Path) -> dict[str, Any]:
     return record | {"scores": cell.scores, "by": cell.by}
 
 
-def _cell(metric: Metric | None, interval: bool) -> str:
-    if metric is None:
-        return "–"
-    return f"{metric.mean:.3f} [{metric.low:.3f}, {metric.high:.3f}]" if interval else f"{metric.mean:.3f}"
+def _mean(metric: Metric | None) -> str:
+    return "–" if metric is None else f"{metric.mean:.3f}"
+
+
+def _interval(metric: Metric | None) -> str:
+    return "–" if metric is None else f"{metric.mean:.3f} [{metric.low:.3f}, {metric.high:.3f}] ({metric.n})"
 
 
 def _bar(text: str) -> str:

@@ -1,9 +1,10 @@
 """Show-o without training, told about the concept by a text prompt (TP) or an image prompt (IP).
 
 TP: questions follow a description of the concept, drawings get the description in place of its name.
-IP: Show-o reads one picture and draws on one grid, so the photo shares them. A question is asked about two pictures
-side by side, the photo left and the picture in question right. A drawing begins with the photo on the left half of
-the grid, and the right half is painted beside it (inpainting, as Show-o does it); that half alone is the drawing.
+IP: Show-o reads one picture and draws on one grid, so the photo shares them, both squeezed to half their width. A
+question is asked about the photo left and the picture in question right. A drawing begins with the photo's codes on the
+left half of the grid and the right half is painted beside them (inpainting, as Show-o does it); that half, stretched
+back to a square, is the drawing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.images import from_pil, square
@@ -64,17 +66,18 @@ class ShowoImage(Ours):
         return self._answer(both, plain_text(words.replace(name, f"this {word}"), word))
 
     def generate(self, prompt: str, n: int, seed: int) -> Tensor:
-        """Drawings [n, 3, H, W/2], the right half of the grid."""
+        """Drawings [n, 3, H, W], each the right half of the grid at its full width."""
         canvas = torch.cat([_half(self._photo), torch.full_like(_half(self._photo), -1.0)], dim=-1)
         codes_N = self.engine.vq.encode(canvas[None].to(self.engine.model.device))[0].cpu()
         codes_HW = codes_N.view(self._grid, self._grid).clone()
         codes_HW[:, self._grid // 2 :] = -1
         word = self.subject.class_word
         drawn = self._draw(plain_text(prompt, f"the same {word}"), n, seed, known_codes=codes_HW.flatten())
-        return drawn[..., drawn.shape[-1] // 2 :]
+        right = drawn[..., drawn.shape[-1] // 2 :]
+        return F.interpolate(right, drawn.shape[-2:], mode="bicubic", align_corners=False).clamp(-1, 1)
 
 
 def _half(pixels: Tensor) -> Tensor:
-    """The middle of a square picture [3, H, W], half as wide."""
-    width = pixels.shape[-1]
-    return pixels[..., width // 4 : width // 4 + width // 2]
+    """A square picture [3, H, W] squeezed to half its width."""
+    shape = (pixels.shape[-2], pixels.shape[-1] // 2)
+    return F.interpolate(pixels[None], shape, mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
