@@ -86,14 +86,13 @@ class OpenClip:
 
 def _load(source: str, device: torch.device) -> tuple[Any, Any]:
     """(model, tokenizer). Raises UserError saying which files are wanted and where."""
-    open_clip = require("open_clip", "rewards")
     name, equals, file = source.partition("=")
     folder = Path(source).expanduser()
     if equals:
         if not Path(file).expanduser().is_file():
             raise UserError(f"CLIP weights {file}: no such file: give ARCHITECTURE=FILE with a file that is there")
         wanted, weights = name, str(Path(file).expanduser())
-        if name not in open_clip.list_models():
+        if name not in require("open_clip", "rewards").list_models():
             raise UserError(f"CLIP architecture {name!r}: open_clip knows none of that name, as in ViT-B-32")
     elif folder.is_dir():
         if not (folder / "open_clip_config.json").is_file():
@@ -103,9 +102,10 @@ def _load(source: str, device: torch.device) -> tuple[Any, Any]:
         wanted, weights = f"hf-hub:{source}", None
     else:
         raise UserError(f"CLIP model {source}: no such folder, no hub id owner/name, and not ARCHITECTURE=FILE")
+    open_clip = require("open_clip", "rewards")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        model, _, _ = open_clip.create_model_and_transforms(wanted, pretrained=weights, device=device)
+        model = open_clip.create_model(wanted, pretrained=weights, device=device, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(wanted)
     except Exception as error:  # the hub's client and torch raise many kinds; all mean that the weights cannot be used
         raise UserError(

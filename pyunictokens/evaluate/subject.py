@@ -54,8 +54,8 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """16 letters that are the same for the same item, wherever its picture lies."""
-        image = self.image.name if self.image else ""
+        """16 letters that are the same for the same item; of its picture, the file and its folder count."""
+        image = "/".join(self.image.parts[-2:]) if self.image else ""
         parts = (self.task, self.text, self.truth, image, self.group, *self.facts, "|", *self.options)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

@@ -52,10 +52,10 @@ class Pipeline:
             if given and given.count("/") != 1 and not Path(given).expanduser().exists():
                 raise UserError(f"{name}={given}: no such file or folder")
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(source.path, torch_dtype=dtype)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source.path)
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{source.path}: cannot be loaded as a pipeline of diffusers: {error}") from error
-        self.pipe: Any = pipe.to(self.device)
+        self.pipe: Any = pipe.to(self.device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
             self.pipe.safety_checker = None  # it blackens pictures, which would be scored as drawings
