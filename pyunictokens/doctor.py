@@ -43,6 +43,7 @@ OPTIONAL = {
     "facenet-pytorch": ("rewards", "FER: faces in pictures of people"),
     "open_clip_torch": ("rewards", "CLIP scores of real pictures"),
     "openai": ("judge", "the remote judge"),
+    "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),
     "nvtx": ("profile", "named ranges in GPU profiles"),
     "flash-attn": ("flash", "another attention kernel"),
