@@ -20,6 +20,7 @@ from .evaluate.runner import TableSettings
 from .evaluate.scoring import Scorer
 from .evaluate.subject import Subject
 from .runs import BASE, Run, RunConfig
+from .toy import toy_folder
 from .workbench import Sources, Workbench, load_experts, open_workbench, pick_device, pick_dtype
 
 TOY_CLIP = "toy"
@@ -68,9 +69,10 @@ class Place:
         if spec.kind not in ("ours", "showo-tp", "showo-ip"):
             return candidate(spec, pick_device(self.device), pick_dtype(self.dtype), self.config.max_new_tokens)
         settings = f"{self.config.timesteps} {self.config.guidance_scale} {self.config.max_new_tokens} {self.dtype}"
+        weights = f"{self.sources} {fingerprint(self.sources.model or toy_folder())}"
         if spec.kind == "ours":
             where = spec.where or (str(self.run.path) if self.run.path is not None else BASE)
-            identity = f"ours {where} {fingerprint(where.partition('{name}')[0])} {self.sources} {settings}"
+            identity = f"ours {where} {fingerprint(where.partition('{name}')[0])} {weights} {settings}"
             return Candidate(spec.name, identity, lambda subject: self._ours(where, subject), reasons=True)
         from .evaluate.adapters.showo import ShowoImage, ShowoText
 
@@ -80,9 +82,7 @@ class Place:
             engine: Any = self._bare_bench().engine()
             return kind(engine, subject, self._sampling())
 
-        return Candidate(
-            spec.name, f"{spec.kind} {self.sources} {fingerprint(self.sources.model or '')} {settings}", load
-        )
+        return Candidate(spec.name, f"{spec.kind} {weights} {settings}", load, release=self._bare.clear)
 
     def _ours(self, where: str, subject: Subject) -> Model:
         from .evaluate.adapters.ours import Ours

@@ -55,6 +55,8 @@ class Candidate:
     """Makes the model ready for one concept; called once a concept, and not at all when every cell is there."""
     reasons: bool = False
     """Prompts that hint at a fact are answered first ("which fact fits?") and drawn together with the answer."""
+    release: Callable[[], None] = lambda: None
+    """Lets go of what `load` keeps for all concepts; called when the row is done: one model is held at a time."""
 
 
 class Nothing:

@@ -8,6 +8,7 @@ the model refuses, a judge out of reach) is listed, and everything else goes on.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from .subject import DRAWING, TASKS, Item, Subject
 
 _SIDE = 2048  # longest side of a picture that models are shown
 _SAMPLES = 1000
+_AT_ONCE = 32  # cells whose questions a judge is given together
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, items done, items wanted)."""
@@ -76,7 +78,7 @@ def fill(
     candidates: Sequence[Candidate],
     subjects: Iterable[Subject],
     scorer: Scorer,
-    folder: Path,
+    folder: str | os.PathLike[str],
     settings: TableSettings | None = None,
     progress: Progress | None = None,
 ) -> Filled:
@@ -85,12 +87,13 @@ def fill(
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) != len(names):
         raise UserError(f"models {', '.join(names) or 'none'}: must be one or more, each with a name of its own")
-    filled = Filled(notes=list(scorer.notes))
-    for subject in subjects:
-        subject = _usable(subject)
-        filled.notes += [f"{subject.name}: {note}" for note in subject.notes]
-        for candidate in candidates:
+    folder, filled = Path(folder), Filled(notes=list(scorer.notes))
+    ready = [_usable(subject) for subject in subjects]
+    filled.notes += [f"{subject.name}: {note}" for subject in ready for note in subject.notes]
+    for candidate in candidates:
+        for subject in ready:
             _Row(candidate, subject, scorer, Cells(folder / "cells"), settings, filled, progress).run()
+        candidate.release()
     return filled
 
 
@@ -139,9 +142,11 @@ class _Row:
                 pairs.append((cell, item))
                 self._tell(task, number + 1, len(items) * (len(self.settings.seeds) if task in DRAWING else 1))
             lacking = [(cell, item) for cell, item in pairs if self.scorer.lacking(cell)]
-            self.filled.failures += self.scorer.score(lacking, self.subject)
-            for cell, _ in lacking:
-                Cells.write(cell)
+            for start in range(0, len(lacking), _AT_ONCE):
+                part = lacking[start : start + _AT_ONCE]
+                self.filled.failures += self.scorer.score(part, self.subject)
+                for cell, _ in part:
+                    Cells.write(cell)
             self.filled.cells += [cell for cell, _ in pairs]
         return None
 

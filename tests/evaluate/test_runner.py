@@ -237,6 +237,22 @@ def test_a_drawing_of_another_shape_is_refused(subject: Subject, tmp_path: Path)
     assert "drew (2, 1, 8, 8): must be [2, 3, H, W]" in filled.failures[0].why
 
 
+def test_one_model_is_held_at_a_time(subject: Subject, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def candidate(name: str) -> Candidate:
+        def load(_: Subject) -> Any:
+            told.append(f"load {name}")
+            return Rule()
+
+        return Candidate(name, name, load, release=lambda: told.append(f"free {name}"))
+
+    other = Subject("mam", "dog", items=[Item("pure", "<mam>")])
+    settings = TableSettings(1, tasks=("pure",))
+    fill([candidate("a"), candidate("b")], [subject, other], Scorer(), tmp_path, settings)
+    assert told == ["load a", "load a", "free a", "load b", "load b", "free b"]
+
+
 def test_limit_takes_the_first_of_each_half(subject: Subject, tmp_path: Path) -> None:
     subject.items += [Item("rec", f"question {n}", "yes", subject.items[0].image, "positive") for n in range(3)]
     filled = fill([row(Rule())], [subject], Scorer(), tmp_path, TableSettings(1, tasks=("rec", "pure"), limit=1))

@@ -122,6 +122,14 @@ def test_two_evaluations_of_a_run_can_be_compared(tmp_path: Path) -> None:
     assert "reasoning_generation.reward" in text and "+0.1" in text
 
 
+def test_the_page_shows_the_table_that_was_measured() -> None:
+    module = script("toy_table")
+    content = json.loads((ROOT / "docs" / "toy_table.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert module.BEGIN + module.block(content) + module.END in page, "run python experiments/toy_table.py --docs"
+    assert content["failures"] == 0 and list(content["rows"]) == ["ours", "Show-o + TP", "Show-o + IP", "Real images"]
+
+
 # --- the toy's judge -----------------------------------------------------------------------------------------------
 
 

@@ -94,13 +94,20 @@ def candidate(spec: Spec, device: Any = "cpu", dtype: Any = None, max_new_tokens
         from .vlm import Backbone, Vlm
 
         backbone = functools.cache(lambda: Backbone(spec.where, device, dtype))
-        return Candidate(spec.name, identity, lambda subject: Vlm(backbone(), subject, int(spec.image), max_new_tokens))
+        return Candidate(
+            spec.name,
+            identity,
+            lambda subject: Vlm(backbone(), subject, int(spec.image), max_new_tokens),
+            release=backbone.cache_clear,
+        )
     if spec.kind == "diffusers":
         from .diffusion import Diffusion, Pipeline, parse_source
 
         source = parse_source([spec.where, *(f"{key}={value}" for key, value in spec.options.items())])
         pipeline = functools.cache(lambda: Pipeline(source, device, dtype))
-        return Candidate(spec.name, identity, lambda subject: Diffusion(pipeline(), subject))
+        return Candidate(
+            spec.name, identity, lambda subject: Diffusion(pipeline(), subject), release=pipeline.cache_clear
+        )
     if spec.kind == "endpoint":
         return Candidate(spec.name, identity, _remote(spec, max_new_tokens))
     raise UserError(f"model {spec.kind!r}: needs an engine")
