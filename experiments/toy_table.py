@@ -52,8 +52,8 @@ def block(content: dict[str, Any]) -> str:
     lines += [[f"{c.group} {c.label}", *(cell(model, c.key) for model in models)] for c in TABLE_1]
     asked = content["settings"]
     about = (
-        f"The result of this command ({asked['samples']} drawings a prompt, {asked['limit']} items a task at most, so the "
-        "intervals are wide; trained for a moment only, and the toy never learned to read a squeezed photo):"
+        f"The result of this command ({asked['samples']} drawings a prompt, {asked['limit']} items a task at most, so "
+        "the intervals are wide; trained for a moment only, and the toy never learned to read a squeezed photo):"
     )
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     machine = content["machine"]

@@ -80,13 +80,21 @@ def test_preprocessing_is_that_of_the_checkpoint(folder: Path) -> None:
     assert (got - preprocess(image)).abs().max() < 2.5 / 255 / 0.2
 
 
-def test_an_architecture_with_a_weight_file_of_another_model(tmp_path: Path) -> None:
+def test_an_architecture_with_a_weight_file(folder: Path, tmp_path: Path) -> None:
+    """ARCHITECTURE=FILE, on an architecture small enough for a test; and a file of another model."""
+    import open_clip
     from safetensors.torch import save_file
 
-    file = tmp_path / "w.safetensors"
-    save_file({"a": torch.zeros(1)}, file)
+    (tmp_path / "tiny-for-tests.json").write_text(json.dumps(CONFIG["model_cfg"]))
+    open_clip.add_model_config(tmp_path / "tiny-for-tests.json")
+    texts = ["a photo of a dog"]
+    got = OpenClip(f"tiny-for-tests={folder / 'open_clip_model.safetensors'}").encode_text(texts)
+    assert torch.allclose(got, OpenClip(str(folder)).encode_text(texts), atol=1e-6)
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="its weights cannot be read"):
-        OpenClip(f"ViT-B-32={file}").encode_text(["x"])
+        OpenClip(f"tiny-for-tests={tmp_path / 'w.safetensors'}").encode_text(texts)
+    with pytest.raises(UserError, match="'no-such-net': open_clip knows none"):
+        OpenClip(f"no-such-net={tmp_path / 'w.safetensors'}").encode_text(texts)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,30 @@ def test_what_cannot_be_done_is_listed_and_the_rest_goes_on(subject: Subject, tm
     assert subject.photos == [whole] and any("reference photo is left out" in note for note in filled.notes)
 
 
+def test_models_are_shown_upright_colour_pictures_of_bounded_size(tmp_path: Path) -> None:
+    """Whatever a camera or a scanner wrote: gray, transparent, 16-bit, turned by EXIF, huge."""
+    seen: list[tuple[str, tuple[int, int]]] = []
+
+    class Looks(Nothing):
+        def answer(self, images: Sequence[Any], question: str) -> str:
+            seen.extend((image.mode, image.size) for image in images)
+            return "yes"
+
+    plain = Image.fromarray(np.full((40, 60, 3), (250, 5, 5), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paths = [tmp_path / name for name in ("gray.png", "clear.png", "deep.png", "turned.jpg", "huge.png")]
+    plain.convert("L").save(paths[0])
+    plain.convert("RGBA").save(paths[1])
+    Image.fromarray(np.full((40, 60), 40000, dtype=np.uint16)).save(paths[2])
+    plain.save(paths[3], exif=exif)
+    Image.new("RGB", (5000, 1000)).save(paths[4])
+    subject = Subject("bo", "dog", items=[Item("vqa", "what?", "yes", path) for path in paths])
+    filled = fill([row(Looks())], [subject], Scorer(), tmp_path / "out", TableSettings(1, tasks=("vqa",)))
+    assert filled.failures == [] and {mode for mode, _ in seen} == {"RGB"}
+    assert [size for _, size in seen] == [(60, 40), (60, 40), (60, 40), (40, 60), (2048, 410)]
+
+
 def test_a_score_that_failed_is_tried_again_without_drawing_again(subject: Subject, tmp_path: Path) -> None:
     settings = TableSettings(1, tasks=("vqa",))
     filled = fill([row(Rule())], [subject], Scorer(None, Judge(None)), tmp_path, settings)
