@@ -84,7 +84,7 @@ def write_gallery(
 def _line(model: str, cells: Sequence[Cell]) -> dict[str, Any]:
     """One model's drawings of one prompt, seed by seed."""
     sheets = []
-    answer = drawn = ""
+    answer = ""
     for cell in sorted((cell for cell in cells if cell.model == model), key=lambda cell: cell.seed):
         uris = pictures.each(cell.drawings()[:_DRAWINGS])
         images = [
@@ -92,8 +92,8 @@ def _line(model: str, cells: Sequence[Cell]) -> dict[str, Any]:
             for i, uri in enumerate(uris)
         ]
         sheets.append({"seed": cell.seed, "images": images})
-        answer, drawn = cell.answer or "", cell.drawn
-    return {"model": model, "sheets": sheets, "answer": answer, "drawn": drawn}
+        answer = cell.answer or ""
+    return {"model": model, "sheets": sheets, "answer": answer}
 
 
 def _photos(subject: Subject) -> list[str]:
