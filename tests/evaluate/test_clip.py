@@ -159,6 +159,22 @@ def test_each_text_and_each_photo_is_encoded_once(tmp_path: Path) -> None:
     assert made[0].texts == ["a", "bb"]
 
 
+def test_a_photo_is_known_again_at_another_size_and_crop(tmp_path: Path) -> None:
+    from pyunictokens.evaluate.adapters.real import RealImages
+    from pyunictokens.evaluate.result import to_bytes
+    from pyunictokens.evaluate.subject import Subject
+
+    paths = []
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(640, 900), (1201, 1000), (257, 999), (90, 61)]):
+        rough = np.asarray(photo(*size, seed=number)).astype(int) + rng.integers(-40, 40, (size[1], size[0], 3))
+        paths.append(tmp_path / f"{number}.jpg")
+        Image.fromarray(rough.clip(0, 255).astype(np.uint8)).save(paths[-1])
+    shown = to_bytes(RealImages(Subject("bo", "dog", photos=paths)).generate("x", 4, 0)).float() / 127.5 - 1
+    keeper = Embeddings(Counting(), "counting", size=224)
+    assert torch.equal(keeper.same_picture(shown, paths), torch.eye(4, dtype=torch.bool))
+
+
 def test_a_photo_is_known_again_and_a_drawing_of_it_is_not(tmp_path: Path) -> None:
     keeper = Embeddings(Counting(), "counting")
     paths = []
