@@ -191,8 +191,8 @@ class Embeddings:
 
 
 _LOOK, _SAME = 8, 0.01
-"""Two pictures are the same when their 8×8 looks differ by less than this on average, in [-1, 1]. Sizes and crops of one
-photo differ by at most 0.004; a photo through an image tokenizer, the best copy a drawing can be, by 0.018 or more."""
+"""Two pictures are the same when their 8×8 looks differ by less than this on average, in [-1, 1]. Sizes and crops of
+one photo differ by at most 0.004; a photo through an image tokenizer, the best copy a drawing can be, by 0.018."""
 
 
 def _small(pixels: Tensor, size: int) -> Tensor:
