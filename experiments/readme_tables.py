@@ -76,7 +76,7 @@ def numbers(folder: Path) -> str:
     """All tables of workloads. Without any result, the sentence that says so."""
     parts = []
     for file in sorted(folder.glob("*.json")):
-        if file.name.startswith("ops-"):
+        if file.name.startswith(("ops-", "rewards-")):  # shown on pages of their own
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         if "points" in content:

@@ -42,6 +42,7 @@ OPTIONAL = {
     "triton": ("", "Triton kernels on a GPU; comes with torch on Linux"),
     "facenet-pytorch": ("rewards", "FER: faces in pictures of people"),
     "open_clip_torch": ("rewards", "CLIP scores of real pictures"),
+    "torchvision": ("rewards", "pictures resized on their device"),
     "openai": ("judge", "the remote judge"),
     "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),
@@ -264,6 +265,19 @@ def render(report: dict[str, Any], console: Console) -> None:
         console.print(f"[red]{_plain(problem['what'])}[/red]\n  {_plain(problem['do'])}")
     if report["ok"]:
         console.print("The essential parts work.")
+
+
+def render_weights(findings: list[dict[str, Any]], console: Console) -> None:
+    """Write what `rewards.weights.status` found."""
+    for finding in findings:
+        mark = "[green]here[/green]" if finding["ok"] else "[red]missing[/red]"
+        console.print(f"[bold]{finding['expert']}[/bold]  {_plain(finding['network'])}: {mark}")
+        places = finding["found"] or " and ".join(finding["looked_in"])
+        console.print(f"  {'found in' if finding['found'] else 'looked in'} {_plain(places)}")
+        if finding["missing"]:
+            console.print(f"  wants {_plain(', '.join(finding['missing']))} from {_plain(finding['source'])}")
+            console.print(f"  {_plain(finding['get'])}", soft_wrap=True)
+        console.print(f"  licence: {_plain(finding['licence'])}")
 
 
 def _plain(text: str) -> str:

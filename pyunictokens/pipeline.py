@@ -6,7 +6,7 @@ the order and the files (runs.py); how the parts work is the business of `train`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from .data.concept import Concept
 from .errors import UserError
 from .evaluate.result import EvalResult
+from .io import write_json
 from .models.concept import ConceptTokens
-from .runs import CONCEPT, CONFIG, FINAL, STAGES, EvaluationConfig, RunConfig, write_description
+from .runs import CONCEPT, CONFIG, EXPERTS, FINAL, STAGES, EvaluationConfig, RunConfig, write_description
 from .workbench import Experts, Workbench
 
 Progress = Callable[[str, int, int, str], None]
@@ -45,7 +46,7 @@ def run_concept(
     evaluate: bool = True,
     evaluate_base: bool = False,
     resume: bool = False,
-    rewards: str | None = None,
+    rewards: str | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Train `concept` on `bench` and leave everything in the folder `out`.
@@ -87,7 +88,8 @@ def check_request(out: Path, experts: Experts | None, *, started: bool, stages: 
         raise UserError("no stages and no tokens to begin with: give --start RUN, or let the stages run")
     if grpo and experts is None:
         raise UserError(
-            "reinforcement needs reward experts, and this model brings none: give rewards=MODULE:FUNCTION, or --no-grpo"
+            "reinforcement needs reward experts, and this model brings none: "
+            "give --rewards FILE.yaml (docs/rewards.md), or --no-grpo"
         )
     if (out / CONFIG).exists() and not resume:
         raise UserError(f"{out}: already holds a run: go on with it (--resume) or choose another folder")
@@ -181,6 +183,8 @@ class _Run:
             resume=self.resume and (self.out / "run.json").exists(),
             progress=self._step,
         )
+        if callable(throughput := getattr(self.experts.ensemble, "throughput", None)):
+            write_json(self.out / EXPERTS, {"drawings_per_second": throughput()})
         return result.concept
 
     def measure(self, name: str) -> EvalResult:

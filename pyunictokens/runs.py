@@ -4,6 +4,7 @@
     about.json       the concept in words, for when its folder is elsewhere
     stages/          the concept stages (train/stages.py)
     run.json, grpo.yaml, metrics.jsonl, checkpoints/, samples/, final/      reinforcement (train/grpo.py)
+    experts.json     drawings a second that each reward expert scored
     concept/         the concept's rows as they are now
     base.json, before.json, after.json, report.html      evaluation
 
@@ -29,6 +30,7 @@ BASE = "base"
 """Given where a run is expected: the model as it is, without a concept."""
 
 CONFIG, ABOUT, FINAL, CONCEPT, STAGES = "config.yaml", "about.json", "final", "concept", "stages"
+EXPERTS = "experts.json"
 
 OWN_KEYS = ("version", "model", "vq", "tokenizer", "rewards", "root", "name", "max_text", "preset")
 """Keys of config.yaml beside the settings."""
@@ -169,7 +171,12 @@ class Run:
 
 
 def write_description(
-    out: Path, sources: Sources, rewards: str | None, max_text: int, concept: Concept, config: RunConfig
+    out: Path,
+    sources: Sources,
+    rewards: str | Mapping[str, Any] | None,
+    max_text: int,
+    concept: Concept,
+    config: RunConfig,
 ) -> None:
     """Write config.yaml and about.json of a run."""
     import yaml
@@ -181,7 +188,7 @@ def write_description(
         "model": sources.model,
         "vq": sources.vq,
         "tokenizer": sources.tokenizer,
-        "rewards": rewards,
+        "rewards": dict(rewards) if isinstance(rewards, Mapping) else rewards,
         "root": str(concept.root.absolute()),
         "name": concept.name,
         "max_text": max_text,

@@ -131,12 +131,17 @@ class Experts:
     """Where a person's tokens start from."""
 
 
-def load_experts(sources: Sources, device: Any, own: str | None = None) -> Experts | None:
-    """The toy's experts for the toy; for other models those of `own`, ``module:function``, or None.
+def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | None = None) -> Experts | None:
+    """The toy's experts for the toy; for other models those of `own`, or None.
 
-    The function takes a device and returns an ensemble (``score(batch)``), or anything with the fields of
-    :class:`Experts`.
+    own: the `rewards:` settings of docs/rewards.md, or ``module:function``. The function takes a device and returns an
+    ensemble (``score(batch)``), or anything with the fields of :class:`Experts`.
     """
+    if isinstance(own, Mapping):
+        from .rewards.load import load_rewards
+
+        rewards = load_rewards(own, device)
+        return Experts(rewards.ensemble, rewards.preview_scorer, face_embedding=rewards.face_embedding)
     if own is not None:
         module_name, colon, name = own.partition(":")
         if not colon or not name.isidentifier():
@@ -162,6 +167,19 @@ def load_experts(sources: Sources, device: Any, own: str | None = None) -> Exper
         toy.nets.reader,
         lambda pixels: toy.nets.face(pixels)[1],
     )
+
+
+def read_rewards(given: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
+    """`given` as :func:`load_experts` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all)."""
+    if not isinstance(given, str) or not given.endswith((".yaml", ".yml")):
+        return given
+    from .train.settings import load_yaml
+
+    values = load_yaml(given)
+    found = values.get("rewards", values)
+    if not isinstance(found, Mapping) or "experts" not in found:
+        raise UserError(f"{given}: holds no experts: give rewards: {{experts: …}}, see docs/rewards.md")
+    return found
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,7 +14,12 @@ import typer
 
 from ..errors import UserError
 
-SUITES = {"rollout": "benchmarks.run_cpu", "memory": "benchmarks.update_memory", "ops": "benchmarks.ops"}
+SUITES = {
+    "rollout": "benchmarks.run_cpu",
+    "memory": "benchmarks.update_memory",
+    "ops": "benchmarks.ops",
+    "rewards": "benchmarks.rewards_batch",
+}
 """What can be measured, and the module that does it."""
 
 
@@ -28,14 +33,14 @@ def source_tree() -> Path:
 
 def bench(
     context: typer.Context,
-    suite: Annotated[str | None, typer.Argument(help="rollout, memory or ops; all when left out.")] = None,
+    suite: Annotated[str | None, typer.Argument(help="rollout, memory, ops or rewards; all when left out.")] = None,
 ) -> None:
     """Measure this library against its peers and write benchmarks/results/. Takes minutes; leave the machine alone.
 
     What stands behind the suite's name goes to it: for rollout --only, --rounds, --steps, --tokens, --threads, --out;
     for memory --timesteps, --width, --device, --out; for ops --device, --smoke, --operations, --peers, --rounds,
-    --share, --budget, --threads, --no-memory, --tables, --out. Peers of ops that are not installed are listed as such:
-    pip install -e '.[bench]' brings them.
+    --share, --budget, --threads, --no-memory, --tables, --out; for rewards --device, --rows, --rounds, --threads,
+    --table, --out. Peers of ops that are not installed are listed as such: pip install -e '.[bench]' brings them.
 
     Examples:
 

@@ -55,7 +55,7 @@ def evaluate(
         typer.Option("--against", help="An earlier result to compare with. Default: before.json of the run."),
     ] = None,
     rewards: Annotated[
-        str | None, typer.Option("--rewards", metavar="MODULE:FUNCTION", help="Your own reward experts.")
+        str | None, typer.Option("--rewards", metavar="FILE.yaml", help="Reward experts, or MODULE:FUNCTION.")
     ] = None,
     name: NameOption = None,
     model: ModelOption = None,
@@ -85,7 +85,7 @@ def evaluate(
     from ..pipeline import measure
     from ..runs import EvaluationConfig, Run, RunConfig
     from ..train.settings import from_mapping, load_yaml, with_overrides
-    from ..workbench import Sources, load_experts
+    from ..workbench import Sources, load_experts, read_rewards
 
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
     root, concept_name = place.concept_folder(concept)
@@ -100,7 +100,7 @@ def evaluate(
     if out is None:
         out = place.path / "evaluation.json" if place.path is not None else Path("evaluation.json")
     bench = place.open(flags, device, dtype, name)
-    experts = load_experts(bench.sources, bench.device, rewards or place.config.get("rewards"))
+    experts = load_experts(bench.sources, bench.device, read_rewards(rewards or place.config.get("rewards")))
     with Bars() as bars:
         result = measure(bench, data, settings, experts, bars, "measuring")
     result.save(out)

@@ -61,7 +61,9 @@ def train(
     rewards: Annotated[
         str | None,
         typer.Option(
-            "--rewards", metavar="MODULE:FUNCTION", help="Your own reward experts; the function takes a device."
+            "--rewards",
+            metavar="FILE.yaml",
+            help="Reward experts (docs/rewards.md), or MODULE:FUNCTION that takes a device and returns them.",
         ),
     ] = None,
     preset: Annotated[
@@ -100,7 +102,7 @@ def train(
     from ..pipeline import check_request, run_concept
     from ..runs import CONFIG, Run, RunConfig
     from ..train.settings import load_yaml, with_overrides
-    from ..workbench import Sources, load_experts, open_workbench, pick_device
+    from ..workbench import Sources, load_experts, open_workbench, pick_device, read_rewards
 
     words = list(overrides or [])
     root, name, words = _separate(root, name, words)
@@ -113,7 +115,7 @@ def train(
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
     concept = load_concept(root, str(name))
     sources = Sources.choose(Sources(model, vq, tokenizer), values)
-    rewards = rewards or values.get("rewards")
+    chosen = read_rewards(rewards or values.get("rewards"))
     base = preset.value if preset else str(values.get("preset") or ("toy" if sources.is_toy else "paper"))
     settings = RunConfig.make(base, values, str(config), words, seed)
     if stages is Stages.joint:
@@ -123,7 +125,7 @@ def train(
     max_text = values.get("max_text")
     out = out or Path("runs") / concept.name
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
-    experts = load_experts(sources, pick_device(device), rewards)
+    experts = load_experts(sources, pick_device(device), chosen)
     with_stages = stages is not Stages.none
     check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
     bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
@@ -141,7 +143,7 @@ def train(
             grpo=grpo,
             evaluate=evaluate,
             resume=resume,
-            rewards=rewards,
+            rewards=chosen,
             progress=bars,
         )
     if outcome.results:

@@ -25,8 +25,11 @@ WEIGHT_FILES = (
 )
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """A folder as it is, or a hub id (``owner/name``) as the folder of its local snapshot, downloaded when absent."""
+def resolve(path: str | os.PathLike[str], *, offline: bool = False, also: tuple[str, ...] = ()) -> Path:
+    """A folder as it is, or a hub id (``owner/name``) as the folder of its local snapshot, downloaded when absent.
+
+    offline: never ask the hub, take what was downloaded before. also: further file patterns that are wanted.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -37,9 +40,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{text}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model"]
+    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", *also]
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # the hub client raises many kinds; all mean that the files are not here
         raise UserError(
             f"{text}: no such folder, and the hub cannot be read ({type(error).__name__}): "

@@ -13,6 +13,7 @@ from .der import Der
 from .ensemble import PAPER_WEIGHTS, Ensemble, EnsembleScore
 from .fer import Fer
 from .judge import Judge, JudgeConfig, JudgeExpert, JudgeItem, JudgeScore
+from .load import RewardConfig, load_rewards
 from .tier import Tier
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ __all__ = [
     "JudgeItem",
     "JudgeScore",
     "RewardBatch",
+    "RewardConfig",
     "Tier",
     "ToyRewards",
+    "load_rewards",
     "load_toy_experts",
     "plain_text",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,26 @@ class ImageEncoder(Protocol):
 
 
 class ImageTextEncoder(TextEncoder, ImageEncoder, Protocol):
-    """What BER asks of its network (BLIP-2 in the paper): pictures and texts in one space."""
+    """What BER asks of its network (BLIP-2 in the paper): pictures and texts in one space.
+
+    A picture may have several vectors, [B, Q, D]; the one nearest to the text counts.
+    """
+
+
+class PatchEncoder(Protocol):
+    """What DER asks of its network when patches are matched one by one."""
+
+    def encode_patches(self, pixels: Tensor) -> Tensor:
+        """One vector a patch, [B, P, D], of pixels [B, 3, H, W] in [-1, 1]; P is the same for every picture."""
+        ...
+
+
+class Matcher(Protocol):
+    """What BER asks of its network when pictures and texts are judged pair by pair."""
+
+    def match(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        """Probabilities [B] that text b belongs to picture b."""
+        ...
 
 
 class FaceEncoder(Protocol):
@@ -116,6 +135,30 @@ class FaceEncoder(Protocol):
     def encode_faces(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(a face was found, bool [B]; its embedding [B, D], anything where none was found)."""
         ...
+
+
+class WithNetwork:
+    """An expert over one network, which an ensemble may load early and move between devices."""
+
+    def __init__(self, encoder: Any):
+        self._encoder = encoder
+
+    def load(self) -> None:
+        """Read the network from disk now, where that is not done yet."""
+        if callable(load := getattr(self._encoder, "load", None)):
+            load()
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the network. What was computed before stays where it is."""
+        if callable(move := getattr(self._encoder, "to", None)):
+            move(device)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the network's weights; 0 where it does not say."""
+        if isinstance(self._encoder, torch.nn.Module):
+            return sum(t.numel() * t.element_size() for t in self._encoder.parameters())
+        return int(getattr(self._encoder, "bytes", 0))
 
 
 def plain_text(text: str, class_word: str) -> str:
@@ -154,9 +197,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return similarity.clamp(-1.0, 1.0)
 
 
-def as_rows(embedding: Tensor, rows: int, origin: str) -> Tensor:
-    """`embedding` checked to be [rows, D]."""
-    if not isinstance(embedding, Tensor) or embedding.ndim != 2 or embedding.shape[0] != rows:
+def as_rows(embedding: Tensor, rows: int, origin: str, several: bool = False) -> Tensor:
+    """`embedding` checked to be [rows, D]; with `several`, [rows, Q, D] is fine as well."""
+    known = isinstance(embedding, Tensor) and embedding.ndim in ((2, 3) if several else (2,))
+    if not known or embedding.shape[0] != rows:
         found = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
-        raise UserError(f"{origin} returned {found} for {rows} inputs: must return a tensor [{rows}, D]")
+        wanted = f"[{rows}, D] or [{rows}, Q, D]" if several else f"[{rows}, D]"
+        raise UserError(f"{origin} returned {found} for {rows} inputs: must return a tensor {wanted}")
     return embedding

@@ -32,7 +32,9 @@ class TextCache:
         if missing:
             for text, row in zip(missing, as_rows(self._encode(missing), len(missing), "encode_text"), strict=True):
                 self._rows[text] = row.detach()
-        found = torch.stack([self._rows[text] for text in texts])
+        rows = [self._rows[text] for text in texts]
+        place = next(reversed(self._rows.values())).device  # where the network was last; it may have moved since
+        found = torch.stack([row.to(place) for row in rows])
         for text in texts:
             self._rows.move_to_end(text)
         while len(self._rows) > self._limit:

@@ -4,7 +4,8 @@
                                                    w = (0.4, 0.2, 0.2, 0.2) for humans
 
 Every expert's value is kept beside the sum. An expert that fails, or returns what is no number, stops the step with an
-error that names expert and row: a reward made up in its place would be trained on. Knows no expert by type.
+error that names expert and row: a reward made up in its place would be trained on. Where the networks run is decided in
+placement.py. Knows no expert by type.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import KINDS, Expert, RewardBatch
+from .placement import Placement
 
 _THINGS = {"tier": 0.4, "ber": 0.3, "der": 0.3, "fer": 0.0}
 PAPER_WEIGHTS: dict[str, dict[str, float]] = {
@@ -45,15 +47,21 @@ class Ensemble:
 
     weights: ``{name: weight}`` for every kind alike, or ``{kind: {name: weight}}``; by default the paper's. A kind left
     out keeps the paper's weights. Experts are named by their key in `experts`.
+
+    memory: "together" keeps all networks on the pictures' device and runs them side by side on a GPU, "lean" brings
+    them there one at a time, "auto" chooses by the memory that is free.
     """
 
-    def __init__(self, experts: Mapping[str, Expert], weights: Mapping[str, object] | None = None):
+    def __init__(
+        self, experts: Mapping[str, Expert], weights: Mapping[str, object] | None = None, memory: str = "auto"
+    ):
         if not experts:
             raise UserError("no experts: give at least one, e.g. {'ber': Ber(encoder)}")
         for name, expert in experts.items():
             if not callable(getattr(expert, "score", None)):
                 raise UserError(f"expert {name!r} is a {type(expert).__name__}: must have score(batch) -> Tensor [R]")
         self.experts = dict(experts)
+        self.placement = Placement(memory)
         self.weights, explicit = _by_kind(weights)
         for kind in explicit:
             self.active(kind)
@@ -71,18 +79,24 @@ class Ensemble:
             )
         return chosen
 
+    def throughput(self) -> dict[str, float]:
+        """Rows a second by expert, over everything scored so far."""
+        return self.placement.throughput.per_second()
+
     def score(self, batch: RewardBatch) -> EnsembleScore:
         """Total and parts, [R] each. Raises UserError naming expert and row when a score cannot be had."""
-        total = torch.zeros(len(batch), dtype=torch.float32, device=batch.images.device)
-        result = EnsembleScore(total)
-        for name, weight in self.active(batch.kind).items():
-            score, absent = self._ask(name, batch)
-            result.parts[name] = score
-            result.no_face += absent
-            total += weight * score
+        weights = self.active(batch.kind)
+        asked = {name: self.experts[name] for name in weights}
+        device = batch.images.device
+        answers = self.placement.run(asked, lambda name: self._ask(name, batch), len(batch), device)
+        result = EnsembleScore(torch.zeros(len(batch), dtype=torch.float32, device=device))
+        for name, (score, absent) in answers.items():  # looked at only now: to look is to wait for the device
+            result.parts[name] = _checked(name, score, batch)
+            result.no_face += 0 if absent is None else int(absent.sum())
+            result.total += weights[name] * result.parts[name]
         return result
 
-    def _ask(self, name: str, batch: RewardBatch) -> tuple[Tensor, int]:
+    def _ask(self, name: str, batch: RewardBatch) -> tuple[Tensor, Tensor | None]:
         expert = self.experts[name]
         try:
             score, absent = _score(expert, batch)
@@ -97,24 +111,25 @@ class Ensemble:
             raise UserError(
                 f"expert {name!r} returned {found} for {len(batch)} rows: must return a tensor [{len(batch)}]"
             )
-        score = score.detach().to(batch.images.device, torch.float32)
-        bad = (~score.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            row = bad[0]
-            raise UserError(
-                f"expert {name!r} scored row {row} (of {len(bad)} such) as {score[row].item()}: must be finite; "
-                f"prompt {batch.prompts[row]!r}"
-            )
-        return score, absent
+        return score.detach().to(batch.images.device, torch.float32), absent
 
 
-def _score(expert: Expert, batch: RewardBatch) -> tuple[Tensor, int]:
-    """Scores, and how many rows had nothing to look at (experts that can tell offer `score_and_absent`)."""
+def _checked(name: str, score: Tensor, batch: RewardBatch) -> Tensor:
+    """`score`, every row of which is a number."""
+    bad = (~score.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        row = bad[0]
+        raise UserError(
+            f"expert {name!r} scored row {row} (of {len(bad)} such) as {score[row].item()}: must be finite; "
+            f"prompt {batch.prompts[row]!r}"
+        )
+    return score
+
+
+def _score(expert: Expert, batch: RewardBatch) -> tuple[Tensor, Tensor | None]:
+    """Scores, and which rows had nothing to look at (experts that can tell offer `score_and_absent`)."""
     detailed = getattr(expert, "score_and_absent", None)
-    if detailed is None:
-        return expert.score(batch), 0
-    score, absent = detailed(batch)
-    return score, int(absent.sum())
+    return (expert.score(batch), None) if detailed is None else detailed(batch)
 
 
 def _where(expert: Expert, batch: RewardBatch) -> str:

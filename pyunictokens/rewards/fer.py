@@ -2,7 +2,8 @@
 
 ``FER = 1 − cosine distance`` of face embeddings, averaged over the photos with a face. Where no face is found in a
 drawing FER is 0 and the row is counted; a face unlike the person's is never worth less than no face, so the score is
-clamped to [0, 1]. Knows one face encoder (MTCNN and FaceNet in the paper); used for humans only.
+clamped to [0, 1]. Used for humans only. `Fer` has the formula and asks any face encoder; facenet.py has the paper's,
+MTCNN and FaceNet.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import FaceEncoder, RewardBatch, as_rows, cosine
+from .base import FaceEncoder, RewardBatch, WithNetwork, as_rows, cosine
 from .cache import PhotoCache
 
 
-class Fer:
+class Fer(WithNetwork):
     """Scores faces in drawings against faces in the reference photos; the photos are searched once."""
 
     name = "fer"
 
     def __init__(self, encoder: FaceEncoder):
-        self._encoder = encoder
+        super().__init__(encoder)
         self._photos = PhotoCache(self._faces)
 
     def _faces(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +33,14 @@ class Fer:
                 f"encode_faces found: {found_B.dtype} {tuple(found_B.shape)} for {rows} images: must be bool [{rows}]"
             )
         return found_B, as_rows(face_BD, rows, "encode_faces")
+
+    @torch.no_grad()
+    def face_embedding(self, pixels: Tensor) -> Tensor:
+        """Embeddings [F, D] of the faces in photos [M, 3, H, W]; F ≤ M. Raises UserError where no photo has one."""
+        found_M, face_MD = self._faces(pixels)
+        if not bool(found_M.any()):
+            raise UserError(f"no face found in any of the {len(pixels)} photos: use clearer ones")
+        return face_MD[found_M]
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Scores [R] in [0, 1]."""

@@ -245,6 +245,8 @@ class JudgeExpert:
         )
         if "{prompt}" not in self.question:
             raise UserError(f"question={self.question!r}: must hold {{prompt}}, where the drawing's prompt goes")
+        if isinstance(photos, bool) or not isinstance(photos, int) or photos < 0:
+            raise UserError(f"photos={photos!r}: must be a whole number ≥ 0")
         self.photos = photos
 
     def score(self, batch: RewardBatch) -> Tensor:

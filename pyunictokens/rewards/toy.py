@@ -39,6 +39,9 @@ class _Sentences:
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         return self._net(texts)
 
+    def to(self, device: str | torch.device) -> None:
+        self._net.to(device)
+
 
 class _Faces:
     def __init__(self, net: FaceNet):
@@ -47,6 +50,9 @@ class _Faces:
     def encode_faces(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         logit_B, face_BD = self._net(pixels)
         return logit_B > 0, face_BD
+
+    def to(self, device: str | torch.device) -> None:
+        self._net.to(device)
 
 
 def toy_rewards(nets: ToyExperts, weights: Mapping[str, object] | None = None) -> ToyRewards:

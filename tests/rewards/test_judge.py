@@ -369,3 +369,5 @@ def test_a_row_the_judge_cannot_score_stops_the_step(server: JudgeServer) -> Non
         Ensemble({"judge": expert}, weights={"judge": 1}).score(RewardBatch(flat((0, 0, 0), (0, 0, 0)), ["a", "snow"]))
     with pytest.raises(UserError, match=r"must hold \{prompt\}"):
         JudgeExpert(judge(server), question="How good?")
+    with pytest.raises(UserError, match="photos=-1"):
+        JudgeExpert(judge(server), photos=-1)
