@@ -44,6 +44,7 @@ OPTIONAL = {
     "open_clip_torch": ("rewards", "CLIP scores of real pictures"),
     "torchvision": ("rewards", "pictures resized on their device"),
     "openai": ("judge", "the remote judge"),
+    "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),
     "nvtx": ("profile", "named ranges in GPU profiles"),
     "flash-attn": ("flash", "another attention kernel"),

@@ -37,9 +37,13 @@ def _commands(app: Any, words: list[str]) -> tuple[Any, list[str]]:
     import typer.main
 
     command = typer.main.get_command(app)
-    while words and hasattr(command, "commands") and words[0] in command.commands:
-        command = command.commands[words[0]]
-        words = words[1:]
+    while words and hasattr(command, "commands"):
+        if words[0] in command.commands:
+            command, words = command.commands[words[0]], words[1:]
+        elif hasattr(command, "default") and not words[0].startswith("-"):
+            command = command.commands[command.default]  # `evaluate RUN` is short for `evaluate run RUN`
+        else:
+            break
     return command, words
 
 

@@ -1,13 +1,19 @@
-"""`pyunictokens evaluate`: the measures of UnifyBench++ for a run, on the held-out half of a concept folder."""
+"""`pyunictokens evaluate RUN`: the measures of UnifyBench++ for a run, on the held-out half of a concept folder.
+
+`evaluate` is a group: `table` and `compare` (evaluate_table.py) are commands of it, and anything else in their place is
+the RUN of the command that measures one run.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import UserError
+from . import evaluate_table
 from .demo import show_results
 from .generate import ConceptOption, NameOption, RunArgument
 from .shell import (
@@ -20,7 +26,21 @@ from .shell import (
     TokenizerOption,
     VqOption,
     console,
+    guarded,
 )
+
+DEFAULT = "run"
+
+
+class DefaultGroup(TyperGroup):
+    """A group whose first word may be left out: what names no command is the argument of :data:`DEFAULT`."""
+
+    default = DEFAULT
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
 
 
 def evaluate(
@@ -95,3 +115,22 @@ def evaluate(
     for note in result.notes:
         console().print(f"note: {note}", markup=False)
     console().print(str(out), markup=False)
+
+
+app = typer.Typer(
+    cls=DefaultGroup,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Measure a run (`pyunictokens evaluate RUN`, short for `evaluate run RUN`), fill the paper's tables, compare.
+
+Examples:
+
+    pyunictokens evaluate runs/bo
+
+    pyunictokens evaluate table runs/bo --model ours --model showo-tp --model real
+
+    pyunictokens evaluate compare tables/before tables/after""",
+)
+app.command(DEFAULT)(guarded(evaluate))
+app.command("table")(guarded(evaluate_table.table))
+app.command("compare")(guarded(evaluate_table.compare))

@@ -68,7 +68,7 @@ def load_pixels(path: str | os.PathLike[str], size: int) -> torch.Tensor:
     """The picture as float32 [3, size, size] in [-1, 1]: shorter side to `size` (bicubic), then the centre cut out."""
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 8192:
         raise UserError(f"size={size!r}: must be a whole number from 1 to 8192")
-    return from_pil(_square(read_picture(path, at_least=size), size))
+    return from_pil(square(read_picture(path, at_least=size), size))
 
 
 def load_batch(paths: Sequence[str | os.PathLike[str]], size: int) -> torch.Tensor:
@@ -214,8 +214,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to `size`, bicubic, then the centre square; rounding as in torchvision's Resize and CenterCrop."""
+def square(image: Image.Image, size: int) -> Image.Image:
+    """An image as a square: shorter side to `size`, bicubic, then the centre, rounded as torchvision does."""
     width, height = image.size
     shorter, longer = min(width, height), max(width, height)
     length = max(size, int(size * longer / shorter))

@@ -1,4 +1,5 @@
-"""Evaluation: measures, UnifyBench++ on the held-out half of a concept's folder, and the report of a run."""
+"""Evaluation: measures, UnifyBench++ on the held-out half of a concept's folder, the report of a run, and the paper's
+tables for any models."""
 
 from __future__ import annotations
 
@@ -8,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import metrics
     from .benchmark import SPLITS, unifybench
+    from .clip import Embeddings, OpenClip
+    from .model import Candidate, Unsupported
     from .report import write_report
     from .result import EvalResult, Metric, bootstrap
+    from .runner import TableSettings, fill
+    from .scoring import Scorer
+    from .suites import open_suite
+    from .table_files import Table
 
 _NAMES = {
     "EvalResult": "result",
@@ -18,9 +25,35 @@ _NAMES = {
     "SPLITS": "benchmark",
     "unifybench": "benchmark",
     "write_report": "report",
+    "Embeddings": "clip",
+    "OpenClip": "clip",
+    "Candidate": "model",
+    "Unsupported": "model",
+    "TableSettings": "runner",
+    "fill": "runner",
+    "Scorer": "scoring",
+    "open_suite": "suites",
+    "Table": "table_files",
 }
 
-__all__ = ["SPLITS", "EvalResult", "Metric", "bootstrap", "metrics", "unifybench", "write_report"]
+__all__ = [
+    "SPLITS",
+    "Candidate",
+    "Embeddings",
+    "EvalResult",
+    "Metric",
+    "OpenClip",
+    "Scorer",
+    "Table",
+    "TableSettings",
+    "Unsupported",
+    "bootstrap",
+    "fill",
+    "metrics",
+    "open_suite",
+    "unifybench",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

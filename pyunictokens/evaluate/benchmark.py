@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..data.concept import FACT_PROMPTS, Concept
+from ..data.concept import Concept
 from ..data.images import black_image, load_batch
 from ..errors import UserError
 from ..io import read_json
@@ -32,13 +32,10 @@ from ..models import prompting
 from ..rewards.base import RewardBatch, plain_text
 from ..rewards.ensemble import Ensemble
 from . import metrics as m
+from .items import drawing_prompts, recognition_pairs
 from .result import EvalResult, to_bytes
 
 SPLITS = ("recognition", "vqa", "qa", "reasoning", "pure", "reasoning_generation", "dense", "dense_reasoning")
-DRAWING = {"pure": "pure_generation", "dense": "dense_generation", "dense_reasoning": "personalized_dense_generation"}
-"""Splits that draw a list of prompts as they stand, and the list's name in t2i_conditions.json."""
-
-_NEGATIVES = 12
 _PHOTOS = 8  # photos of the concept kept with the result, for the report
 _ITEM_IDS, _SPLIT_IDS = 10_000, 10_000_000  # sample ids: room for samples in an item, for items in a split
 
@@ -163,17 +160,11 @@ class _Bench:
 
     def recognition(self) -> None:
         """Test pictures must be recognised, other pictures must not; negatives unseen in training come first."""
-        asked = list(dict.fromkeys(item.query for item in self.concept.recognitions))
-        asked = asked or [f"Is {self.concept.sks} in this picture?"]
-        seen = {item.image for item in self.concept.recognitions}
-        fresh = [path for path in self.concept.negatives if path not in seen]
-        if self.concept.negatives and not fresh:
-            self.notes.append("recognition: every negative picture was also seen in training")
-        pictures = [(path, True) for path in self.concept.test_images]
-        pictures += [(path, False) for path in (fresh or self.concept.negatives)[:_NEGATIVES]]
-        if len({positive for _, positive in pictures}) < 2:
+        pairs, note = recognition_pairs(self.concept)
+        if note:
+            self.notes.append(note)
+        if not pairs:
             return self._missing("pictures with and without the concept")
-        pairs = [(path, query, yes) for path, yes in pictures for query in asked[:2]]
         answers = self._ask([path for path, _, _ in pairs], [query for _, query, _ in pairs])
         for (path, query, yes), answer in zip(pairs, answers, strict=True):
             right = m.says_yes(answer) is yes
@@ -250,7 +241,9 @@ class _Bench:
 
     def drawing(self) -> None:
         """Draw every prompt of the split `samples` times and judge the drawings."""
-        prompts = self._prompts()
+        prompts, note = drawing_prompts(self.concept, self.split)
+        if note:
+            self.notes.append(note)
         if not prompts:
             return self._missing("prompts")
         if any(correct is not None for _, _, correct in prompts):
@@ -279,27 +272,6 @@ class _Bench:
             self._tell(index + 1, len(prompts))
         self.result.images[self.split] = drawn
         return None
-
-    def _prompts(self) -> list[tuple[str, str, int | None]]:
-        """(prompt, what it means spelled out, index of the fact it needs or None) of this split."""
-        lists, facts = self.concept.generation_prompts, self.concept.extra_info
-        tested = self.concept.fact_pairs_test
-        if self.split in ("pure", "dense"):
-            return [(prompt, prompt, None) for prompt in lists.get(DRAWING[self.split], [])]
-        if self.split == "reasoning_generation":
-            spelled, every = lists.get(f"explicit_{FACT_PROMPTS}", []), lists.get(FACT_PROMPTS, [])
-            known = dict(zip(every, spelled, strict=True)) if len(spelled) == len(every) else {}
-            return [(p, known.get(p) or prompting.compound_prompt(p, facts[r]), r) for p, r in tested]
-        prompts, spelled = (lists.get(f"{more}{DRAWING[self.split]}", []) for more in ("", "explicit_"))
-        if prompts and len(spelled) != len(prompts):
-            self.notes.append(f"dense_reasoning: {len(spelled)} explicit prompts for {len(prompts)}: not measured")
-            return []
-        starts = {prompt.rstrip(" ."): r for prompt, r in tested}
-        found: list[tuple[str, str, int | None]] = []
-        for prompt, explicit in zip(prompts, spelled, strict=True):
-            fits = [r for start, r in starts.items() if prompt.startswith(start)] or [m.nearest(explicit, facts)]
-            found.append((prompt, explicit, fits[0]))
-        return found
 
     # --- records ---------------------------------------------------------------------------------------------------
 

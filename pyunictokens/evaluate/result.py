@@ -100,8 +100,6 @@ class EvalResult:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `path` (JSON) and, beside it, a folder of PNG strips named ``<stem>_images``; returns `path`."""
-        from ..data.images import save_image
-
         path = Path(path)
         folder = path.with_name(f"{path.stem}_images")
         files: dict[str, list[dict[str, Any]]] = {}
@@ -109,7 +107,7 @@ class EvalResult:
             files[split] = []
             for index, drawings in enumerate(items):
                 file = folder / f"{split}_{index:03d}.png"
-                save_image(_strip(drawings), file)
+                write_strip(drawings, file)
                 files[split].append({"file": f"{folder.name}/{file.name}", "count": len(drawings)})
         write_json(
             path,
@@ -136,7 +134,7 @@ class EvalResult:
             raise UserError(f"{path}: not an evaluation result of format {FORMAT} (found {found!r})")
         try:
             images = {
-                split: [_unstrip(path.parent / item["file"], int(item["count"])) for item in items]
+                split: [read_strip(path.parent / item["file"], int(item["count"])) for item in items]
                 for split, items in content["images"].items()
             }
             names = ("concept", "settings", "records", "notes", "seconds")
@@ -168,13 +166,17 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
 
-def _strip(drawings: Tensor) -> Any:
+def write_strip(drawings: Tensor, file: Path) -> None:
+    """Write uint8 [S, 3, H, W] side by side into one PNG, whole or not at all."""
     from PIL import Image
 
-    return Image.fromarray(torch.cat(list(drawings), dim=2).permute(1, 2, 0).contiguous().numpy())
+    from ..data.images import save_image
+
+    save_image(Image.fromarray(torch.cat(list(drawings), dim=2).permute(1, 2, 0).contiguous().numpy()), file)
 
 
-def _unstrip(file: Path, count: int) -> Tensor:
+def read_strip(file: Path, count: int) -> Tensor:
+    """The `count` drawings that :func:`write_strip` wrote, uint8 [count, 3, H, W]. Raises UserError naming the file."""
     from PIL import Image, UnidentifiedImageError
 
     try:

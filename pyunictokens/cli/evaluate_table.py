@@ -1,0 +1,216 @@
+"""`pyunictokens evaluate table` and `evaluate compare`: the paper's tables for any models, and two tables side by side.
+
+This file knows flags and prints; what is asked, scored and kept is the business of `evaluate`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserError
+from .shell import (
+    Bars,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    OverridesArgument,
+    TokenizerOption,
+    VqOption,
+    console,
+)
+
+if TYPE_CHECKING:
+    from ..evaluate.result import Metric
+    from ..evaluate.table_files import Table
+
+MODELS_HELP = (
+    "A row of the table; give it once a model: ours[:RUN], showo-tp, showo-ip, transformers:PATH[+ip], "
+    "diffusers:PATH[,lora=…|,embedding=…], endpoint:URL,model=NAME[,draw=NAME][+ip], real. "
+    "{name} in RUN is the concept."
+)
+
+
+def table(
+    suite: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUITE",
+            help="A run of `train` (its concept), a data folder, or LAYOUT:FOLDER with the layout unify, yollava, "
+            "mcllava or dreambench.",
+        ),
+    ],
+    overrides: OverridesArgument = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help=MODELS_HELP)] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="A concept of SUITE; give it once a concept. Default: all.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the table; what is there already is not done again.")
+    ] = Path("table"),
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            "--clip",
+            help="CLIP of open_clip: a folder, a hub id, or ARCHITECTURE=FILE; `toy` is the toy's own encoder, and the "
+            "default where the model is the toy.",
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None, typer.Option("--judge-url", help="OpenAI-compatible endpoint of the judge, up to /v1.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="The judge's name at the endpoint, as in gpt-4o.")
+    ] = None,
+    judge_key: Annotated[
+        str,
+        typer.Option("--judge-key-env", help="Environment variable of the judge's key; `none` where it wants none."),
+    ] = "OPENAI_API_KEY",
+    showo: Annotated[
+        str | None, typer.Option("--showo", help="Show-o folder or hub id. Default: the embedded toy, or the run's.")
+    ] = None,
+    vq: VqOption = None,
+    tokenizer: TokenizerOption = None,
+    pages: Annotated[
+        bool, typer.Option("--pages/--no-pages", help="Write a page a prompt, models side by side.")
+    ] = True,
+    config: ConfigOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Fill the paper's table: every column, any models, with intervals, as JSON, CSV, Markdown, LaTeX and pages.
+
+    Settings: samples, seeds, tasks, limit, timesteps, guidance_scale, max_new_tokens.
+
+    Examples:
+
+        pyunictokens evaluate table runs/bo --model ours --model showo-tp --model real --out tables/bo
+
+        pyunictokens evaluate table toydata --name bo -m ours:runs/{name} --judge-model gpt-4o "seeds=[0, 1]"
+
+        pyunictokens evaluate table dreambench:dreambooth -m diffusers:sd,lora=bo_lora --clip local_clip samples=4
+    """
+    from ..candidates import TOY_CLIP, Place, TableConfig, make_scorer
+    from ..evaluate.gallery import write_gallery
+    from ..evaluate.runner import fill
+    from ..evaluate.suites import open_suite
+    from ..evaluate.table_files import Table, told
+    from ..runs import CONFIG, Run
+    from ..train.settings import from_mapping, load_yaml, to_mapping, with_overrides
+    from ..workbench import Sources
+
+    run = Run.find(suite) if (Path(suite) / CONFIG).is_file() else Run(None)
+    names = list(name or [])
+    if run.path is not None:
+        root, concept = run.concept_folder(None)
+        suite, names = str(root), names or [concept]
+    opened = open_suite(suite, names)
+    sources = run.sources(Sources(showo, vq, tokenizer))
+    settings = TableConfig.of(run, sources.is_toy)
+    if config is not None:
+        settings = from_mapping(TableConfig, load_yaml(config), base=settings, origin=str(config))
+    settings = with_overrides(settings, overrides or [])
+    models = list(model or []) or (["ours", "real"] if run.path is not None else [])
+    if not models:
+        raise UserError("which models? Give --model, once for each row of the table")
+    place = Place(run, sources, settings, device, dtype)
+    if clip is None and sources.is_toy:
+        clip = TOY_CLIP
+    key = None if judge_key == "none" else judge_key
+    scorer = make_scorer(clip, judge_url, judge_model, key, out / "judge", device)
+    subjects = [opened.subject(one) for one in opened.names]
+    with Bars() as bars:
+        filled = fill(place.candidates(models), subjects, scorer, out, settings, bars)
+    words = {**to_mapping(settings), "suite": suite, "models": models, "clip": clip, "judge": judge_model}
+    made = Table(opened.layout, filled.cells, filled.failures, filled.notes, words)
+    if not made.cells:
+        reasons = "; ".join(told(filled.failures, 3)) or "nothing was asked"
+        raise UserError(f"the table is empty: {reasons}")
+    made.save(out)
+    index = write_gallery(made, out / "pages", {subject.name: subject for subject in subjects}) if pages else None
+    show(made)
+    for line in told(made.failures):
+        console().print(f"not judged: {line}", markup=False)
+    for note in dict.fromkeys(made.notes):
+        console().print(f"note: {note}", markup=False)
+    where = f"{out / 'table.md'}" + (f", {index}" if index else "")
+    console().print(f"{filled.made} of {len(made.cells)} cells were new; {where}", markup=False)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A table's folder or results.json.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, or the same with other models.")],
+    model_a: Annotated[str | None, typer.Option("--model-a", help="Which row of A. Default: its first.")] = None,
+    model_b: Annotated[
+        str | None, typer.Option("--model-b", help="Which row of B. Default: the row of A's name.")
+    ] = None,
+) -> None:
+    """Compare two tables, or two rows of one: differences on the items both have, with 95 % intervals.
+
+    Also takes two JSON files of `pyunictokens evaluate RUN`.
+
+    Examples:
+
+        pyunictokens evaluate compare tables/before tables/after
+
+        pyunictokens evaluate compare tables/bo tables/bo --model-a "Show-o + TP" --model-b ours
+
+        pyunictokens evaluate compare runs/bo/before.json runs/bo/after.json
+    """
+    from ..evaluate import tables
+    from ..evaluate.result import EvalResult
+    from ..evaluate.table_files import Table
+    from ..io import read_json
+
+    content = read_json(first) if first.is_file() else None
+    if isinstance(content, dict) and "records" in content:
+        before, after = EvalResult.load(first), EvalResult.load(second)
+        changes = before.compare(after)
+        if not changes:
+            raise UserError(f"{first} and {second} share no measured item")
+        _differences(
+            changes, {k: m.mean for k, m in before.metrics.items()}, {k: m.mean for k, m in after.metrics.items()}
+        )
+        return
+    a, b = Table.load(first), Table.load(second)
+    one = model_a or a.models[0]
+    other = model_b or (one if one in b.models else b.models[0])
+    cells_a, cells_b = a.of(one), b.of(other)
+    changes = tables.compare(cells_a, cells_b)
+    console().print(f"{one} → {other}, on the items both have", markup=False)
+    means = [
+        {key: metric.mean for key in changes if (metric := tables.metric_of(cells, key)) is not None}
+        for cells in (cells_a, cells_b)
+    ]
+    _differences(changes, *means)
+
+
+def show(table: Table) -> None:
+    """The paper's columns as rows, one column a model: a terminal is higher than wide."""
+    from rich.table import Table as Grid
+
+    from ..evaluate.tables import metric_of
+
+    grid = Grid(box=None, padding=(0, 2, 0, 0))
+    grid.add_column("")
+    for model in table.models:
+        grid.add_column(model, justify="right")
+    for column in table.columns:
+        metrics = [metric_of(table.of(model), column.key) for model in table.models]
+        shown = ["–" if metric is None else f"{metric.mean:.3f}" for metric in metrics]
+        grid.add_row(f"{column.group} {column.label}", *shown)
+    console().print(grid)
+
+
+def _differences(changes: dict[str, Metric], first: dict[str, float], second: dict[str, float]) -> None:
+    from rich.table import Table as Grid
+
+    grid = Grid(box=None, padding=(0, 2, 0, 0))
+    for title in ("", "A", "B", "B − A [95 %]", "items"):
+        grid.add_column(title, justify="left" if not title else "right")
+    for key, change in changes.items():
+        span = f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+        grid.add_row(key, f"{first[key]:.3f}", f"{second[key]:.3f}", span, str(change.n))
+    console().print(grid)

@@ -1,0 +1,51 @@
+"""Folders of benchmarks as subjects: UnifyBench and UnifyBench++, Yo'LLaVA, MC-LLaVA, DreamBench. One file a layout.
+
+`open_suite` is the door: it takes ``LAYOUT:FOLDER`` (or a folder alone, which is UnifyBench++) and gives the subjects
+with the tables they belong to. Knows the layouts' names; each file knows its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import UserError
+from ..subject import Subject
+
+LAYOUTS = {"unify": "unify", "yollava": "yollava", "mcllava": "mcllava", "dreambench": "dreambench"}
+"""Layouts by name, and the module that reads each: ``names(root)`` and ``read(root, name)``."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Concepts of one folder, and the layout they come in (which decides the table's columns)."""
+
+    layout: str
+    root: Path
+    names: tuple[str, ...]
+
+    def subject(self, name: str) -> Subject:
+        """What is asked about concept `name`. Raises UserError where its folder cannot be used."""
+        return importlib.import_module(f".{LAYOUTS[self.layout]}", __name__).read(self.root, name)
+
+
+def open_suite(given: str, names: Sequence[str] = ()) -> Suite:
+    """The suite ``LAYOUT:FOLDER`` with the concepts `names` (all when none are named).
+
+    Raises UserError for an unknown layout, a folder of another shape, or a concept that is not there.
+    """
+    layout, colon, folder = given.partition(":")
+    if not colon or layout not in LAYOUTS:
+        if colon and not Path(given).exists() and layout.isalpha() and len(layout) > 1:
+            raise UserError(f"{given!r}: unknown layout {layout!r}: must be one of {', '.join(LAYOUTS)}")
+        layout, folder = "unify", given
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    there = importlib.import_module(f".{LAYOUTS[layout]}", __name__).names(root)
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise UserError(f"{root}: no concept {missing[0]!r}; there are {', '.join(there[:10])}")
+    return Suite(layout, root, tuple(names) or tuple(there))

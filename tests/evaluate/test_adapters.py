@@ -1,0 +1,309 @@
+"""Adapters of an engine, an endpoint and photos: a tiny random Show-o, a real local server, pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyunictokens.data.images import black_image, from_pil, load_pixels, square
+from pyunictokens.errors import UserError
+from pyunictokens.evaluate.adapters import Spec, candidate, parse
+from pyunictokens.evaluate.adapters.ours import Ours, Sampling
+from pyunictokens.evaluate.adapters.prompts import described, told
+from pyunictokens.evaluate.adapters.real import RealImages
+from pyunictokens.evaluate.adapters.showo import ShowoImage, ShowoText
+from pyunictokens.evaluate.model import Unsupported
+from pyunictokens.evaluate.subject import Subject
+from tests.judge_server import JudgeServer, images_of, question_of
+from tests.tiny import tiny_toy
+
+SAMPLING = Sampling(steps=2, guidance_scale=1.0, max_new_tokens=4)
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("photos")
+    paths = [folder / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        picture(number).save(path)
+    return Subject("bo", "dog", "animal", "<bo> is a pink dog", ["its toy is a ball"], paths)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    from pyunictokens.rollout.engine import RolloutEngine
+
+    toy = tiny_toy()
+    return RolloutEngine(toy.model, toy.vq, toy.tokenizer, max_text=48)
+
+
+class Tokens:
+    def expand(self, text: str) -> str:
+        return text.replace("<bo>", "dog dog")
+
+
+class Heard:
+    """An engine that hands everything on and remembers it."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.model, self.vq = engine, engine.model, engine.vq
+        self.texts: list[Any] = []
+        self.images: list[Any] = []
+
+    def generate_text(self, images: Any, questions: Any, **more: Any) -> Any:
+        self.texts.append((images, questions, more))
+        return self.engine.generate_text(images, questions, **more)
+
+    def generate_images(self, prompts: Any, **more: Any) -> Any:
+        self.images.append((prompts, more))
+        return self.engine.generate_images(prompts, **more)
+
+
+# --- engines -------------------------------------------------------------------------------------------------------
+
+
+def test_ours_is_the_engine_with_the_concepts_tokens(engine: Any, subject: Subject) -> None:
+    model = Ours(engine, Tokens(), subject, SAMPLING)
+    wanted = engine.generate_images(["a dog dog in the snow"], samples=3, steps=2, guidance_scale=1.0, seed=5).pixels
+    assert torch.equal(model.generate("a <bo> in the snow", 3, 5), wanted.clamp(-1, 1))
+    pixels = from_pil(square(picture(1), 32))[None]
+    answer = engine.generate_text(pixels, ["what is dog dog?"], max_new_tokens=4, temperature=0.0).texts[0]
+    assert model.answer([picture(1)], "what is <bo>?") == answer
+    black = engine.generate_text(black_image(32)[None], ["what?"], max_new_tokens=4, temperature=0.0).texts[0]
+    assert model.answer([], "what?") == black
+    with pytest.raises(UserError, match="2 pictures: this model looks at one"):
+        model.answer([picture(1), picture(2)], "what?")
+
+
+def test_the_bare_model_reads_the_class_word(engine: Any, subject: Subject) -> None:
+    heard = Heard(engine)
+    Ours(heard, None, subject, SAMPLING).generate("a <bo>", 1, 0)  # type: ignore[arg-type]
+    assert heard.images[0][0] == ["a dog"]
+
+
+def test_a_text_prompt_describes_the_concept(engine: Any, subject: Subject) -> None:
+    heard = Heard(engine)
+    model = ShowoText(heard, subject, SAMPLING)  # type: ignore[arg-type]
+    model.answer([], "what is <bo>?")
+    model.generate("a photo of <bo> in the snow", 1, 0)
+    assert heard.texts[0][1] == ["dog is a pink dog. its toy is a ball. what is dog?"]
+    assert heard.images[0][0] == ["a photo of a pink dog in the snow"]
+
+
+def test_an_image_prompt_shares_the_grid_with_the_photo(engine: Any, subject: Subject) -> None:
+    heard = Heard(engine)
+    model = ShowoImage(heard, subject, SAMPLING)  # type: ignore[arg-type]
+    drawn = model.generate("a photo of <bo> in the snow", 2, 4)
+    prompts, more = heard.images[0]
+    assert prompts == ["a photo of the same dog in the snow"]
+    known = more["known_codes"].view(4, 4)
+    assert (known[:, 2:] == -1).all() and (known[:, :2] >= 0).all()
+    whole = engine.generate_images(
+        prompts, samples=2, seed=4, steps=2, guidance_scale=1.0, known_codes=more["known_codes"]
+    )
+    assert torch.equal(whole.codes.view(2, 4, 4)[:, :, :2], known[:, :2].expand(2, 4, 2))
+    assert drawn.shape == (2, 3, 32, 32)  # the right half, stretched back
+    right = torch.nn.functional.interpolate(whole.pixels.clamp(-1, 1)[..., 16:], (32, 32), mode="bicubic")
+    assert torch.allclose(drawn, right.clamp(-1, 1), atol=1e-6)
+    other = Subject("mam", "dog", photos=subject.photos[1:])
+    assert not torch.equal(ShowoImage(engine, other, SAMPLING).generate("a photo of <mam> in the snow", 2, 4), drawn)
+    model.answer([picture(7)], "what colour is <bo>?")
+    pixels, questions, _ = heard.texts[0]
+    assert questions == ["The left half shows this dog. About the right half: what colour is this dog?"]
+    assert pixels.shape == (1, 3, 32, 32) and not torch.equal(pixels[..., :16], pixels[..., 16:])
+    with pytest.raises(UserError, match="no photos, so there is no image prompt"):
+        ShowoImage(engine, Subject("bo", "dog"), SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("info", "prompt", "wanted"),
+    [
+        ("<bo> is a pink dog.", "A photo of <bo>.", "A photo of a pink dog."),
+        ("<bo> is the brown dog of a friend", "<token_0><bo> runs", "the brown dog of a friend runs"),
+        ("A pink dog.", "A photo of <bo>.", "A photo of dog. A pink dog."),
+        ("<bo> likes snow.", "A photo of <bo>", "A photo of dog. dog likes snow."),
+        ("", "A photo of <bo>.", "A photo of dog."),
+    ],
+)
+def test_descriptions_in_prompts(info: str, prompt: str, wanted: str) -> None:
+    assert described(Subject("bo", "dog", info=info), prompt) == wanted
+
+
+def test_facts_are_not_told_twice() -> None:
+    subject = Subject("bo", "dog", info="<bo> is a dog", facts=["it sleeps.", "it eats"])
+    assert told(subject, "what?") == "<bo> is a dog. it sleeps. it eats. what?"
+    question = "Information: it sleeps. it eats. Which fits?"
+    assert told(subject, question) == f"<bo> is a dog. {question}"
+
+
+# --- real images ---------------------------------------------------------------------------------------------------
+
+
+def test_real_images_are_the_test_photos_in_turn(subject: Subject) -> None:
+    model = RealImages(subject, size=16)
+    drawn = model.generate("whatever", 3, 1)
+    assert torch.equal(drawn, torch.stack([load_pixels(subject.photos[i], 16) for i in (1, 2, 0)]))
+    held = Subject("bo", "dog", photos=subject.photos[:1], test_photos=subject.photos[2:])
+    assert torch.equal(RealImages(held, 16).generate("x", 2, 0)[0], load_pixels(subject.photos[2], 16))
+    with pytest.raises(Unsupported):
+        model.answer([], "what?")
+    with pytest.raises(UserError, match="no photos"):
+        RealImages(Subject("bo", "dog"))
+
+
+# --- endpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    with JudgeServer("A pink dog.") as made:
+        yield made
+
+
+def test_an_endpoint_is_told_in_words(server: JudgeServer, subject: Subject) -> None:
+    row = candidate(parse(f"endpoint:{server.url},model=gpt-x"))
+    assert row.name == "gpt-x + TP"
+    model = row.load(subject)
+    assert model.answer([picture(3)], "what is <bo>?") == "A pink dog."
+    request = server.requests[0]
+    assert question_of(request).startswith("<bo> is a pink dog. its toy is a ball. what is <bo>?")
+    (url,) = images_of(request)
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert np.array_equal(np.asarray(sent), np.asarray(picture(3)))
+    with pytest.raises(Unsupported, match="no drawing model"):
+        model.generate("a <bo>", 1, 0)
+
+
+def test_an_endpoint_is_shown_photos(server: JudgeServer, subject: Subject) -> None:
+    model = candidate(parse(f"endpoint:{server.url},model=gpt-x,photos=2+ip")).load(subject)
+    model.answer([picture(3)], "what is <bo>?")
+    assert len(images_of(server.requests[0])) == 3
+    wanted = "The first 2 pictures show <bo>. The question is about the last. what is <bo>?"
+    assert question_of(server.requests[0]).startswith(wanted)
+
+
+def test_an_endpoint_that_fails_fails_one_question(server: JudgeServer, subject: Subject) -> None:
+    model = candidate(parse(f"endpoint:{server.url},model=gpt-x")).load(subject)
+    server.script("401")
+    with pytest.raises(UserError, match="401") as error:
+        model.answer([], "what?")
+    assert "sk-test" not in str(error.value)
+    assert model.answer([], "what?") == "A pink dog."
+
+
+class Painter:
+    """A server of images/generations."""
+
+    def __init__(self, pictures: list[str], status: int = 200) -> None:
+        self.asked: list[dict[str, Any]] = []
+        painter = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                painter.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                body = {"created": 0, "data": [{"b64_json": data} for data in pictures]}
+                data = json.dumps(body if status == 200 else {"error": {"message": "sk-test is wrong"}}).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def model(self, subject: Subject) -> Any:
+        url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        return candidate(parse(f"endpoint:{url},model=m,draw=painter")).load(subject)
+
+
+def encoded(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_an_endpoint_draws(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    painter = Painter([encoded(picture(1)), encoded(picture(2, (64, 64)))])
+    drawn = painter.model(subject).generate("a photo of <bo> on the beach", 2, 0)
+    assert drawn.shape == (2, 3, 32, 32) and torch.equal(drawn[0], from_pil(square(picture(1), 32)))
+    asked = painter.asked[0]
+    assert (asked["prompt"], asked["n"], asked["model"]) == ("a photo of a pink dog on the beach", 2, "painter")
+    for pictures, status, message in (
+        (["AAAA", "AAAA"], 200, "cannot be read"),
+        ([encoded(picture(1))], 200, "drew 1 pictures, 2 were asked for"),
+        ([], 403, "no drawing .HTTP 403"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            Painter(pictures, status).model(subject).generate("a <bo>", 2, 0)
+        assert "sk-test" not in str(error.value)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+        painter.model(subject).generate("a <bo>", 2, 0)
+
+
+# --- words of the command line -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "name"),
+    [
+        ("ours", Spec("ours"), "ours"),
+        ("ours:runs/{name}", Spec("ours", "runs/{name}"), "ours (runs/{name})"),
+        ("showo-ip", Spec("showo-ip"), "Show-o + IP"),
+        ("real", Spec("real"), "Real images"),
+        ("transformers:Qwen/Q-3B", Spec("transformers", "Qwen/Q-3B"), "Q-3B + TP"),
+        ("transformers:Qwen/Q-3B+ip", Spec("transformers", "Qwen/Q-3B", image=True), "Q-3B + IP"),
+        ("diffusers:a/sd,lora=b/bo", Spec("diffusers", "a/sd", {"lora": "b/bo"}), "sd (lora bo)"),
+        ("endpoint:http://h:1/v1,model=g", Spec("endpoint", "http://h:1/v1", {"model": "g"}), "g + TP"),
+    ],
+)
+def test_specs(text: str, spec: Spec, name: str) -> None:
+    assert parse(text) == spec and parse(text).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpt4", "must begin with one of ours"),
+        ("real:x", "takes nothing after it"),
+        ("transformers:", "needs a folder or hub id"),
+        ("diffusers:x,lora", "'lora' must be KEY=VALUE"),
+        ("endpoint:http://h/v1", "needs model=NAME"),
+        ("endpoint:http://h/v1,model=m,price=1", "knows draw, key, model, photos"),
+        ("endpoint:http://h/v1,model=m,photos=0+ip", "photos=0"),
+    ],
+)
+def test_bad_specs(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        candidate(parse(text))
+
+
+def test_identities_tell_models_apart(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"1")
+    texts = [f"transformers:{tmp_path}", f"transformers:{tmp_path}+ip", f"diffusers:{tmp_path}", "real"]
+    texts.append(f"diffusers:{tmp_path},steps=3")
+    assert len({candidate(parse(text)).identity for text in texts}) == 5
+    before = candidate(parse(texts[0])).identity
+    (tmp_path / "w.safetensors").write_bytes(b"12")
+    assert candidate(parse(texts[0])).identity != before

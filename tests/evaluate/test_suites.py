@@ -1,0 +1,250 @@
+"""Readers of benchmark folders: what each layout asks, on tiny folders of the published shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pyunictokens.data import load_concept, write_toy_concept
+from pyunictokens.errors import UserError
+from pyunictokens.evaluate.subject import TASKS, Item, Subject
+from pyunictokens.evaluate.suites import open_suite
+from pyunictokens.evaluate.suites.dreambooth import is_live, templates
+from pyunictokens.evaluate.suites.pictures import inline_options
+from pyunictokens.models.prompting import text_only_question
+
+
+def pictures(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        pixels = np.full((20, 24, 3), 10 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
+def put(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+# --- UnifyBench++ --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_concept(tmp_path_factory.mktemp("toy"), seed=3, kind="animal", name="bo")
+
+
+def test_unifybench_asks_every_task_of_the_held_out_half(toy: Path) -> None:
+    concept = load_concept(toy, "bo")
+    suite = open_suite(str(toy))
+    assert (suite.layout, suite.names) == ("unify", ("bo",))
+    subject = suite.subject("bo")
+    assert {item.task for item in subject.items} == set(TASKS)
+    facts = tuple(concept.extra_info)
+    held_out = dict(concept.fact_pairs_test)
+    rea = {item.text: item.truth for item in subject.of("rea")}
+    assert rea == {text_only_question(facts, p): facts[r] for p, r in held_out.items()}
+    drawn = subject.of("rea_gen")
+    assert [item.text for item in drawn] == list(held_out) and all(item.facts == facts for item in drawn)
+    for item in drawn + subject.of("dense_rea_gen"):
+        assert item.truth != item.text and any(fact in item.meant for fact in facts)
+    trained = {prompt for prompt, _ in concept.fact_pairs_train}
+    assert not trained & {item.text for item in subject.items}
+    assert not any(prompt in item.text for prompt in trained for item in subject.of("rea"))
+    dense = subject.of("dense_rea")
+    assert len(dense) == len(subject.of("dense_rea_gen")) and all(item.truth in facts for item in dense)
+    assert {item.group for item in subject.of("rec")} == {"positive", "negative"}
+    assert all(not item.facts and item.meant == item.text for item in subject.of("pure"))
+    assert len(subject.of("vqa")) == len({(qa.image, qa.query) for qa in concept.vqa})
+
+
+def test_plain_unifybench_leaves_notes_for_the_new_fields(toy: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(toy, tmp_path / "old")
+    file = tmp_path / "old" / "concept" / "test" / "bo" / "t2i_conditions.json"
+    lists = json.loads(file.read_text())
+    put(file, {key: value for key, value in lists.items() if key == "pure_generation"})
+    subject = open_suite(str(tmp_path / "old")).subject("bo")
+    assert {item.task for item in subject.items} == {"rec", "vqa", "qa", "pure"}
+    missing = {note.partition(":")[0] for note in subject.notes}
+    assert missing == {"rea", "dense_rea", "dense", "rea_gen", "dense_rea_gen"}
+
+
+# --- Yo'LLaVA ------------------------------------------------------------------------------------------------------
+
+
+def entry(question: str, right: str = "B") -> dict[str, Any]:
+    return {"question": question, "options": {"A": "Cat", "B": "Grey dog"}, "correct_answer": right}
+
+
+@pytest.fixture
+def yollava(tmp_path: Path) -> Path:
+    root = tmp_path / "yollava-data"
+    for name in ("bo", "mam"):
+        pictures(root / "train" / name, "0.png", "1.png")
+        pictures(root / "test" / name, "10.png", "9.png")
+    pictures(root / "train" / "bo" / "negative_example", "n.png")
+    put(root / "classes.json", {"bo": "dog"})
+    visual = {"bo": {"./yollava-data/test/bo/9.png": entry("What is <sks>?")}, "mam": {}}
+    put(root / "yollava-visual-qa.json", visual)
+    return root
+
+
+def test_yollava(yollava: Path) -> None:
+    put(yollava / "yollava-text-qa.json", {"bo": [entry("Is <sks> a cat?", "A")]})
+    suite = open_suite(f"yollava:{yollava}")
+    assert suite.names == ("bo", "mam")
+    subject = suite.subject("bo")
+    assert subject.class_word == "dog" and [path.name for path in subject.photos] == ["0.png", "1.png"]
+    rec = [
+        (item.image.name, item.image.parent.name, item.truth, item.group) for item in subject.of("rec") if item.image
+    ]
+    assert rec == [
+        ("9.png", "bo", "yes", "positive"),
+        ("10.png", "bo", "yes", "positive"),
+        ("9.png", "mam", "no", "negative"),
+        ("10.png", "mam", "no", "negative"),
+    ]
+    (vqa,) = subject.of("vqa")
+    assert vqa.text == "What is <bo>? A. Cat B. Grey dog Answer with the letter of the right option."
+    assert (vqa.truth, vqa.options, vqa.image) == ("Grey dog", ("Cat", "Grey dog"), yollava / "test" / "bo" / "9.png")
+    (qa,) = subject.of("qa")
+    assert qa.image is None and qa.truth == "Cat"
+    assert [item.text for item in subject.of("pure")] == ["A photo of <bo>."]
+
+
+def test_yollava_in_the_flat_shape_and_with_pictures_missing(yollava: Path) -> None:
+    flat = {"./yollava-data/test/bo/9.png": entry("What?"), "./yollava-data/test/mam/9.png": entry("Who?")}
+    put(yollava / "yollava-visual-qa.json", {**flat, "x/bo/77.png": entry("Gone?")})
+    subject = open_suite(f"yollava:{yollava}").subject("bo")
+    assert [item.text.split(" A.")[0] for item in subject.of("vqa")] == ["What?"]
+    notes = " ".join(subject.notes)
+    assert "77.png: no such picture" in notes and "qa: yollava-text-qa.json has no questions" in notes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"question": "x", "options": {"A": "y"}, "correct_answer": "C"}, "correct_answer is 'C': must be one of A"),
+        ({"question": "x", "correct_answer": "A"}, "options must be an object"),
+        ({"question": "", "options": {"A": "y"}, "correct_answer": "A"}, "must be a text, is ''"),
+    ],
+)
+def test_yollava_names_a_bad_entry(yollava: Path, wrong: dict[str, Any], message: str) -> None:
+    put(yollava / "yollava-visual-qa.json", {"bo": {"test/bo/9.png": wrong}})
+    with pytest.raises(UserError, match=message):
+        open_suite(f"yollava:{yollava}").subject("bo")
+
+
+# --- MC-LLaVA ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mcllava(tmp_path: Path) -> Path:
+    root = tmp_path / "mc"
+    for half, names in (("two_concept", ("Anna", "Ben")), ("three_concept", ("Cleo",))):
+        for name in names:
+            pictures(root / half / "concept" / "train" / name, "0.png", "0_mask.png", "1.png")
+            pictures(root / half / "concept" / "test" / name, "0.png", "1.png")
+    test = root / "two_concept" / "concept" / "test" / "Anna"
+    put(test / "vqa.json", {"/data/x/Anna/0.png": {"Human": "What does <sks> wear?", "AI": "A red coat."}})
+    put(test / "qa.json", [{"question": "What hair has <Anna>? A. red B. dark brown C. grey", "answer": "B"}])
+    put(test / "choice.json", {})
+    return root
+
+
+def test_mcllava(mcllava: Path) -> None:
+    suite = open_suite(f"mcllava:{mcllava}", ["Anna"])
+    subject = suite.subject("Anna")
+    assert subject.kind == "human" and [path.name for path in subject.photos] == ["0.png", "1.png"]
+    negatives = [item.image for item in subject.of("rec") if item.group == "negative"]
+    assert sorted({path.parent.name for path in negatives if path}) == ["Ben", "Cleo"]
+    (vqa,) = subject.of("vqa")
+    assert (vqa.text, vqa.truth, vqa.options) == ("What does <Anna> wear?", "A red coat.", ())
+    (qa,) = subject.of("qa")
+    assert qa.options == ("red", "dark brown", "grey") and qa.truth == "dark brown" and qa.image is None
+    assert any("vqa: vqa.json asks nothing" in note for note in suite.subject("Ben").notes)
+
+
+def test_mcllava_names_a_letter_without_an_option(mcllava: Path) -> None:
+    file = mcllava / "two_concept" / "concept" / "test" / "Anna" / "qa.json"
+    put(file, [{"question": "What? A. red B. brown", "answer": "D"}])
+    with pytest.raises(UserError, match=r"qa.json\[0\]: answer 'D': must be one of A, B"):
+        open_suite(f"mcllava:{mcllava}").subject("Anna")
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("Who? A. red B. dark brown C. grey", ["red", "dark brown", "grey"]),
+        ("Who?\nA) red\nB) blue", ["red", "blue"]),
+        ("Who? (A) red (B) blue", ["red", "blue"]),
+        ("Is vitamin B. good?", []),
+        ("Plan A. is it?", []),
+    ],
+)
+def test_options_inside_a_question(question: str, options: list[str]) -> None:
+    assert inline_options(question) == options
+
+
+# --- DreamBench ----------------------------------------------------------------------------------------------------
+
+
+def test_dreambench(tmp_path: Path) -> None:
+    for name in ("dog6", "berry_bowl", "grey_plushie"):
+        pictures(tmp_path / "dataset" / name, "00.jpg", "01.jpg")
+    lines = "Classes\n\nsubject_name,class\nberry_bowl,bowl\ngrey_plushie,stuffed animal\n\nPrompts\n\nnot,this\n"
+    (tmp_path / "dataset" / "prompts_and_classes.txt").write_text(lines)
+    suite = open_suite(f"dreambench:{tmp_path}")
+    dog, bowl, toy = (suite.subject(name) for name in ("dog6", "berry_bowl", "grey_plushie"))
+    assert (dog.class_word, bowl.class_word, toy.class_word) == ("dog", "bowl", "stuffed animal")
+    assert (dog.kind, bowl.kind, toy.kind) == ("animal", "object", "object")
+    for subject in (dog, bowl, toy):
+        assert len(subject.of("pure")) == 25 and all(subject.sks in item.text for item in subject.items)
+        assert len(subject.photos) == 2
+    assert {item.text for item in dog.items} != {item.text.replace("berry_bowl", "dog6") for item in bowl.items}
+    put(tmp_path / "dataset" / "prompts.json", {"object": ["a {} in space"], "live": ["{} asleep"]})
+    assert [item.text for item in suite.subject("dog6").items] == ["<dog6> asleep"]
+    put(tmp_path / "dataset" / "prompts.json", {"object": []})
+    with pytest.raises(UserError, match="needs the lists object and live"):
+        suite.subject("dog6")
+
+
+def test_templates_by_class() -> None:
+    for word in ("dog", "shiba dog", "backpack"):
+        assert len(set(templates(word))) == 25 and all(text.count("{}") == 1 for text in templates(word))
+    assert is_live("Dog") and is_live("shiba dog") and not is_live("dog bowl") and not is_live("stuffed animal")
+    assert set(templates("dog")) & set(templates("mug"))
+
+
+# --- the door ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_suite(tmp_path: Path, toy: Path) -> None:
+    for given, names, message in (
+        (f"yolava:{tmp_path}", (), "unknown layout 'yolava': must be one of unify"),
+        (str(tmp_path / "none"), (), "no such folder"),
+        (str(toy), ("mimi",), "no concept 'mimi'; there are bo"),
+        (f"yollava:{tmp_path}", (), "holds no train/ and test/"),
+        (f"mcllava:{tmp_path}", (), "holds neither"),
+        (f"dreambench:{tmp_path}", (), "no folder of photos"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_suite(given, names)
+
+
+def test_items_are_told_apart_by_what_they_ask() -> None:
+    first = Item("vqa", "q", "a", Path("here/bo/0.png"))
+    assert first.digest == Item("vqa", "q", "a", Path("there/bo/0.png")).digest
+    others = [Item("qa", "q", "a"), Item("vqa", "q", "b", Path("0.png")), Item("vqa", "q", "a", Path("here/mam/0.png"))]
+    assert len({item.digest for item in [first, *others]}) == 4
+    subject = Subject("bo", "dog", items=[first, first, others[0]])
+    assert len(subject.of("vqa")) == 1
+    with pytest.raises(UserError, match="task='draw'"):
+        Item("draw", "x")
