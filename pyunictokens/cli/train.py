@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +97,7 @@ def train(
     from ..data.folder import load_concept
     from ..pipeline import check_request, run_concept
     from ..runs import CONFIG, Run, RunConfig
+    from ..stopping import Stopped, stop_on_signals
     from ..train.settings import load_yaml, with_overrides
     from ..workbench import Sources, load_experts, open_workbench, pick_device
 
@@ -127,23 +126,26 @@ def train(
     with_stages = stages is not Stages.none
     check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
     bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
-    with Bars() as bars:
-        outcome = run_concept(
-            bench,
-            concept,
-            settings,
-            out,
-            experts,
-            start=begin,
-            stages=with_stages,
-            grpo=grpo,
-            evaluate=evaluate,
-            resume=resume,
-            rewards=rewards,
-            progress=bars,
-        )
+    try:
+        with Bars() as bars, stop_on_signals(bars.say) as stop:
+            outcome = run_concept(
+                bench,
+                concept,
+                settings,
+                out,
+                experts,
+                start=begin,
+                stages=with_stages,
+                grpo=grpo,
+                evaluate=evaluate,
+                resume=resume,
+                rewards=rewards,
+                progress=bars,
+                stop=stop,
+            )
+    except Stopped as stopped:  # asked for, and saved: a good end
+        console().print(f"{stopped}; go on with: pyunictokens train --out {out} --resume", markup=False)
+        return
     if outcome.results:
         show_results(outcome.results)
     console().print(f"{out}" + (f"; the report: {outcome.report}" if outcome.report else ""), markup=False)
@@ -160,8 +162,3 @@ def _separate(root: Path | None, name: str | None, words: list[str]) -> tuple[Pa
 
 def _path(value: Any) -> Path | None:
     return None if value is None else Path(str(value))
-
-
-def _stop(*_: object) -> None:
-    """A polite kill (a cluster's time limit) ends like Ctrl-C: the last checkpoint stays, --resume goes on."""
-    raise KeyboardInterrupt

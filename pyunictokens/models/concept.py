@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..io import read_json, safe_name, save_safetensors_atomic, write_json
+from ..io import read_json, safe_name, save_safetensors_atomic, verify_safetensors, write_json
 
 _PARTS = ("embed", "head_weight", "head_bias")
 _PUBLISHED = {"embed": "embed", "head_weight": "lm_head_weight", "head_bias": "lm_head_bias"}
@@ -120,7 +120,8 @@ class ConceptTokens(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ConceptTokens:
-        """Read what :meth:`save` wrote. Raises UserError when a file is missing, cut short or of another shape."""
+        """Read what :meth:`save` wrote. Raises UserError when a file is missing, cut short, damaged or of another
+        shape."""
         from .checkpoint import _load_file
 
         folder = Path(folder)
@@ -129,7 +130,9 @@ class ConceptTokens(nn.Module):
             concept = cls(**about)
         except TypeError as error:
             raise UserError(f"{folder / 'concept.json'}: {error}") from None
-        concept._put(_load_file(folder / "concept.safetensors"), folder)
+        tensors = _load_file(folder / "concept.safetensors")
+        verify_safetensors(folder / "concept.safetensors", tensors)
+        concept._put(tensors, folder)
         return concept
 
     @classmethod

@@ -21,6 +21,7 @@ from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import ImageRollout, TextRollout
 from .config import GrpoConfig
+from .deadline import NoAnswer, ask
 from .pictures import Pictures
 from .prompts import as_prompt, as_question
 from .tasks import Task
@@ -66,6 +67,7 @@ class Collector:
     ):
         self.engine, self.concept, self.data, self.pictures = engine, concept, concept_data, pictures
         self.rewards, self.preview_scorer, self.threshold, self.config = rewards, preview_scorer, threshold, config
+        self._hung: NoAnswer | None = None
         self.references = torch.stack([pictures.pixels(path) for path in concept_data.train_images])
 
     def collect(self, task: Task, step: int) -> Experience:
@@ -96,8 +98,12 @@ class Collector:
             sample_ids=sample_ids,
             dsog=self._dsog(plain),
         )
+        if self._hung is not None:
+            raise self._hung
         assert images.pixels is not None
-        score = self.rewards.score(
+        score = ask(
+            "scoring by the experts",
+            self.rewards.score,
             RewardBatch(
                 images=images.pixels.float().clamp(-1, 1),
                 prompts=plain,
@@ -106,7 +112,8 @@ class Collector:
                 correct=task.correct,
                 references=self.references.to(images.pixels.device),
                 kind=self.data.kind,
-            )
+            ),
+            seconds=config.expert_timeout,
         )
         total = score.total.float()
         return Experience(task, answers, images, prompts, total, score.parts, score.no_face, total - total.mean())
@@ -114,10 +121,21 @@ class Collector:
     def _dsog(self, plain: list[str]) -> Dsog | None:
         if not self.config.dsog.enabled or self.preview_scorer is None:
             return None
-        judge = self.preview_scorer(plain)
+        judge, limit = self.preview_scorer(plain), self.config.expert_timeout
+
+        def score(pixels: Tensor, index: Tensor) -> Tensor:
+            if self._hung is not None:
+                raise self._hung
+            inside = pixels.float().clamp(-1, 1)  # decoders overshoot, experts refuse that
+            try:
+                return ask("judging previews", judge, inside, index, seconds=limit)
+            except NoAnswer as error:
+                self._hung = error  # the engine takes a failed preview for a bad one; this one ends the step
+                raise
+
         return Dsog(
             self.threshold,
-            lambda pixels, index: judge(pixels.float().clamp(-1, 1), index),  # decoders overshoot, experts refuse that
+            score,
             preview_step=self.config.dsog.preview_step or None,
             max_candidates=self.config.dsog.max_candidates,
         )
