@@ -24,7 +24,7 @@ from .errors import UserError
 log = logging.getLogger(__name__)
 
 _NAME_LIMIT = 64
-_CHECKSUM = "sha256"
+_CHECKSUM = "tensors_sha256"
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:

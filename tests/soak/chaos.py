@@ -126,7 +126,8 @@ def contents(out: Path) -> dict[str, Any]:
     last = max((out / "checkpoints").glob("step_*"))
     tensors = read_tensors(last / "tensors.safetensors")
     found["checkpoint"] = {name: value.tolist() for name, value in tensors.items() if not name.startswith("rng")}
-    found["samples"] = {file.name: file.read_bytes() for file in sorted((out / "samples").iterdir())}
+    samples = sorted((out / "samples").iterdir()) if (out / "samples").is_dir() else []
+    found["samples"] = {file.name: file.read_bytes() for file in samples}
     return found
 
 
