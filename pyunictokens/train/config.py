@@ -205,6 +205,9 @@ class GrpoConfig:
     """Optimiser steps on one set of rollouts; the first has ratio 1, so clipping acts from the second on."""
     visual_ratio: float = 0.5
     """Part of the steps that ask about a picture; the others ask for a fact in text alone."""
+    reasoning: bool = True
+    """Whether the model answers before it draws. Without it images are drawn from the prompts alone, the reward takes
+    the true answer for each, and nothing but drawing is trained (paper, table 2)."""
     judged_prompt: Literal["compound", "truth"] = "compound"
     """What the image is judged against: the prompt it was drawn from (the paper), or the same with the true answer."""
     judged_as: Literal["class", "info"] = "class"

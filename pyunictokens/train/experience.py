@@ -36,7 +36,10 @@ class Experience:
     """A group of G rollouts with everything the update and the log want to know."""
 
     task: Task
-    answers: TextRollout
+    answers: TextRollout | None
+    """None where the model draws without answering."""
+    texts: list[str]
+    """What the experts take for the answers."""
     images: ImageRollout
     prompts: list[str]
     """The compound prompts as text, the concept as `<name>`."""
@@ -74,17 +77,11 @@ class Collector:
         """The group of step `step`: all noise follows from the seed and the step."""
         config = self.config
         sample_ids = [step * config.group_size + place for place in range(config.group_size)]
-        answers = self.engine.generate_text(
-            self.pictures.codes(task.image)[None],
-            [as_question(self.concept, task.question)],
-            samples=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.answer_temperature,
-            top_k=config.top_k,
-            seed=2 * config.seed + 1,
-            sample_ids=sample_ids,
-        )
-        prompts = [prompting.compound_prompt(task.prompt, prompting.first_sentence(text)) for text in answers.texts]
+        answers = self._answer(task, sample_ids) if config.reasoning else None
+        texts = answers.texts if answers is not None else [task.answer] * config.group_size
+        prompts = [task.prompt] * config.group_size
+        if answers is not None:
+            prompts = [prompting.compound_prompt(task.prompt, prompting.first_sentence(text)) for text in texts]
         judged = [prompting.compound_prompt(task.prompt, task.answer)] * len(prompts)
         if config.judged_prompt == "compound":
             judged = prompts
@@ -107,7 +104,7 @@ class Collector:
             RewardBatch(
                 images=images.pixels.float().clamp(-1, 1),
                 prompts=plain,
-                answers=[plain_text(text, self.data.class_word) for text in answers.texts],
+                answers=[plain_text(text, self.data.class_word) for text in texts],
                 facts=[plain_text(fact, self.data.class_word) for fact in task.facts],
                 correct=task.correct,
                 references=self.references.to(images.pixels.device),
@@ -116,7 +113,22 @@ class Collector:
             seconds=config.expert_timeout,
         )
         total = score.total.float()
-        return Experience(task, answers, images, prompts, total, score.parts, score.no_face, total - total.mean())
+        return Experience(
+            task, answers, texts, images, prompts, total, score.parts, score.no_face, total - total.mean()
+        )
+
+    def _answer(self, task: Task, sample_ids: list[int]) -> TextRollout:
+        config = self.config
+        return self.engine.generate_text(
+            self.pictures.codes(task.image)[None],
+            [as_question(self.concept, task.question)],
+            samples=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.answer_temperature,
+            top_k=config.top_k,
+            seed=2 * config.seed + 1,
+            sample_ids=sample_ids,
+        )
 
     def _dsog(self, plain: list[str]) -> Dsog | None:
         if not self.config.dsog.enabled or self.preview_scorer is None:
@@ -143,11 +155,10 @@ class Collector:
 
 def trajectories(
     experience: Experience, engine: RolloutEngine, scope: str
-) -> tuple[ImageTrajectories, AnswerTrajectories]:
-    """What the update needs of a group, and nothing else."""
+) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
+    """What the update needs of a group, and nothing else; no answers where there were none."""
     images, answers = experience.images, experience.answers
     assert images.inputs is not None and images.chosen is not None and images.logp is not None
-    assert answers.image_codes is not None
     ids = prompting.SpecialIds.of(engine.model)
     distinct: dict[tuple[int, ...], int] = {}
     of_prompt = [
@@ -166,13 +177,18 @@ def trajectories(
             guidance_scale=images.guidance_scale,
             mask_RTN=token_mask(images.inputs, scope),
         ),
-        AnswerTrajectories(
-            codes_N=answers.image_codes[0],
-            question=answers.question_ids[0],
-            tokens_RL=answers.tokens,
-            old_logp_RL=answers.logp,
-            temperature=answers.temperature,
-        ),
+        _of_answers(answers) if answers is not None else None,
+    )
+
+
+def _of_answers(answers: TextRollout) -> AnswerTrajectories:
+    assert answers.image_codes is not None
+    return AnswerTrajectories(
+        codes_N=answers.image_codes[0],
+        question=answers.question_ids[0],
+        tokens_RL=answers.tokens,
+        old_logp_RL=answers.logp,
+        temperature=answers.temperature,
     )
 
 
@@ -191,6 +207,6 @@ def summary(experience: Experience) -> dict[str, Any]:
         "pass_rate": dsog.pass_rate if dsog else None,
         "candidates": dsog.previewed if dsog else len(experience.images),
         "question": experience.task.question,
-        "answer": experience.answers.texts[best],
+        "answer": experience.texts[best],
         "prompt": experience.prompts[best],
     }

@@ -231,7 +231,7 @@ class _Run:
             with self.policy.reference():
                 if config.alpha_image > 0:
                     images.ref_logp_RTN = image_logprobs(self.model, images, config.micro_rows, config.micro_timesteps)
-                if config.alpha_answer > 0:
+                if config.alpha_answer > 0 and answers is not None:
                     answers.ref_logp_RL = answer_logprobs(self.model, answers)
         first, norm = UpdateStats(), math.nan
         for inner in range(config.inner_updates):
@@ -271,7 +271,7 @@ class _Run:
             final=images.pixels,
             preview=preview,
             prompts=experience.prompts,
-            answers=experience.answers.texts,
+            answers=experience.texts,
             rewards=experience.rewards.tolist(),
         )
 
