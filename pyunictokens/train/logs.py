@@ -24,9 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Lines of ``metrics.jsonl`` in a run's folder, and the same numbers for TensorBoard where it is installed."""
+    """Lines of ``metrics.jsonl`` in a run's folder, and with `events` the same numbers for TensorBoard where it is
+    installed."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, from_step: int = 0, name: str = "metrics.jsonl"):
+    def __init__(
+        self, folder: str | os.PathLike[str], *, from_step: int = 0, name: str = "metrics.jsonl", events: bool = True
+    ):
         self.folder = Path(folder)
         self.file = self.folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +37,7 @@ class MetricsLog:
             kept = [line for line in _lines(self.file) if _before(line, from_step)]
             write_text_atomic(self.file, "".join(line + "\n" for line in kept))
         self._handle = self.file.open("ab", buffering=0)  # nothing waits in a buffer to fail once more on closing
-        self._events = _events(self.folder / "tensorboard", from_step)
+        self._events = _events(self.folder / "tensorboard", from_step) if events else None
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Add one line; `values` holds at least `step`. Numbers that are not finite become null."""
