@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,6 @@ class Status:
     seconds: float = 0.0
     message: str = ""
     """The last line it said, where it is not done."""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, runs: str | os.PathLike[str], name: str) -> Status:
@@ -81,9 +80,12 @@ class Status:
         if not file.exists():
             return cls(name)
         try:
-            return cls(**read_json(file))
+            found = cls(**read_json(file))
         except (UserError, TypeError):
             return cls(name)
+        words = (found.name, found.state, found.message)
+        numbers = isinstance(found.tries, int) and isinstance(found.seconds, (int, float))
+        return found if found.name == name and numbers and all(isinstance(word, str) for word in words) else cls(name)
 
     def write(self, runs: str | os.PathLike[str]) -> None:
         write_json(Path(runs) / JOBS / f"{self.name}.json", asdict(self))
@@ -130,7 +132,8 @@ def plan(
     if file.exists():
         found = load_yaml(file)
         if found != wanted:
-            there = " ".join(map(str, found.get("arguments", [])))
+            words = found.get("arguments")
+            there = " ".join(map(str, words)) if isinstance(words, list) else f"… ({file} cannot be read)"
             raise UserError(
                 f"{runs}: was begun with `train {there}`, this is `train {' '.join(arguments)}`: ask for the same, or "
                 "choose another folder"

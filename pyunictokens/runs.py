@@ -165,7 +165,7 @@ class Run:
         if given is not None:
             return given
         if "root" in self.config and "name" in self.config:
-            return Path(self.config["root"]), str(self.config["name"])
+            return Path(str(self.config["root"])), str(self.config["name"])
         raise UserError("which concept? Name its folder with --concept ROOT NAME")
 
 

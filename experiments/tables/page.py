@@ -56,8 +56,8 @@ def _opening(stored: Mapping[str, Any]) -> list[str]:
     kinds = Counter(kind for kind, _ in scale.concepts)
     lines += [
         f"Scale `{scale.name}`: {len(scale.concepts)} concepts ({', '.join(f'{n} {k}' for k, n in kinds.items())})",
-        f"that pre-training never saw, {len(scale.seeds)} training seed{'s' if len(scale.seeds) > 1 else ''} each, settings "
-        "of the `toy` preset" + (f" with `{' '.join(scale.words)}`." if scale.words else "."),
+        f"that pre-training never saw, {len(scale.seeds)} training seed{'s' if len(scale.seeds) > 1 else ''} each,"
+        " settings of the `toy` preset" + (f" with `{' '.join(scale.words)}`." if scale.words else "."),
         f"{len(cells)} cells, {spent:.0f} minutes of work on {stored['machine']}.",
         "",
         "The seeds of a concept are averaged, concepts are the unit of chance: brackets are 95 % bootstrap intervals",

@@ -126,12 +126,16 @@ class ConceptTokens(nn.Module):
 
         folder = Path(folder)
         about = read_json(folder / "concept.json")
-        try:
-            concept = cls(**about)
-        except TypeError as error:
-            raise UserError(f"{folder / 'concept.json'}: {error}") from None
         tensors = _load_file(folder / "concept.safetensors")
         verify_safetensors(folder / "concept.safetensors", tensors)
+        try:
+            sizes = [about.get(f"num_{group}", 0) for group in ("understanding", "generation", "extra")]
+            found, wanted = tuple(tensors["embed"].shape), (1 + sum(sizes), about["width"])
+            if found != wanted:  # ahead of making rows: the file may ask for any number
+                raise UserError(f"{folder}: embed of shape {found}: must be {wanted}")
+            concept = cls(**about)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"{folder / 'concept.json'}: {type(error).__name__}: {error}") from None
         concept._put(tensors, folder)
         return concept
 

@@ -37,7 +37,7 @@ class MetricsLog:
             kept = [line for line in _lines(self.file) if _before(line, from_step)]
             write_text_atomic(self.file, "".join(line + "\n" for line in kept))
         self._handle = self.file.open("ab", buffering=0)  # nothing waits in a buffer to fail once more on closing
-        self._events = _events(self.folder / "tensorboard", from_step) if events else None
+        self._events: Any = _events(self.folder / "tensorboard", from_step) if events else None
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Add one line; `values` holds at least `step`. Numbers that are not finite become null."""
@@ -49,10 +49,11 @@ class MetricsLog:
             raise UserError(
                 f"{self.file}: cannot be written ({error.strerror}): make room and go on with --resume"
             ) from error
+        events = self._events
         try:
-            for key, value in _flat(values) if self._events is not None else []:
+            for key, value in _flat(values) if events is not None else []:
                 if key != "step":
-                    self._events.add_scalar(key, value, values["step"])
+                    events.add_scalar(key, value, values["step"])
         except OSError as error:
             self._without_events(error)
 

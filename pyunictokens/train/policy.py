@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..io import read_json, write_json
 from ..models import ConceptTokens, Showo
 from .config import LoraConfig
+from .settings import from_mapping
 from .tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -143,8 +144,8 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
     kind = about.get("trainable") if isinstance(about, dict) else None
     concept = ConceptTokens.load(folder / "concept")
     if kind == "lora":
-        settings = {**about["lora"], "targets": tuple(about["lora"]["targets"])}
-        add_adapters(model, LoraConfig(**settings), seed=0)
+        settings = from_mapping(LoraConfig, about.get("lora"), origin=f"{folder / 'policy.json'}: lora")
+        add_adapters(model, settings, seed=0)
         named = dict(model.named_parameters())
         tensors = read_tensors(folder / "adapter.safetensors")
         wrong = [k for k, v in named.items() if "lora_" in k and (k not in tensors or tensors[k].shape != v.shape)]

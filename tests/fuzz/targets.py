@@ -7,10 +7,12 @@ the ordinary door. `SEEDS` gives each a few good files to begin with. hypothesis
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -34,8 +36,10 @@ def _room() -> Path:
     from safetensors.torch import save
 
     from pyunictokens.models import ConceptTokens
+    from pyunictokens.train.config import TrainConfig
+    from pyunictokens.train.settings import to_mapping
     from tests.data.conftest import Folder
-    from tests.train.world import grpo_config, tiny_concept
+    from tests.train.world import tiny_concept
 
     torch.set_num_threads(1)
     room = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -54,11 +58,8 @@ def _room() -> Path:
 
     records = {"vqa": [{"question": "?", "scores": {"bleu": [0.5]}}]}
     EvalResult("bo", {}, records, {"photos": [torch.zeros(1, 3, 4, 4, dtype=torch.uint8)]}).save(room / "eval.json")
-    (room / "settings.yaml").write_text(yaml.safe_dump({"grpo": {"steps": 3}}))
+    (room / "settings.yaml").write_text(yaml.safe_dump(to_mapping(TrainConfig.preset("toy"))))
     (room / "metrics.jsonl").write_text('{"step": 0, "reward_mean": 0.5}\n')
-    from pyunictokens.train.settings import save_yaml
-
-    save_yaml(room / "grpo.yaml", grpo_config())
     return room
 
 
@@ -165,6 +166,15 @@ def run_state(data: bytes) -> None:
             run.latest()
 
     _with("run/checkpoints/step_000001/state.json", data, read)
+
+
+def run_json(data: bytes) -> None:
+    from pyunictokens.train.state import RunFolder
+
+    def read(room: Path) -> None:
+        with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}, resume=True):
+            pass
+
     _with("run/run.json", data, read)
 
 
@@ -210,14 +220,13 @@ def run_config(data: bytes) -> None:
     from pyunictokens.runs import Run
     from pyunictokens.workbench import Sources
 
-    for name in ("tokens/config.yaml", "tokens/about.json"):
+    def read(room: Path) -> None:
+        run = Run.find(str(room / "tokens"))
+        run.sources(Sources())
+        run.concept_folder(None)
 
-        def read(room: Path) -> None:
-            run = Run.find(str(room / "tokens"))
-            run.sources(Sources())
-            run.concept_folder(None)
-
-        _with(name, data, read)
+    _with("tokens/about.json", data, lambda room: Run.find(str(room / "tokens")))
+    _with("tokens/config.yaml", data, read)
 
 
 def log(data: bytes) -> None:
@@ -245,15 +254,26 @@ def evaluation(data: bytes) -> None:
 
 
 def many(data: bytes) -> None:
-    from pyunictokens.many import JOBS, Status, plan
+    from pyunictokens.many import JOBS, Status
     from pyunictokens.many_results import collect, write_results
 
     runs = _room() / "runs"
     (runs / JOBS).mkdir(parents=True, exist_ok=True)
     (runs / "bo").mkdir(exist_ok=True)
-    for name in (f"{JOBS}/bo.json", f"{JOBS}/plan.yaml", "bo/about.json", "bo/after.json"):
+    for name in (f"{JOBS}/bo.json", "bo/about.json", "bo/after.json"):
         _with(f"runs/{name}", data, lambda room: (Status.read(runs, "bo"), write_results(runs, collect(runs, ["bo"]))))
-    _with(f"runs/{JOBS}/plan.yaml", data, lambda room: plan(runs, ["bo"], ["x"], grpo=True, evaluate=True, retries=0))
+
+
+def plan(data: bytes) -> None:
+    from pyunictokens import many
+
+    runs = _room() / "planned"
+    (runs / many.JOBS).mkdir(parents=True, exist_ok=True)
+
+    def read(room: Path) -> None:
+        many.plan(runs, ["bo"], ["x"], grpo=True, evaluate=True, retries=0)
+
+    _with(f"planned/{many.JOBS}/{many.PLAN}", data, read)
 
 
 def judge(data: bytes) -> None:
@@ -283,6 +303,7 @@ TARGETS: dict[str, Target] = {
             tokens_tensors,
             tokens_published,
             run_state,
+            run_json,
             run_tensors,
             policy,
             settings,
@@ -291,6 +312,7 @@ TARGETS: dict[str, Target] = {
             log,
             evaluation,
             many,
+            plan,
         )
     },
 }
@@ -300,12 +322,14 @@ if importlib.util.find_spec("pyunictokens.rewards.judge") is not None:
 
 def check(name: str, data: bytes) -> None:
     """Run a target; whatever it raises but UserError is a defect."""
+    logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            TARGETS[name](data)
-        except UserError:
-            pass
+            with contextlib.suppress(UserError):
+                TARGETS[name](data)
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def seeds(name: str) -> list[bytes]:
@@ -324,9 +348,10 @@ def seeds(name: str) -> list[bytes]:
         "tokens_tensors": room / "tokens" / "concept.safetensors",
         "tokens_published": room / "published" / "epoch_3_lm_head_bias.pt",
         "run_state": room / "run" / "checkpoints" / "step_000001" / "state.json",
+        "run_json": room / "run" / "run.json",
         "run_tensors": room / "run" / "checkpoints" / "step_000001" / "tensors.safetensors",
         "evaluation": room / "eval.json",
-        "settings": room / "grpo.yaml",
+        "settings": room / "settings.yaml",
         "log": room / "metrics.jsonl",
     }
     if name in files:
@@ -338,9 +363,10 @@ def seeds(name: str) -> list[bytes]:
     lora = {"rank": 2, "alpha": 4.0, "targets": ["fc1"]}
     texts: dict[str, list[Any]] = {
         "index": [{"weight_map": {"x": "a.safetensors"}}],
-        "policy": [{"trainable": "concept", "lora": lora}, {"trainable": "lora", "lora": lora}],
+        "policy": [{"trainable": "concept", "lora": lora}],
         "run_config": [{"name": "bo", "root": "data", "model": None, "max_text": 24}],
-        "many": [{"name": "bo", "state": "done"}, {"metrics": {"vqa.bleu": {"mean": 0.5}}}, {"arguments": ["x"]}],
+        "many": [{"name": "bo", "state": "done"}, {"metrics": {"vqa.bleu": {"mean": 0.5}}}],
+        "plan": [{"arguments": ["x"]}],
         "judge": [{"score": 7, "reason": "good"}],
     }
     if name == "overrides":

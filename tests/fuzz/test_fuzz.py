@@ -1,4 +1,4 @@
-"""Seconds of fuzzing with hypothesis in the normal tests, and everything that once broke a reader. `make fuzz` is longer.
+"""Seconds of fuzzing with hypothesis in the normal tests, and what once broke a reader. `make fuzz` is longer.
 
 Bytes, mutations of good files, and JSON values put in place of parts of good JSON.
 """
