@@ -49,10 +49,10 @@ SCALES = {
         tuple((kind, 11) for kind in KINDS),
         (0,),
         (
-            "stages.max_steps=60",
+            "stages.max_steps=50",
             "stages.generated_images=4",
             "stages.generated_timesteps=6",
-            "grpo.steps=10",
+            "grpo.steps=8",
             "grpo.timesteps=6",
             "evaluation.samples=1",
             "evaluation.timesteps=6",

@@ -10,6 +10,7 @@ Without atheris (no wheel for this Python) the long profile of hypothesis runs a
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -17,25 +18,41 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.fuzz.targets import CORPUS, TARGETS, kept, seeds
-
 ROOT = Path(__file__).parent.parent.parent
+READERS = (
+    "data.folder",
+    "data.images",
+    "evaluate.result",
+    "many_results",
+    "models",
+    "models.checkpoint",
+    "models.concept",
+    "models.magvit",
+    "models.showo",
+    "runs",
+    "train.logs",
+    "train.policy",
+    "train.settings",
+    "train.state",
+)
+"""Modules whose branches guide the fuzzer."""
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        return guided(sys.argv[2], int(sys.argv[3]))
+    from tests.fuzz.targets import CORPUS, TARGETS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=25, help="for each reader")
     parser.add_argument("--only", nargs="+", choices=list(TARGETS))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        return guided(options.one, options.seconds)
     failed = []
     if importlib.util.find_spec("atheris") is None:
         print("atheris is not installed: hypothesis alone")
     else:
         for name in options.only or TARGETS:
-            command = [sys.executable, "-m", "tests.fuzz", "--one", name, "--seconds", str(options.seconds)]
+            command = [sys.executable, "-m", "tests.fuzz", "--one", name, str(options.seconds)]
             code = subprocess.run(command, cwd=ROOT, check=False).returncode
             print(f"{name}: {'good' if code == 0 else f'broken, see {CORPUS / name}'}", flush=True)
             failed += [name] if code else []
@@ -46,12 +63,13 @@ def main() -> None:
 
 
 def guided(name: str, seconds: int) -> None:
-    """Fuzz one reader with coverage of this package; does not return."""
+    """Fuzz one reader with coverage of this package, which must not have been imported yet; does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["pyunictokens"]):
-        pass
-    from tests.fuzz.targets import check
+        for module in READERS:
+            importlib.import_module(f"pyunictokens.{module}")
+    from tests.fuzz.targets import CORPUS, check, kept, seeds
 
     keep = CORPUS / name
     with tempfile.TemporaryDirectory() as folder:
