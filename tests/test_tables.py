@@ -144,6 +144,7 @@ def test_seeds_are_averaged_and_only_common_concepts_compared() -> None:
     ("values", "verdict"),
     [
         ((0.5, 0.6, 0.7), "agrees"),
+        ((0.01, 0.6, 0.7), "leans the same way"),
         ((-0.5, -0.6, -0.7), "disagrees"),
         ((0.5, -0.3, 0.1), "leans the same way"),
         ((-0.5, 0.3, -0.1), "leans the other way"),
@@ -173,6 +174,17 @@ def test_equal_cost_compares_as_much_as_both_used() -> None:
     assert line is not None and line[0][0] == 2.0 and line[0][-1] == 6.0
     assert line[1][0].mean == pytest.approx(1.5) and line[1][-1].mean == pytest.approx(5.5)
     assert stats.curve(cells, "staged", "seconds") is None
+    dear = [cell("ours", 1, 0.0, rows=rows([1.0], 9.0)), cell("group_3", 1, 0.0, rows=rows([1.0, 2.0], 1.0))]
+    assert stats.at_equal_cost(dear, "ours", "group_3", "seconds") is None
+    dear[0]["rows"] = [*rows([1.0], 1.0), {"reward": None, "seconds": 1.0, "row_steps": 10}]
+    found = stats.at_equal_cost(dear, "ours", "group_3", "seconds")
+    assert found is not None and found[0].mean == pytest.approx(1.0 - 1.5)
+
+
+def test_arms_of_a_figure_are_compared_over_what_all_of_them_have() -> None:
+    cells = [cell("ours", 1, 0.1), cell("ours", 2, 0.9), cell("group_3", 1, 0.2), cell("group_3", 1, 0.3, seed=1)]
+    found = stats.common(cells, ["ours", "group_3"])
+    assert [(each["arm"], each["number"], each["seed"]) for each in found] == [("ours", 1, 0), ("group_3", 1, 0)]
 
 
 def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

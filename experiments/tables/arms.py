@@ -95,8 +95,8 @@ ARMS = {
         Arm("no_text_only", "without text-only reasoning", "staged", ("grpo.visual_ratio=1",)),
         Arm("no_dsog", "without DSOG", "staged", ("grpo.dsog.enabled=false",)),
         Arm("no_dsog_longer", "without DSOG, half more steps", "staged", ("grpo.dsog.enabled=false",), 1.5),
-        Arm("group_3", "G = 3", "staged", ("grpo.group_size=3",)),
-        Arm("group_18", "G = 18", "staged", ("grpo.group_size=18",)),
+        Arm("group_3", "G = 3, three times the steps", "staged", ("grpo.group_size=3",), 3.0),
+        Arm("group_18", "G = 18, half the steps", "staged", ("grpo.group_size=18",), 0.5),
         Arm("beta_0", "β = 0", "staged", ("grpo.beta=0",)),
         Arm("beta_01", "β = 0.1", "staged", ("grpo.beta=0.1",)),
         Arm("scope_masked", "masked", "staged", ("grpo.token_scope=masked",)),
@@ -143,7 +143,7 @@ class Curve:
 
 CURVES = (
     Curve("dsog", "DSOG at equal compute", (("ours", "with DSOG"), ("no_dsog_longer", "without"))),
-    Curve("group", "Group size", (("ours", "G = 9"), ("group_3", "G = 3"), ("group_18", "G = 18"))),
+    Curve("group", "Group size, equal rollouts", (("ours", "G = 9"), ("group_3", "G = 3"), ("group_18", "G = 18"))),
     Curve("beta", "Weight β of the divergence", (("ours", "β = 0.01"), ("beta_0", "β = 0"), ("beta_01", "β = 0.1"))),
     Curve(
         "scope",

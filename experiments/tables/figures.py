@@ -12,7 +12,7 @@ from pathlib import Path
 from pyunictokens.io import write_bytes_atomic
 
 from .arms import Curve
-from .stats import Cell, curve, mean
+from .stats import Cell, common, curve, mean
 
 COLOURS = ("#2457c5", "#d9480f", "#2b8a3e", "#862e9c")
 END = "reasoning_generation.reward"
@@ -26,7 +26,8 @@ def draw(question: Curve, cells: Sequence[Cell], folder: Path) -> Path | None:
     from matplotlib import pyplot as plt
 
     there = [(arm, label) for arm, label in question.arms if curve(cells, arm, "seconds") is not None]
-    if len(there) < 2:
+    cells = common(cells, [arm for arm, _ in there])
+    if len(there) < 2 or not cells:
         return None
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained", width_ratios=(3, 3, 1.6))
     for place, (along, title) in enumerate((("seconds", "seconds of training"), ("row_steps", "model row-steps"))):
@@ -48,7 +49,9 @@ def draw(question: Curve, cells: Sequence[Cell], folder: Path) -> Path | None:
         if value is not None:
             span = [[value.mean - value.low], [value.high - value.mean]]
             axes[2].errorbar([number], [value.mean], yerr=span, fmt="o", color=colour, capsize=4)
-    axes[2].set_xticks(range(len(ends)), [label.replace(" ", "\n", 1) for label, _, _ in ends], fontsize=8)
+    axes[2].set_xticks(
+        range(len(ends)), [label.replace(" ", "\n", 1) if len(label) > 7 else label for label, _, _ in ends], fontsize=8
+    )
     axes[2].set_xlim(-0.6, len(ends) - 0.4)
     axes[2].set_title("held-out reward at the end", fontsize=9)
     axes[2].grid(alpha=0.25, axis="y")

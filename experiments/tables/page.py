@@ -63,7 +63,8 @@ def _opening(stored: Mapping[str, Any]) -> list[str]:
         "The seeds of a concept are averaged, concepts are the unit of chance: brackets are 95 % bootstrap intervals",
         "over concepts, p-values are two-sided, of a paired t-test and of Wilcoxon's signed ranks over concepts.",
         "Measures are those of [evaluation.md](evaluation.md), on the held-out half of each concept's folder;",
-        "*attributes* are read exactly from the drawing. What the paper scored with GPT-4o is not measured here.",
+        "*attributes* are read exactly from the drawing. Bold: the interval leaves out 0 and the t-test's p is below",
+        "0.05. What the paper scored with GPT-4o is not measured here.",
         "",
     ]
     missing = _missing(cells, expected)
@@ -135,7 +136,8 @@ def _ordering(found: Sequence[Agreement]) -> list[str]:
     lines = [
         f"Of {len(found)} comparisons that the paper reports too: "
         + ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict])
-        + " (*agrees* and *disagrees* only where the interval leaves out 0).",
+        + " (*agrees* and *disagrees* only where the interval leaves out 0 and the t-test's p is below 0.05; of twenty"
+        " comparisons without any difference one would).",
     ]
     for verdict in ("agrees", "disagrees"):
         names = [f"{ARMS[each.other].title}: {COLUMNS[each.key]}" for each in found if each.verdict == verdict]

@@ -42,8 +42,10 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval of the difference leaves out 0."""
-        return self.difference.n > 1 and (self.difference.low > 0 or self.difference.high < 0)
+        """Whether the interval of the difference leaves out 0 and the t-test's p is below 0.05: with few concepts the
+        bootstrap alone is too sure of itself."""
+        outside = self.difference.low > 0 or self.difference.high < 0
+        return outside and self.t_test is not None and self.t_test < 0.05
 
 
 def compare(cells: Sequence[Cell], arm: str, other: str, key: str) -> Comparison | None:
@@ -75,7 +77,7 @@ class Agreement:
 
     @property
     def verdict(self) -> str:
-        """agrees or disagrees where the interval leaves out 0; else leans the same way or the other; no difference."""
+        """agrees or disagrees where the difference is clear; else leans the same way or the other; no difference."""
         value = self.here.difference.mean
         if value == 0:
             return "no difference"
@@ -97,6 +99,15 @@ def agreements(
             if other != reference and abs(there) > 1e-9 and here is not None:
                 found.append(Agreement(key, reference, other, there, here))
     return found
+
+
+def common(cells: Sequence[Cell], arms: Sequence[str]) -> list[Cell]:
+    """The cells of these arms, of the concepts and seeds that every one of them has."""
+    found: dict[tuple[Any, ...], dict[str, Cell]] = {}
+    for cell in cells:
+        if cell["arm"] in arms:
+            found.setdefault((cell["kind"], cell["number"], cell["seed"]), {})[cell["arm"]] = cell
+    return [cell for unit in found.values() if len(unit) == len(set(arms)) for cell in unit.values()]
 
 
 def curve(cells: Sequence[Cell], arm: str, along: str, points: int = 60) -> tuple[list[float], list[Metric]] | None:
@@ -133,9 +144,11 @@ def at_equal_cost(cells: Sequence[Cell], arm: str, other: str, along: str) -> tu
             continue
         sums = [np.cumsum([row[along] for row in each]) for each in (rows, against)]
         limit = min(total[-1] for total in sums)
-        means = [
-            np.mean([row["reward"] for row, spent in zip(each, total, strict=True) if spent <= limit * (1 + 1e-9)])
+        within = [
+            [row["reward"] for row, spent in zip(each, total, strict=True) if spent <= limit * (1 + 1e-9)]
             for each, total in zip((rows, against), sums, strict=True)
         ]
-        differences.append(float(means[0] - means[1]))
+        counted = [[reward for reward in rewards if reward is not None] for rewards in within]
+        if all(counted):  # where one step of the one costs more than all of the other, there is nothing to compare
+            differences.append(float(np.mean(counted[0]) - np.mean(counted[1])))
     return (bootstrap(differences), len(differences)) if differences else None

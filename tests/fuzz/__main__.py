@@ -54,6 +54,8 @@ def main() -> None:
         for name in options.only or TARGETS:
             command = [sys.executable, "-m", "tests.fuzz", "--one", name, str(options.seconds)]
             code = subprocess.run(command, cwd=ROOT, check=False).returncode
+            if (CORPUS / name).is_dir() and not any((CORPUS / name).iterdir()):
+                (CORPUS / name).rmdir()
             print(f"{name}: {'good' if code == 0 else f'broken, see {CORPUS / name}'}", flush=True)
             failed += [name] if code else []
     words = ["-k", " or ".join(options.only)] if options.only else []
@@ -79,11 +81,7 @@ def guided(name: str, seconds: int) -> None:
         words = [f"-max_total_time={seconds}", "-max_len=65536", "-rss_limit_mb=4096", "-timeout=30"]
         words += ["-verbosity=0", "-print_final_stats=1", f"-artifact_prefix={keep}{os.sep}", folder]
         atheris.Setup([sys.argv[0], *words], lambda data: check(name, data))
-        try:
-            atheris.Fuzz()
-        finally:
-            if not any(keep.iterdir()):
-                keep.rmdir()
+        atheris.Fuzz()
 
 
 if __name__ == "__main__":
