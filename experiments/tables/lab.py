@@ -237,6 +237,7 @@ class ToyLab:
             max_new_tokens=settings.max_new_tokens,
             splits=settings.splits or SPLITS,
             size=bench.size,
+            judged_as=settings.judged_as,
         )
 
 
