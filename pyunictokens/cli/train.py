@@ -197,7 +197,8 @@ def train(
                 stop=stop,
             )
     except Stopped as stopped:  # asked for, and saved: a good end
-        console().print(f"{stopped}; go on with: pyunictokens train --out {out} --resume", markup=False)
+        said = f"{stopped}; go on with: pyunictokens train --out {out} --resume"
+        console().print(said, markup=False, soft_wrap=True)
         return
     if outcome.results:
         show_results(outcome.results)
