@@ -5,13 +5,15 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
+SECONDS_EACH ?= 25
+QUICK ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test soak fuzz tables lint format bench clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +33,16 @@ demo: $(STAMP) ## teach the toy model one concept, start to finish, and write de
 	$(BIN)/pyunictokens demo --out demo $(ARGS)
 
 test: $(STAMP) ## the test suite (without the tests that need a GPU)
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not gpu and not soak and not fuzz" $(ARGS)
+
+soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliability.md promises, for minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m soak tests/soak $(ARGS)
+
+fuzz: $(STAMP) ## random bytes for everything that reads files, ten minutes in all (SECONDS_EACH=25 a reader)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS_EACH) $(ARGS)
+
+tables: $(STAMP) ## the paper's tables in miniature, with figures: docs/experiments.md (QUICK=1: within 40 minutes)
+	$(BIN)/python -m experiments.tables $(if $(QUICK),--quick) $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -1,15 +1,19 @@
 """Files that are either whole or absent: write aside in the same folder, flush to disk, rename.
 
-Also the reading of JSON with errors that name file and position, and the one check for names that come from data and
-are about to become a path. Knows nothing of models or training.
+Also the lock on a folder, the reading of JSON with errors that name file and position, and the one check for names
+that come from data and are about to become a path. Knows nothing of models or training.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,17 @@ import torch
 
 from .errors import UserError
 
+log = logging.getLogger(__name__)
+
 _NAME_LIMIT = 64
+_CHECKSUM = "tensors_sha256"
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`. A kill or a full disk leaves the old file untouched and no half-written one behind."""
+    """Write `data` to `path`. A kill or a full disk leaves the old file untouched and no half-written one behind.
+
+    An OSError names `path`, also where the system names nothing (no space left).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -32,8 +42,10 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         Path(aside).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -50,11 +62,69 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def save_safetensors_atomic(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors (any device; made contiguous on the CPU) as safetensors, whole or not at all."""
+    """Write tensors (any device; made contiguous on the CPU) as safetensors, whole or not at all.
+
+    The file carries the checksum of its tensors, which :func:`verify_safetensors` holds it against.
+    """
     from safetensors.torch import save
 
     flat = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-    write_bytes_atomic(path, save(flat, metadata=dict(metadata) if metadata else None))
+    write_bytes_atomic(path, save(flat, metadata={**(metadata or {}), _CHECKSUM: tensors_checksum(flat)}))
+
+
+def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors on the CPU, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def verify_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where the file carries a checksum and `tensors`, read from it, do not have it."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        wanted = (file.metadata() or {}).get(_CHECKSUM)
+    if wanted is not None and wanted != tensors_checksum(tensors):
+        raise UserError(f"{path}: is damaged (its checksum does not fit): take a copy, or make it again")
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Delete what killed processes were writing aside under `folder`. Hold its lock, or files at work are lost."""
+    for path in list(Path(folder).rglob(".*.part")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_lock(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None]:
+    """Hold `folder` for this process alone while the context lasts. Raises UserError when another one has it.
+
+    The system lets go when the process ends, however it ends. Where locks are not known (Windows, some network file
+    systems) a warning says that nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        log.warning("%s: this system knows no file locks: see that one process alone works here", folder)
+        yield
+        return
+    descriptor = os.open(Path(folder) / name, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is working in this folder") from None
+        except OSError as error:
+            log.warning("%s: cannot be locked (%s): see that one process alone works here", folder, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

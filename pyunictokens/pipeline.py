@@ -14,9 +14,11 @@ from typing import Any
 from .data.concept import Concept
 from .errors import UserError
 from .evaluate.result import EvalResult
-from .io import write_json
+from .io import folder_lock, read_json, sweep, write_json
 from .models.concept import ConceptTokens
-from .runs import CONCEPT, CONFIG, EXPERTS, FINAL, STAGES, EvaluationConfig, RunConfig, write_description
+from .runs import CONCEPT, CONFIG, EXPERTS, MEASURED, STAGES, EvaluationConfig, RunConfig, write_description
+from .stopping import Stop, Stopped, never
+from .train.settings import to_mapping
 from .workbench import Experts, Workbench
 
 Progress = Callable[[str, int, int, str], None]
@@ -48,19 +50,34 @@ def run_concept(
     resume: bool = False,
     rewards: str | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    stop: Stop = never,
 ) -> Outcome:
     """Train `concept` on `bench` and leave everything in the folder `out`.
 
     "before" is measured ahead of the last thing that trains (reinforcement, or the stages where there is none), "after"
     at the end; `evaluate_base` also measures the model that has never seen the concept. `start` gives tokens to begin
-    with. Raises UserError for a folder that holds a run (unless `resume`), and as the parts do.
+    with. The folder is locked meanwhile. `stop` is asked between steps and between parts. Raises UserError for a folder
+    that holds a run (unless `resume`) or that another process works in, Stopped where `stop` says so, and as the parts
+    do.
     """
     check_request(out, experts, started=start is not None, stages=stages, grpo=grpo, resume=resume)
-    config = config.with_max_text(bench.max_text)
-    if not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        write_description(out, bench.sources, rewards, bench.max_text, concept, config)
-    run = _Run(bench, concept, config, out, experts, resume, progress or (lambda *_: None))
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out, ".pipeline.lock"):
+        check_request(out, experts, started=start is not None, stages=stages, grpo=grpo, resume=resume)
+        config = config.with_max_text(bench.max_text)
+        if resume:
+            sweep(out)
+        else:
+            write_description(out, bench.sources, rewards, bench.max_text, concept, config)
+        run = _Run(bench, concept, config, out, experts, resume, progress or (lambda *_: None), stop)
+        return _parts(run, start, stages=stages, grpo=grpo, evaluate=evaluate, evaluate_base=evaluate_base)
+
+
+def _parts(
+    run: _Run, start: ConceptTokens | None, *, stages: bool, grpo: bool, evaluate: bool, evaluate_base: bool
+) -> Outcome:
+    """The parts of a run in their order."""
+    bench, out = run.bench, run.out
     results: dict[str, EvalResult] = {}
     if evaluate and evaluate_base:
         results["base"] = run.measure("base")
@@ -144,7 +161,9 @@ class _Run:
         experts: Experts | None,
         resume: bool,
         progress: Progress,
+        stop: Stop,
     ):
+        self.stop = stop
         self.bench, self.concept, self.config, self.out = bench, concept, config, out
         self.experts, self.resume, self.progress = experts, resume, progress
 
@@ -164,6 +183,7 @@ class _Run:
             face_embedding=self.experts.face_embedding if self.experts else None,
             resume=self.resume and (folder / "stages.json").exists(),
             progress=self._step,
+            stop=self.stop,
         )
 
     def reinforce(self) -> ConceptTokens:
@@ -182,23 +202,41 @@ class _Run:
             preview_scorer=self.experts.preview_scorer,
             resume=self.resume and (self.out / "run.json").exists(),
             progress=self._step,
+            stop=self.stop,
         )
         if callable(throughput := getattr(self.experts.ensemble, "throughput", None)):
             write_json(self.out / EXPERTS, {"drawings_per_second": throughput()})
         return result.concept
 
     def measure(self, name: str) -> EvalResult:
-        """One evaluation, kept in `name`.json; with `resume` one that is there is taken from it."""
-        file = self.out / f"{name}.json"
-        if self.resume and file.exists() and (name != "after" or not self._trained_since(file)):
+        """One evaluation, kept in `name`.json; with `resume` one that is there is taken from it, provided that it was
+        of these weights under these settings: measured.json says of what each was."""
+        file, about = self.out / f"{name}.json", self.out / MEASURED
+        subject, known = self._subject(), read_json(about) if about.exists() else {}
+        if self.resume and file.exists() and known.get(name) == subject:
             return EvalResult.load(file)
-        result = measure(self.bench, self.concept, self.config.evaluation, self.experts, self.progress, f"{name}")
+        if self.stop():
+            raise Stopped(f"stopped ahead of the measuring that is kept in {file}")
+        result = measure(self.bench, self.concept, self.config.evaluation, self.experts, self._measuring, f"{name}")
         result.save(file)
+        write_json(about, {**known, name: subject})
         return result
 
-    def _trained_since(self, file: Path) -> bool:
-        policy = self.out / FINAL / "policy.json"
-        return policy.exists() and policy.stat().st_mtime_ns > file.stat().st_mtime_ns
+    def _subject(self) -> dict[str, Any]:
+        """What an evaluation is of: weights and rows by fingerprint, and its settings. No clock has a part in it."""
+        from .train.state import fingerprint
+
+        rows = self.bench.concept
+        return {
+            "weights": fingerprint(self.bench.model.state_dict()),
+            "concept": fingerprint(dict(rows.named_parameters())) if rows is not None else None,
+            "settings": to_mapping(self.config.evaluation),
+        }
+
+    def _measuring(self, what: str, done: int, wanted: int, word: str) -> None:
+        self.progress(what, done, wanted, word)
+        if self.stop():
+            raise Stopped(f"stopped while measuring ({what}); the measuring is begun anew")
 
     def report(self) -> Path:
         """report.html of the folder."""

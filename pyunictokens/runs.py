@@ -6,7 +6,7 @@
     run.json, grpo.yaml, metrics.jsonl, checkpoints/, samples/, final/      reinforcement (train/grpo.py)
     experts.json     drawings a second that each reward expert scored
     concept/         the concept's rows as they are now
-    base.json, before.json, after.json, report.html      evaluation
+    base.json, before.json, after.json, report.html      evaluation; measured.json says of which weights
 
 It knows names of files; what is trained and measured is the business of pipeline.py.
 """
@@ -30,7 +30,7 @@ BASE = "base"
 """Given where a run is expected: the model as it is, without a concept."""
 
 CONFIG, ABOUT, FINAL, CONCEPT, STAGES = "config.yaml", "about.json", "final", "concept", "stages"
-EXPERTS = "experts.json"
+EXPERTS, MEASURED = "experts.json", "measured.json"
 
 OWN_KEYS = ("version", "model", "vq", "tokenizer", "rewards", "root", "name", "max_text", "preset")
 """Keys of config.yaml beside the settings."""
@@ -166,7 +166,7 @@ class Run:
         if given is not None:
             return given
         if "root" in self.config and "name" in self.config:
-            return Path(self.config["root"]), str(self.config["name"])
+            return Path(str(self.config["root"])), str(self.config["name"])
         raise UserError("which concept? Name its folder with --concept ROOT NAME")
 
 
@@ -193,6 +193,7 @@ def write_description(
         "name": concept.name,
         "max_text": max_text,
     }
-    write_text_atomic(out / CONFIG, yaml.safe_dump({**own, **to_mapping(config)}, sort_keys=False, allow_unicode=True))
     words = ("name", "kind", "class_word", "info", "extra_info")
     write_json(out / ABOUT, {word: getattr(concept, word) for word in words})
+    # last: where config.yaml is, a run is, whenever it was cut off
+    write_text_atomic(out / CONFIG, yaml.safe_dump({**own, **to_mapping(config)}, sort_keys=False, allow_unicode=True))

@@ -293,6 +293,28 @@ def test_train_stops_and_resumes_as_if_it_had_not(run: Path, data: Path, toy: No
     assert "cannot be resumed" in only_error("train", data, "bo", "--out", out, "--resume", "grpo.lr=0.5")
 
 
+def test_a_polite_kill_ends_with_zero_and_says_how_to_go_on(data: Path, toy: None, tmp_path: Path) -> None:
+    """SIGTERM during the first step: its checkpoint is written, exit code 0, and the run can be gone on with."""
+    import signal
+
+    from pyunictokens.train import grpo
+
+    out = tmp_path / "bo"
+    with pytest.MonkeyPatch.context() as patch:
+        original = grpo._Run._one_step
+
+        def told(self: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(self)
+
+        patch.setattr(grpo._Run, "_one_step", told)
+        said = call("train", data, "bo", "--out", out, *SHORT, "--no-evaluate", code=0)
+    assert "after step 1 of 2" in said and f"pyunictokens train --out {out} --resume" in said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000001"]
+    call("train", data, "bo", "--out", out, "--resume", "--no-evaluate")
+    assert (out / "final" / "policy.json").exists()
+
+
 def test_train_from_tokens_and_from_a_config(run: Path, toy: None, tmp_path: Path) -> None:
     from pyunictokens import ConceptTokens
 

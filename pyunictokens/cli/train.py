@@ -1,9 +1,7 @@
-"""`pyunictokens train`: the concept stages and UniCTask-GRPO on one concept folder, in one run folder."""
+"""`pyunictokens train`: the concept stages and UniCTask-GRPO on one concept folder, in one run folder; or on many."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,6 +76,21 @@ def train(
         str | None, typer.Option("--dtype", help="float32 or bfloat16. Default: what grpo.dtype says, float32.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
+    concepts: Annotated[
+        str | None,
+        typer.Option(
+            "--concepts", metavar="all|A,B|FILE", help="Many concepts, a job each; --out holds all their runs."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Jobs at a time, with --concepts.")] = 1,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="How often a broken job is taken up again.")] = 1,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="The I-th of N parts of --concepts, for job arrays.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Jobs on a Ray cluster: auto, local, ray://HOST:PORT."),
+    ] = None,
 ) -> None:
     """Learn a concept's tokens from its folder, then improve answers and pictures by reinforcement.
 
@@ -95,17 +108,56 @@ def train(
         pyunictokens train toydata bo --out runs/tokens --stages joint --no-grpo
 
         pyunictokens train --config runs/bo/config.yaml --out runs/again --seed 1
+
+        pyunictokens train --concepts all --workers 2 toydata --out runs/all
     """
     from dataclasses import replace
 
     from ..data.folder import load_concept
     from ..pipeline import check_request, run_concept
     from ..runs import CONFIG, Run, RunConfig
+    from ..stopping import Stopped, stop_on_signals
     from ..train.settings import load_yaml, with_overrides
     from ..workbench import Sources, load_experts, open_workbench, pick_device, read_rewards
 
     words = list(overrides or [])
     root, name, words = _separate(root, name, words)
+    if concepts is not None:
+        if name is not None or start is not None or resume:
+            raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
+        from .many import train_many
+
+        given = {
+            "--stages": stages and stages.value,
+            "--rewards": rewards,
+            "--preset": preset and preset.value,
+            "--model": model,
+            "--vq": vq,
+            "--tokenizer": tokenizer,
+            "--config": config and str(config.absolute()),
+            "--device": device,
+            "--dtype": dtype,
+            "--seed": seed,
+        }
+        arguments = [text for key, value in given.items() if value is not None for text in (key, str(value))]
+        arguments += [] if grpo else ["--no-grpo"]
+        arguments += [] if evaluate else ["--no-evaluate"]
+        return train_many(
+            root,
+            concepts,
+            out,
+            arguments,
+            words,
+            workers=workers,
+            retries=retries,
+            shard=shard,
+            ray=ray,
+            grpo=grpo,
+            evaluate=evaluate,
+            device=device,
+        )
+    if shard is not None or ray is not None:
+        raise UserError("--shard and --ray are for many concepts: give --concepts as well")
     if resume and config is None and out is not None and (out / CONFIG).is_file():
         config = out / CONFIG  # what the run was started with
     values: dict[str, Any] = load_yaml(config) if config is not None else {}
@@ -129,23 +181,27 @@ def train(
     with_stages = stages is not Stages.none
     check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
     bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
-    with Bars() as bars:
-        outcome = run_concept(
-            bench,
-            concept,
-            settings,
-            out,
-            experts,
-            start=begin,
-            stages=with_stages,
-            grpo=grpo,
-            evaluate=evaluate,
-            resume=resume,
-            rewards=chosen,
-            progress=bars,
-        )
+    try:
+        with Bars() as bars, stop_on_signals(bars.say) as stop:
+            outcome = run_concept(
+                bench,
+                concept,
+                settings,
+                out,
+                experts,
+                start=begin,
+                stages=with_stages,
+                grpo=grpo,
+                evaluate=evaluate,
+                resume=resume,
+                rewards=chosen,
+                progress=bars,
+                stop=stop,
+            )
+    except Stopped as stopped:  # asked for, and saved: a good end
+        said = f"{stopped}; go on with: pyunictokens train --out {out} --resume"
+        console().print(said, markup=False, soft_wrap=True)
+        return
     if outcome.results:
         show_results(outcome.results)
     console().print(f"{out}" + (f"; the report: {outcome.report}" if outcome.report else ""), markup=False)
@@ -162,8 +218,3 @@ def _separate(root: Path | None, name: str | None, words: list[str]) -> tuple[Pa
 
 def _path(value: Any) -> Path | None:
     return None if value is None else Path(str(value))
-
-
-def _stop(*_: object) -> None:
-    """A polite kill (a cluster's time limit) ends like Ctrl-C: the last checkpoint stays, --resume goes on."""
-    raise KeyboardInterrupt

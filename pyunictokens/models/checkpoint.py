@@ -7,7 +7,7 @@ checkpoint cannot run code.
 from __future__ import annotations
 
 import os
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,24 @@ def read_config(folder: Path, required: bool = True) -> dict[str, Any]:
     return config
 
 
+def whole_number(config: Mapping[str, Any], key: str, default: int, origin: object, least: int = 1) -> int:
+    """`config[key]`, or `default` where it is absent or null, as an int in [least, 2**31). Raises UserError."""
+    value = config.get(key)
+    value = default if value is None else value
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < 2**31
+    if not fits or int(value) != value:
+        raise UserError(f"{origin}: {key}={value!r}: must be a whole number ≥ {least}")
+    return int(value)
+
+
+def real_number(config: Mapping[str, Any], key: str, default: float, origin: object) -> float:
+    """`config[key]`, or `default` where it is absent, null or 0, as a float above 0. Raises UserError."""
+    value = config.get(key) or default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise UserError(f"{origin}: {key}={value!r}: must be a number > 0")
+    return float(value)
+
+
 def load_state_dict(folder: Path) -> dict[str, Tensor]:
     """All tensors of the checkpoint in `folder`, on the CPU; safetensors are memory-mapped."""
     for name in WEIGHT_FILES:
@@ -97,12 +115,12 @@ def _load_file(file: Path) -> dict[str, Tensor]:
 
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as weights, it may be cut short: {error}") from error
-    except Exception as error:
+    except Exception as error:  # bytes that are no weights make the readers raise whatever they stumble over
         if type(error).__name__ == "SafetensorError":
             raise UserError(f"{file}: not a whole safetensors file, download it again: {error}") from error
-        raise
+        raise UserError(
+            f"{file}: cannot be read as weights, it may be cut short: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file}: must hold a plain dict of tensors")
     return tensors

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..io import read_json, safe_name, save_safetensors_atomic, write_json
+from ..io import read_json, safe_name, save_safetensors_atomic, verify_safetensors, write_json
 
 _PARTS = ("embed", "head_weight", "head_bias")
 _PUBLISHED = {"embed": "embed", "head_weight": "lm_head_weight", "head_bias": "lm_head_bias"}
@@ -120,16 +120,23 @@ class ConceptTokens(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ConceptTokens:
-        """Read what :meth:`save` wrote. Raises UserError when a file is missing, cut short or of another shape."""
+        """Read what :meth:`save` wrote. Raises UserError when a file is missing, cut short, damaged or of another
+        shape."""
         from .checkpoint import _load_file
 
         folder = Path(folder)
         about = read_json(folder / "concept.json")
+        tensors = _load_file(folder / "concept.safetensors")
+        verify_safetensors(folder / "concept.safetensors", tensors)
         try:
+            sizes = [about.get(f"num_{group}", 0) for group in ("understanding", "generation", "extra")]
+            found, wanted = tuple(tensors["embed"].shape), (1 + sum(sizes), about["width"])
+            if found != wanted:  # ahead of making rows: the file may ask for any number
+                raise UserError(f"{folder}: embed of shape {found}: must be {wanted}")
             concept = cls(**about)
-        except TypeError as error:
-            raise UserError(f"{folder / 'concept.json'}: {error}") from None
-        concept._put(_load_file(folder / "concept.safetensors"), folder)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"{folder / 'concept.json'}: {type(error).__name__}: {error}") from None
+        concept._put(tensors, folder)
         return concept
 
     @classmethod

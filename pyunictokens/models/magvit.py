@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io import save_safetensors_atomic, write_json
-from .checkpoint import assign, load_state_dict, read_config, resolve
+from .checkpoint import assign, load_state_dict, read_config, resolve, whole_number
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class MagvitConfig:
             z_channels = shapes["encoder.quant_conv.weight"][0]
         except KeyError as error:
             raise UserError(f"not a MAGVIT-v2 checkpoint: the weight {error} is missing") from None
+        except IndexError:
+            raise UserError("not a MAGVIT-v2 checkpoint: a convolution's weight has no size") from None
+        if ch < 1 or not 1 <= z_channels <= 30:
+            raise UserError(
+                f"not a MAGVIT-v2 checkpoint: {ch} channels and {z_channels} bits: must be ≥ 1, and ≤ 30 bits"
+            )
 
         def levels(side: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
             width: dict[int, int] = {}
@@ -288,11 +294,15 @@ class MagvitV2(nn.Module):
         folder = resolve(path)
         options: dict[str, Any] = read_config(folder, required=False)
         weights = load_state_dict(folder)
-        config = MagvitConfig.from_state_dict(
-            {key: tuple(value.shape) for key, value in weights.items()}, options.get("norm_groups", 32)
-        )
-        with torch.device("meta"):
-            model = cls(config)
+        groups = whole_number(options, "norm_groups", 32, folder)
+        config = MagvitConfig.from_state_dict({key: tuple(value.shape) for key, value in weights.items()}, groups)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (ValueError, IndexError) as error:  # sizes that no network has
+            raise UserError(
+                f"{folder}: not a MAGVIT-v2 checkpoint, or norm_groups={groups} is wrong: {error}"
+            ) from None
         dtypes = {"quantize.power_vals": torch.int64}  # some files store the powers as floats
         placed = {key: value.to(device=device, dtype=dtypes.get(key, dtype)) for key, value in weights.items()}
         assign(model, placed, folder)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..io import read_json, save_safetensors_atomic, write_json
+from ..io import save_safetensors_atomic, write_json
 from .attention import Attention, FullAttention
-from .checkpoint import assign, load_state_dict, read_config, resolve
+from .checkpoint import assign, load_state_dict, read_config, real_number, resolve, whole_number
 from .concept import ConceptTokens
 
 NUM_SPECIAL = 10
@@ -61,7 +61,9 @@ class ShowoConfig:
                 f"vocab_size={self.vocab_size}: must be llm_vocab_size + {NUM_SPECIAL} special ids + codebook_size + "
                 f"mask = {self.llm_vocab_size + NUM_SPECIAL + self.codebook_size + 1}"
             )
-        if self.hidden_size % self.num_attention_heads:
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UserError(f"partial_rotary_factor={self.partial_rotary_factor}: must be above 0 and at most 1")
+        if self.hidden_size < 1 or self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size={self.hidden_size}: must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
@@ -84,35 +86,38 @@ class ShowoConfig:
         cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path
     ) -> ShowoConfig:
         """Sizes from the weights' shapes; what shapes cannot say from config.json and the language model's config."""
+        norm = shapes.get("showo.model.layers.0.self_attn.q_layernorm.weight")
         try:
             vocab, hidden = shapes["showo.model.embed_tokens.weight"]
             inner = shapes["showo.model.layers.0.mlp.fc1.weight"][0]
+            layers = 1 + max(int(key.split(".")[3]) for key in shapes if key.startswith("showo.model.layers."))
+            heads = hidden // norm[0] if norm is not None else 0
         except KeyError as error:
             raise UserError(f"{folder}: not a Show-o checkpoint: the weight {error} is missing") from None
-        layers = 1 + max(int(key.split(".")[3]) for key in shapes if key.startswith("showo.model.layers."))
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise UserError(f"{folder}: not a Show-o checkpoint: its weights have other shapes ({error})") from None
         phi = {**_PHI_1_5, **_language_config(config, folder)}
-        norm = shapes.get("showo.model.layers.0.self_attn.q_layernorm.weight")
-        codebook = int(config.get("codebook_size", 8192))
-        stated = config.get("vocab_size")
-        if stated is not None and int(stated) != vocab:
+        codebook = whole_number(config, "codebook_size", 8192, folder)
+        stated = whole_number(config, "vocab_size", vocab, folder)
+        if stated != vocab:
             raise UserError(f"{folder}: config.json says vocab_size={stated}, the embedding has {vocab} rows")
         return cls(
             vocab_size=vocab,
-            llm_vocab_size=int(config.get("llm_vocab_size", vocab - NUM_SPECIAL - codebook - 1)),
+            llm_vocab_size=whole_number(config, "llm_vocab_size", vocab - NUM_SPECIAL - codebook - 1, folder),
             codebook_size=codebook,
-            num_vq_tokens=int(config.get("num_vq_tokens", 1024)),
+            num_vq_tokens=whole_number(config, "num_vq_tokens", 1024, folder),
             hidden_size=hidden,
             intermediate_size=inner,
             num_hidden_layers=layers,
-            num_attention_heads=hidden // norm[0] if norm else int(phi["num_attention_heads"]),
-            partial_rotary_factor=float(phi.get("partial_rotary_factor") or 0.5),
-            max_position_embeddings=int(phi["max_position_embeddings"]),
-            layer_norm_eps=float(phi.get("layer_norm_eps", 1e-5)),
-            rope_theta=float(phi.get("rope_theta") or 10000.0),
+            num_attention_heads=heads or whole_number(phi, "num_attention_heads", 32, folder),
+            partial_rotary_factor=real_number(phi, "partial_rotary_factor", 0.5, folder),
+            max_position_embeddings=whole_number(phi, "max_position_embeddings", 2048, folder),
+            layer_norm_eps=real_number(phi, "layer_norm_eps", 1e-5, folder),
+            rope_theta=real_number(phi, "rope_theta", 10000.0, folder),
             qk_layernorm=norm is not None,
             w_clip_vit="mm_projector.0.weight" in shapes,
-            bos_token_id=int(phi["bos_token_id"]),
-            eos_token_id=int(phi["eos_token_id"]),
+            bos_token_id=whole_number(phi, "bos_token_id", 50256, folder, least=0),
+            eos_token_id=whole_number(phi, "eos_token_id", 50256, folder, least=0),
         )
 
 
@@ -124,7 +129,7 @@ def _language_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(name, str) and name:
         for place in (folder / name, folder.parent / Path(name).name, Path(name)):
             if (place / "config.json").is_file():
-                content = read_json(place / "config.json")
+                content = read_config(place)
                 found = {**{k: v for k, v in content.items() if k in known}, **found}
                 break
     return {key: value for key, value in found.items() if value is not None}

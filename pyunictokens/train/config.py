@@ -205,6 +205,9 @@ class GrpoConfig:
     """Optimiser steps on one set of rollouts; the first has ratio 1, so clipping acts from the second on."""
     visual_ratio: float = 0.5
     """Part of the steps that ask about a picture; the others ask for a fact in text alone."""
+    reasoning: bool = True
+    """Whether the model answers before it draws. Without it images are drawn from the prompts alone, the reward takes
+    the true answer for each, and nothing but drawing is trained (paper, table 2)."""
     judged_prompt: Literal["compound", "truth"] = "compound"
     """What the image is judged against: the prompt it was drawn from (the paper), or the same with the true answer."""
     judged_as: Literal["class", "info"] = "class"
@@ -241,11 +244,15 @@ class GrpoConfig:
     checkpoint_every: int = 10
     """Steps between checkpoints; 0 writes one at the end only."""
     keep_last: int = 2
-    """Checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk."""
+    keep_best: int = 0
+    """Checkpoints that stay beside them: those whose steps since the checkpoint before had the highest mean reward."""
     sample_every: int = 10
     """Steps between pictures in samples/; 0 turns them off."""
     max_bad_steps: int = 3
     """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
+    expert_timeout: float = 0.0
+    """Seconds that the experts may take for a group before the run ends with an error; 0 waits for ever."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the transformer; sums, softmax, loss and optimiser stay in float32."""
     seed: int = 0
@@ -263,6 +270,7 @@ class GrpoConfig:
         _at_least(0, warmup=self.warmup, weight_decay=self.weight_decay, beta=self.beta, temperature=self.temperature)
         _at_least(0, alpha_answer=self.alpha_answer, alpha_image=self.alpha_image, top_k=self.top_k)
         _at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
+        _at_least(0, keep_best=self.keep_best, expert_timeout=self.expert_timeout)
         _within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
         _at_least(0, clip_high=self.clip_high)
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:

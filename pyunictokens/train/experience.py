@@ -21,6 +21,7 @@ from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import ImageRollout, TextRollout
 from .config import GrpoConfig
+from .deadline import NoAnswer, ask
 from .pictures import Pictures
 from .prompts import as_prompt, as_question
 from .tasks import Task
@@ -35,7 +36,10 @@ class Experience:
     """A group of G rollouts with everything the update and the log want to know."""
 
     task: Task
-    answers: TextRollout
+    answers: TextRollout | None
+    """None where the model draws without answering."""
+    texts: list[str]
+    """What the experts take for the answers."""
     images: ImageRollout
     prompts: list[str]
     """The compound prompts as text, the concept as `<name>`."""
@@ -66,23 +70,18 @@ class Collector:
     ):
         self.engine, self.concept, self.data, self.pictures = engine, concept, concept_data, pictures
         self.rewards, self.preview_scorer, self.threshold, self.config = rewards, preview_scorer, threshold, config
+        self._hung: NoAnswer | None = None
         self.references = torch.stack([pictures.pixels(path) for path in concept_data.train_images])
 
     def collect(self, task: Task, step: int) -> Experience:
         """The group of step `step`: all noise follows from the seed and the step."""
         config = self.config
         sample_ids = [step * config.group_size + place for place in range(config.group_size)]
-        answers = self.engine.generate_text(
-            self.pictures.codes(task.image)[None],
-            [as_question(self.concept, task.question)],
-            samples=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.answer_temperature,
-            top_k=config.top_k,
-            seed=2 * config.seed + 1,
-            sample_ids=sample_ids,
-        )
-        prompts = [prompting.compound_prompt(task.prompt, prompting.first_sentence(text)) for text in answers.texts]
+        answers = self._answer(task, sample_ids) if config.reasoning else None
+        texts = answers.texts if answers is not None else [task.answer] * config.group_size
+        prompts = [task.prompt] * config.group_size
+        if answers is not None:
+            prompts = [prompting.compound_prompt(task.prompt, prompting.first_sentence(text)) for text in texts]
         judged = [prompting.compound_prompt(task.prompt, task.answer)] * len(prompts)
         if config.judged_prompt == "compound":
             judged = prompts
@@ -96,28 +95,59 @@ class Collector:
             sample_ids=sample_ids,
             dsog=self._dsog(plain),
         )
+        if self._hung is not None:
+            raise self._hung
         assert images.pixels is not None
-        score = self.rewards.score(
+        score = ask(
+            "scoring by the experts",
+            self.rewards.score,
             RewardBatch(
                 images=images.pixels.float().clamp(-1, 1),
                 prompts=plain,
-                answers=[plain_text(text, self.data.class_word) for text in answers.texts],
+                answers=[plain_text(text, self.data.class_word) for text in texts],
                 facts=[plain_text(fact, self.data.class_word) for fact in task.facts],
                 correct=task.correct,
                 references=self.references.to(images.pixels.device),
                 kind=self.data.kind,
-            )
+            ),
+            seconds=config.expert_timeout,
         )
         total = score.total.float()
-        return Experience(task, answers, images, prompts, total, score.parts, score.no_face, total - total.mean())
+        return Experience(
+            task, answers, texts, images, prompts, total, score.parts, score.no_face, total - total.mean()
+        )
+
+    def _answer(self, task: Task, sample_ids: list[int]) -> TextRollout:
+        config = self.config
+        return self.engine.generate_text(
+            self.pictures.codes(task.image)[None],
+            [as_question(self.concept, task.question)],
+            samples=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.answer_temperature,
+            top_k=config.top_k,
+            seed=2 * config.seed + 1,
+            sample_ids=sample_ids,
+        )
 
     def _dsog(self, plain: list[str]) -> Dsog | None:
         if not self.config.dsog.enabled or self.preview_scorer is None:
             return None
-        judge = self.preview_scorer(plain)
+        judge, limit = self.preview_scorer(plain), self.config.expert_timeout
+
+        def score(pixels: Tensor, index: Tensor) -> Tensor:
+            if self._hung is not None:
+                raise self._hung
+            inside = pixels.float().clamp(-1, 1)  # decoders overshoot, experts refuse that
+            try:
+                return ask("judging previews", judge, inside, index, seconds=limit)
+            except NoAnswer as error:
+                self._hung = error  # the engine takes a failed preview for a bad one; this one ends the step
+                raise
+
         return Dsog(
             self.threshold,
-            lambda pixels, index: judge(pixels.float().clamp(-1, 1), index),  # decoders overshoot, experts refuse that
+            score,
             preview_step=self.config.dsog.preview_step or None,
             max_candidates=self.config.dsog.max_candidates,
         )
@@ -125,11 +155,10 @@ class Collector:
 
 def trajectories(
     experience: Experience, engine: RolloutEngine, scope: str
-) -> tuple[ImageTrajectories, AnswerTrajectories]:
-    """What the update needs of a group, and nothing else."""
+) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
+    """What the update needs of a group, and nothing else; no answers where there were none."""
     images, answers = experience.images, experience.answers
     assert images.inputs is not None and images.chosen is not None and images.logp is not None
-    assert answers.image_codes is not None
     ids = prompting.SpecialIds.of(engine.model)
     distinct: dict[tuple[int, ...], int] = {}
     of_prompt = [
@@ -148,13 +177,18 @@ def trajectories(
             guidance_scale=images.guidance_scale,
             mask_RTN=token_mask(images.inputs, scope),
         ),
-        AnswerTrajectories(
-            codes_N=answers.image_codes[0],
-            question=answers.question_ids[0],
-            tokens_RL=answers.tokens,
-            old_logp_RL=answers.logp,
-            temperature=answers.temperature,
-        ),
+        _of_answers(answers) if answers is not None else None,
+    )
+
+
+def _of_answers(answers: TextRollout) -> AnswerTrajectories:
+    assert answers.image_codes is not None
+    return AnswerTrajectories(
+        codes_N=answers.image_codes[0],
+        question=answers.question_ids[0],
+        tokens_RL=answers.tokens,
+        old_logp_RL=answers.logp,
+        temperature=answers.temperature,
     )
 
 
@@ -173,6 +207,6 @@ def summary(experience: Experience) -> dict[str, Any]:
         "pass_rate": dsog.pass_rate if dsog else None,
         "candidates": dsog.previewed if dsog else len(experience.images),
         "question": experience.task.question,
-        "answer": experience.answers.texts[best],
+        "answer": experience.texts[best],
         "prompt": experience.prompts[best],
     }

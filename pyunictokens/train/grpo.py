@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..models import ConceptTokens, MagvitV2, Showo, TextTokenizer
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
+from ..stopping import Stop, Stopped, never
 from .config import GrpoConfig
 from .experience import Collector, Experience, PreviewScorer, summary, trajectories
 from .logs import MetricsLog, save_samples
@@ -67,6 +68,7 @@ def train_grpo(
     preview_scorer: PreviewScorer | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    stop: Stop = never,
 ) -> GrpoResult:
     """Improve a personalised model by reinforcement on its own answers and images.
 
@@ -79,10 +81,12 @@ def train_grpo(
             ensemble's expert "ber". Without one, no previews are taken.
         out_dir: the run's folder; one that holds a run is refused unless `resume`.
         resume: go on from the newest whole checkpoint as if the run had never stopped.
+        stop: asked after every step; where it says so, a checkpoint is written and Stopped raised.
 
     Raises:
         UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a
             reward, loss or gradient that is not finite.
+        Stopped: `stop` said so before the last step; `resume` goes on from there.
     """
     config = config or GrpoConfig()
     if concept is not None:
@@ -96,7 +100,7 @@ def train_grpo(
         try:
             if resume:
                 run.restore()
-            return run.train(progress)
+            return run.train(progress, stop)
         finally:
             run.optimiser.release()
 
@@ -159,21 +163,27 @@ class _Run:
             config.micro_timesteps,
         )
         self.step = self.skipped = self.bad = 0
+        self.recent: list[float] = []
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
-    def train(self, progress: Progress | None) -> GrpoResult:
+    def train(self, progress: Progress | None, stop: Stop) -> GrpoResult:
         config, values = self.config, {}
         with MetricsLog(self.folder.path, from_step=self.step) as metrics:
             while self.step < config.steps:
                 values = self._one_step()
                 metrics.write(values)
                 self.step += 1
+                self.recent.append(values["reward_mean"])
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
-                if due or self.step == config.steps:
+                stopping = stop() and self.step < config.steps
+                if due or stopping or self.step == config.steps:
+                    metrics.sync()
                     self.save()
                 if progress is not None:
                     progress("grpo", self.step, config.steps, values)
+                if stopping:
+                    raise Stopped(f"stopped after step {self.step} of {config.steps}, its checkpoint is written")
         self.policy.export(self.folder.path / "final")
         self.policy.merge().requires_grad_(False)
         assert self.model.concept is not None
@@ -221,7 +231,7 @@ class _Run:
             with self.policy.reference():
                 if config.alpha_image > 0:
                     images.ref_logp_RTN = image_logprobs(self.model, images, config.micro_rows, config.micro_timesteps)
-                if config.alpha_answer > 0:
+                if config.alpha_answer > 0 and answers is not None:
                     answers.ref_logp_RL = answer_logprobs(self.model, answers)
         first, norm = UpdateStats(), math.nan
         for inner in range(config.inner_updates):
@@ -261,7 +271,7 @@ class _Run:
             final=images.pixels,
             preview=preview,
             prompts=experience.prompts,
-            answers=experience.answers.texts,
+            answers=experience.texts,
             rewards=experience.rewards.tolist(),
         )
 
@@ -271,8 +281,15 @@ class _Run:
         tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
         tensors.update(self.optimiser.state_dict())
         tensors.update(random_state())
-        state = {"threshold": self.threshold.state_dict(), "skipped": self.skipped, "bad": self.bad}
-        self.folder.save(self.step, tensors, state, self.config.keep_last)
+        good = [reward for reward in self.recent if math.isfinite(reward)]
+        state = {
+            "threshold": self.threshold.state_dict(),
+            "skipped": self.skipped,
+            "bad": self.bad,
+            "reward": sum(good) / len(good) if good else None,
+        }
+        self.recent.clear()
+        self.folder.save(self.step, tensors, state, self.config.keep_last, self.config.keep_best)
 
     def restore(self) -> None:
         """Put the newest whole checkpoint into everything; without one the run begins anew."""

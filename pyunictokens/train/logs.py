@@ -7,6 +7,7 @@ knows files and numbers; what they mean is told in docs/training.md.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,38 +20,58 @@ from torch import Tensor
 from ..errors import UserError
 from ..io import write_json, write_text_atomic
 
+log = logging.getLogger(__name__)
+
 
 class MetricsLog:
-    """Lines of ``metrics.jsonl`` in a run's folder, and the same numbers for TensorBoard where it is installed."""
+    """Lines of ``metrics.jsonl`` in a run's folder, and with `events` the same numbers for TensorBoard where it is
+    installed."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, from_step: int = 0, name: str = "metrics.jsonl"):
+    def __init__(
+        self, folder: str | os.PathLike[str], *, from_step: int = 0, name: str = "metrics.jsonl", events: bool = True
+    ):
         self.folder = Path(folder)
         self.file = self.folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
-            kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _before(line, from_step)]
+            kept = [line for line in _lines(self.file) if _before(line, from_step)]
             write_text_atomic(self.file, "".join(line + "\n" for line in kept))
-        self._handle = self.file.open("a", encoding="utf-8")
-        self._events = _events(self.folder / "tensorboard", from_step)
+        self._handle = self.file.open("ab", buffering=0)  # nothing waits in a buffer to fail once more on closing
+        self._events: Any = _events(self.folder / "tensorboard", from_step) if events else None
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Add one line; `values` holds at least `step`. Numbers that are not finite become null."""
         try:
-            self._handle.write(json.dumps(_plain(values), ensure_ascii=False) + "\n")
-            self._handle.flush()
+            line = (json.dumps(_plain(values)) + "\n").encode()  # ASCII: no character that a kill can cut in two
+            while line:
+                line = line[self._handle.write(line) :]
         except OSError as error:
             raise UserError(
                 f"{self.file}: cannot be written ({error.strerror}): make room and go on with --resume"
             ) from error
-        if self._events is not None:
-            for key, value in _flat(values):
+        events = self._events
+        try:
+            for key, value in _flat(values) if events is not None else []:
                 if key != "step":
-                    self._events.add_scalar(key, value, values["step"])
+                    events.add_scalar(key, value, values["step"])
+        except OSError as error:
+            self._without_events(error)
+
+    def sync(self) -> None:
+        """Have the lines on disk before a checkpoint counts on them."""
+        os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         self._handle.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            if self._events is not None:
+                self._events.close()
+        except OSError as error:
+            self._without_events(error)
+
+    def _without_events(self, error: OSError) -> None:
+        log.warning("TensorBoard's events cannot be written (%s) and end here; %s goes on", error.strerror, self.file)
+        self._events = None
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -67,7 +88,7 @@ def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") ->
     if not file.exists():
         raise UserError(f"{file}: no such file: is this the folder of a run?")
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in _lines(file):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
@@ -97,6 +118,11 @@ def save_samples(
         save_image(make_grid(preview, columns), base / f"step_{step:04d}_preview.png")
     texts = {"step": step, "prompts": list(prompts), "answers": list(answers), "rewards": list(rewards)}
     write_json(base / f"step_{step:04d}.json", texts)
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a log; bytes that are no text, as damage leaves them, make a line that is no JSON."""
+    return file.read_text(encoding="utf-8", errors="replace").split("\n")
 
 
 def _events(folder: Path, from_step: int) -> Any:

@@ -7,6 +7,7 @@ written when the run begins. It knows parameters; it does not know losses, optim
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,10 @@ from ..errors import UserError
 from ..io import read_json, write_json
 from ..models import ConceptTokens, Showo
 from .config import LoraConfig
+from .settings import from_mapping
 from .tensors import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
 
 
 class Policy:
@@ -59,7 +63,7 @@ class Policy:
         elif kind == "full":
             model.requires_grad_(True)
             assert self._reference_file is not None
-            if not self._reference_file.exists():
+            if not _holds(self._reference_file, dict(model.named_parameters())):
                 write_tensors(self._reference_file, dict(model.named_parameters()))
         self._concept_start = {name: value.detach().clone() for name, value in self.concept.named_parameters()}
 
@@ -140,8 +144,8 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
     kind = about.get("trainable") if isinstance(about, dict) else None
     concept = ConceptTokens.load(folder / "concept")
     if kind == "lora":
-        settings = {**about["lora"], "targets": tuple(about["lora"]["targets"])}
-        add_adapters(model, LoraConfig(**settings), seed=0)
+        settings = from_mapping(LoraConfig, about.get("lora"), origin=f"{folder / 'policy.json'}: lora")
+        add_adapters(model, settings, seed=0)
         named = dict(model.named_parameters())
         tensors = read_tensors(folder / "adapter.safetensors")
         wrong = [k for k, v in named.items() if "lora_" in k and (k not in tensors or tensors[k].shape != v.shape)]
@@ -189,6 +193,24 @@ def _merge_adapters(model: Showo) -> None:
             if isinstance(child, BaseTunerLayer):
                 child.merge()
                 setattr(parent, name, child.get_base_layer())
+
+
+def _holds(file: Path, wanted: Mapping[str, Tensor]) -> bool:
+    """Whether `file` holds exactly these tensors; one that is damaged is reported, and will be written anew."""
+    if not file.exists():
+        return False
+    try:
+        found = read_tensors(file)
+    except UserError as error:
+        log.warning("written anew: %s", error)
+        return False
+    whole = found.keys() == wanted.keys() and all(
+        found[name].dtype == value.dtype and torch.equal(found[name], value.detach().cpu())
+        for name, value in wanted.items()
+    )
+    if not whole:
+        log.warning("%s: is not the model this run begins with; written anew", file)
+    return whole
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..data.batches import EpochSampler, GenerationItem, UnderstandingItem, generation_items, understanding_items
 from ..errors import UserError
-from ..io import read_json, write_json
+from ..io import folder_lock, read_json, write_json
 from ..models import ConceptTokens, MagvitV2, PromptKV, Showo, TextTokenizer, prompting
 from ..models.prompting import SpecialIds
 from ..rollout.engine import DEFAULT_MAX_TEXT, RolloutEngine
+from ..stopping import Stop, Stopped, never
 from . import rows
 from .config import StageConfig
 from .logs import MetricsLog, read_metrics
@@ -75,6 +76,7 @@ def train_concept_tokens(
     face_embedding: rows.FaceEmbedding | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    stop: Stop = never,
 ) -> ConceptTokens:
     """Learn the tokens of a concept from its folder; returns them attached to `model`.
 
@@ -85,13 +87,19 @@ def train_concept_tokens(
         start: rows to go on from, in place of new ones.
         face_embedding: for humans, pixels [M, 3, H, W] to face embeddings; starts the generation rows.
         resume: take finished stages from `out_dir` instead of running them again.
+        stop: asked after every step; where it says so, Stopped is raised. Finished stages stay, the one at hand is
+            begun anew on resume.
 
     Raises:
         UserError: for data that cannot be learned from, and when a loss is not finite.
+        Stopped: `stop` said so.
     """
     config = config or StageConfig()
-    trainer = _Stages(model, vq, tokenizer, concept_data, config, Path(out_dir), face_embedding, progress)
-    return trainer.run(start, resume)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        trainer = _Stages(model, vq, tokenizer, concept_data, config, out, face_embedding, progress, stop)
+        return trainer.run(start, resume)
 
 
 class _Stages:
@@ -105,7 +113,9 @@ class _Stages:
         out: Path,
         face_embedding: rows.FaceEmbedding | None,
         progress: Progress | None,
+        stop: Stop,
     ):
+        self.stop = stop
         self.model, self.vq, self.plain, self.data, self.config = model, vq, tokenizer, concept_data, config
         self.out, self.face_embedding, self.progress = out, face_embedding, progress
         self.max_text = config.max_text or DEFAULT_MAX_TEXT
@@ -240,6 +250,8 @@ class _Stages:
             self.steps_done += 1
             if self.progress is not None:
                 self.progress(stage, step + 1, steps, values)
+            if self.stop() and step + 1 < steps:
+                raise Stopped(f"stopped in stage {stage} at step {step + 1} of {steps}; the stage is begun anew")
 
     def _questions(self) -> list[UnderstandingItem]:
         return understanding_items(

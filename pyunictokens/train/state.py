@@ -1,7 +1,7 @@
 """A run's folder: who it belongs to, its checkpoints, and how it is taken up again as if it had never stopped.
 
     run.json             identity of model, concept and settings, written when the run begins
-    checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksum)
+    checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksums)
 
 A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one
 that was damaged later is noticed by its checksum and the one before it is taken. It knows files and names; what the
@@ -11,10 +11,13 @@ tensors mean is the business of policy.py and optim.py.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..io import read_json, write_json
+from ..io import folder_lock, read_json, sweep, write_json
 from ..models import ConceptTokens, Showo
 from .tensors import checksum, read_tensors, write_tensors
 
@@ -33,7 +36,9 @@ MAY_CHANGE = frozenset(
     {
         "checkpoint_every",
         "keep_last",
+        "keep_best",
         "sample_every",
+        "expert_timeout",
         "max_bad_steps",
         "micro_rows",
         "micro_timesteps",
@@ -66,12 +71,12 @@ def identity(model: Showo, concept: ConceptTokens) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "concept": concept.name,
         "concept_tokens": concept.num_tokens,
-        "starting_weights": _fingerprint(model.state_dict()),
-        "starting_concept": _fingerprint(dict(concept.named_parameters())),
+        "starting_weights": fingerprint(model.state_dict()),
+        "starting_concept": fingerprint(dict(concept.named_parameters())),
     }
 
 
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A short checksum of sixteen numbers of every tensor: tells other weights apart without reading gigabytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -105,10 +110,12 @@ class RunFolder:
         if resume and not about.exists():
             raise UserError(f"{self.path}: holds no run to resume (no run.json): start one without --resume")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path / ".lock")
+        self._held = ExitStack()
+        self._held.enter_context(folder_lock(self.path))
         try:
             if resume:
                 self._compare(read_json(about), identity, settings)
+                sweep(self.path)
             else:
                 write_json(about, {"identity": dict(identity), "settings": dict(settings)})
         except BaseException:
@@ -117,9 +124,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others use the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._held.close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -141,8 +146,11 @@ class RunFolder:
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep_last: int) -> Path:
-        """Write the checkpoint of `step`, then delete all but the last `keep_last`. Raises UserError on a full disk."""
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep_last: int, keep_best: int = 0
+    ) -> Path:
+        """Write the checkpoint of `step`, then delete all but the last `keep_last` and the `keep_best` of the highest
+        ``state["reward"]``. Raises UserError where it cannot be written, as on a full disk."""
         final = self.checkpoints / f"step_{step:06d}"
         aside = self.checkpoints / f".step_{step:06d}.part"
         try:
@@ -150,7 +158,8 @@ class RunFolder:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             digest = write_tensors(aside / "tensors.safetensors", tensors)
-            write_json(aside / "state.json", {"step": step, "sha256": digest, **state})
+            whole = {"step": step, "sha256": digest, **state}
+            write_json(aside / "state.json", {**whole, "state_sha256": _state_checksum(whole)})
             _sync_folder(aside)
             if final.exists():  # a damaged one that was passed over on resume
                 shutil.rmtree(final)
@@ -164,9 +173,23 @@ class RunFolder:
                 f"{final}: the checkpoint cannot be written ({error.strerror or error}); {last}: "
                 "make room and go on with --resume"
             ) from error
-        for old in self.steps()[:-keep_last]:
+        steps = self.steps()
+        for old in set(steps[:-keep_last]) - set(self._best(steps, keep_best)):
             shutil.rmtree(self.checkpoints / f"step_{old:06d}", ignore_errors=True)
         return final
+
+    def _best(self, steps: list[int], number: int) -> list[int]:
+        """The `number` steps of the highest reward, of equals the later; damaged ones are not among them."""
+        rewards: dict[int, float] = {}
+        for step in steps if number else []:
+            try:
+                reward = self._state(step).get("reward")
+            except UserError as error:
+                log.warning("checkpoint of step %d is not counted among the best: %s", step, error)
+                continue
+            if isinstance(reward, float) and math.isfinite(reward):
+                rewards[step] = reward
+        return sorted(rewards, key=lambda step: (rewards[step], step))[-number:] if number else []
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints present, in order."""
@@ -187,11 +210,18 @@ class RunFolder:
             raise UserError(f"{self.checkpoints}: no whole checkpoint: {'; '.join(problems)}")
         return None
 
+    def _state(self, step: int) -> dict[str, Any]:
+        file = self.checkpoints / f"step_{step:06d}" / "state.json"
+        state = read_json(file)
+        if not isinstance(state, dict) or state.get("step") != step:
+            raise UserError(f"{file}: is not the state of step {step}")
+        if state.pop("state_sha256", None) != _state_checksum(state):
+            raise UserError(f"{file}: is damaged (its checksum does not fit)")
+        return state
+
     def _read(self, step: int) -> Checkpoint:
         folder = self.checkpoints / f"step_{step:06d}"
-        state = read_json(folder / "state.json")
-        if not isinstance(state, dict) or state.get("step") != step:
-            raise UserError(f"{folder / 'state.json'}: is not the state of step {step}")
+        state = self._state(step)
         file = folder / "tensors.safetensors"
         if not file.exists():
             raise UserError(f"{file}: no such file")
@@ -227,19 +257,9 @@ def _differences(there: Any, here: Any, prefix: str = "") -> list[tuple[str, Any
     return [] if there == here else [(prefix.rstrip("."), there, here)]
 
 
-def _lock(path: Path) -> int | None:
-    """Hold `path` for this process alone; the system lets go when the process ends. None where locks are not known."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise UserError(f"{path.parent}: another process is working in this folder") from error
-    return descriptor
+def _state_checksum(state: Mapping[str, Any]) -> str:
+    """SHA-256 of the state's numbers and words, whatever the layout of the file."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _sync_folder(path: Path) -> None:

@@ -232,6 +232,16 @@ def test_tasks_are_balanced_drawn_by_seed_and_never_from_the_test_half(here: Wor
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_without_reasoning_nothing_is_said_and_drawings_follow_the_prompts_alone(here: World, tmp_path: Path) -> None:
+    result = train_grpo(**here.fresh(), config=grpo_config(reasoning=False, sample_every=1), out_dir=tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert all(line["loss_answer"] == 0 and line["parts_std"]["tier"] < 1e-6 for line in lines)
+    asked = {task.prompt: task.answer for task in (TaskSampler(here.data).draw(step) for step in range(4))}
+    assert {line["prompt"]: line["answer"] for line in lines} == asked
+    assert not torch.equal(result.concept.embed, tiny_concept().embed)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: World, tmp_path: Path) -> None:
     groups = []
     collect = Collector.collect
@@ -249,7 +259,8 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
     patch.undo()
     group, engine = groups[0]
     assert torch.allclose(group.advantages, group.rewards - group.rewards.mean()) and group.advantages.std() > 0
-    for text, answer in zip(group.prompts, group.answers.texts, strict=True):
+    assert group.texts == group.answers.texts
+    for text, answer in zip(group.prompts, group.texts, strict=True):
         assert text == prompting.compound_prompt(group.task.prompt, answer)
     images, answers = trajectories(group, engine, "all")
     learned = arguments["model"]

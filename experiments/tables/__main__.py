@@ -1,0 +1,53 @@
+"""Run the paper's tables in miniature and write docs/experiments.md.
+
+    python -m experiments.tables --quick                 # within forty minutes on two cores
+    python -m experiments.tables                         # six concepts, three seeds, the toy preset's steps: hours
+    python -m experiments.tables --quick --unit animal-11-seed0 --arms staged ours --no-docs     # some cells
+    python -m experiments.tables --quick --page          # the page alone, from what is there
+
+Cells are kept in the work folder one by one; stopping and starting again loses at most the cells in hand, and a changed
+setting makes its cells anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyunictokens.io import write_json, write_text_atomic
+
+from .arms import ARMS, SCALES
+from .page import write_page
+from .runner import choose, gather, run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=list(SCALES), default="full")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "tables", help="where cells are kept")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one thread each")
+    parser.add_argument("--unit", nargs="+", help="only these, as animal-11-seed0")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="only these arms")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page from what is there")
+    parser.add_argument("--no-docs", action="store_true", help="leave docs/ alone")
+    options = parser.parse_args(words)
+    chosen = choose(options.scale, options.unit, options.arms)
+    began = time.monotonic()
+    problems = [] if options.page else run(chosen, options.scale, options.work, options.workers)
+    for problem in problems:
+        print(problem)
+    print(f"{time.monotonic() - began:.0f} s; cells in {options.work / options.scale / 'cells'}")
+    if not options.no_docs:
+        stored = gather(options.scale, options.work, problems)
+        write_json(ROOT / "docs" / "experiments.json", stored)
+        write_text_atomic(ROOT / "docs" / "experiments.md", write_page(stored, ROOT / "docs"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What is compared: arms (how tokens are learned, how they are reinforced), tables, curves, sizes, the paper's numbers.
+
+Settings are words over the toy preset, so a change of the preset changes every arm alike. It says nothing of how arms
+are run (lab.py) or judged (stats.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("animal", "human", "object")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make a personalised model."""
+
+    name: str
+    title: str
+    start: str
+    """Where its tokens come from: "text" (no tokens, the looks in words), "staged", "unic" (three stages), "joint"."""
+    words: tuple[str, ...] | None = None
+    """Settings of the reinforcement; None: there is none."""
+    longer: float = 1.0
+    """Steps of reinforcement, as a multiple of the scale's."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much work one cell is. `words` go before the arms' own."""
+
+    name: str
+    concepts: tuple[tuple[str, int], ...]
+    """(kind, seed of the drawn concept) of the tables."""
+    seeds: tuple[int, ...]
+    """Seeds of the training, each with every concept."""
+    curve_concepts: tuple[tuple[str, int], ...]
+    curve_seeds: tuple[int, ...]
+    words: tuple[str, ...] = ()
+
+
+_SIX = tuple((kind, number) for number in (11, 12) for kind in KINDS)
+
+SCALES = {
+    "quick": Scale(
+        "quick",
+        _SIX,
+        (0,),
+        tuple((kind, 11) for kind in KINDS),
+        (0,),
+        (
+            "stages.max_steps=50",
+            "stages.generated_images=4",
+            "stages.generated_timesteps=6",
+            "grpo.steps=8",
+            "grpo.timesteps=6",
+            "evaluation.samples=1",
+            "evaluation.timesteps=6",
+        ),
+    ),
+    "full": Scale("full", _SIX, (0, 1, 2), _SIX, (0,), ("evaluation.samples=2",)),
+    "smoke": Scale(
+        "smoke",
+        (("animal", 11),),
+        (0,),
+        (("animal", 11),),
+        (0,),
+        (
+            "stages.max_steps=3",
+            "stages.generated_images=2",
+            "stages.generated_timesteps=4",
+            "grpo.steps=2",
+            "grpo.group_size=3",
+            "grpo.timesteps=4",
+            "evaluation.samples=1",
+            "evaluation.timesteps=4",
+        ),
+    ),
+}
+"""quick: within forty minutes on two cores. full: six concepts, three seeds, the preset's steps. smoke: it runs."""
+
+OURS = Arm("ours", "UniCTokens-R1", "staged", ())
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("text", "base model, looks in words", "text"),
+        Arm("joint", "joint stage", "joint"),
+        Arm("staged", "two stages", "staged"),
+        Arm("unic", "UniCTokens, three stages", "unic"),
+        Arm("joint_grpo", "joint stage + GRPO", "joint", ()),
+        OURS,
+        Arm("no_reasoning", "without understanding reasoning", "staged", ("grpo.reasoning=false",)),
+        Arm("no_visual", "without visual-instruct reasoning", "staged", ("grpo.visual_ratio=0",)),
+        Arm("no_text_only", "without text-only reasoning", "staged", ("grpo.visual_ratio=1",)),
+        Arm("no_dsog", "without DSOG", "staged", ("grpo.dsog.enabled=false",)),
+        Arm("no_dsog_longer", "without DSOG, half more steps", "staged", ("grpo.dsog.enabled=false",), 1.5),
+        Arm("group_3", "G = 3, three times the steps", "staged", ("grpo.group_size=3",), 3.0),
+        Arm("group_18", "G = 18, half the steps", "staged", ("grpo.group_size=18",), 0.5),
+        Arm("beta_0", "β = 0", "staged", ("grpo.beta=0",)),
+        Arm("beta_01", "β = 0.1", "staged", ("grpo.beta=0.1",)),
+        Arm("scope_masked", "masked", "staged", ("grpo.token_scope=masked",)),
+        Arm("scope_new", "newly unmasked", "staged", ("grpo.token_scope=newly_unmasked",)),
+        Arm("fifth", "a random fifth of the timesteps", "staged", ("grpo.timestep_fraction=0.2",)),
+        Arm("concept", "concept rows", "staged", ("grpo.trainable=concept", "grpo.lr=0.001")),
+        Arm("lora", "LoRA", "staged", ("grpo.trainable=lora", "grpo.lr=0.0002")),
+    )
+}
+"""All arms by name. Concept rows and adapters are smaller than full weights and need the larger rate."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the paper: its rows, and the row that the others are held against."""
+
+    name: str
+    title: str
+    arms: tuple[str, ...]
+    reference: str
+
+
+TABLES = (
+    Table("table1", "Table 1: methods", ("text", "joint", "unic", "ours"), "ours"),
+    Table(
+        "table2",
+        "Table 2: what reasoning and DSOG are good for",
+        ("no_reasoning", "no_visual", "no_text_only", "no_dsog", "ours"),
+        "ours",
+    ),
+    Table("table3", "Table 3: where reinforcement begins", ("joint", "joint_grpo", "staged", "ours"), "ours"),
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One question of a reader, and the arms that answer it; the first is the default."""
+
+    name: str
+    title: str
+    arms: tuple[tuple[str, str], ...]
+    """(arm, label)."""
+
+
+CURVES = (
+    Curve("dsog", "DSOG at equal compute", (("ours", "with DSOG"), ("no_dsog_longer", "without"))),
+    Curve("group", "Group size, equal rollouts", (("ours", "G = 9"), ("group_3", "G = 3"), ("group_18", "G = 18"))),
+    Curve("beta", "Weight β of the divergence", (("ours", "β = 0.01"), ("beta_0", "β = 0"), ("beta_01", "β = 0.1"))),
+    Curve(
+        "scope",
+        "Which tokens count (token_scope)",
+        (("ours", "all"), ("scope_masked", "masked"), ("scope_new", "newly unmasked")),
+    ),
+    Curve("timesteps", "Timesteps in the update", (("ours", "all"), ("fifth", "a random fifth"))),
+    Curve("trainable", "What learns", (("ours", "full"), ("lora", "LoRA"), ("concept", "concept rows"))),
+)
+
+COLUMNS = {
+    "recognition.weight": "Rec. weight",
+    "reasoning.bleu": "Rea. BLEU",
+    "reasoning.accuracy": "Rea. right fact",
+    "vqa.bleu": "VQA BLEU",
+    "vqa.accuracy": "VQA right",
+    "qa.bleu": "QA BLEU",
+    "qa.accuracy": "QA right",
+    "pure.clip_t": "Pure CLIP-T",
+    "pure.clip_i": "Pure CLIP-I",
+    "pure.attributes": "Pure attributes",
+    "dense.clip_t": "Dense CLIP-T",
+    "dense.clip_i": "Dense CLIP-I",
+    "dense.attributes": "Dense attributes",
+    "reasoning_generation.clip_t": "Rea. Gen. CLIP-T",
+    "reasoning_generation.clip_i": "Rea. Gen. CLIP-I",
+    "reasoning_generation.attributes": "Rea. Gen. attributes",
+    "reasoning_generation.reward": "Rea. Gen. reward",
+    "dense_reasoning.clip_t": "Dense Rea. Gen. CLIP-T",
+    "dense_reasoning.clip_i": "Dense Rea. Gen. CLIP-I",
+    "dense_reasoning.attributes": "Dense Rea. Gen. attributes",
+}
+"""Measures by key, in the paper's order; "attributes" are read exactly from the drawing, which the paper cannot."""
+
+_PAPER_COLUMNS = (
+    "recognition.weight",
+    "reasoning.bleu",
+    "vqa.bleu",
+    "qa.bleu",
+    "pure.clip_t",
+    "pure.clip_i",
+    "dense.clip_i",
+    "reasoning_generation.clip_t",
+    "reasoning_generation.clip_i",
+    "dense_reasoning.clip_i",
+)
+_PAPER = {  # tables 1 to 3 of the paper, the columns above
+    "text": (0.562, 0.217, 0.462, 0.507, 0.263, 0.663, 0.558, 0.235, 0.679, 0.660),
+    "joint": (0.712, 0.224, 0.489, 0.529, 0.264, 0.680, 0.607, 0.266, 0.724, 0.653),
+    "unic": (0.792, 0.238, 0.505, 0.546, 0.280, 0.750, 0.639, 0.282, 0.762, 0.712),
+    "staged": (0.792, 0.238, 0.505, 0.546, 0.280, 0.750, 0.639, 0.282, 0.762, 0.712),
+    "joint_grpo": (0.789, 0.231, 0.548, 0.581, 0.287, 0.695, 0.616, 0.303, 0.757, 0.689),
+    "ours": (0.859, 0.250, 0.592, 0.604, 0.308, 0.765, 0.645, 0.324, 0.801, 0.756),
+    "no_reasoning": (0.808, 0.224, 0.511, 0.549, 0.301, 0.762, 0.637, 0.289, 0.765, 0.727),
+    "no_visual": (0.823, 0.239, 0.587, 0.571, 0.299, 0.759, 0.641, 0.301, 0.799, 0.741),
+    "no_text_only": (0.855, 0.222, 0.572, 0.597, 0.305, 0.757, 0.639, 0.291, 0.773, 0.728),
+    "no_dsog": (0.848, 0.243, 0.590, 0.607, 0.305, 0.766, 0.632, 0.307, 0.796, 0.738),
+}
+PAPER = {arm: dict(zip(_PAPER_COLUMNS, values, strict=True)) for arm, values in _PAPER.items()}
+"""The paper's values by arm and column; what it measured with GPT-4o has no counterpart here."""

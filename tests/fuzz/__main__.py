@@ -1,0 +1,88 @@
+"""`make fuzz`: atheris over every reader, guided by what its code does, then hypothesis; some seconds each.
+
+    python -m tests.fuzz --seconds 25                 # all, about ten minutes
+    python -m tests.fuzz --seconds 300 --only index   # one
+
+A reader that lets anything but a UserError through ends with its input in tests/fuzz/corpus/NAME, to stay there.
+Without atheris (no wheel for this Python) the long profile of hypothesis runs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+READERS = (
+    "data.folder",
+    "data.images",
+    "evaluate.result",
+    "many_results",
+    "models",
+    "models.checkpoint",
+    "models.concept",
+    "models.magvit",
+    "models.showo",
+    "runs",
+    "train.logs",
+    "train.policy",
+    "train.settings",
+    "train.state",
+)
+"""Modules whose branches guide the fuzzer."""
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        return guided(sys.argv[2], int(sys.argv[3]))
+    from tests.fuzz.targets import CORPUS, TARGETS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=25, help="for each reader")
+    parser.add_argument("--only", nargs="+", choices=list(TARGETS))
+    options = parser.parse_args()
+    failed = []
+    if importlib.util.find_spec("atheris") is None:
+        print("atheris is not installed: hypothesis alone")
+    else:
+        for name in options.only or TARGETS:
+            command = [sys.executable, "-m", "tests.fuzz", "--one", name, str(options.seconds)]
+            code = subprocess.run(command, cwd=ROOT, check=False).returncode
+            if (CORPUS / name).is_dir() and not any((CORPUS / name).iterdir()):
+                (CORPUS / name).rmdir()
+            print(f"{name}: {'good' if code == 0 else f'broken, see {CORPUS / name}'}", flush=True)
+            failed += [name] if code else []
+    words = ["-k", " or ".join(options.only)] if options.only else []
+    long = ["-m", "pytest", "-q", "-m", "fuzz", "tests/fuzz", *words]
+    code = subprocess.run([sys.executable, *long], cwd=ROOT, check=False).returncode
+    sys.exit(bool(failed) or code)
+
+
+def guided(name: str, seconds: int) -> None:
+    """Fuzz one reader with coverage of this package, which must not have been imported yet; does not return."""
+    import atheris
+
+    with atheris.instrument_imports(include=["pyunictokens"]):
+        for module in READERS:
+            importlib.import_module(f"pyunictokens.{module}")
+    from tests.fuzz.targets import CORPUS, check, kept, seeds
+
+    keep = CORPUS / name
+    with tempfile.TemporaryDirectory() as folder:
+        for number, data in enumerate([*seeds(name), *kept(name)]):
+            (Path(folder) / str(number)).write_bytes(data)
+        keep.mkdir(parents=True, exist_ok=True)
+        words = [f"-max_total_time={seconds}", "-max_len=65536", "-rss_limit_mb=4096", "-timeout=30"]
+        words += ["-verbosity=0", "-print_final_stats=1", f"-artifact_prefix={keep}{os.sep}", folder]
+        atheris.Setup([sys.argv[0], *words], lambda data: check(name, data))
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Everything that reads foreign bytes, as functions of bytes: nothing may come out of one but a UserError.
+
+A target puts the bytes where a file of its kind would be, inside a folder that is otherwise good, and reads it through
+the ordinary door. `SEEDS` gives each a few good files to begin with. hypothesis (test_fuzz.py) and atheris
+(tests/fuzz/__main__.py) drive the same targets; tests/fuzz/corpus keeps what once broke one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pyunictokens.errors import UserError
+
+Target = Callable[[bytes], None]
+
+_LIMIT = 1 << 18  # bytes of one input
+
+
+@functools.cache
+def _room() -> Path:
+    """A folder of this process with one good file of each kind."""
+    from safetensors.torch import save
+
+    from pyunictokens.models import ConceptTokens
+    from pyunictokens.train.config import TrainConfig
+    from pyunictokens.train.settings import to_mapping
+    from tests.data.conftest import Folder
+    from tests.train.world import tiny_concept
+
+    torch.set_num_threads(1)
+    room = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    Folder(room / "data")
+    tiny_concept().save(room / "tokens")
+    ConceptTokens("bo", 4, 2, 1).save_published(room / "published", 3)
+    for name in ("showo_tiny", "magvit_tiny"):
+        shutil.copytree(Path(__file__).parent.parent / "golden" / name, room / name)
+    (room / "weights").mkdir()
+    (room / "weights" / "a.safetensors").write_bytes(save({"x": torch.zeros(2)}))
+    from pyunictokens.train.state import RunFolder
+
+    with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}) as run:
+        run.save(1, {"x": torch.zeros(2)}, {"threshold": {"value": 0.5}, "reward": 0.5}, keep_last=1)
+    from pyunictokens.evaluate.result import EvalResult
+
+    records = {"vqa": [{"question": "?", "scores": {"bleu": [0.5]}}]}
+    EvalResult("bo", {}, records, {"photos": [torch.zeros(1, 3, 4, 4, dtype=torch.uint8)]}).save(room / "eval.json")
+    (room / "settings.yaml").write_text(yaml.safe_dump(to_mapping(TrainConfig.preset("toy"))))
+    (room / "metrics.jsonl").write_text('{"step": 0, "reward_mean": 0.5}\n')
+    return room
+
+
+def _put(data: bytes, *parts: str) -> Path:
+    file = _room().joinpath(*parts)
+    file.write_bytes(data[:_LIMIT])
+    return file
+
+
+def _with(name: str, data: bytes, read: Callable[[Path], Any]) -> None:
+    """Read with the bytes in place of one file, which is put back afterwards."""
+    file = _room() / name
+    good = file.read_bytes() if file.exists() else None
+    try:
+        file.write_bytes(data[:_LIMIT])
+        read(_room())
+    finally:
+        if good is None:
+            file.unlink()
+        else:
+            file.write_bytes(good)
+
+
+def _concept(name: str) -> Target:
+    def target(data: bytes) -> None:
+        from pyunictokens.data.folder import load_concept, read_concept
+
+        def read(room: Path) -> None:
+            read_concept(room / "data", "bo")
+            load_concept(room / "data", "bo")
+
+        _with(f"data/concept/{name}", data, read)
+
+    return target
+
+
+def picture(data: bytes) -> None:
+    from pyunictokens.data.images import load_batch
+
+    load_batch([_put(data, "picture.png")], 16)
+
+
+def safetensors(data: bytes) -> None:
+    from pyunictokens.models.checkpoint import load_state_dict
+    from pyunictokens.train.tensors import read_tensors
+
+    read_tensors(_put(data, "weights", "model.safetensors"))
+    load_state_dict(_room() / "weights")
+
+
+def pickled(data: bytes) -> None:
+    from pyunictokens.models.checkpoint import _load_file
+
+    _load_file(_put(data, "pytorch_model.bin"))
+
+
+def index(data: bytes) -> None:
+    from pyunictokens.models.checkpoint import load_state_dict
+
+    def read(room: Path) -> None:
+        load_state_dict(room / "weights")
+
+    _with("weights/model.safetensors.index.json", data, read)
+
+
+def showo_config(data: bytes) -> None:
+    from pyunictokens.models import Showo
+
+    _with("showo_tiny/config.json", data, lambda room: Showo.from_pretrained(room / "showo_tiny"))
+
+
+def magvit_config(data: bytes) -> None:
+    from pyunictokens.models import MagvitV2
+
+    _with("magvit_tiny/config.json", data, lambda room: MagvitV2.from_pretrained(room / "magvit_tiny"))
+
+
+def tokens_json(data: bytes) -> None:
+    from pyunictokens.models import ConceptTokens
+
+    _with("tokens/concept.json", data, lambda room: ConceptTokens.load(room / "tokens"))
+
+
+def tokens_tensors(data: bytes) -> None:
+    from pyunictokens.models import ConceptTokens
+
+    _with("tokens/concept.safetensors", data, lambda room: ConceptTokens.load(room / "tokens"))
+
+
+def tokens_published(data: bytes) -> None:
+    from pyunictokens.models import ConceptTokens
+
+    def read(room: Path) -> None:
+        ConceptTokens.load_published(room / "published", "bo", num_understanding=2)
+
+    _with("published/epoch_3_lm_head_bias.pt", data, read)
+
+
+def run_state(data: bytes) -> None:
+    from pyunictokens.train.state import RunFolder
+
+    def read(room: Path) -> None:
+        with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}, resume=True) as run:
+            run.latest()
+
+    _with("run/checkpoints/step_000001/state.json", data, read)
+
+
+def run_json(data: bytes) -> None:
+    from pyunictokens.train.state import RunFolder
+
+    def read(room: Path) -> None:
+        with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}, resume=True):
+            pass
+
+    _with("run/run.json", data, read)
+
+
+def run_tensors(data: bytes) -> None:
+    from pyunictokens.train.state import RunFolder
+
+    def read(room: Path) -> None:
+        with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}, resume=True) as run:
+            run.latest()
+
+    _with("run/checkpoints/step_000001/tensors.safetensors", data, read)
+
+
+def policy(data: bytes) -> None:
+    from pyunictokens.train.policy import load_policy
+    from tests.train.world import tiny_model
+
+    folder = _room() / "final"
+    if not folder.exists():
+        shutil.copytree(_room() / "tokens", folder / "concept")
+    _with("final/policy.json", data, lambda room: load_policy(tiny_model(), folder))
+
+
+def settings(data: bytes) -> None:
+    from pyunictokens.runs import RunConfig
+    from pyunictokens.train.config import TrainConfig
+    from pyunictokens.train.settings import load_yaml
+
+    file = _put(data, "given.yaml")
+    values = load_yaml(file)
+    RunConfig.make("toy", values, str(file))
+    TrainConfig.from_yaml(file)
+
+
+def overrides(data: bytes) -> None:
+    from pyunictokens.runs import RunConfig
+
+    RunConfig.make("toy", words=data.decode("utf-8", errors="replace").split("\n")[:4])
+
+
+def run_config(data: bytes) -> None:
+    """A run's config.yaml and about.json, as `generate` and `--resume` read them."""
+    from pyunictokens.runs import Run
+    from pyunictokens.workbench import Sources
+
+    def read(room: Path) -> None:
+        run = Run.find(str(room / "tokens"))
+        run.sources(Sources())
+        run.concept_folder(None)
+
+    _with("tokens/about.json", data, lambda room: Run.find(str(room / "tokens")))
+    _with("tokens/config.yaml", data, read)
+
+
+def log(data: bytes) -> None:
+    from pyunictokens.train.logs import MetricsLog, read_metrics
+
+    file = _put(data, "log", "metrics.jsonl") if (_room() / "log").exists() else None
+    if file is None:
+        (_room() / "log").mkdir()
+        file = _put(data, "log", "metrics.jsonl")
+    read_metrics(file.parent)
+    with MetricsLog(file.parent, from_step=1, events=False) as metrics:
+        metrics.write({"step": 1})
+    assert all(line["step"] <= 1 for line in read_metrics(file.parent))
+
+
+def evaluation(data: bytes) -> None:
+    from pyunictokens.evaluate.result import EvalResult
+
+    def read(room: Path) -> None:
+        result = EvalResult.load(room / "eval.json")
+        _ = result.metrics
+        result.compare(result)
+
+    _with("eval.json", data, read)
+
+
+def many(data: bytes) -> None:
+    from pyunictokens.many import JOBS, Status
+    from pyunictokens.many_results import collect, write_results
+
+    runs = _room() / "runs"
+    (runs / JOBS).mkdir(parents=True, exist_ok=True)
+    (runs / "bo").mkdir(exist_ok=True)
+    for name in (f"{JOBS}/bo.json", "bo/about.json", "bo/after.json"):
+        _with(f"runs/{name}", data, lambda room: (Status.read(runs, "bo"), write_results(runs, collect(runs, ["bo"]))))
+
+
+def plan(data: bytes) -> None:
+    from pyunictokens import many
+
+    runs = _room() / "planned"
+    (runs / many.JOBS).mkdir(parents=True, exist_ok=True)
+
+    def read(room: Path) -> None:
+        many.plan(runs, ["bo"], ["x"], grpo=True, evaluate=True, retries=0)
+
+    _with(f"planned/{many.JOBS}/{many.PLAN}", data, read)
+
+
+def judge(data: bytes) -> None:
+    """What a remote judge answered."""
+    from pyunictokens.rewards.judge import parse_score  # type: ignore[import-not-found]
+
+    score, _ = parse_score(data.decode("utf-8", errors="replace"), 1.0, 10.0)
+    assert 1.0 <= score <= 10.0
+
+
+_JSON = "train/bo/info.json", "train/bo/conversations.json", "train/bo/positive_recognitions.json"
+_JSON += "train/bo/random_recognitions.json", "test/bo/vqa.json", "test/bo/text_only.json"
+_JSON += "test/bo/t2i_conditions.json", "train/train_images.json"
+
+TARGETS: dict[str, Target] = {
+    **{f"concept_{Path(name).stem}": _concept(name) for name in _JSON},
+    **{
+        function.__name__: function
+        for function in (
+            picture,
+            safetensors,
+            pickled,
+            index,
+            showo_config,
+            magvit_config,
+            tokens_json,
+            tokens_tensors,
+            tokens_published,
+            run_state,
+            run_json,
+            run_tensors,
+            policy,
+            settings,
+            overrides,
+            run_config,
+            log,
+            evaluation,
+            many,
+            plan,
+        )
+    },
+}
+if importlib.util.find_spec("pyunictokens.rewards.judge") is not None:
+    TARGETS["judge"] = judge
+
+
+def check(name: str, data: bytes) -> None:
+    """Run a target; whatever it raises but UserError is a defect."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with contextlib.suppress(UserError):
+                TARGETS[name](data)
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def seeds(name: str) -> list[bytes]:
+    """Good files of a target's kind."""
+    room = _room()
+    if name.startswith("concept_"):
+        (path,) = [each for each in _JSON if Path(each).stem == name[8:]]
+        file = room / "data" / "concept" / path
+        return [file.read_bytes()] if file.exists() else [b"{}"]
+    files = {
+        "picture": next((room / "data" / "concept" / "train" / "bo").glob("*.png")),
+        "safetensors": room / "weights" / "a.safetensors",
+        "showo_config": room / "showo_tiny" / "config.json",
+        "magvit_config": room / "magvit_tiny" / "config.json",
+        "tokens_json": room / "tokens" / "concept.json",
+        "tokens_tensors": room / "tokens" / "concept.safetensors",
+        "tokens_published": room / "published" / "epoch_3_lm_head_bias.pt",
+        "run_state": room / "run" / "checkpoints" / "step_000001" / "state.json",
+        "run_json": room / "run" / "run.json",
+        "run_tensors": room / "run" / "checkpoints" / "step_000001" / "tensors.safetensors",
+        "evaluation": room / "eval.json",
+        "settings": room / "settings.yaml",
+        "log": room / "metrics.jsonl",
+    }
+    if name in files:
+        return [files[name].read_bytes()]
+    if name == "pickled":
+        buffer = io.BytesIO()
+        torch.save({"x": torch.zeros(2)}, buffer)
+        return [buffer.getvalue()]
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["fc1"]}
+    texts: dict[str, list[Any]] = {
+        "index": [{"weight_map": {"x": "a.safetensors"}}],
+        "policy": [{"trainable": "concept", "lora": lora}],
+        "run_config": [{"name": "bo", "root": "data", "model": None, "max_text": 24}],
+        "many": [{"name": "bo", "state": "done"}, {"metrics": {"vqa.bleu": {"mean": 0.5}}}],
+        "plan": [{"arguments": ["x"]}],
+        "judge": [{"score": 7, "reason": "good"}],
+    }
+    if name == "overrides":
+        return [b"grpo.steps=3\nstages.stages=[joint]", b"grpo.dsog.mu=1e-3"]
+    return [json.dumps(value).encode() for value in texts[name]]
+
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def kept(name: str) -> list[bytes]:
+    """Inputs of the corpus for a target: each once broke it."""
+    return [file.read_bytes() for file in sorted((CORPUS / name).glob("*"))]

@@ -1,0 +1,219 @@
+"""The miniature of the paper's tables: which cells there are, that they are made once, what the page says of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from experiments.tables import page, runner, stats
+from experiments.tables.arms import ARMS, COLUMNS, CURVES, PAPER, SCALES, TABLES
+from experiments.tables.lab import InWords, Unit, about_of, cell_file, config_of, read_cell, row_steps, run_unit, units
+from experiments.tables.page import write_page
+
+
+class FakeLab:
+    """Cells at once: a value an arm, a concept and a seed have together, and a learning curve."""
+
+    def __init__(self, better: float = 0.2, noise: float = 0.01):
+        self.better, self.noise, self.made = better, noise, []
+
+    def make(self, arm: Any, unit: Unit, scale: Any, config: Any) -> dict[str, Any]:
+        self.made.append((unit.name, arm.name))
+        rng = np.random.default_rng([unit.number, unit.seed, len(unit.kind), list(ARMS).index(arm.name)])
+        value = 0.4 + self.better * (arm.name == "ours") + 0.05 * unit.number % 0.1
+        rows = [
+            {"reward": value + 0.01 * step, "spread": 0.1, "kl": 0.0, "seconds": 1.0 + (arm.name == "ours"),
+             "row_steps": row_steps(config, config.grpo.group_size)}
+            for step in range(config.grpo.steps if arm.words is not None else 0)
+        ]  # fmt: skip
+        metrics = {key: value + float(rng.normal(0, self.noise)) for key in COLUMNS}
+        return {"metrics": metrics, "rows": rows, "seconds": {"grpo": 2.0, "evaluation": 1.0}}
+
+
+def make_all(work: Path, scale: str = "quick", lab: Any = None) -> list[str]:
+    return [
+        problem
+        for unit, names in units(SCALES[scale]).items()
+        for problem in run_unit(unit, names, scale, work, lab or FakeLab())
+    ]
+
+
+def test_the_plan_holds_what_the_paper_asks_for() -> None:
+    full = units(SCALES["full"])
+    kinds = {(unit.kind, unit.number) for unit in full}
+    assert len(kinds) == 6 and {kind for kind, _ in kinds} == {"animal", "human", "object"}
+    assert {unit.seed for unit in full} == {0, 1, 2}
+    for names in full.values():
+        assert {arm for table in TABLES for arm in table.arms} <= set(names)
+    curves = {arm for curve in CURVES for arm, _ in curve.arms}
+    assert sum(curves <= set(names) for names in full.values()) == 6
+    assert set(PAPER) == {arm for table in TABLES for arm in table.arms} and PAPER["ours"]["vqa.bleu"] == 0.592
+    for scale in SCALES.values():
+        for unit, names in units(scale).items():
+            settings = [config_of(ARMS[name], unit, scale) for name in names if name != "fifth"]
+            assert len({repr(each) for each in settings if each.grpo.seed == unit.seed}) >= 5
+
+
+def test_arms_differ_in_what_they_say_and_nothing_else() -> None:
+    unit = Unit("animal", 11, 2)
+    ours = config_of(ARMS["ours"], unit, SCALES["full"])
+    assert config_of(ARMS["no_dsog"], unit, SCALES["full"]) == replace(
+        ours, grpo=replace(ours.grpo, dsog=replace(ours.grpo.dsog, enabled=False))
+    )
+    assert config_of(ARMS["no_reasoning"], unit, SCALES["full"]).grpo == replace(ours.grpo, reasoning=False)
+    longer = config_of(ARMS["no_dsog_longer"], unit, SCALES["full"]).grpo.steps
+    assert longer == round(1.5 * ours.grpo.steps) and ours.stages.seed == 2
+
+
+def test_cost_in_rows_is_what_a_step_puts_through_the_model() -> None:
+    config = config_of(ARMS["ours"], Unit("animal", 11, 0), SCALES["full"])
+    grpo = replace(config.grpo, group_size=3, timesteps=10, guidance_scale=2.0, beta=0.1)
+    guided = replace(config, grpo=grpo)
+    # 5 candidates to step 2, 3 of them to step 10, a reference pass and an update (3) over 3·10, twice for guidance
+    assert row_steps(guided, 5) == 2 * (5 * 2 + 3 * 8 + 4 * 30)
+    plain = replace(config, grpo=replace(grpo, guidance_scale=0.0, beta=0.0, dsog=replace(grpo.dsog, enabled=False)))
+    assert row_steps(plain, 3) == 30 + 3 * 30
+
+
+def test_cells_are_made_once_and_anew_when_their_settings_change(tmp_path: Path, monkeypatch: Any) -> None:
+    unit, lab = Unit("animal", 11, 0), FakeLab()
+    for _ in range(2):
+        assert run_unit(unit, ["staged", "ours"], "quick", tmp_path, lab) == []
+    assert [name for _, name in lab.made] == ["staged", "ours"]
+    file = cell_file(tmp_path, SCALES["quick"], unit, "ours")
+    about = about_of(ARMS["ours"], unit, config_of(ARMS["ours"], unit, SCALES["quick"]))
+    assert read_cell(file, about) is not None and read_cell(file, {**about, "seed": 1}) is None
+    changed = replace(SCALES["quick"], words=(*SCALES["quick"].words, "grpo.lr=0.5"))
+    monkeypatch.setitem(SCALES, "quick", changed)
+    assert runner.gather("quick", tmp_path, [])["cells"] == []
+    run_unit(unit, ["ours"], "quick", tmp_path, lab)
+    file.write_text("torn")
+    run_unit(unit, ["ours"], "quick", tmp_path, lab)
+    assert [name for _, name in lab.made] == ["staged", "ours", "ours", "ours"]
+
+
+def test_a_setting_that_this_version_does_not_have_is_told_of(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(ARMS, "fifth", replace(ARMS["fifth"], words=("grpo.no_such=1",)))
+    (problem,) = run_unit(Unit("human", 11, 0), ["fifth"], "quick", tmp_path, FakeLab())
+    assert "fifth: not measured" in problem and "no_such" in problem
+
+
+def test_numbers_are_those_of_the_plain_formulas(tmp_path: Path) -> None:
+    make_all(tmp_path)
+    cells = runner.gather("quick", tmp_path, [])["cells"]
+    found = stats.compare(cells, "ours", "staged", "vqa.bleu")
+    assert found is not None
+    values = [
+        [cell["metrics"]["vqa.bleu"] for cell in cells if cell["arm"] == arm and (cell["kind"], cell["number"]) == who]
+        for who in SCALES["quick"].concepts
+        for arm in ("ours", "staged")
+    ]
+    ours, staged = values[::2], values[1::2]
+    differences = [np.mean(a) - np.mean(b) for a, b in zip(ours, staged, strict=True)]
+    assert found.difference.mean == pytest.approx(np.mean(differences)) and found.difference.n == 6
+    t = np.mean(differences) / (np.std(differences, ddof=1) / np.sqrt(6))
+    assert found.t_test == pytest.approx(2 * scipy_stats.t.sf(abs(t), 5))
+    assert found.wilcoxon == pytest.approx(2 / 2**6), "all six the same way"
+    assert found.clear and found.difference.low > 0
+
+
+def cell(arm: str, number: int, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
+    whose = {"arm": arm, "kind": "animal", "number": number, "seed": seed}
+    return {**whose, "metrics": {"vqa.bleu": value}, "rows": [], "seconds": {}, **more}
+
+
+def test_seeds_are_averaged_and_only_common_concepts_compared() -> None:
+    cells = [cell("ours", 1, 0.2), cell("ours", 1, 0.4, seed=1), cell("ours", 2, 1.0), cell("staged", 1, 0.1)]
+    assert stats.by_concept(cells, "ours", "vqa.bleu") == {"animal-1": pytest.approx(0.3), "animal-2": 1.0}
+    found = stats.compare(cells, "ours", "staged", "vqa.bleu")
+    assert found is not None and found.difference.mean == pytest.approx(0.2) and found.t_test is None
+    assert not found.clear, "one concept says nothing"
+    assert stats.compare(cells, "ours", "joint", "vqa.bleu") is None and stats.mean(cells, "joint", "vqa.bleu") is None
+    equal = [cell(arm, number, 0.5) for arm in ("ours", "staged") for number in range(4)]
+    same = stats.compare(equal, "ours", "staged", "vqa.bleu")
+    assert same is not None and same.t_test is None and same.wilcoxon is None
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ((0.5, 0.6, 0.7), "agrees"),
+        ((0.01, 0.6, 0.7), "leans the same way"),
+        ((-0.5, -0.6, -0.7), "disagrees"),
+        ((0.5, -0.3, 0.1), "leans the same way"),
+        ((-0.5, 0.3, -0.1), "leans the other way"),
+        ((0.0, 0.0, 0.0), "no difference"),
+    ],
+)
+def test_every_verdict(values: tuple[float, ...], verdict: str) -> None:
+    cells = [cell("staged", n, 1.0) for n in range(3)] + [cell("ours", n, 1.0 + v) for n, v in enumerate(values)]
+    (found,) = stats.agreements(cells, ("staged", "ours"), "ours", PAPER)
+    assert found.verdict == verdict and found.paper == pytest.approx(0.592 - 0.505)
+
+
+def test_equal_cost_compares_as_much_as_both_used() -> None:
+    def rows(rewards: list[float], seconds: float) -> list[dict[str, Any]]:
+        return [{"reward": reward, "seconds": seconds, "row_steps": 10} for reward in rewards]
+
+    cells = [
+        cell("ours", 1, 0.0, rows=rows([1.0, 2.0, 9.0], 2.0)),
+        cell("no_dsog_longer", 1, 0.0, rows=rows([0.0, 1.0, 2.0, 3.0], 1.0)),
+        cell("no_dsog_longer", 2, 0.0, rows=rows([0.0], 1.0)),
+    ]
+    found = stats.at_equal_cost(cells, "ours", "no_dsog_longer", "seconds")
+    assert found is not None and found[0].mean == pytest.approx(1.5 - 1.5) and found[1] == 1
+    found = stats.at_equal_cost(cells, "ours", "no_dsog_longer", "row_steps")
+    assert found is not None and found[0].mean == pytest.approx(4.0 - 1.0)
+    line = stats.curve(cells, "ours", "seconds")
+    assert line is not None and line[0][0] == 2.0 and line[0][-1] == 6.0
+    assert line[1][0].mean == pytest.approx(1.5) and line[1][-1].mean == pytest.approx(5.5)
+    assert stats.curve(cells, "staged", "seconds") is None
+    dear = [cell("ours", 1, 0.0, rows=rows([1.0], 9.0)), cell("group_3", 1, 0.0, rows=rows([1.0, 2.0], 1.0))]
+    assert stats.at_equal_cost(dear, "ours", "group_3", "seconds") is None
+    dear[0]["rows"] = [*rows([1.0], 1.0), {"reward": None, "seconds": 1.0, "row_steps": 10}]
+    found = stats.at_equal_cost(dear, "ours", "group_3", "seconds")
+    assert found is not None and found[0].mean == pytest.approx(1.0 - 1.5)
+
+
+def test_arms_of_a_figure_are_compared_over_what_all_of_them_have() -> None:
+    cells = [cell("ours", 1, 0.1), cell("ours", 2, 0.9), cell("group_3", 1, 0.2), cell("group_3", 1, 0.3, seed=1)]
+    found = stats.common(cells, ["ours", "group_3"])
+    assert [(each["arm"], each["number"], each["seed"]) for each in found] == [("ours", 1, 0), ("group_3", 1, 0)]
+
+
+def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, shown = FakeLab(), [curve for curve in CURVES if curve.name in ("dsog", "timesteps")]
+    monkeypatch.setattr(page, "CURVES", shown)
+    names = {"fifth", "joint"}
+    for unit, arms in units(SCALES["quick"]).items():
+        run_unit(unit, [arm for arm in arms if arm not in names], "quick", tmp_path / "work", lab)
+    stored = json.loads(json.dumps(runner.gather("quick", tmp_path / "work", ["object-12: broke"])))
+    text = write_page(stored, tmp_path)
+    assert "Not measured: joint stage (0 of 6 cells)." in text and "- object-12: broke" in text
+    assert "Not measured: a random fifth." in text
+    assert "of 30 comparisons" not in text and "20 comparisons that the paper reports too: 20 agrees" in text
+    for curve in shown:
+        made = (tmp_path / "images" / f"experiments_{curve.name}.png").exists()
+        assert made == (curve.name != "timesteps")
+    ours = stats.mean(stored["cells"], "ours", "vqa.bleu")
+    assert ours is not None and f"| VQA BLEU | not measured | {ours.mean:.3f} [" not in text
+    assert f"{ours.mean:.3f} [{ours.low:.3f}, {ours.high:.3f}]" in text
+    assert "Nothing was measured yet" in write_page({**stored, "cells": []}, tmp_path / "none")
+
+
+def test_looks_in_words() -> None:
+    words = InWords("<bo>", "<bo> is a striped purple dog.")
+    assert words.expand("what colour is <bo>? <bo>") == "what colour is a striped purple dog? a striped purple dog"
+
+
+def test_units_and_arms_on_the_command_line(tmp_path: Path) -> None:
+    chosen = runner.choose("quick", ["animal-11-seed0"], ["ours", "staged"])
+    assert {unit.name: names for unit, names in chosen.items()} == {"animal-11-seed0": ["staged", "ours"]}
+    with pytest.raises(SystemExit, match="unit cat: scale quick has animal-11-seed0"):
+        runner.choose("quick", ["cat"], None)

@@ -1,0 +1,402 @@
+"""Faults that a run must outlive, or end of with a clear word: docs/reliability.md names the test of each."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyunictokens import io
+from pyunictokens.errors import UserError
+from pyunictokens.evaluate.result import EvalResult
+from pyunictokens.io import folder_lock
+from pyunictokens.models import ConceptTokens
+from pyunictokens.stopping import Stopped, stop_on_signals
+from pyunictokens.train import read_metrics, train_concept_tokens, train_grpo
+from pyunictokens.train.logs import MetricsLog
+from pyunictokens.train.state import RunFolder
+from tests.soak import chaos
+from tests.train.world import World, experts, grpo_config, stage_config, tiny_concept, tiny_model, world
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*rows are filled"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> World:
+    return world(tmp_path / "data")
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(here: World, tmp_path: Path) -> None:
+    """`make soak` does this more than a hundred times; here four kills while files are written, one by the clock."""
+    config, out = chaos.settings(), tmp_path / "killed"
+    calls = chaos.count_calls(here, config, tmp_path / "straight")
+    assert calls > 60
+    rng = random.Random(7)
+    for _ in range(4):
+        assert chaos.live(here, config, out, at_call=rng.randrange(1, calls // 3)) == -signal.SIGKILL
+    assert chaos.live(here, config, out, after=0.2) in (0, -signal.SIGKILL)
+    assert chaos.live(here, config, out) == 0
+    assert chaos.contents(out) == chaos.contents(tmp_path / "straight") and not chaos.leftovers(out)
+
+
+def test_a_kill_between_the_first_files_leaves_a_folder_that_can_be_gone_on_with(here: World, tmp_path: Path) -> None:
+    config, out = chaos.settings(steps=2), tmp_path / "run"
+    for call in range(1, 5):
+        assert chaos.live(here, config, out, at_call=call) == -signal.SIGKILL
+    chaos.run(here, config, out)
+    assert {"config.yaml", "about.json", "after.json", "final"} <= {path.name for path in out.iterdir()}
+
+
+# --- asked to stop ---------------------------------------------------------------------------------------------------
+
+
+def after_calls(number: int) -> Any:
+    left = iter(range(number))
+    return lambda: next(left, None) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_after_the_step_with_its_checkpoint(here: World, tmp_path: Path, number: int) -> None:
+    config, said = grpo_config(steps=4, checkpoint_every=0), []
+    straight = train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "straight")
+
+    def progress(phase: str, done: int, *_: Any) -> None:
+        if done == 1:
+            os.kill(os.getpid(), number)
+
+    with stop_on_signals(said.append) as stop, pytest.raises(Stopped, match="after step 2 of 4"):
+        train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "run", progress=progress, stop=stop)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    assert len(said) == 1 and signal.Signals(number).name in said[0]
+    resumed = train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "run", resume=True)
+    assert torch.equal(resumed.concept.embed, straight.concept.embed)
+
+
+def test_a_second_signal_ends_at_once_and_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is before
+    answers: list[bool] = []
+
+    def elsewhere() -> None:
+        with stop_on_signals() as stop:
+            answers.append(stop())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert answers == [False]
+
+
+def test_a_pipeline_can_be_stopped_in_every_part(here: World, tmp_path: Path) -> None:
+    config = chaos.settings()
+    chaos.run(here, config, tmp_path / "straight")
+    out, lives = tmp_path / "run", []
+    for _ in range(60):
+        try:
+            chaos.run(here, config, out, after_calls(len(lives)))
+            break
+        except Stopped as stopped:
+            lives.append(str(stopped))
+    words = " ".join(lives)
+    assert "measuring" in words and "stage" in words and "after step" in words
+    assert chaos.contents(out) == chaos.contents(tmp_path / "straight")
+    with pytest.raises(Stopped, match="stage understanding at step 2 of 8"):
+        train_concept_tokens(
+            tiny_model(), here.vq, here.tokenizer, here.data, stage_config(epochs=8, max_steps=8), tmp_path / "s",
+            stop=after_calls(1),
+        )  # fmt: skip
+
+
+# --- disks and files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [
+        ("concept.safetensors", errno.ENOSPC),
+        ("metrics.jsonl", errno.ENOSPC),
+        ("step_0000_final.png", errno.EDQUOT),
+        ("after.json", errno.EROFS),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(
+    here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, code: int
+) -> None:
+    """The writing of one file fails; the error names it, and the run goes on from there when there is room again."""
+    config, out = chaos.settings(steps=2, sample_every=1), tmp_path / "run"
+    chaos.run(here, config, tmp_path / "straight")
+    write, add = io.write_bytes_atomic, MetricsLog.write
+
+    class Full:
+        def write(self, data: bytes) -> None:
+            raise OSError(code, os.strerror(code))
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            os.close(self.descriptor)
+
+        def __init__(self, descriptor: int):
+            self.descriptor = descriptor
+
+    def full(path: Any, data: bytes) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if Path(path).name == place:
+                patch.setattr(os, "fdopen", lambda descriptor, mode: Full(descriptor))
+            write(path, data)
+
+    monkeypatch.setattr(io, "write_bytes_atomic", full)
+    monkeypatch.setattr("pyunictokens.data.images.write_bytes_atomic", full)
+    if place == "metrics.jsonl":
+
+        def broken(self: MetricsLog, values: Any) -> None:
+            if self.file.name == place:
+                self._handle.close()
+                self._handle = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+            add(self, values)
+
+        monkeypatch.setattr(MetricsLog, "write", broken)
+    with pytest.raises((UserError, OSError), match=place.replace(".", r"\.")) as caught:
+        chaos.run(here, config, out)
+    assert os.strerror(code) in str(caught.value)
+    monkeypatch.undo()
+    assert not list(out.rglob(f".{place}*.part"))
+    chaos.run(here, config, out)
+    assert chaos.contents(out) == chaos.contents(tmp_path / "straight")
+
+
+def flip(file: Path, place: float = 0.5) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(place * len(data))] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def test_one_flipped_bit_in_a_checkpoint_is_noticed_wherever_it_is(
+    here: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, run = grpo_config(steps=3, checkpoint_every=1, keep_last=3), tmp_path / "run"
+    train_grpo(**here.fresh(), config=config, out_dir=run)
+    wanted = read_metrics(run)[2]["loss"]
+    flip(run / "checkpoints" / "step_000003" / "tensors.safetensors", 0.9)
+    state = run / "checkpoints" / "step_000002" / "state.json"
+    text = state.read_text()
+    state.write_text(text.replace('"skipped": 0', '"skipped": 1'))
+    assert state.read_text() != text
+    with caplog.at_level(logging.WARNING):
+        result = train_grpo(**here.fresh(), config=config, out_dir=run, resume=True)
+    assert "step 3 passed over" in caplog.text and "step 2 passed over" in caplog.text
+    assert result.skipped == 0 and read_metrics(run)[2]["loss"] == wanted
+
+
+def test_one_flipped_bit_in_learned_tokens_is_noticed(tmp_path: Path) -> None:
+    concept = tiny_concept()
+    concept.save(tmp_path)
+    assert torch.equal(ConceptTokens.load(tmp_path).embed, concept.embed)
+    flip(tmp_path / "concept.safetensors", 0.95)
+    with pytest.raises(UserError, match=r"concept\.safetensors: is damaged"):
+        ConceptTokens.load(tmp_path)
+
+
+def test_a_reference_that_was_damaged_is_written_anew(
+    here: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = grpo_config(steps=2, trainable="full", checkpoint_every=1)
+    straight = train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "straight")
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train_grpo(**here.fresh(), config=config, out_dir=run, stop=lambda: True)
+    flip(run / "reference.safetensors", 0.9)
+    with caplog.at_level(logging.WARNING):
+        resumed = train_grpo(**here.fresh(), config=config, out_dir=run, resume=True)
+    assert "not the model this run begins with; written anew" in caplog.text
+    assert torch.equal(resumed.concept.embed, straight.concept.embed)
+    assert (run / "reference.safetensors").read_bytes() == (
+        tmp_path / "straight" / "reference.safetensors"
+    ).read_bytes()
+
+
+def test_a_log_cut_in_the_middle_of_a_character_is_read(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 0, "answer": "ein Bär\u2028 und\u0085 mehr"})
+    assert read_metrics(tmp_path) == [{"step": 0, "answer": "ein Bär\u2028 und\u0085 mehr"}]
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write('{"step": 1, "answer": "ein B\u00e4'.encode()[:-1])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0]
+    with MetricsLog(tmp_path, from_step=1) as log:
+        log.write({"step": 1})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_the_best_checkpoints_stay_beside_the_last(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", {}, {}) as folder:
+        for step, reward in enumerate([0.1, 0.9, 0.2, float("nan"), 0.9, 0.3, 0.2], start=1):
+            folder.save(step, {"x": torch.zeros(1)}, {"reward": reward}, keep_last=2, keep_best=2)
+        assert folder.steps() == [2, 5, 6, 7], "the two of 0.9, and the last two"
+        folder.save(8, {"x": torch.zeros(1)}, {"reward": 0.0}, keep_last=1, keep_best=0)
+        assert folder.steps() == [8]
+
+
+def test_a_run_keeps_the_checkpoint_of_its_best_steps(here: World, tmp_path: Path) -> None:
+    config, run = grpo_config(steps=6, checkpoint_every=2, keep_last=1, keep_best=1), tmp_path / "run"
+    train_grpo(**here.fresh(), config=config, out_dir=run)
+    rewards = [line["reward_mean"] for line in read_metrics(run)]
+    means = {step: (rewards[step - 2] + rewards[step - 1]) / 2 for step in (2, 4, 6)}
+    kept = {int(path.name[5:]) for path in (run / "checkpoints").iterdir()}
+    assert kept == {6, max(means, key=lambda step: means[step])}
+    state = json.loads((run / "checkpoints" / "step_000006" / "state.json").read_text())
+    assert state["reward"] == pytest.approx(means[6])
+
+
+# --- clocks and neighbours -------------------------------------------------------------------------------------------
+
+
+def test_clocks_have_no_part_in_what_is_done_again(
+    here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run is gone on with under clocks that jump: nothing is measured again. After more training it is."""
+    config, out = chaos.settings(steps=2), tmp_path / "run"
+    chaos.run(here, config, out)
+    measured: list[str] = []
+    save = EvalResult.save
+    monkeypatch.setattr(EvalResult, "save", lambda self, path: (measured.append(Path(path).name), save(self, path))[1])
+    for age in (-1e9, 1e9):
+        for number, path in enumerate(sorted(out.rglob("*"))):
+            stamp = time.time() + age * (-1) ** number
+            os.utime(path, (stamp, stamp))
+        monkeypatch.setattr(time, "time", lambda age=age: 1.7e9 + age)
+        chaos.run(here, config, out)
+    assert measured == []
+    wanted = chaos.contents(out)
+    marker = json.loads((out / "measured.json").read_text())
+    marker["after"]["weights"] = "of another time"
+    (out / "measured.json").write_text(json.dumps(marker))
+    chaos.run(here, config, out)
+    assert measured == ["after.json"] and chaos.contents(out) == wanted
+
+
+def test_two_runs_on_one_folder(here: World, tmp_path: Path) -> None:
+    config, out = chaos.settings(steps=1), tmp_path / "run"
+    chaos.run(here, config, out)
+    for name, folder in ((".pipeline.lock", out), (".lock", out), (".lock", out / "stages")):
+        with folder_lock(folder, name), pytest.raises(UserError, match="another process is working in this folder"):
+            chaos.run(here, config, out)
+    child = os.fork()
+    if child == 0:
+        with folder_lock(out, ".pipeline.lock"):
+            time.sleep(60)
+        os._exit(0)
+    try:
+        with pytest.raises(UserError, match="another process"):
+            for _ in range(200):
+                chaos.run(here, config, out)
+                time.sleep(0.02)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    chaos.run(here, config, out)  # the system let go of the dead one's lock
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import fcntl
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING), folder_lock(tmp_path):
+        assert "cannot be locked (No locks available)" in caplog.text
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+class Hanging:
+    """Scores at once, but for one step never."""
+
+    def __init__(self, at: int):
+        self.calls, self.at, self.wake = 0, at, threading.Event()
+
+    def score(self, batch: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            self.wake.wait(30)
+        return experts().score(batch)
+
+
+def test_an_expert_that_hangs_ends_the_run_with_its_place(here: World, tmp_path: Path) -> None:
+    hanging = Hanging(at=2)
+    arguments = {**here.fresh(), "rewards": hanging}
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"scoring by the experts gave no answer in 0\.5 s; it stands at .*wait\)"):
+        train_grpo(**arguments, config=grpo_config(expert_timeout=0.5, checkpoint_every=1), out_dir=tmp_path / "run")
+    hanging.wake.set()
+    assert time.monotonic() - started < 15
+    resumed = train_grpo(**here.fresh(), config=grpo_config(checkpoint_every=1), out_dir=tmp_path / "run", resume=True)
+    straight = train_grpo(**here.fresh(), config=grpo_config(checkpoint_every=1), out_dir=tmp_path / "straight")
+    assert torch.equal(resumed.concept.embed, straight.concept.embed), "the limit is no part of the result"
+
+
+def test_a_judge_of_previews_that_hangs_is_asked_once(here: World, tmp_path: Path) -> None:
+    asked, wake = [], threading.Event()
+
+    def judge(prompts: Any) -> Any:
+        def scorer(pixels: Any, index: Any) -> Any:
+            asked.append(len(pixels))
+            wake.wait(30)
+            return pixels[:, 0].mean((1, 2))
+
+        return scorer
+
+    arguments = {**here.fresh(), "preview_scorer": judge}
+    with (
+        pytest.warns(UserWarning, match="scorer failed"),
+        pytest.raises(UserError, match="judging previews gave no answer"),
+    ):
+        train_grpo(**arguments, config=grpo_config(expert_timeout=0.3), out_dir=tmp_path / "run")
+    wake.set()
+    assert len(asked) == 1
+
+
+def test_an_expert_that_raises_is_named(here: World, tmp_path: Path) -> None:
+    class Broken:
+        def score(self, batch: Any) -> Any:
+            raise ZeroDivisionError("no dogs")
+
+    def judge(prompts: Any) -> Any:
+        def scorer(pixels: Any, index: Any) -> Any:
+            raise ZeroDivisionError("no cats")
+
+        return scorer
+
+    for number, limit in enumerate((0.0, 5.0)):
+        config = grpo_config(expert_timeout=limit, steps=1)
+        with pytest.raises(UserError, match="scoring by the experts failed: ZeroDivisionError: no dogs"):
+            train_grpo(**{**here.fresh(), "rewards": Broken()}, config=config, out_dir=tmp_path / f"a{number}")
+        with pytest.warns(UserWarning, match="scorer failed .* judging previews failed: ZeroDivisionError: no cats"):
+            train_grpo(**{**here.fresh(), "preview_scorer": judge}, config=config, out_dir=tmp_path / f"b{number}")
