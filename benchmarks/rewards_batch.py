@@ -1,12 +1,13 @@
 """Scoring a group as one batch against scoring its drawings one by one, and drawings a second by expert.
 
     python -m benchmarks.rewards_batch                    # writes benchmarks/results/rewards-<device>.json
-    python -m benchmarks.rewards_batch --device cuda --rows 9 --rounds 20
+    python -m benchmarks.rewards_batch --device cuda --full          # the networks in the sizes of the paper
 
 Two sets of networks: the toy's experts as shipped, and small random checkpoints of the paper's networks (ERNIE, BLIP-2,
-DINOv2, and MTCNN with FaceNet, these two in full size), made by the tests. The two sides take turns, round by round,
-after a warm-up that embeds photos, facts and prompts; answers are new in every round, as in training. Quoted are ratios
-of medians. Both sides give the same scores, or nothing is timed.
+DINOv2, and MTCNN with FaceNet, these two in full size), made by the tests. `--full` measures the latter alone, in their
+published sizes with random weights in bfloat16, on drawings of 512², and the rate of operations that this comes to. The
+two sides take turns, round by round, after a warm-up that embeds photos, facts and prompts; answers are new in every
+round, as in training. Quoted are ratios of medians. Both sides give the same scores, or nothing is timed.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ import torch
 
 from benchmarks.run_cpu import machine
 from pyunictokens.io import read_json, write_json
-from pyunictokens.rewards import Ensemble, RewardBatch, load_toy_experts
+from pyunictokens.rewards import Ensemble, RewardBatch, cost, load_toy_experts
 from pyunictokens.rewards.load import load_rewards
 from tests.rewards import checkpoints
 
 RESULTS = Path(__file__).parent / "results"
 TOY, REAL = "the toy's experts", "small ERNIE, BLIP-2, DINOv2; MTCNN and FaceNet"
+FULL = "ERNIE 3.0 base, BLIP-2 ViT-g, DINOv2 base, MTCNN and FaceNet"
 SIDE = 64
+ANSWER_TOKENS = 10  # of the answers below: seven words, a number, and the two that frame them
 _NUMBERS = itertools.count()
 
 
-def real_ensemble(folder: Path, device: str) -> Ensemble:
+def real_ensemble(folder: Path, device: str, dtype: str = "float32") -> Ensemble:
     """The paper's networks, small and random."""
     saved = checkpoints.Folders(
         checkpoints.save_ernie(folder / "ernie", max_position_embeddings=64),
@@ -44,14 +47,38 @@ def real_ensemble(folder: Path, device: str) -> Ensemble:
         checkpoints.save_dinov2(folder / "dinov2"),
         checkpoints.save_facenet(folder / "facenet"),
     )
-    return load_rewards({"experts": saved.settings()}, device).ensemble
+    return load_rewards({"experts": saved.settings(), "dtype": dtype}, device).ensemble
 
 
-def group(rows: int, kind: str, device: str) -> RewardBatch:
+def full_ensemble(folder: Path, device: str) -> Ensemble:
+    """The paper's networks in their published sizes. Weights are random and made in place: times do not mind."""
+    import transformers
+
+    ensemble = real_ensemble(folder, device, dtype="bfloat16")
+    configs = cost.paper_configs()
+    clip = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    blip = transformers.BlipImageProcessor(size={"height": 224, "width": 224}, **clip)
+    bit = transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, **clip)
+    made = {
+        "tier": (transformers.ErnieModel, None),
+        "ber": (transformers.Blip2ForImageTextRetrieval, blip),
+        "der": (transformers.Dinov2Model, bit),
+    }
+    for name, (kind, processor) in made.items():
+        network: Any = ensemble.experts[name]._encoder  # type: ignore[attr-defined]
+        network.load()  # the tokenizer of the small one stays
+        with torch.device(device):
+            net = kind(configs[name]).to(network.dtype)
+        network._modules = (net.eval().requires_grad_(False),)
+        network._processor = processor
+    return ensemble
+
+
+def group(rows: int, kind: str, device: str, side: int = SIDE) -> RewardBatch:
     """A group of made-up drawings; its answers were never seen before."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(rows + 3, 3, 8, 8, generator=generator) * 1.6 - 0.8
-    pixels = torch.nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear").to(device)
+    pixels = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear").to(device)
     answers = [f"its favourite toy is the blue ball {next(_NUMBERS)}" for _ in range(rows)]
     facts = checkpoints.SENTENCES
     return RewardBatch(pixels[3:], ["a photo of a red dog"] * rows, answers, facts, 1, pixels[:3], kind)
@@ -61,7 +88,9 @@ def one_by_one(score: Callable[[RewardBatch], torch.Tensor], batch: RewardBatch)
     return torch.cat([score(batch.row(index)) for index in range(len(batch))])
 
 
-def compare(score: Callable[[RewardBatch], torch.Tensor], kind: str, rows: int, rounds: int, device: str) -> dict:
+def compare(
+    score: Callable[[RewardBatch], torch.Tensor], kind: str, rows: int, rounds: int, device: str, side: int = SIDE
+) -> dict[str, float]:
     """Medians of both sides for one expert or ensemble, and their ratio."""
 
     def timed(side: Callable[[RewardBatch], torch.Tensor], batch: RewardBatch) -> float:
@@ -71,12 +100,13 @@ def compare(score: Callable[[RewardBatch], torch.Tensor], kind: str, rows: int, 
         _wait(device)
         return time.perf_counter() - begin
 
-    first = group(rows, kind, device)
-    torch.testing.assert_close(score(first), one_by_one(score, first), atol=2e-3, rtol=1e-3)
+    first = group(rows, kind, device, side)
+    near = 2e-3 if side == SIDE else 3e-2  # the full networks run in bfloat16
+    torch.testing.assert_close(score(first), one_by_one(score, first), atol=near, rtol=near)
     together, singly = [], []
     for _ in range(rounds):
-        together.append(timed(score, group(rows, kind, device)))
-        singly.append(timed(partial(one_by_one, score), group(rows, kind, device)))
+        together.append(timed(score, group(rows, kind, device, side)))
+        singly.append(timed(partial(one_by_one, score), group(rows, kind, device, side)))
     batch, single = statistics.median(together), statistics.median(singly)
     ratios = sorted(b / a for a, b in zip(together, singly, strict=True))
     return {
@@ -99,15 +129,15 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(ensemble: Ensemble, rows: int, rounds: int, device: str) -> dict[str, dict]:
+def measure(ensemble: Ensemble, rows: int, rounds: int, device: str, side: int = SIDE) -> dict[str, dict[str, float]]:
     """The ensemble as animals and objects use it, and every expert alone."""
-    result = {"ensemble": compare(lambda batch: ensemble.score(batch).total, "animal", rows, rounds, device)}
+    result = {"ensemble": compare(lambda batch: ensemble.score(batch).total, "animal", rows, rounds, device, side)}
     for name, expert in ensemble.experts.items():
         if name == "fer":  # with no face in the photos there is nothing to compare with: the search is what costs
             encode = expert._encoder.encode_faces  # type: ignore[attr-defined]
-            result[name] = compare(partial(_faces, encode), "human", rows, rounds, device)
+            result[name] = compare(partial(_faces, encode), "human", rows, rounds, device, side)
         else:
-            result[name] = compare(expert.score, "animal", rows, rounds, device)
+            result[name] = compare(expert.score, "animal", rows, rounds, device, side)
     return result
 
 
@@ -126,10 +156,8 @@ def markdown(report: dict[str, Any]) -> str:
             lines.append(f"| {networks} | {name} | {found['ratio']:.1f} ({spread}) |{rate}")
     about, load = report["machine"], report["load"]
     place = report["gpu"] if gpu else f"{about['cpu']}, threads of torch: {about['threads']} of {about['cores']} cores"
-    conditions = (
-        f"{SIDE}² pixels, medians of {report['rounds']} rounds and the extremes, load of the machine {load:.1f}"
-    )
-    return "\n".join([*lines, "", f"{place}; {conditions}."])
+    conditions = f"{report['side']}² pixels, medians of {report['rounds']} rounds and the extremes"
+    return "\n".join([*lines, "", f"{place}; {conditions}, load of the machine {load:.1f}."])
 
 
 def main() -> None:
@@ -137,11 +165,13 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the networks run")
     parser.add_argument("--rows", type=int, default=9, help="drawings of a group (default 9)")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds of each side (default 15)")
+    parser.add_argument("--full", action="store_true", help="the published sizes, random weights, drawings of 512²")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
     parser.add_argument("--out", type=Path, help="result file (default benchmarks/results/rewards-<device>.json)")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of the result file")
     options = parser.parse_args()
-    file = options.out or RESULTS / f"rewards-{options.device}.json"
+    file = options.out or RESULTS / f"rewards-{options.device}{'-full' if options.full else ''}.json"
+    side = 512 if options.full else SIDE
     if options.table:
         print(markdown(read_json(file)))
         return
@@ -151,11 +181,12 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]  # before this adds to it
     with tempfile.TemporaryDirectory() as folder:
-        ensembles = {
-            TOY: load_toy_experts(device=options.device).ensemble,
-            REAL: real_ensemble(Path(folder), options.device),
-        }
-        networks = {n: measure(e, options.rows, options.rounds, options.device) for n, e in ensembles.items()}
+        if options.full:
+            ensembles = {FULL: full_ensemble(Path(folder), options.device)}
+        else:
+            toy = load_toy_experts(device=options.device).ensemble
+            ensembles = {TOY: toy, REAL: real_ensemble(Path(folder), options.device)}
+        networks = {n: measure(e, options.rows, options.rounds, options.device, side) for n, e in ensembles.items()}
     report = {
         "what": "seconds to score a group as one batch, and drawing by drawing",
         "device": options.device,
@@ -163,11 +194,16 @@ def main() -> None:
         "machine": machine(),
         "load": round(load, 1),
         "rows": options.rows,
+        "side": side,
         "rounds": options.rounds,
         "networks": networks,
     }
     write_json(file, report)
     print(markdown(report))
+    if options.full:
+        flops = cost.group_flops(cost.Setting(rows=options.rows, side=side, answer_tokens=ANSWER_TOKENS))
+        rates = {name: flops[name] / networks[FULL][name]["batch_seconds"] / 1e12 for name in flops}
+        print("TFLOP/s: " + ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()))
     for name, experts in networks.items():
         rates = ", ".join(f"{expert} {found['items_per_second']:.0f}" for expert, found in experts.items())
         print(f"drawings a second, {name}: {rates}")

@@ -98,7 +98,9 @@ class Blip2(ImageNetwork):
         self._tokenizer: Any = None
 
     def _build(self, folder: Path) -> tuple[nn.Module, ...]:
-        net = from_transformers("Blip2ForImageTextRetrieval", folder, self.dtype, kinds=("blip-2",))
+        net: Any = from_transformers("Blip2ForImageTextRetrieval", folder, self.dtype, kinds=("blip-2",))
+        if not net.config.qformer_config.use_qformer_text_input:
+            raise UserError(f"{folder}: its Q-Former reads no text: BER wants a retrieval checkpoint of BLIP-2")
         self._tokenizer = read_tokenizer(folder)
         self._read_processor(folder)
         return (net,)

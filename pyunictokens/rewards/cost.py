@@ -105,11 +105,12 @@ def _counted(net: torch.nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def paper_configs() -> dict[str, Any]:
-    """Configurations of the published networks: transformers' defaults are those of the checkpoints the paper names."""
+    """Configurations of the published networks: transformers' defaults are those of the checkpoints the paper names,
+    but for the Q-Former that reads text."""
     transformers = require("transformers", "rewards")
     return {
         "tier": transformers.ErnieConfig(),  # ernie-3.0-base
-        "ber": transformers.Blip2Config(),  # blip2-itm-vit-g
+        "ber": transformers.Blip2Config(qformer_config={"use_qformer_text_input": True}),  # blip2-itm-vit-g
         "der": transformers.Dinov2Config(),  # dinov2-base
     }
 

@@ -13,6 +13,8 @@ from ..rewards.checkpoints import SENTENCES, Folders, save_blip2, save_dinov2, s
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    for library in ("facenet_pytorch", "torchvision"):
+        pytest.importorskip(library, reason="the paper's networks need the extra `rewards`; `dev` brings it too")
     root = tmp_path_factory.mktemp("weights")
     return Folders(save_ernie(root / "e"), save_blip2(root / "b"), save_dinov2(root / "d"), save_facenet(root / "f"))
 

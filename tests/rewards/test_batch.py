@@ -48,7 +48,7 @@ def test_sides_that_differ_are_not_timed() -> None:
 
 def test_the_report_and_its_table() -> None:
     found = {"ratio": 6.04, "ratio_min": 5.0, "ratio_max": 7.26, "items_per_second": 246.4}
-    about = {"machine": {"cpu": "Some CPU", "threads": 1, "cores": 2}, "rows": 9, "rounds": 3, "load": 0.3}
+    about = {"machine": {"cpu": "Some CPU", "threads": 1, "cores": 2}, "rows": 9, "rounds": 3, "load": 0.3, "side": 64}
     report = {"device": "cpu", "gpu": None, **about, "networks": {"n": {"ber": found}}}
     text = bench.markdown(report)
     assert "| n | ber | 6.0 (5.0 to 7.3) |\n" in text and "Some CPU, threads of torch: 1 of 2 cores" in text

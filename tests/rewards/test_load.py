@@ -200,6 +200,15 @@ def test_a_blip2_without_retrieval_heads_is_refused(saved: Folders, tmp_path: Pa
         load_rewards({"experts": {"ber": {"path": str(tmp_path)}}, "weights": {"ber": 1}}).ensemble.score(batch())
 
 
+def test_a_blip2_that_reads_no_text_is_refused(saved: Folders, tmp_path: Path) -> None:
+    shutil.copytree(saved.blip2, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["qformer_config"]["use_qformer_text_input"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its Q-Former reads no text"):
+        load_rewards({"experts": {"ber": {"path": str(tmp_path)}}, "weights": {"ber": 1}}).ensemble.score(batch())
+
+
 # --- the doctor ----------------------------------------------------------------------------------------------------
 
 

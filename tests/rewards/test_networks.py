@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 
 from pyunictokens.errors import UserError
 from pyunictokens.rewards import Ber, Der, RewardBatch, Tier
@@ -96,6 +98,18 @@ def test_long_texts_keep_their_beginning(saved: Folders) -> None:
     torch.testing.assert_close(encoder.encode_text([long]), encoder.encode_text([kept]))
     short = SentenceEncoder(TierConfig(str(saved.ernie), max_tokens=4))
     torch.testing.assert_close(short.encode_text(["a red dog"]), short.encode_text(["a red"]))
+
+
+def test_ernie_as_it_is_published(saved: Folders, tmp_path: Path) -> None:
+    """A fill-mask checkpoint in one .bin file: keys under `ernie.`, a head that is not used, no pooling head."""
+    shutil.copytree(saved.ernie, tmp_path, dirs_exist_ok=True)
+    weights = load_file(saved.ernie / "model.safetensors")
+    published = {f"ernie.{key}": value for key, value in weights.items() if not key.startswith("pooler.")}
+    published["cls.predictions.bias"] = torch.zeros(24)
+    torch.save(published, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    mine, whole = (SentenceEncoder(TierConfig(str(folder))) for folder in (tmp_path, saved.ernie))
+    assert torch.equal(mine.encode_text(SENTENCES), whole.encode_text(SENTENCES))
 
 
 def test_another_sentence_encoder(tmp_path: Path) -> None:
