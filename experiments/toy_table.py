@@ -16,7 +16,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def block(content: dict[str, Any]) -> str:
     return f"\n{about}\n\n{table}\n{made}\n\n"
 
 
-def write_docs(out: Path, seconds: float) -> None:
+def write_docs(out: Path) -> None:
     """Keep the table's means in docs/toy_table.json and put them into docs/evaluation.md."""
     import os
 
@@ -72,7 +71,6 @@ def write_docs(out: Path, seconds: float) -> None:
     results = read_json(out / "results.json")
     content = {
         "settings": results["settings"],
-        "seconds": round(seconds),
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
         "rows": {row["model"]: row["metrics"] for row in results["rows"]["all"]},
         "failures": len(results["failures"]),
@@ -93,7 +91,6 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the table into docs/evaluation.md")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of `evaluate table`")
     given = parser.parse_args()
-    begin = time.monotonic()
     run = given.run or given.out / "run"
     if given.run is None and not (run / "final").is_dir():
         data = given.out / "data"
@@ -109,7 +106,7 @@ def main() -> None:
     call("evaluate", "table", run, *rows, *judged, "--out", given.out, *asked, *given.words)
     server.shutdown()
     if given.docs:
-        write_docs(given.out, time.monotonic() - begin)
+        write_docs(given.out)
 
 
 if __name__ == "__main__":
