@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from typing import Any
 from urllib.parse import quote
 
 from .demo import HEADLINES
-from .errors import UserError
 from .evaluate.result import Metric, bootstrap
 from .io import read_json, write_json, write_text_atomic
 from .many import Status
@@ -50,8 +50,11 @@ def _row(runs: Path, name: str) -> Row:
             metrics = read_json(file)["metrics"] if file.exists() else {}
             for key in HEADLINES:
                 if key in metrics:
-                    row.means.setdefault(key, {})[part] = float(metrics[key]["mean"])
-    except (UserError, AttributeError, KeyError, TypeError, ValueError) as error:
+                    mean = float(metrics[key]["mean"])
+                    if not math.isfinite(mean):
+                        raise ValueError(f"{file}: {key} is {mean}")
+                    row.means.setdefault(key, {})[part] = mean
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a UserError is a ValueError
         row.status.message = f"{row.status.message} (its results cannot be read: {error})".strip()
     return row
 

@@ -157,6 +157,11 @@ def test_another_command_in_the_same_folder_is_refused(jobs: Any, tmp_path: Path
 def test_table_and_page(jobs: Any, tmp_path: Path) -> None:
     made = jobs("ab", "abc", "wrong<b>", retries=0)
     list(run_local(made, workers=1))
+    after = (made[1].out / "after.json").read_text()
+    (made[1].out / "after.json").write_text(after.replace('"mean": 0.875', '"mean": Infinity'))
+    row = collect(tmp_path / "runs", ["abc"])[0]
+    assert "pure.attributes is inf" in row.status.message and not summary([row])
+    (made[1].out / "after.json").write_text(after)
     (made[1].out / "about.json").write_text("[]")
     rows = collect(tmp_path / "runs", [job.name for job in made])
     assert "cannot be read" in rows[1].status.message and rows[0].kind == "animal"

@@ -36,12 +36,9 @@ class FakeLab:
         return {"metrics": metrics, "rows": rows, "seconds": {"grpo": 2.0, "evaluation": 1.0}}
 
 
-def make_all(work: Path, scale: str = "quick", lab: Any = None) -> list[str]:
-    return [
-        problem
-        for unit, names in units(SCALES[scale]).items()
-        for problem in run_unit(unit, names, scale, work, lab or FakeLab())
-    ]
+def make_all(work: Path, arms: list[str], lab: Any = None) -> None:
+    for unit, names in units(SCALES["quick"]).items():
+        assert run_unit(unit, [name for name in names if name in arms], "quick", work, lab or FakeLab()) == []
 
 
 def test_the_plan_holds_what_the_paper_asks_for() -> None:
@@ -55,7 +52,7 @@ def test_the_plan_holds_what_the_paper_asks_for() -> None:
     assert sum(curves <= set(names) for names in full.values()) == 6
     assert set(PAPER) == {arm for table in TABLES for arm in table.arms} and PAPER["ours"]["vqa.bleu"] == 0.592
     for scale in SCALES.values():
-        for unit, names in units(scale).items():
+        for unit, names in list(units(scale).items())[:2]:
             settings = [config_of(ARMS[name], unit, scale) for name in names if name != "fifth"]
             assert len({repr(each) for each in settings if each.grpo.seed == unit.seed}) >= 5
 
@@ -105,7 +102,7 @@ def test_a_setting_that_this_version_does_not_have_is_told_of(tmp_path: Path, mo
 
 
 def test_numbers_are_those_of_the_plain_formulas(tmp_path: Path) -> None:
-    make_all(tmp_path)
+    make_all(tmp_path, ["ours", "staged"])
     cells = runner.gather("quick", tmp_path, [])["cells"]
     found = stats.compare(cells, "ours", "staged", "vqa.bleu")
     assert found is not None
@@ -188,11 +185,11 @@ def test_arms_of_a_figure_are_compared_over_what_all_of_them_have() -> None:
 
 
 def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab, shown = FakeLab(), [curve for curve in CURVES if curve.name in ("dsog", "timesteps")]
+    shown = [curve for curve in CURVES if curve.name in ("dsog", "timesteps")]
     monkeypatch.setattr(page, "CURVES", shown)
-    names = {"fifth", "joint"}
-    for unit, arms in units(SCALES["quick"]).items():
-        run_unit(unit, [arm for arm in arms if arm not in names], "quick", tmp_path / "work", lab)
+    monkeypatch.setattr(page, "COLUMNS", {key: COLUMNS[key] for key in PAPER["ours"]})
+    arms = {arm for table in TABLES for arm in table.arms} | {arm for curve in shown for arm, _ in curve.arms}
+    make_all(tmp_path / "work", sorted(arms - {"fifth", "joint"}))
     stored = json.loads(json.dumps(runner.gather("quick", tmp_path / "work", ["object-12: broke"])))
     text = write_page(stored, tmp_path)
     assert "Not measured: joint stage (0 of 6 cells)." in text and "- object-12: broke" in text

@@ -140,7 +140,9 @@ class EvalResult:
             names = ("concept", "settings", "records", "notes", "seconds")
             result = cls(images=images, **{name: content[name] for name in names})
             _gather(result.records)
-        except (KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: not a whole evaluation result ({type(error).__name__}: {error})") from None
         return result
 
