@@ -1,0 +1,163 @@
+"""The step on the device, value by value against the loop on the host: rows at different steps, looks, refills, buckets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyunictokens import MASK
+from pyunictokens.errors import UserError
+from pyunictokens.models import PromptKV, Showo, prefill_t2i, prompting
+from pyunictokens.rollout.device_step import DeviceLoop, GuidedHidden, StepState, advance, image_head, read_by
+from pyunictokens.rollout.images import ImageLoop, LoopSettings
+
+from .tiny import CONFIG, MAX_TEXT, tiny_model
+
+PROMPTS = [[1, 2, 3], [4], list(range(9)), [1, 2, 7]]
+
+
+def prefixes(model: Showo, texts: list[list[int]], guided: bool) -> PromptKV:
+    ids = prompting.SpecialIds.of(model)
+    every = [*texts, []] if guided else texts
+    return prefill_t2i(model, [prompting.t2i_text(text, ids, MAX_TEXT) for text in every], MAX_TEXT)
+
+
+def numbers(
+    steps: int = 5, scale: float = 2.0, seed: int = 3, schedule: str = "cosine", **more: object
+) -> LoopSettings:
+    return LoopSettings(steps, scale, 1.3, schedule, seed, True, 64, **more)  # type: ignore[arg-type]
+
+
+def on_host(
+    model: Showo, of_row: list[int], known: torch.Tensor, ids: list[int], n: LoopSettings, texts: list[list[int]]
+) -> ImageLoop:
+    kinds = list(range(len(of_row)))
+    loop = ImageLoop(model, prefixes(model, texts, n.guidance_scale > 0), of_row, kinds, known, ids, n)
+    assert loop.run()
+    return loop
+
+
+def on_device(
+    model: Showo, of_row: list[int], count: int, n: LoopSettings, texts: list[list[int]], bucket: int | None = None
+) -> DeviceLoop:
+    rows = bucket or len(of_row)
+    padded = of_row + [of_row[0]] * (rows - len(of_row))
+    hidden = GuidedHidden(model, prefixes(model, texts, n.guidance_scale > 0), padded, n.guidance_scale, count)
+    state = StepState.make(rows, count, CONFIG.codebook_size, n)
+    return DeviceLoop(hidden, image_head(model), state, n.seed)
+
+
+def same(state: StepState, slots: list[int], host: ImageLoop, rows: list[int]) -> None:
+    assert torch.equal(state.chosen[slots], host.codes[rows])
+    assert torch.equal(state.inputs[slots], host.inputs[rows])
+    assert torch.equal(state.picked[slots], host.chosen[rows])
+    assert (state.logp[slots] - host.logp[rows]).abs().max() < 1e-6
+    assert not bool(state.broken)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    grid=st.integers(2, 15),
+    scale=st.sampled_from([0.0, 1.0, 5.0]),
+    steps=st.integers(1, 6),
+    holes=st.sampled_from([1.0, 0.5, 0.0]),
+    schedule=st.sampled_from(["cosine", "linear", "pow2", "sigmoid"]),
+    rows=st.integers(1, 5),
+    idle=st.integers(0, 2),
+    seed=st.integers(0, 2**31 - 1),
+)
+@torch.no_grad()
+def test_equals_the_loop_on_the_host(grid, scale, steps, holes, schedule, rows, idle, seed):
+    model, n = tiny_model(), numbers(steps, scale, seed, schedule)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, CONFIG.codebook_size, (rows, grid), generator=generator)
+    known = torch.where(torch.rand(rows, grid, generator=generator) < holes, MASK, codes)
+    of_row, ids = [row % 4 for row in range(rows)], [7 + 3 * row for row in range(rows)]
+    host = on_host(model, of_row, known, ids, n, PROMPTS)
+    loop = on_device(model, of_row, grid, n, PROMPTS, bucket=rows + idle)
+    loop.state.start(list(range(rows)), known, ids, stop_at=steps, urgent=False)
+    assert loop.run() == steps
+    same(loop.state, list(range(rows)), host, list(range(rows)))
+    assert loop.run() == 0, "nothing is left to do"
+
+
+@torch.no_grad()
+def test_a_run_ends_at_a_preview_and_goes_on_with_fresh_rows_beside_old_ones():
+    model, n = tiny_model(), numbers(6)
+    known = torch.full((4, 9), MASK)
+    of_row, ids = [0, 1, 2, 3], [5, 6, 7, 8]
+    host = on_host(model, of_row, known, ids, n, PROMPTS)
+    again = on_host(model, [1, 3], known[:2], [106, 208], n, [PROMPTS[i] for i in range(4)])
+    loop, state = on_device(model, of_row, 9, n, PROMPTS), None
+    state = loop.state
+    state.start([0, 1, 2, 3], known, ids, stop_at=2, urgent=True)
+    assert loop.run() == 2 and int(state.keep_going) == 0
+    assert torch.equal(state.chosen, host.chosen[:, 1].long()), "the preview of every row"
+    state.let_go([0, 2], 6)
+    state.start([1], known[:1], [106], stop_at=2, urgent=True)
+    state.let_go([3], 0)
+    assert loop.run() == 2, "the fresh row's preview ends the run"
+    assert state.step.tolist() == [4, 2, 4, 2]
+    state.let_go([1], 6)
+    state.start([3], known[:1], [208], stop_at=6, urgent=False)
+    assert loop.run() == 6, "the youngest row's last step ends the run; the others stood still when they were done"
+    assert state.step.tolist() == [6, 6, 6, 6]
+    same(state, [0, 2], host, [0, 2])
+    same(state, [1, 3], again, [0, 1])
+
+
+@torch.no_grad()
+def test_nothing_moves_while_keep_going_is_0():
+    model, n = tiny_model(), numbers(3)
+    loop = on_device(model, [0, 1], 9, n, PROMPTS)
+    loop.state.start([0, 1], torch.full((2, 9), MASK), [1, 2], stop_at=3, urgent=False)
+    before = {name: value.clone() for name, value in vars(loop.state).items()}
+    advance(loop.state, loop.hidden_of, image_head(model), n.seed)
+    for name, value in vars(loop.state).items():
+        if name != "keep_going":
+            assert torch.equal(value, before[name]), name
+
+
+@torch.no_grad()
+def test_rows_taken_through_the_head_in_parts_are_the_same(monkeypatch):
+    model, n = tiny_model(), numbers(4)
+    known = torch.full((5, 9), MASK)
+    of_row, ids = [0, 1, 2, 3, 0], [1, 2, 3, 4, 5]
+    host = on_host(model, of_row, known, ids, n, PROMPTS)
+    monkeypatch.setattr("pyunictokens.rollout.device_step.LOGITS_BYTES", 2 * 9 * 24 * 4)
+    loop = on_device(model, of_row, 9, n, PROMPTS)
+    loop.state.start(list(range(5)), known, ids, stop_at=4, urgent=False)
+    loop.run()
+    same(loop.state, list(range(5)), host, list(range(5)))
+
+
+@torch.no_grad()
+def test_other_prompts_of_the_same_lengths_and_new_weights_are_seen():
+    model, n = tiny_model(), numbers(3)
+    known = torch.full((2, 9), MASK)
+    loop = on_device(model, [0, 1], 9, n, [[1, 2, 3], [4]])
+    others = [[9, 8, 7], [11]]
+    for parameter in read_by(model):
+        parameter.mul_(1.05)  # in place, as an optimiser does it
+    loop.hidden_of.load(prefixes(model, others, True))
+    loop.state.start([0, 1], known, [3, 4], stop_at=3, urgent=False)
+    loop.run()
+    same(loop.state, [0, 1], on_host(model, [0, 1], known, [3, 4], n, others), [0, 1])
+    with pytest.raises(UserError, match="were made for"):
+        loop.hidden_of.load(prefixes(model, [[1, 2], [3]], True))
+
+
+@torch.no_grad()
+def test_bad_log_probs_are_told_of():
+    model, n = tiny_model(), numbers(2)
+    loop = on_device(model, [0], 9, n, PROMPTS)
+    loop.state.start([0], torch.full((1, 9), MASK), [1], stop_at=2, urgent=False)
+    model.showo.lm_head.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="no distribution to sample from"):  # on a CPU the op itself looks
+        loop.run()
+    with pytest.raises(UserError, match="stop_at=3"):
+        loop.state.let_go([0], 3)
+    with pytest.raises(UserError, match="positions"):
+        GuidedHidden(model, prefixes(model, PROMPTS, True), [0], 1.0, 200)
