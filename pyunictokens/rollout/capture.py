@@ -1,11 +1,11 @@
-"""Steps without the host: a step captured once as a CUDA graph, and a whole run of steps as one launch (DESIGN, lever 8).
+"""Steps without the host: a step captured once as a CUDA graph, and a run of steps as one launch (DESIGN, lever 8).
 
     loop      one launch of a graph whose WHILE node runs the captured step until the device says stop (CUDA ≥ 12.4)
     replay    one launch a step, and a look at `keep_going` after each
     eager     the step called as it is; what a CPU does
 
-The best that can run is chosen and the reason kept (`mode`, `why`). It knows functions, graphs and memory pools; it does
-not know models or what a step computes (device_step.py). Loop built in csrc/cuda/graph_loop.cu.
+The best that can run is chosen and the reason kept (`mode`, `why`). It knows functions, graphs and memory pools; it
+does not know models or what a step computes (device_step.py). The loop is built in csrc/cuda/graph_loop.cu.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ class CaptureCache(Generic[Captured]):
         device: torch.device,
         make: Callable[[GraphPool | None], Captured],
     ) -> Captured:
-        """The capture of `key`; `make(pool)` makes one where there is none or one of the tensors it `reads` has moved."""
+        """The capture of `key`; `make(pool)` makes one where there is none, or where a tensor that it `reads` moved."""
         now = signature(reads)
         found = self._entries.pop(key, None)
         if found is not None and found[0] != now:

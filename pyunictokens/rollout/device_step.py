@@ -1,9 +1,9 @@
 """One MaskGIT step that lives on the device: state in tensors that never move, and the function that advances it.
 
-Everything that differs between rows or steps (codes, sample ids, timestep, where a row stops) is read from the device, so
-the step can be captured once and run to the next preview without the host (capture.py). A row beyond its stop, and every
-row while `keep_going` is 0, stays as it is. It is given hidden states by a function (codes [B, N]) → guided hidden
-[B, N, D]; it does not know prompts' texts, previews' scores or who gets a free row.
+Everything that differs between rows or steps (codes, sample ids, timestep, where a row stops) is read from the device,
+so the step can be captured once and run to the next preview without the host (capture.py). A row beyond its stop, and
+every row while `keep_going` is 0, stays as it is. It is given hidden states by a function (codes [B, N]) → guided
+hidden [B, N, D]; it does not know prompts' texts, previews' scores or who gets a free row.
 
 Shape suffixes: B rows of the bucket, N image codes, T timesteps, K codebook, D width. Numbers as in images.py.
 """

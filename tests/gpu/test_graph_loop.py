@@ -109,7 +109,7 @@ def test_captures_that_share_memory_take_turns_on_several_streams(device: str, m
         for walk in walks:
             walk.restart()
         torch.cuda.synchronize()
-        for walk, run, stream in zip(walks, steps, streams, strict=True):
+        for run, stream in zip(steps, streams, strict=True):
             with torch.cuda.stream(stream):
                 run.launch(50)
         for walk, run in zip(walks, steps, strict=True):
@@ -151,7 +151,7 @@ def test_an_older_driver_means_replays(device: str, monkeypatch: pytest.MonkeyPa
     holds(walk, steps)
 
 
-# --- the real step -----------------------------------------------------------------------------------------------------
+# --- the real step -------------------------------------------------------------------------------------------------
 
 
 def model_on(device: str) -> Showo:

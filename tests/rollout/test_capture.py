@@ -1,4 +1,4 @@
-"""Runs of steps without a GPU: when they end, which way is chosen and why, buckets, and captures that leave the cache."""
+"""Runs of steps without a GPU: when they end, which way is chosen and why, buckets, and what leaves the cache."""
 
 from __future__ import annotations
 

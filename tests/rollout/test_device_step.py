@@ -1,4 +1,4 @@
-"""The step on the device, value by value against the loop on the host: rows at different steps, looks, refills, buckets."""
+"""The step on the device, value by value against the loop on the host: rows at mixed steps, looks, refills, buckets."""
 
 from __future__ import annotations
 
