@@ -1,11 +1,11 @@
 """What every phase must cost: floating-point operations, bytes and launches, from the sizes of the model alone.
 
-Pure arithmetic over `ShowoConfig`; nothing is run and no machine is known. A multiply and an add count as two operations;
-only matrix products and convolutions count, as `torch.utils.flop_counter` counts them (tests hold both side by side).
-Bytes are an estimate: weights once a launch, and every tensor that an eager block reads or writes. What a machine
-makes of it is `predict.py`'s business in experiments/; docs/cost-model.md tells the tables.
+Pure arithmetic over `ShowoConfig`; nothing is run and no machine is known. A multiply and an add count as two
+operations; only matrix products and convolutions count, as `torch.utils.flop_counter` counts them (tests hold both side
+by side). Bytes are an estimate: weights once a launch, and every tensor that an eager block reads or writes. What a
+machine makes of it is the business of experiments/cost_tables.py; docs/cost-model.md shows its tables.
 
-Letters: B rows, P prompt positions, N image codes, C context of a token, D width, I inner width, K codebook, V vocabulary.
+Letters: P prompt positions, N image codes, D width, I inner width, K codebook, V vocabulary.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def plain_image_step(
 ) -> Cost:
     """The same as published: the whole padded sequence under a mask, the head over the whole vocabulary everywhere.
 
-    Logits are written, guided, and turned into probabilities, samples and ranks (about ten passes over the code columns).
+    Logits are written, guided, and turned into probabilities, samples and ranks: ten passes over the code columns.
     """
     count = config.num_vq_tokens if count is None else count
     length, both = max_text + 1 + count + 2, rows * (2 if guided else 1)
@@ -163,8 +163,8 @@ def update(
 
     All weights learn ("full"): a backward pass is two forward passes. Concept rows alone ("concept"): gradients go to
     the prompts' keys and values only, so products with weights have one backward product instead of two, and the
-    unconditional half has none. `recompute` adds a forward pass of the blocks but for their last product. Adapters ("lora") cost like "concept"
-    with both halves; their own products are left out.
+    unconditional half has none. Adapters ("lora") cost like "concept" with both halves; their own products are left
+    out. `recompute` adds a forward pass of the blocks but for their last product.
     """
     count = config.num_vq_tokens if count is None else count
     packed = rows * timesteps
@@ -184,7 +184,7 @@ def update(
 
 
 def _recomputed(config: ShowoConfig) -> float:
-    """The part of a block's products that checkpointing does again: it stops before the last, whose result is not needed."""
+    """The part of a block's products that checkpointing does again: all but the last, whose result is not used."""
     return 1 - config.hidden_size * config.intermediate_size / block_parameters(config)
 
 
@@ -202,15 +202,16 @@ def decode_pixels(config: MagvitConfig, rows: int, grid: tuple[int, int], itemsi
     channels = config.ch * config.decoder_ch_mult[level]
     convolution(config.z_channels, config.z_channels, 1)
     convolution(config.z_channels, channels, 3)
-    for _ in range(2):
-        convolution(channels, channels, 3), convolution(channels, channels, 3)
+    for _ in range(4):
+        convolution(channels, channels, 3)
     for _ in range(4):
         convolution(channels, channels, 1)
     attention = 4 * rows * (height * width) ** 2 * channels
     for level in reversed(range(len(config.decoder_ch_mult))):
         outs = config.ch * config.decoder_ch_mult[level]
         for _ in range(config.decoder_res_blocks[level]):
-            convolution(channels, outs, 3), convolution(outs, outs, 3)
+            convolution(channels, outs, 3)
+            convolution(outs, outs, 3)
             if channels != outs:
                 convolution(channels, outs, 1)
             channels = outs
@@ -221,7 +222,7 @@ def decode_pixels(config: MagvitConfig, rows: int, grid: tuple[int, int], itemsi
     return Cost(dense=total, attention=attention, bytes=itemsize * moved, launches=150)
 
 
-# --- memory of the update ----------------------------------------------------------------------------------------------
+# --- memory of the update --------------------------------------------------------------------------------------------
 
 
 def activation_bytes(
@@ -247,7 +248,7 @@ def activation_bytes(
     block = itemsize * (tokens * (7 * width + 2 * inner) + (prompt + tokens) * 2 * width)
     entry = itemsize * tokens * width
     kept = (layers - checkpointed_layers) * block + checkpointed_layers * entry
-    kept += block if checkpointed_layers else 0.0
+    kept += block if checkpointed_layers else 0
     ends = itemsize * tokens * width + 12 * count * width  # the final norm's input; what the head holds in float32
     still = 6 * tokens * (width + inner) * itemsize if guided and halves == 1 else 0.0  # passes through, keeps nothing
     return halves * (kept + ends) + still

@@ -215,7 +215,8 @@ class Showo(nn.Module):
                 nn.Linear(config.hidden_size, config.hidden_size),
             )
         self.concept: ConceptTokens | None = None
-        self.checkpoint_layers = False
+        self.checkpoint_layers: bool | int = False
+        """Layers, counted from the first, that are recomputed in the backward pass; True means all."""
         self._rotary: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     # --- concept ---------------------------------------------------------------------------------------------------
@@ -298,8 +299,9 @@ class Showo(nn.Module):
         cos, sin = cos[positions], sin[positions]
         cos, sin = (t.unsqueeze(1) if t.ndim == 3 else t for t in (cos, sin))
         x = x_BLD
+        again = len(self.showo.model.layers) if self.checkpoint_layers is True else int(self.checkpoint_layers)
         for index, layer in enumerate(self.showo.model.layers):
-            if self.checkpoint_layers and torch.is_grad_enabled():
+            if index < again and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, index, attend, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, index, attend)

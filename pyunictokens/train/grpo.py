@@ -32,7 +32,15 @@ from .policy import Policy
 from .settings import save_yaml, to_mapping
 from .state import RunFolder, identity, random_state, restore_random_state
 from .tasks import TaskSampler
-from .update import LossSettings, UpdateStats, answer_logprobs, image_logprobs, streamed_backward
+from .update import (
+    LossSettings,
+    PieceSizes,
+    UpdateStats,
+    answer_logprobs,
+    image_logprobs,
+    some_timesteps,
+    streamed_backward,
+)
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +166,7 @@ class _Run:
             config.micro_rows,
             config.micro_timesteps,
         )
+        self.sizes = PieceSizes()
         self.step = self.skipped = self.bad = 0
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -208,6 +217,7 @@ class _Run:
             "entropy": stats.entropy,
             "grad_norm": norm,
             "lr": rate,
+            "packed_rows": stats.packed_rows,
             **facts,
             "skipped": problem or None,
             "seconds": round(time.perf_counter() - started, 3),
@@ -217,16 +227,19 @@ class _Run:
         """Optimiser steps on one group: (what was not finite, statistics of the first, gradient's length)."""
         config = self.config
         images, answers = trajectories(experience, self.engine, config.token_scope)
+        images = some_timesteps(images, config.timestep_fraction, (config.seed << 32) + self.step)
         if config.beta > 0:
             with self.policy.reference():
                 if config.alpha_image > 0:
-                    images.ref_logp_RTN = image_logprobs(self.model, images, config.micro_rows, config.micro_timesteps)
+                    images.ref_logp_RTN = image_logprobs(
+                        self.model, images, config.micro_rows, config.micro_timesteps, self.sizes
+                    )
                 if config.alpha_answer > 0:
                     answers.ref_logp_RL = answer_logprobs(self.model, answers)
         first, norm = UpdateStats(), math.nan
         for inner in range(config.inner_updates):
             self.optimiser.zero_grad()
-            stats = streamed_backward(self.model, experience.advantages, self.settings, images, answers)
+            stats = streamed_backward(self.model, experience.advantages, self.settings, images, answers, self.sizes)
             first = stats if inner == 0 else first
             problem = "" if math.isfinite(stats.loss) else f"loss {stats.loss}"
             if not problem:
