@@ -10,6 +10,7 @@ Letters: P prompt positions, N image codes, D width, I inner width, K codebook, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from .models.magvit import MagvitConfig
@@ -130,6 +131,16 @@ def answers(config: ShowoConfig, rows: int, context: int, tokens: int, itemsize:
     return total
 
 
+def answers_of(config: ShowoConfig, context: int, lengths: Sequence[int], itemsize: int = 2) -> Cost:
+    """Answers of the given `lengths` to one question after a context of `context` positions: operations alone."""
+    total = prefill(config, context, 1, itemsize)
+    for length in lengths:
+        later = length - 1
+        total += transformer(config, 1, later, context + (later + 1) / 2, itemsize)
+        total += _head(config, length, config.vocab_size)
+    return Cost(dense=total.dense, attention=total.attention, head=total.head)
+
+
 def plain_answers(config: ShowoConfig, rows: int, context: int, tokens: int, itemsize: int = 4) -> Cost:
     """The same as published: one answer at a time, and the whole sequence again for each token."""
     total = Cost()
@@ -140,11 +151,21 @@ def plain_answers(config: ShowoConfig, rows: int, context: int, tokens: int, ite
     return rows * total
 
 
-def reference(config: ShowoConfig, rows: int, timesteps: int, prompt: int, count: int | None = None) -> Cost:
-    """Log-probs of all image tokens of `rows` rollouts without a graph (bfloat16, guided)."""
+def reference(
+    config: ShowoConfig,
+    rows: int,
+    timesteps: int,
+    prompt: int,
+    count: int | None = None,
+    *,
+    guided: bool = True,
+    itemsize: int = 2,
+) -> Cost:
+    """Log-probs of all image tokens of `rows` rollouts without a graph."""
     count = config.num_vq_tokens if count is None else count
-    body = transformer(config, 2 * rows * timesteps, count + 2, prompt + count + 2, 2)
-    return body + _head(config, rows * timesteps * count, config.codebook_size, 2)
+    packed = rows * timesteps
+    body = transformer(config, packed * (2 if guided else 1), count + 2, prompt + count + 2, itemsize)
+    return body + _head(config, packed * count, config.codebook_size, itemsize)
 
 
 def update(

@@ -18,9 +18,11 @@ from .shell import (
     DeviceOption,
     ModelOption,
     OverridesArgument,
+    ProfileOption,
     TokenizerOption,
     VqOption,
     console,
+    show_phases,
 )
 
 
@@ -73,9 +75,11 @@ def train(
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32 or bfloat16. Default: what grpo.dtype says, float32.")
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: what grpo.dtype says."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Learn a concept's tokens from its folder, then improve answers and pictures by reinforcement.
 
@@ -98,7 +102,9 @@ def train(
 
     from ..data.folder import load_concept
     from ..pipeline import check_request, run_concept
+    from ..profiling import PhaseReport, trace
     from ..runs import CONFIG, Run, RunConfig
+    from ..train.grpo import PHASES
     from ..train.settings import load_yaml, with_overrides
     from ..workbench import Sources, load_experts, open_workbench, pick_device
 
@@ -129,7 +135,7 @@ def train(
     bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
-    with Bars() as bars:
+    with Bars() as bars, trace(profile):
         outcome = run_concept(
             bench,
             concept,
@@ -146,6 +152,8 @@ def train(
         )
     if outcome.results:
         show_results(outcome.results)
+    if grpo and (out / PHASES).is_file():
+        show_phases(PhaseReport.load(out / PHASES))
     console().print(f"{out}" + (f"; the report: {outcome.report}" if outcome.report else ""), markup=False)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import cost, profiling
 from ..errors import UserError
 from ..models import MagvitV2, PromptKV, Showo, TextTokenizer, prefill_mmu, prefill_mmu_clip, prefill_t2i, prompting
 from . import checks
@@ -119,7 +120,9 @@ class RolloutEngine:
         loop = ImageLoop(
             self.model, prefixes, prompt_of_row, kinds, known, ids, settings, preview, progress, self._noise
         )
-        if not loop.run():
+        finite = loop.run()
+        profiling.count("rollout steps", lambda: self._step_flops(loop, prefixes, scale))
+        if not finite:
             raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
         return ImageRollout(
             codes=loop.codes,
@@ -139,6 +142,11 @@ class RolloutEngine:
             dsog=_settle(dsog, preview.selection, loop, errors) if dsog and preview else None,
         )
 
+    def _step_flops(self, loop: ImageLoop, prompts: PromptKV, scale: float) -> float:
+        longest, count = max(prompts.lengths), loop.codes.shape[1]
+        return loop.row_steps * cost.image_step(self.model.config, 1, longest, count, scale > 0).flops
+
+    @profiling.phase("prefill")
     def _prefixes(self, texts: list[list[int]], guided: bool) -> tuple[PromptKV, list[int]]:
         """Keys and values of the distinct prompts, the empty one last when `guided`; and which of them each text is."""
         ids = prompting.SpecialIds.of(self.model)
@@ -156,10 +164,16 @@ class RolloutEngine:
         distinct = [sequences[place] for place in first]
         if guided:
             distinct.append(prompting.t2i_text([], ids, self.max_text))
+        lengths = [len(sequence) for sequence in distinct]
+        profiling.count("prefill", lambda: sum(cost.prefill(self.model.config, each).flops for each in lengths))
         return prefill_t2i(self.model, distinct, self.max_text), index
 
-    def _pixels(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+    @profiling.phase("decode", unless="previews")
+    def _pixels(self, codes: Tensor, grid: tuple[int, int], of: str = "decode") -> Tensor:
         assert self.vq is not None
+        vq_config = getattr(self.vq, "config", None)
+        if vq_config is not None:
+            profiling.count(of, lambda: cost.decode_pixels(vq_config, len(codes), grid).flops)
         codes = codes.to(next(self.vq.parameters()).device)
         return torch.cat([self.vq.decode(part, grid) for part in codes.split(self.max_rows)])
 
@@ -177,7 +191,7 @@ class RolloutEngine:
 
         def score(codes: Tensor, rows: list[int]) -> list[float]:
             failed = [math.nan] * len(rows)
-            pixels = self._pixels(codes, grid)
+            pixels = self._pixels(codes, grid, of="previews")
             try:
                 scores = torch.as_tensor(dsog.scorer(pixels, prompt_index[rows])).detach().float().cpu()
             except Exception as error:
@@ -197,6 +211,7 @@ class RolloutEngine:
     # --- text ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @profiling.phase("answers")
     def generate_text(
         self,
         images: Tensor,
@@ -267,6 +282,8 @@ class RolloutEngine:
         if not bool(torch.isfinite(logp).all()):
             raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
         answers = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        context = max(prompts.lengths)
+        profiling.count("answers", lambda: cost.answers_of(self.model.config, context, lengths.tolist()).flops)
         return TextRollout(
             texts=[self.tokenizer.decode(answer) for answer in answers] if self.tokenizer else [],
             tokens=tokens,

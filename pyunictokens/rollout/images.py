@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import MASK, ops
+from .. import MASK, ops, profiling
 from ..models import PromptKV, Showo, image_hidden
 from .dsog import Candidate, Selection
 
@@ -101,6 +101,7 @@ class ImageLoop:
         self._head = image_head_fp32(model)
         self._chunk = max(1, LOGITS_BYTES // (count * model.config.codebook_size * 4))
 
+    @profiling.phase("rollout steps")
     def run(self) -> bool:
         """Run every row to its last step. Returns False when the model gave log-probs that are not finite."""
         settings = self.settings
@@ -200,7 +201,8 @@ class ImageLoop:
             return active
         rows = [c.row for c in due]
         self.preview_codes[rows] = self.codes[rows]
-        scores = preview.score(self.codes[rows], rows)
+        with profiling.phase("previews"):
+            scores = preview.score(self.codes[rows], rows)
         following: list[Candidate] = [c for c in active if c.settled or c.step != preview.at]
         for candidate, score in zip(due, scores, strict=True):
             heir = preview.selection.judge(candidate, score, partial(self._save, candidate))

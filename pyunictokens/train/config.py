@@ -250,7 +250,7 @@ class GrpoConfig:
     """Steps between pictures in samples/; 0 turns them off."""
     max_bad_steps: int = 3
     """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the transformer; sums, softmax, loss and optimiser stay in float32."""
     seed: int = 0
     """Seed of every draw of the run: questions, answers, images."""

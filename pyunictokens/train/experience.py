@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import profiling
 from ..models import ConceptTokens, prompting
 from ..rewards.base import RewardBatch, plain_text
 from ..rollout.dsog import Dsog, DsogThreshold
@@ -97,17 +98,17 @@ class Collector:
             dsog=self._dsog(plain),
         )
         assert images.pixels is not None
-        score = self.rewards.score(
-            RewardBatch(
-                images=images.pixels.float().clamp(-1, 1),
-                prompts=plain,
-                answers=[plain_text(text, self.data.class_word) for text in answers.texts],
-                facts=[plain_text(fact, self.data.class_word) for fact in task.facts],
-                correct=task.correct,
-                references=self.references.to(images.pixels.device),
-                kind=self.data.kind,
-            )
+        batch = RewardBatch(
+            images=images.pixels.float().clamp(-1, 1),
+            prompts=plain,
+            answers=[plain_text(text, self.data.class_word) for text in answers.texts],
+            facts=[plain_text(fact, self.data.class_word) for fact in task.facts],
+            correct=task.correct,
+            references=self.references.to(images.pixels.device),
+            kind=self.data.kind,
         )
+        with profiling.phase("rewards"):
+            score = self.rewards.score(batch)
         total = score.total.float()
         return Experience(task, answers, images, prompts, total, score.parts, score.no_face, total - total.mean())
 
