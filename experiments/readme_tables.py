@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for benchmarks/, which is no part of the installed package
 
+from benchmarks import engine_report  # noqa: E402
 from benchmarks.ops import tables  # noqa: E402
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
@@ -76,7 +77,7 @@ def numbers(folder: Path) -> str:
     """All tables of workloads. Without any result, the sentence that says so."""
     parts = []
     for file in sorted(folder.glob("*.json")):
-        if file.name.startswith("ops-"):
+        if file.name.startswith(("ops-", "engine-")):
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         if "points" in content:
@@ -99,12 +100,14 @@ def between(text: str, new: str, name: str) -> str:
 
 def rewritten(text: str, folder: Path) -> str:
     """The README's text with its tables replaced."""
-    return between(text, f"{numbers(folder)}\n\n{tables.summary(folder)}", "README.md")
+    parts = (numbers(folder), tables.summary(folder), engine_report.summary(folder))
+    return between(text, "\n\n".join(parts), "README.md")
 
 
 def rewritten_page(text: str, folder: Path) -> str:
     """The text of docs/benchmarks.md with its tables replaced."""
-    return between(text, tables.full(folder, ROOT / "docs" / "images"), "docs/benchmarks.md")
+    parts = (tables.full(folder, ROOT / "docs" / "images"), engine_report.full(folder))
+    return between(text, "\n\n".join(parts), "docs/benchmarks.md")
 
 
 def main() -> None:
