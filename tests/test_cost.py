@@ -153,3 +153,22 @@ def test_memory_of_a_packed_row(checkpointed):
     if checkpointed:
         wanted -= 4 * 4 * ((count + 2) * (7 * 64 + 2 * 128) + (6 + count + 2) * 2 * 64)  # nothing is recomputed yet
     assert sum(kept.values()) == pytest.approx(wanted, rel=0.06)
+
+
+def test_the_page_is_what_the_arithmetic_says():
+    from experiments import cost_tables
+
+    text = cost_tables.FILE.read_text(encoding="utf-8")
+    assert cost_tables.updated(text) == text, "run python -m experiments.cost_tables"
+    with pytest.raises(SystemExit, match="markers of phases"):
+        cost_tables.updated("no markers")
+
+
+def test_predictions_read_both_sides_alike():
+    from experiments.cost_tables import GPU, Span, ours, ratio, seconds
+
+    work = cost.Cost(dense=2.0, attention=3.0, head=5.0, bytes=7.0 * GPU.bandwidth, launches=100 / GPU.launch)
+    assert seconds(work, 2.0, 3.0, 5.0, eager=False) == Span(7.0, 10.0)
+    assert seconds(work, 2.0, 3.0, 5.0, eager=True) == Span(100.0, 100.0)
+    assert ratio(Span(1.0, 4.0), Span(8.0, 12.0)) == (3.0, 8.0)
+    assert ours(cost.Cost(dense=GPU.matrix)) == Span(1.0, 1.0)
