@@ -195,8 +195,8 @@ def assumptions() -> str:
     return (
         f"bfloat16 products {GPU.matrix / 1e12:.0f} TFLOP/s, float32 products without TF32 {GPU.single / 1e12:.0f}, "
         f"attention {GPU.attention / 1e12:.0f} without a mask, {GPU.masked / 1e12:.0f} with one, "
-        f"{GPU.single_attention / 1e12:.0f} in float32; {GPU.bandwidth / 1e12:g} TB/s; {GPU.launch * 1e6:g} µs of the host "
-        "for each kernel that Python launches; 80 GB."
+        f"{GPU.single_attention / 1e12:.0f} in float32; {GPU.bandwidth / 1e12:g} TB/s; {GPU.launch * 1e6:g} µs of the "
+        f"host for each kernel that Python launches; {GPU.memory / 1e9:.0f} GB."
     )
 
 

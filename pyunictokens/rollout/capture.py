@@ -13,7 +13,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -51,7 +52,9 @@ class GraphPool:
             self.handle = torch.cuda.graph_pool_handle()
             self.stream = torch.cuda.Stream(device)
             self._keeper = torch.cuda.CUDAGraph()  # a pool without any graph could be freed between two captures
-            with torch.cuda.graph(self._keeper, pool=self.handle, stream=self.stream):
+            with torch.cuda.graph(
+                self._keeper, pool=self.handle, stream=self.stream, capture_error_mode="thread_local"
+            ):
                 torch.zeros(1, device=device)
         self._last: torch.cuda.Event | None = None
 
@@ -80,7 +83,8 @@ class CapturedSteps:
         keep_going: looked at before every step; the step sets it, the caller sets it back.
         mode: "auto" takes the best that works; a mode by name raises where it does not.
         pool: memory shared with other captures.
-        warmup: calls before the capture, for what is built at the first call.
+        warmup: calls before the capture, for what is built at the first call; at least 2. The last one may not wait for
+            the device.
 
     Raises:
         UserError: an unknown mode, a mode that cannot run here, or `keep_going` of another type or size.
@@ -101,8 +105,10 @@ class CapturedSteps:
             raise UserError(
                 f"keep_going of shape {tuple(keep_going.shape)} and dtype {keep_going.dtype}: must be one int32"
             )
-        if warmup < 1:
-            raise UserError(f"warmup={warmup}: must be ≥ 1, or what is built at the first call is captured")
+        if warmup < 2:
+            raise UserError(
+                f"warmup={warmup}: must be ≥ 2: one builds what is built once, one shows that nothing waits"
+            )
         self.step, self.keep_going, self.pool = step, keep_going, pool
         best, reason = best_mode(keep_going.device)
         if mode != "auto" and MODES.index(mode) < MODES.index(best):
@@ -193,6 +199,7 @@ class CapturedSteps:
         device = self.keep_going.device
         if self.pool is None:
             self.pool = GraphPool(device)
+        current = torch.cuda.current_stream(device)
         going = self.keep_going.clone()
         self.keep_going.zero_()
         try:
@@ -201,6 +208,7 @@ class CapturedSteps:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # torch.cuda.graph does not when the end of the capture fails too
             torch.cuda.synchronize(device)
             reason = f"the step cannot be captured: {str(error).splitlines()[0]}"
             if asked != "auto":
@@ -221,7 +229,9 @@ class CapturedSteps:
         current = torch.cuda.current_stream(pool.device)
         pool.stream.wait_stream(current)
         with torch.cuda.stream(pool.stream):
-            for _ in range(warmup):
+            for _ in range(warmup - 1):
+                self.step()
+            with _no_waiting():  # a capture that fails midway leaves torch's allocator in doubt: find out before
                 self.step()
         current.wait_stream(pool.stream)
         graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -257,6 +267,17 @@ class CapturedSteps:
 
 def _closed() -> None:
     raise UserError("these captured steps were closed")
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside, an operation that would wait for the device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 # --- buckets ---------------------------------------------------------------------------------------------------------

@@ -277,5 +277,5 @@ def image_head(model: Showo) -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 def read_by(model: Showo) -> list[Tensor]:
-    """What a captured step of `model` reads besides its own state: all its weights (for `CaptureCache`)."""
-    return list(model.parameters())
+    """What a captured step of `model` reads besides its own state (for `CaptureCache`): weights and concept rows."""
+    return [*model.parameters(), *(model.concept.parameters() if model.concept is not None else ())]

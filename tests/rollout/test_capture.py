@@ -51,8 +51,8 @@ def test_what_cannot_run():
         CapturedSteps(counter, torch.ones(1))
     with pytest.raises(UserError, match="must be one int32"):
         CapturedSteps(counter, torch.ones(2, dtype=torch.int32))
-    with pytest.raises(UserError, match="warmup=0"):
-        CapturedSteps(counter, counter.keep_going, warmup=0)
+    with pytest.raises(UserError, match="warmup=1"):
+        CapturedSteps(counter, counter.keep_going, warmup=1)
     steps = CapturedSteps(counter, counter.keep_going, mode="eager")
     assert steps.why == "asked for"
     with pytest.raises(UserError, match="max_steps=-1"):
