@@ -193,9 +193,10 @@ class Pieces:
 def free_memory(device: torch.device) -> float:
     """Bytes that a piece may plan with on `device`."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return FREE_SHARE * (free + cached)
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_allocated(device)
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total - held
+        return FREE_SHARE * max(0.0, min(allowed, free + torch.cuda.memory_reserved(device) - held))
     try:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

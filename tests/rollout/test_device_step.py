@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pyunictokens import MASK
+from pyunictokens import MASK, ConceptTokens
 from pyunictokens.errors import UserError
 from pyunictokens.models import PromptKV, Showo, prefill_t2i, prompting
+from pyunictokens.models.attention import FullAttention
 from pyunictokens.rollout.device_step import DeviceLoop, GuidedHidden, StepState, advance, image_head, read_by
 from pyunictokens.rollout.images import ImageLoop, LoopSettings
 
@@ -147,6 +153,52 @@ def test_other_prompts_of_the_same_lengths_and_new_weights_are_seen():
     same(loop.state, [0, 1], on_host(model, [0, 1], known, [3, 4], n, others), [0, 1])
     with pytest.raises(UserError, match="were made for"):
         loop.hidden_of.load(prefixes(model, [[1, 2], [3]], True))
+
+
+class OnlyOnTheGpu(TorchDispatchMode):
+    """No operation may look at a tensor of the host, bring one over, or read one back: a capture would refuse it."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique2"), (
+            f"{name} waits for the device"
+        )
+        for value in tree_leaves((args, kwargs)):
+            where = value if isinstance(value, torch.device) else getattr(value, "device", None)
+            assert where is None or where.type == "cuda", f"{name} works on the {where.type}"
+        self.seen += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@torch.no_grad()
+def test_the_step_can_be_captured_on_a_gpu(guidance):
+    """On fake tensors of a GPU, which need none: devices and shapes are followed, nothing is computed."""
+    n = numbers(4, guidance)
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                model = Showo(CONFIG)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        concept = ConceptTokens("bo", CONFIG.hidden_size, 2, 1)
+        for name, value in list(concept.named_parameters()):
+            setattr(concept, name, torch.nn.Parameter(value.detach().to("cuda")))
+        model.attach(concept)
+        hidden = GuidedHidden(model, prefixes(model, PROMPTS, guidance > 0), [0, 1, 2, 0], guidance, 9)
+        state = StepState.make(4, 9, CONFIG.codebook_size, n, "cuda")
+        x = torch.zeros(1, 1, CONFIG.hidden_size, dtype=torch.bfloat16, device="cuda")
+        model.encode(x, state.step[:1], FullAttention())  # makes the rotary tables, as the warm-up does
+        with OnlyOnTheGpu() as watch:
+            advance(state, hidden, image_head(model), n.seed)
+        assert watch.seen > 100
+        with pytest.raises(AssertionError, match="waits for the device"), OnlyOnTheGpu():
+            state.codes.nonzero()
+        with pytest.raises(AssertionError, match="works on the cpu"), OnlyOnTheGpu():
+            state.codes + torch.ones(9, dtype=torch.int64)
 
 
 @torch.no_grad()
