@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -210,17 +210,27 @@ def learning(model: Showo) -> Iterable[Tensor]:
     return (p for p in (*model.parameters(), *concept) if p.requires_grad)
 
 
-def add_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+def add_gradients(loss: Tensor, parameters: Iterable[Tensor], sums: Iterable[Tensor] = ()) -> None:
     """Add d loss / d leaf to every leaf's gradient, all of them or (when memory runs out) none.
 
     Gradients are formed apart first; by the time they are added the graph is gone, so that adding finds room. Hooks on
-    the leaves run as in a usual backward pass.
+    `parameters` run as in a usual backward pass; `sums` are leaves that nobody else watches, and are added to at once.
     """
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    if not (loss.requires_grad and wanted):
+    watched = [leaf for leaf in parameters if leaf.requires_grad]
+    own = [leaf for leaf in sums if leaf.requires_grad]
+    if not (loss.requires_grad and (watched or own)):
         return
-    gradients = list(torch.autograd.grad(loss, wanted, allow_unused=True))[::-1]
-    for leaf in wanted:
+    gradients = list(torch.autograd.grad(loss, [*watched, *own], allow_unused=True))
+    first = [(leaf, new) for leaf, new in zip(own, gradients[len(watched) :], strict=True) if new is not None]
+    later = [(leaf.grad, new) for leaf, new in first if leaf.grad is not None]
+    for leaf, new in first:
+        if leaf.grad is None:
+            leaf.grad = new
+    if later:
+        torch._foreach_add_([grad for grad, _ in later], [new for _, new in later])
+    gradients = gradients[: len(watched)][::-1]
+    del first, later
+    for leaf in watched:
         gradient = gradients.pop()  # let go of one by one
         if gradient is not None:
             torch.autograd.backward([leaf], [gradient])

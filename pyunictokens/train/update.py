@@ -264,7 +264,7 @@ def _images_backward(
 ) -> Tensor:
     prompts = _image_prompts(model, images)
     shared, head = PromptLeaves(prompts), Leaves(*model.image_head())
-    leaves = [*learning(model), *shared.leaves, *head.leaves]
+    params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
     total = torch.zeros((), device=model.device)
 
     def piece(rows: slice, steps: slice) -> None:
@@ -289,7 +289,7 @@ def _images_backward(
             mask=mask,
         )
         loss = loss * (target.shape[0] / len(images))  # the op divides by its own rows, the objective by all
-        add_gradients(loss, leaves)
+        add_gradients(loss, params, sums)
         total.add_(loss.detach())
         counted = torch.tensor(float(target.numel())) if mask is None else mask.sum().float()
         tally.add(stats, counted.to(model.device))
@@ -369,7 +369,7 @@ def _answers_backward(
 ) -> Tensor:
     prompts, last = _answer_prefix(model, answers)
     shared, head = PromptLeaves(prompts, last), Leaves(*text_parts(model))
-    leaves = [*learning(model), *shared.leaves, *head.leaves]
+    params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
     total = torch.zeros((), device=model.device)
 
     def piece(rows: slice, _: slice) -> None:
@@ -388,7 +388,7 @@ def _answers_backward(
             mask=mask,
         )
         loss = loss * (logp.shape[0] / len(answers))
-        add_gradients(loss, leaves)
+        add_gradients(loss, params, sums)
         total.add_(loss.detach())
         tally.add(stats, mask.sum().float())
 

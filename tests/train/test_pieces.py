@@ -170,6 +170,18 @@ def test_gradients_are_added_all_or_none_and_hooks_run():
     add_gradients(torch.ones(()), [first])
 
 
+def test_sums_that_nobody_watches_are_added_to_as_well():
+    parameter, first, second = (torch.randn(3, requires_grad=True) for _ in range(3))
+    for turn in (1, 2):
+        add_gradients((parameter * first * second).sum(), [parameter], [first, second, torch.randn(1)])
+        for leaf, others in ((parameter, first * second), (first, parameter * second), (second, parameter * first)):
+            assert torch.allclose(leaf.grad, turn * others.detach())
+    kept = [leaf.grad.clone() for leaf in (parameter, first, second)]
+    with pytest.raises(torch.OutOfMemoryError):
+        add_gradients((_Full.apply(parameter) + first).sum(), [parameter], [first])
+    assert all(torch.equal(leaf.grad, its) for leaf, its in zip((parameter, first, second), kept, strict=True))
+
+
 @pytest.mark.parametrize("rows", [0, 2])
 def test_automatic_sizes_follow_the_memory_at_hand(rows, monkeypatch, caplog):
     model = learner()
