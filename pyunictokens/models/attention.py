@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -156,38 +157,79 @@ class CausalAfterPrompt(PromptAttention):
 
 
 class DecodeAttention:
-    """Token-by-token text: static buffers hold each row's prompt and its answer so far; one new position a call.
+    """Token-by-token text: one new position a call for every row, over its prompt and its answer so far.
 
-    Rows must all belong to prompts of one length (decode groups of equal length side by side). Call :meth:`advance`
-    after each token.
+    Rows of one prompt stand together and read its keys and values where they lie, without a copy a row; prompts may
+    have any lengths. Answers lie in static buffers of `max_new` positions, and the position written next is a number on
+    the device, so a step can be captured. With ``sliced=True`` (for a host that runs every step) attention ends at the
+    position just written; otherwise it goes over the whole buffer and masks what is not written yet. Call
+    :meth:`advance` after each token.
     """
 
-    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], max_new: int):
-        lengths = {prompts.lengths[prompt] for prompt in prompt_of_row}
-        if len(lengths) != 1:
-            raise ValueError(f"prompt lengths {sorted(lengths)}: one DecodeAttention serves prompts of one length")
-        self.filled = lengths.pop()
+    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], max_new: int, sliced: bool = True):
+        self._prompts, self._sliced = prompts, sliced
+        self._runs = _runs(prompt_of_row)
+        if len({prompt for prompt, _ in self._runs}) != len(self._runs):
+            raise ValueError("rows of one prompt must stand together")
         first = prompts.keys[0][0]
-        shape = (len(prompt_of_row), first.shape[0], self.filled + max_new, first.shape[2])
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        for layer in range(len(prompts.keys[0])):
-            for store, source in ((self._keys, prompts.keys), (self._values, prompts.values)):
-                buffer = first.new_empty(shape)
-                buffer[:, :, : self.filled] = torch.stack([source[prompt][layer] for prompt in prompt_of_row])
-                store.append(buffer)
+        shape = (len(prompt_of_row), first.shape[0], max_new, first.shape[2])
+        layers = range(len(prompts.keys[0]))
+        self._keys = [first.new_zeros(shape) for _ in layers]
+        self._values = [first.new_zeros(shape) for _ in layers]
+        self._scale = first.shape[2] ** -0.5
+        self.filled = 0
+        """Positions written, as the host counts them."""
+        self._at = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self._places = torch.arange(max_new, device=first.device)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop every row but those of the index tensor `rows` (answers that ended need no more work)."""
-        self._keys = [buffer[rows] for buffer in self._keys]
-        self._values = [buffer[rows] for buffer in self._values]
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop every row but those of the given indices, in ascending order (answers that ended need no more work)."""
+        kept, wanted = torch.tensor(rows, device=self._at.device), set(rows)
+        self._keys = [buffer[kept] for buffer in self._keys]
+        self._values = [buffer[kept] for buffer in self._values]
+        left, start = [], 0
+        for prompt, count in self._runs:
+            count_left = sum(row in wanted for row in range(start, start + count))
+            if count_left:
+                left.append((prompt, count_left))
+            start += count
+        self._runs = left
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        end = self.filled + k.shape[2]
-        self._keys[layer][:, :, self.filled : end] = k
-        self._values[layer][:, :, self.filled : end] = v
-        return F.scaled_dot_product_attention(q, self._keys[layer][:, :, :end], self._values[layer][:, :, :end])
+        keys, values = self._keys[layer], self._values[layer]
+        if self._sliced:
+            keys[:, :, self.filled : self.filled + 1] = k
+            values[:, :, self.filled : self.filled + 1] = v
+            keys, values = keys[:, :, : self.filled + 1], values[:, :, : self.filled + 1]
+        else:
+            keys.index_copy_(2, self._at, k)
+            values.index_copy_(2, self._at, v)
+        q = q * self._scale
+        own = q @ keys.transpose(-1, -2)
+        if not self._sliced:
+            own = own.masked_fill(self._places > self._at, -torch.inf)
+        parts, start = [], 0
+        for prompt, count in self._runs:
+            rows = slice(start, start + count)
+            past = self._prompts.keys[prompt][layer]
+            scores = torch.cat([q[rows].transpose(0, 2) @ past.transpose(-1, -2), own[rows].transpose(0, 2)], dim=-1)
+            weights = scores.softmax(-1, dtype=_wide(scores)).to(q.dtype)  # [1, H, G, P + L]
+            over_prompt = weights[..., : past.shape[1]] @ self._prompts.values[prompt][layer]
+            over_own = weights[..., past.shape[1] :].transpose(0, 2) @ values[rows]
+            parts.append(over_prompt.transpose(0, 2) + over_own)
+            start += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def advance(self) -> None:
-        """The position just written becomes part of the past."""
+    def advance(self, going: Tensor | int = 1) -> None:
+        """The position just written becomes part of the past, unless `going` (0 or 1) is 0."""
         self.filled += 1
+        self._at += going
+
+
+def _runs(prompt_of_row: Sequence[int]) -> list[tuple[int, int]]:
+    """(prompt, number of rows) of each run of rows with one prompt."""
+    return [(prompt, len(list(rows))) for prompt, rows in groupby(prompt_of_row)]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
