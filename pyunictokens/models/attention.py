@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .joined import joined_attention, kernel_for
+
 
 class Attention(Protocol):
     """One layer's attention. q, k, v are [B, H, L, E], rotary already applied; the result is [B, H, L, E]."""
@@ -97,11 +99,15 @@ class PromptKV:
 class PromptAttention:
     """Image rows over cached prompts: row b sees all of prompt `prompt_of_row[b]` and all of its own L positions.
 
-    Rows are taken in groups of equal prompt length, so no mask and no padding is needed and any flash kernel fits. A
-    group whose rows share one prompt broadcasts it instead of copying it.
+    There is no mask and no padding, whatever lengths the prompts have. On a GPU the rows of all prompts go through one
+    kernel for their own positions, and each prompt is read where it lies by all its rows (joined.py). Elsewhere keys
+    are put together, which is the faster of the two there (docs/measured-facts.md): rows are taken in groups of equal
+    prompt length, and a group whose rows share one prompt broadcasts it. `joined` chooses by hand.
     """
 
-    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int]):
+    causal = False
+
+    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], joined: bool | None = None):
         lengths = prompts.lengths
         groups: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompt_of_row):
@@ -113,7 +119,8 @@ class PromptAttention:
             contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
             where = slice(rows[0], rows[0] + len(rows)) if contiguous else torch.tensor(rows)
             self._groups.append((where, len(rows), chosen))
-        self._prompts = prompts
+        self._prompts, self._joined = prompts, joined
+        self._runs = _runs(prompt_of_row)
 
     def _of_group(self, layers: list[list[Tensor]], layer: int, chosen: list[int]) -> Tensor:
         if len(set(chosen)) == 1:
@@ -121,6 +128,11 @@ class PromptAttention:
         return torch.stack([layers[prompt][layer] for prompt in chosen])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        joined = q.is_cuda and kernel_for(q) is not None if self._joined is None else self._joined
+        if joined:
+            keys, values = self._prompts.keys, self._prompts.values
+            runs = [(count, keys[prompt][layer], values[prompt][layer]) for prompt, count in self._runs]
+            return joined_attention(q, k, v, runs, causal=self.causal)
         if len(self._groups) == 1 and self._groups[0][1] == q.shape[0]:
             return self._attend(layer, q, k, v, self._groups[0][2])
         parts = []
@@ -138,11 +150,12 @@ class PromptAttention:
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chosen: list[int]) -> Tensor:
         keys = torch.cat([self._of_group(self._prompts.keys, layer, chosen), k], dim=2)
         values = torch.cat([self._of_group(self._prompts.values, layer, chosen), v], dim=2)
-        mask = self._mask(keys.shape[2] - k.shape[2], q.shape[2], q.device)
+        mask = None
+        if self.causal:
+            past = keys.shape[2] - k.shape[2]
+            new = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+            mask = torch.cat([new.new_ones(q.shape[2], past), new], dim=1)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-
-    def _mask(self, past: int, length: int, device: torch.device) -> Tensor | None:
-        return None
 
 
 class CausalAfterPrompt(PromptAttention):
@@ -151,9 +164,7 @@ class CausalAfterPrompt(PromptAttention):
     This is how the update scores whole answers; padding at the end of a row is harmless, nothing before it sees it.
     """
 
-    def _mask(self, past: int, length: int, device: torch.device) -> Tensor | None:
-        new = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return torch.cat([new.new_ones(length, past), new], dim=1)
+    causal = True
 
 
 class DecodeAttention:
