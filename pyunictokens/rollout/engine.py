@@ -184,7 +184,7 @@ class RolloutEngine:
         )
         loop = ImageLoop(slots, Scheduler(ids, kinds, count, steps, judging), known, previews, progress)
 
-        def rollout(chosen: Tensor | slice) -> ImageRollout:
+        def rollout(chosen: Tensor | slice, pixels: bool = decode) -> ImageRollout:
             """The rows `chosen`, which are finished."""
             records = [record[chosen] for record in loop.records]
             inputs, picked, logp = records if records else (None, None, None)
@@ -192,7 +192,7 @@ class RolloutEngine:
             ended = [loop.ended[row] for row in torch.arange(rows)[chosen].tolist()]
             return ImageRollout(
                 codes=codes,
-                pixels=self._pixels(codes, grid) if decode and len(codes) else None,
+                pixels=self._pixels(codes, grid) if pixels and len(codes) else None,
                 inputs=inputs,
                 chosen=picked,
                 logp=logp,
@@ -211,11 +211,12 @@ class RolloutEngine:
         try:
             with previews or nullcontext():
                 loop.run()
+            if not slots.finite:
+                raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
+            result = rollout(slice(None))
         except KeyboardInterrupt as stop:
-            raise RolloutInterrupted(rollout(loop.rows()), loop.rows().tolist()) from stop
-        if not slots.finite:
-            raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
-        result = rollout(slice(None))
+            kept, decoding = loop.rows(), len(loop.ended) == rows
+            raise RolloutInterrupted(rollout(kept, decode and not decoding), kept.tolist()) from stop
         if dsog and previews:
             assert loop.preview_codes is not None
             result.dsog = settle(dsog, loop.scheduler, loop.candidates, loop.preview_codes, previews.errors)
