@@ -40,6 +40,8 @@ class Candidate:
     """Steps it has done."""
     slot: int = -1
     """−1 where it holds none."""
+    home: int = -1
+    """The slot it takes if that is free: where its row's last candidate was, so that a slot keeps its prompt."""
     settled: bool = True
     """Runs to the end: accepted, chosen to fill, or never to be previewed."""
     score: float = math.nan
@@ -117,7 +119,7 @@ class Scheduler:
                 self._leave_vacant(candidate.row)
             elif allowed and self._free:
                 self._waiting.pop(place)
-                candidate.slot = heapq.heappop(self._free)
+                candidate.slot = self._take(candidate.home)
                 if not candidate.settled or self.judging is None:
                     self._tried[candidate.row] += 1
                 admitted.append(candidate)
@@ -159,16 +161,17 @@ class Scheduler:
             self._fill(self._pool[candidate.row])
             return
         self._remember(candidate, save)
-        self._release(candidate)
-        row, attempt = candidate.row, candidate.attempt + 1
-        self._waiting.append(Candidate(row, self._base[row] + (attempt << ATTEMPT_SHIFT), attempt, settled=False))
+        row, attempt, home = candidate.row, candidate.attempt + 1, candidate.slot
+        self._free.append(home)
+        candidate.slot, candidate.home = -1, home
+        sample_id = self._base[row] + (attempt << ATTEMPT_SHIFT)
+        self._waiting.append(Candidate(row, sample_id, attempt, home=home, settled=False))
 
     def done(self) -> list[Candidate]:
         """Those that have done all steps. A slot that one holds is free, and stays as it is until the next `admit`."""
         done = [c for c in self.running if c.settled and c.step == self.steps]
         self.running = [c for c in self.running if c not in done]
-        for candidate in done:
-            heapq.heappush(self._free, candidate.slot)
+        self._free += [candidate.slot for candidate in done]
         done, self._complete = self._complete + done, []
         return done
 
@@ -177,9 +180,11 @@ class Scheduler:
     def _stop(self, candidate: Candidate) -> int:
         return self.steps if candidate.settled or self.judging is None else self.judging.at
 
-    def _release(self, candidate: Candidate) -> None:
-        heapq.heappush(self._free, candidate.slot)
-        candidate.slot = -1
+    def _take(self, home: int) -> int:
+        """A free slot: `home` if it is one, else the lowest."""
+        slot = home if home in self._free else min(self._free)
+        self._free.remove(slot)
+        return slot
 
     def _allowed(self, candidate: Candidate) -> bool | None:
         """Whether the cap lets it begin; None while that is not certain."""

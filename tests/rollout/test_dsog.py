@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import rollout_cases
 from pyunictokens import MASK, DsogThreshold
 from pyunictokens.errors import UserError
 from pyunictokens.rollout import Dsog
@@ -329,3 +330,10 @@ def test_one_score_of_nan_fails_one_preview_only():
     assert calls == [3, 1]
     assert rollout.dsog.attempts.tolist() == [1, 0, 0]
     assert rollout.dsog.errors == ["1 of 3 scores are not finite"]
+
+
+def test_the_engine_does_the_least_work_for_an_accepted_image():
+    """T = 50, preview at 10, group 9, one preview in four passes: 80 row-steps for each image, within 3 %."""
+    work = rollout_cases.dsog_work(groups=8)
+    assert work["least"] == 80 and abs(work["above_least_percent"]) < 3
+    assert work["images"] == 72 and abs(work["previews"] / 288 - 1) < 0.03

@@ -166,6 +166,23 @@ def test_a_group_of_nine_at_the_papers_numbers_needs_the_least_row_steps():
     assert work / images == pytest.approx(50 + 10 * (1 / 0.25 - 1), rel=0.03)
 
 
+@settings(max_examples=50, deadline=None)
+@given(rate=st.floats(0, 1), rows=st.integers(1, 9), spare=st.integers(0, 3), seed=st.integers(0, 10**6))
+def test_with_a_slot_for_every_row_each_row_stays_in_its_slot(rate, rows, spare, seed):
+    """So a slot keeps its prompt for a whole call, and with it a captured step."""
+    scheduler = Scheduler(list(range(rows)), list(range(rows)), rows + spare, 6, Judging(2, 0.5, 4 * rows))
+    score, slot_of = scores_of(seed, rate), {}
+    while not scheduler.finished:
+        for candidate in scheduler.admit():
+            assert slot_of.setdefault(candidate.row, candidate.slot) == candidate.slot
+        if scheduler.running:
+            scheduler.advance(scheduler.stretch())
+        for candidate in scheduler.due():
+            scheduler.judge(candidate, score(candidate.row, candidate.attempt), lambda c: None)
+        scheduler.done()
+    assert len(set(slot_of.values())) == rows
+
+
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="cap=2"):
         Scheduler([0, 1, 2], [0, 0, 0], 1, 4, Judging(1, 0.5, 2))
