@@ -117,8 +117,8 @@ def main() -> None:
     if options.only in (None, "dsog"):
         work = content["dsog"] = rollout_cases.dsog_work(options.groups)
         print(
-            f"dsog: {work['row_steps_per_image']} row-steps for an accepted image, {work['above_least_percent']} % above"
-            f" the least possible ({work['least']:g})"
+            f"dsog: {work['row_steps_per_image']} row-steps for an accepted image, {work['above_least_percent']} % "
+            f"above the least possible ({work['least']:g})"
         )
     write_json(file, content)
     print(file)
