@@ -30,22 +30,33 @@ class Attention(Protocol):
 
 @dataclass
 class FullAttention:
-    """The definition: every row against its own sequence under a boolean mask [B, L, L] (True = may look), or none.
-
-    With ``record=True`` the keys and values of every layer are kept in `keys` and `values`.
-    """
+    """The definition: every row against its own sequence under a boolean mask [B, L, L] (True = may look), or none."""
 
     allowed: Tensor | None = None
-    record: bool = False
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = None if self.allowed is None else self.allowed[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@dataclass
+class Recorded:
+    """Another strategy whose new keys and values are kept, one pair of [B, H, L, E] a layer."""
+
+    attend: Attention
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.record:
-            self.keys.append(k)
-            self.values.append(v)
-        mask = None if self.allowed is None else self.allowed[:, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        self.keys.append(k)
+        self.values.append(v)
+        return self.attend(layer, q, k, v)
+
+    def prompts(self, end: int) -> PromptKV:
+        """What was kept, row by row, as prompts that end before position `end`."""
+        rows = range(self.keys[0].shape[0])
+        keys, values = ([[layer[row] for layer in part] for row in rows] for part in (self.keys, self.values))
+        return PromptKV(keys, values, [end] * len(rows))
 
 
 @dataclass
@@ -74,6 +85,17 @@ class PromptKV:
         return PromptKV(
             [self.keys[i] for i in prompts], [self.values[i] for i in prompts], [self.next_position[i] for i in prompts]
         )
+
+    def followed_by(self, more: PromptKV) -> PromptKV:
+        """Each prompt with the positions of the same one of `more` behind its own."""
+
+        def join(mine: list[list[Tensor]], theirs: list[list[Tensor]]) -> list[list[Tensor]]:
+            return [
+                [torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)]
+                for first, second in zip(mine, theirs, strict=True)
+            ]
+
+        return PromptKV(join(self.keys, more.keys), join(self.values, more.values), list(more.next_position))
 
     def leaves(self) -> PromptKV:
         """The same numbers cut from their graph, as leaves that collect gradients (DESIGN lever 5)."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from .concept import ConceptTokens
 from .showo import Showo
 
-SKINNY_ROWS = 8
-"""Up to so many rows a CPU reads a large weight about twice as fast as W·xᵀ than as x·Wᵀ (docs/measured-facts.md)."""
+SKINNY_ROWS = 9
+"""Up to so many rows a CPU goes through a large head faster as W·xᵀ than as x·Wᵀ (docs/measured-facts.md)."""
 
 
 class TextVocabulary:

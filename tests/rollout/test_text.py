@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from benchmarks.baselines import showo_plain
 from pyunictokens import RolloutEngine, ops
 from pyunictokens.errors import UserError
-from pyunictokens.models import prefill_mmu, prompting
+from pyunictokens.models import Showo, prefill_mmu, prompting
 from pyunictokens.models.attention import DecodeAttention
 from pyunictokens.models.prompting import SpecialIds
 from pyunictokens.models.vocabulary import TextVocabulary
@@ -98,6 +98,18 @@ def test_equal_questions_about_one_image_are_computed_once(monkeypatch):
     codes = pictures(1).expand(4, -1)
     rollout = tiny_engine().generate_text(codes, [[1], [2], [1], [1]], samples=2, max_new_tokens=3)
     assert computed == [2] and len(rollout) == 8
+
+
+def test_an_image_is_read_once_for_all_its_questions(monkeypatch):
+    seen, real = [], Showo.encode
+    monkeypatch.setattr(
+        Showo,
+        "encode",
+        lambda self, x, positions, attend: (seen.append(x.shape[:2]), real(self, x, positions, attend))[1],
+    )
+    codes = pictures(2)
+    tiny_engine().generate_text(codes[[0, 0, 1, 0]], [[1], [2, 3], [1], [4, 5]], samples=2, max_new_tokens=1)
+    assert seen == [(2, 12), (2, 2), (2, 3)]  # both images; then questions of one id, of two, each with its sot
 
 
 def test_one_image_serves_many_questions_and_one_question_many_images():
