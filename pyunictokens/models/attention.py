@@ -30,13 +30,17 @@ class Attention(Protocol):
 
 @dataclass
 class FullAttention:
-    """The definition: every row against its own sequence under a boolean mask [B, L, L] (True = may look), or none."""
+    """The definition: every row against its own sequence under a boolean mask [B, L, L] (True = may look), or none.
+
+    `causal` needs no mask: position j sees those ≤ j.
+    """
 
     allowed: Tensor | None = None
+    causal: bool = False
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = None if self.allowed is None else self.allowed[:, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
 
 
 @dataclass

@@ -21,10 +21,10 @@ from .prompting import SpecialIds, mmu_clip_allowed
 from .showo import Showo
 
 
-def _prefill(model: Showo, x_BLD: Tensor, start: int, allowed: Tensor | None) -> tuple[PromptKV, Tensor]:
+def _prefill(model: Showo, x_BLD: Tensor, start: int, rule: FullAttention) -> tuple[PromptKV, Tensor]:
     length = x_BLD.shape[1]
     _check_end(model, start + length)
-    attend = Recorded(FullAttention(allowed))
+    attend = Recorded(rule)
     hidden = model.encode(x_BLD, torch.arange(start, start + length, device=x_BLD.device), attend)
     return attend.prompts(start + length), hidden[:, -1]
 
@@ -67,8 +67,7 @@ def prefill_t2i(model: Showo, prompts: Sequence[Sequence[int]], max_text: int) -
                 f"a prompt of {length} ids: at most max_text + 1 = {max_text + 1}; cut it with prompting.t2i_text"
             )
         ids = torch.tensor([distinct[i] for i in members], device=model.device)
-        causal = torch.ones(1, length, length, dtype=torch.bool, device=model.device).tril()
-        groups.append((members, *_prefill(model, model.embed(ids), max_text + 1 - length, causal)))
+        groups.append((members, *_prefill(model, model.embed(ids), max_text + 1 - length, FullAttention(causal=True))))
     return _merge(len(distinct), groups)[0].select(place)
 
 
@@ -108,7 +107,7 @@ def prefill_mmu(model: Showo, codes_BN: Tensor, questions: Sequence[Sequence[int
     first = torch.tensor([image_of.index(image) for image in range(len(place))], device=codes_BN.device)
     ends = model.embed(torch.tensor([ids.mmu, ids.soi, ids.eoi], device=model.device)).expand(len(place), -1, -1)
     x = torch.cat([ends[:, :2], model.embed_codes(codes_BN[first].to(model.device)), ends[:, 2:]], dim=1)
-    images, _ = _prefill(model, x, 0, None)
+    images, _ = _prefill(model, x, 0, FullAttention())
     start = images.next_position[0]
     sequences = [[ids.sot, *question] if list(question[:1]) != [ids.sot] else list(question) for question in questions]
     groups = []
@@ -132,7 +131,7 @@ def prefill_mmu_clip(
     after = model.embed(torch.tensor([ids.eoi, *question_ids], device=model.device)).expand(batch, -1, -1)
     x = torch.cat([before, model.project_clip(features), after], dim=1)
     allowed = mmu_clip_allowed(len(system_ids), features.shape[1], len(question_ids)).to(model.device)
-    return _prefill(model, x, 0, allowed)
+    return _prefill(model, x, 0, FullAttention(allowed))
 
 
 def answer_hidden(

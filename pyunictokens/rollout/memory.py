@@ -36,6 +36,8 @@ class RowLimit:
 
     def __init__(self) -> None:
         self._most: int | None = None
+        self._proven = 0
+        """Bytes, as estimated, that went well at once."""
         self._said = False
 
     def split(self, count: int, row_bytes: int, device: torch.device, call: Callable[[slice], Tensor]) -> Tensor:
@@ -48,6 +50,7 @@ class RowLimit:
             part = self._part(count, row_bytes, device)
             try:
                 parts = [call(slice(start, min(start + part, count))) for start in range(0, count, part)]
+                self._proven = max(self._proven, part * row_bytes)
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             except RuntimeError as error:
                 if not _ran_out(error):
@@ -62,6 +65,8 @@ class RowLimit:
 
     def _part(self, count: int, row_bytes: int, device: torch.device) -> int:
         most = count if self._most is None else min(count, self._most)
+        if most * row_bytes <= self._proven:
+            return most
         free = free_bytes(device)
         if free is not None and most * row_bytes > free // 2:
             most = max(1, free // 2 // row_bytes)
