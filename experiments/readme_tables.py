@@ -68,6 +68,16 @@ def memory(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dsog(work: dict[str, Any]) -> str:
+    """What DSOG costs for an accepted image (benchmarks/rollout_cases.py), as a sentence."""
+    settings = work["settings"]
+    return (
+        f"DSOG in groups of {settings['group']}, {settings['steps']} timesteps, preview at {settings['preview']}, one "
+        f"preview in {1 / settings['pass_rate']:g} passing: **{work['row_steps_per_image']:g}** model row-steps for an "
+        f"accepted image over {work['images']} images; {work['least']:g} is the least possible."
+    )
+
+
 class _Gaps(dict[str, Any]):
     def __missing__(self, key: str) -> str:
         return "?"
@@ -84,8 +94,10 @@ def numbers(folder: Path) -> str:
             parts.append(memory(content))
         elif content.get("results"):
             parts.append(table(content["results"]))
-        else:
+        elif "dsog" not in content:
             print(f"{file.name}: neither results nor points in it, left out", file=sys.stderr)
+        if "dsog" in content:
+            parts.append(dsog(content["dsog"]))
     return "\n\n".join(parts) or "Nothing was measured yet."
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.baselines import showo_plain
 from pyunictokens import MASK, cost
 from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, image_hidden, prefill_t2i, prompting
-from pyunictokens.rollout.text import DecodeByLength
+from pyunictokens.models.attention import DecodeAttention
 from pyunictokens.train.update import LossSettings, streamed_backward
 from tests.rollout.tiny import CONFIG, MAX_TEXT, tiny_model
 from tests.train.test_update import fake_images
@@ -63,7 +63,7 @@ def test_prefill_and_image_steps():
 def test_answers():
     model = tiny_model(dtype=torch.float32)
     prompts = prompts_of(model, [9])
-    attend = DecodeByLength(prompts, [0, 0, 0], 4)
+    attend = DecodeAttention(prompts, [0, 0, 0], 4)
 
     def decode():
         for step in range(3):

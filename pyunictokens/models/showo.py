@@ -12,7 +12,8 @@ Source: Xie et al., 2024, "Show-o"; layer norm on q and k, partial rotary, paral
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,16 @@ class Showo(nn.Module):
         concept = self.concept
         self.__dict__["concept"] = None
         return concept
+
+    @contextmanager
+    def using(self, concept: ConceptTokens | None) -> Iterator[Showo]:
+        """Inside this context `concept` is the attached one (None: none is)."""
+        before = self.concept
+        self.__dict__["concept"] = None
+        try:
+            yield self if concept is None else self.attach(concept)
+        finally:
+            self.__dict__["concept"] = before
 
     @property
     def num_new(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from ..models import PromptKV, Showo
 from ..models.attention import PromptAttention
 from ..models.prompting import SpecialIds
 from .capture import CapturedSteps, GraphPool, Mode
-from .images import LOGITS_BYTES, LoopSettings, exact, wanted_masks
+from .images import LOGITS_BYTES, LoopSettings, exact, image_head_fp32, temperatures, wanted_masks
 
 HiddenOf = Callable[[Tensor], Tensor]
 """codes int64 [B, N] (−1 unknown) → guided hidden states [B, N, D]. It waits for nothing, so it can be captured."""
@@ -70,10 +71,7 @@ class StepState:
         device: torch.device | str = "cpu",
     ) -> StepState:
         """State for a bucket of `rows` rows of `count` codes, none of them in use."""
-        steps, temperature, temperatures = settings.steps, settings.temperature, []
-        for step in range(steps):
-            temperature *= 1.0 - (step + 1) / steps  # published: it decays as a product
-            temperatures.append(temperature)
+        steps = settings.steps
         small = torch.int16 if codebook <= 2**15 else torch.int32
 
         def record(dtype: torch.dtype) -> Tensor | None:
@@ -91,7 +89,7 @@ class StepState:
             urgent=whole(rows, dtype=torch.bool),
             keep_going=whole(1, dtype=torch.int32),
             broken=whole(1, dtype=torch.bool),
-            temperature=torch.tensor(temperatures, dtype=torch.float32, device=device),
+            temperature=torch.tensor(temperatures(settings), dtype=torch.float32, device=device),
             wanted=wanted_masks(settings.schedule, steps, count).to(device),
             inputs=record(small),
             picked=record(small),
@@ -268,12 +266,7 @@ class DeviceLoop:
 
 def image_head(model: Showo) -> Callable[[], tuple[Tensor, Tensor]]:
     """The head of the codes in at least float32, converted at every call so that new weights are seen."""
-
-    def head() -> tuple[Tensor, Tensor]:
-        weight, bias = model.image_head()
-        return exact(weight.detach()), exact(bias.detach())
-
-    return head
+    return partial(image_head_fp32, model)
 
 
 def read_by(model: Showo) -> list[Tensor]:

@@ -17,7 +17,9 @@ from pyunictokens.errors import UserError
 from pyunictokens.models import PromptKV, Showo, prefill_t2i, prompting
 from pyunictokens.models.attention import FullAttention
 from pyunictokens.rollout.device_step import DeviceLoop, GuidedHidden, StepState, advance, image_head, read_by
-from pyunictokens.rollout.images import ImageLoop, LoopSettings
+from pyunictokens.rollout.images import EagerSlots, LoopSettings
+from pyunictokens.rollout.loop import ImageLoop
+from pyunictokens.rollout.scheduler import Scheduler
 
 from .tiny import CONFIG, MAX_TEXT, tiny_model
 
@@ -40,8 +42,11 @@ def on_host(
     model: Showo, of_row: list[int], known: torch.Tensor, ids: list[int], n: LoopSettings, texts: list[list[int]]
 ) -> ImageLoop:
     kinds = list(range(len(of_row)))
-    loop = ImageLoop(model, prefixes(model, texts, n.guidance_scale > 0), of_row, kinds, known, ids, n)
-    assert loop.run()
+    prompts = prefixes(model, texts, n.guidance_scale > 0)
+    slots = EagerSlots(model, prompts, of_row, kinds, len(of_row), known.shape[1], n)
+    loop = ImageLoop(slots, Scheduler(ids, kinds, len(of_row), n.steps), known)
+    loop.run()
+    assert slots.finite
     return loop
 
 
@@ -57,9 +62,10 @@ def on_device(
 
 def same(state: StepState, slots: list[int], host: ImageLoop, rows: list[int]) -> None:
     assert torch.equal(state.chosen[slots], host.codes[rows])
-    assert torch.equal(state.inputs[slots], host.inputs[rows])
-    assert torch.equal(state.picked[slots], host.chosen[rows])
-    assert (state.logp[slots] - host.logp[rows]).abs().max() < 1e-6
+    inputs, chosen, logp = host.records
+    assert torch.equal(state.inputs[slots], inputs[rows])
+    assert torch.equal(state.picked[slots], chosen[rows])
+    assert (state.logp[slots] - logp[rows]).abs().max() < 1e-6
     assert not bool(state.broken)
 
 
@@ -100,7 +106,7 @@ def test_a_run_ends_at_a_preview_and_goes_on_with_fresh_rows_beside_old_ones():
     state = loop.state
     state.start([0, 1, 2, 3], known, ids, stop_at=2, urgent=True)
     assert loop.run() == 2 and int(state.keep_going) == 0
-    assert torch.equal(state.chosen, host.chosen[:, 1].long()), "the preview of every row"
+    assert torch.equal(state.chosen, host.records[1][:, 1].long()), "the preview of every row"
     state.let_go([0, 2], 6)
     state.start([1], known[:1], [106], stop_at=2, urgent=True)
     state.let_go([3], 0)
