@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,9 +40,7 @@ def test_decorated_functions_may_call_themselves_and_may_fail() -> None:
         assert down(3) == 3
         with pytest.raises(RuntimeError):
             down(-1)
-        time.sleep(0.01)
     assert recorder._totals["decode"].calls == 5 and not recorder._open
-    assert recorder._totals["decode"].seconds < 0.009
 
 
 def test_operations_are_computed_only_where_they_are_wanted() -> None:
