@@ -1,4 +1,5 @@
-"""The rollout workloads that are measured: one model, the engine on one side, the published loop on the other.
+"""The rollout workloads that are measured: one model, the engine on one side, the published loop on the other; and the
+work that DSOG does for an accepted image, which is counted and not timed.
 
 The model is that of DESIGN, section 6: 8 layers of width 512, 256 codes, a codebook of 4096, a group of 4, guidance on.
 Its text vocabulary is that of the published checkpoints (50 295 ids): the published loop pays for the whole head at
@@ -12,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.baselines import showo_plain
-from pyunictokens import MASK, RolloutEngine
+from pyunictokens import MASK, DsogThreshold, RolloutEngine
 from pyunictokens.models import Showo, ShowoConfig
+from pyunictokens.rollout import Dsog
 
 GROUP = 4
 GUIDANCE = 5.0
@@ -108,3 +111,87 @@ def text_case(model: Showo, tokens: int) -> Case:
 
     settings = {**_shared(model), "tokens": tokens, "context": CONTEXT, "temperature": 1.0}
     return Case("text", "published loop, whole sequence again for each token", ours, plain, "group", settings)
+
+
+# --- DSOG: work counted --------------------------------------------------------------------------------------------
+
+DSOG_GROUP, DSOG_STEPS, DSOG_PREVIEW, DSOG_PASS_RATE = 9, 50, 10, 0.25
+"""The paper's group, timesteps and target pass rate; the preview at a fifth of the timesteps."""
+
+
+class _NoPixels(nn.Module):
+    """An image tokenizer for a scorer that does not look."""
+
+    downsampling = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def decode(self, codes: Tensor, shape: tuple[int, int]) -> Tensor:
+        return codes.new_zeros(len(codes), 3, 1, 1).float()
+
+
+def dsog_work(groups: int, seed: int = 0) -> dict[str, object]:
+    """Model row-steps for each accepted image of `groups` groups, of which one preview in four passes.
+
+    Of every four previews in a row one passes, which one is drawn at random. The least possible is
+    T + preview·(1/pass rate − 1): every accepted image takes T steps, every rejected candidate those to its preview.
+    """
+    one_in = round(1 / DSOG_PASS_RATE)
+    config = ShowoConfig(
+        vocab_size=100 + 10 + 64 + 1,
+        llm_vocab_size=100,
+        codebook_size=64,
+        num_vq_tokens=16,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(seed)
+    engine = RolloutEngine(Showo(config).requires_grad_(False).eval(), _NoPixels(), max_text=8)
+    generator = torch.Generator().manual_seed(seed)
+    verdicts: list[float] = []
+
+    def scorer(pixels: Tensor, prompt_index: Tensor) -> Tensor:
+        while len(verdicts) < len(pixels):
+            lucky = int(torch.randint(one_in, (1,), generator=generator))
+            verdicts.extend(float(place == lucky) for place in range(one_in))
+        scores = verdicts[: len(pixels)]
+        del verdicts[: len(pixels)]
+        return torch.tensor(scores)
+
+    row_steps = accepted = previewed = 0
+    for group in range(groups):
+        report = engine.generate_images(
+            [[2, 3, 4]],
+            samples=DSOG_GROUP,
+            steps=DSOG_STEPS,
+            guidance_scale=0.0,
+            seed=group,
+            dsog=Dsog(DsogThreshold(), scorer, DSOG_PREVIEW),
+            record=False,
+            decode=False,
+        ).dsog
+        assert report is not None
+        row_steps, accepted = row_steps + report.row_steps, accepted + report.accepted
+        previewed += report.previewed
+    least = DSOG_STEPS + DSOG_PREVIEW * (1 / DSOG_PASS_RATE - 1)
+    return {
+        "row_steps_per_image": round(row_steps / accepted, 2),
+        "least": least,
+        "above_least_percent": round(100 * (row_steps / accepted / least - 1), 2),
+        "images": accepted,
+        "previews": previewed,
+        "settings": {
+            "group": DSOG_GROUP,
+            "steps": DSOG_STEPS,
+            "preview": DSOG_PREVIEW,
+            "pass_rate": DSOG_PASS_RATE,
+            "groups": groups,
+        },
+    }

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run_cpu                          # everything, as quoted in the README
     python -m benchmarks.run_cpu --only text --rounds 3
+    python -m benchmarks.run_cpu --only dsog              # work for an accepted image: counted, the same on any machine
 
 The two sides of a case alternate round by round in one process after a warm-up; what is quoted is the ratio of their
 medians, with the ratios of single rounds as spread. Cases of earlier runs that are not measured again stay in the file.
@@ -83,9 +84,10 @@ def _key(result: dict[str, Any]) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["images", "text"], help="one workload instead of all")
+    parser.add_argument("--only", choices=["images", "text", "dsog"], help="one workload instead of all")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each side (default 5)")
     parser.add_argument("--steps", type=int, default=18, help="MaskGIT timesteps of an image (default 18)")
+    parser.add_argument("--groups", type=int, default=40, help="groups whose DSOG work is counted (default 40)")
     parser.add_argument("--tokens", type=int, default=50, help="tokens of an answer (default 50)")
     parser.add_argument(
         "--text-vocabulary", type=int, default=rollout_cases.TEXT_VOCABULARY, help="text ids of the model"
@@ -93,22 +95,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
     parser.add_argument("--out", type=Path, help="result file (default benchmarks/results/cpu-<cores>core.json)")
     options = parser.parse_args()
-    if options.rounds < 1 or options.steps < 1 or options.tokens < 1:
-        parser.error("--rounds, --steps and --tokens must be at least 1")
+    if min(options.rounds, options.steps, options.tokens, options.groups) < 1:
+        parser.error("--rounds, --steps, --tokens and --groups must be at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     about = machine()
     file = options.out or RESULTS / f"cpu-{about['cores']}core.json"
-    known = read_json(file)["results"] if file.exists() else []
-    model = rollout_cases.build_model(options.text_vocabulary)
-    cases = [rollout_cases.images_case(model, options.steps), rollout_cases.text_case(model, options.tokens)]
-    results = {_key(result): result for result in known}
-    for case in cases:
-        if options.only in (None, case.name):
-            result = measure(case, options.rounds)
-            results[_key(result)] = {**result, "machine": about}
-            print(f"{case.name}: {result['ratio']}× ({result['ratio_min']}…{result['ratio_max']}) against {case.peer}")
-    write_json(file, {"results": list(results.values())})
+    content = read_json(file) if file.exists() else {"results": []}
+    results = {_key(result): result for result in content["results"]}
+    if options.only != "dsog":
+        model = rollout_cases.build_model(options.text_vocabulary)
+        cases = [rollout_cases.images_case(model, options.steps), rollout_cases.text_case(model, options.tokens)]
+        for case in cases:
+            if options.only in (None, case.name):
+                result = measure(case, options.rounds)
+                results[_key(result)] = {**result, "machine": about}
+                print(
+                    f"{case.name}: {result['ratio']}× ({result['ratio_min']}…{result['ratio_max']}) against {case.peer}"
+                )
+    content["results"] = list(results.values())
+    if options.only in (None, "dsog"):
+        work = content["dsog"] = rollout_cases.dsog_work(options.groups)
+        print(
+            f"dsog: {work['row_steps_per_image']} row-steps for an accepted image, {work['above_least_percent']} % "
+            f"above the least possible ({work['least']:g})"
+        )
+    write_json(file, content)
     print(file)
 
 

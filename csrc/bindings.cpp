@@ -18,6 +18,7 @@
 
 #ifdef PYUNICTOKENS_WITH_CUDA
 #include "cuda_info.h"
+#include "graph_loop.h"
 #endif
 
 namespace py = pybind11;
@@ -139,6 +140,21 @@ void maskgit_step_on_gpu(const StepFields& step, const std::array<std::int64_t, 
   const std::string error = maskgit_step_cuda(args, device, at<void>(stream));
   if (!error.empty()) throw std::runtime_error("maskgit_step could not be launched: " + error);
 }
+
+std::uintptr_t build_graph_loop(std::uintptr_t step, std::uintptr_t keep_going, std::uintptr_t left, int device) {
+  GraphLoop* loop = nullptr;
+  const std::string error = graph_loop_build(at<void>(step), at<std::int32_t>(keep_going), at<std::int32_t>(left), device,
+                                             &loop);
+  if (!error.empty()) throw std::runtime_error("the loop of a captured step could not be built: " + error);
+  return reinterpret_cast<std::uintptr_t>(loop);
+}
+
+void launch_graph_loop(std::uintptr_t loop, std::uintptr_t stream) {
+  const std::string error = graph_loop_launch(at<GraphLoop>(loop), at<void>(stream));
+  if (!error.empty()) throw std::runtime_error("the loop of a captured step could not be launched: " + error);
+}
+
+void destroy_graph_loop(std::uintptr_t loop) { graph_loop_destroy(at<GraphLoop>(loop)); }
 #endif
 
 void grpo_loss(std::uintptr_t logp, int logp_type, std::uintptr_t old_logp, int old_type, std::uintptr_t ref_logp,
@@ -210,6 +226,12 @@ PYBIND11_MODULE(_core, module) {
   module.def("maskgit_step_cuda", &maskgit_step_on_gpu, "csrc/include/maskgit_step_cuda.h: one launch.",
              py::arg("step"), py::arg("strides"), py::arg("keys"), py::arg("done"), py::arg("device"),
              py::arg("stream"));
+  module.def("graph_loop_objection", &graph_loop_objection, "csrc/include/graph_loop.h: why it cannot work, or \"\".");
+  module.def("graph_loop_build", &build_graph_loop, "csrc/include/graph_loop.h; what it returns must be destroyed.",
+             py::arg("step"), py::arg("keep_going"), py::arg("left"), py::arg("device"));
+  module.def("graph_loop_launch", &launch_graph_loop, "csrc/include/graph_loop.h: one launch.", py::arg("loop"),
+             py::arg("stream"));
+  module.def("graph_loop_destroy", &destroy_graph_loop, "csrc/include/graph_loop.h.", py::arg("loop"));
 #endif
   module.def("grpo_loss", &grpo_loss, "csrc/include/grpo_loss.h on the CPU.", py::arg("logp"), py::arg("logp_type"),
              py::arg("old_logp"), py::arg("old_type"), py::arg("ref_logp"), py::arg("ref_type"), py::arg("tokens"),

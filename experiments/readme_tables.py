@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for benchmarks/, which is no part of the installed package
 
+from benchmarks import engine_report  # noqa: E402
 from benchmarks.ops import tables  # noqa: E402
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
@@ -67,6 +68,16 @@ def memory(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dsog(work: dict[str, Any]) -> str:
+    """What DSOG costs for an accepted image (benchmarks/rollout_cases.py), as a sentence."""
+    settings = work["settings"]
+    return (
+        f"DSOG in groups of {settings['group']}, {settings['steps']} timesteps, preview at {settings['preview']}, one "
+        f"preview in {1 / settings['pass_rate']:g} passing: **{work['row_steps_per_image']:g}** model row-steps for an "
+        f"accepted image over {work['images']} images; {work['least']:g} is the least possible."
+    )
+
+
 class _Gaps(dict[str, Any]):
     def __missing__(self, key: str) -> str:
         return "?"
@@ -76,15 +87,17 @@ def numbers(folder: Path) -> str:
     """All tables of workloads. Without any result, the sentence that says so."""
     parts = []
     for file in sorted(folder.glob("*.json")):
-        if file.name.startswith(("ops-", "rewards-")):  # shown on pages of their own
+        if file.name.startswith(("ops-", "engine-", "rewards-")):  # shown elsewhere
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         if "points" in content:
             parts.append(memory(content))
         elif content.get("results"):
             parts.append(table(content["results"]))
-        else:
+        elif "dsog" not in content:
             print(f"{file.name}: neither results nor points in it, left out", file=sys.stderr)
+        if "dsog" in content:
+            parts.append(dsog(content["dsog"]))
     return "\n\n".join(parts) or "Nothing was measured yet."
 
 
@@ -99,12 +112,14 @@ def between(text: str, new: str, name: str) -> str:
 
 def rewritten(text: str, folder: Path) -> str:
     """The README's text with its tables replaced."""
-    return between(text, f"{numbers(folder)}\n\n{tables.summary(folder)}", "README.md")
+    parts = (numbers(folder), tables.summary(folder), engine_report.summary(folder))
+    return between(text, "\n\n".join(parts), "README.md")
 
 
 def rewritten_page(text: str, folder: Path) -> str:
     """The text of docs/benchmarks.md with its tables replaced."""
-    return between(text, tables.full(folder, ROOT / "docs" / "images"), "docs/benchmarks.md")
+    parts = (tables.full(folder, ROOT / "docs" / "images"), engine_report.full(folder))
+    return between(text, "\n\n".join(parts), "docs/benchmarks.md")
 
 
 def main() -> None:

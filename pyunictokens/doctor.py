@@ -71,6 +71,7 @@ def examine() -> dict[str, Any]:
         "core": _core(),
         "gpu": _gpu(),
         "backends": _backends(),
+        "steps": _steps(),
         "toy": toy_status(),
     }
     report["problems"] = _problems(report)
@@ -162,6 +163,19 @@ def _gpu() -> dict[str, Any]:
     return {"present": True, "devices": devices, **result}
 
 
+def _steps() -> dict[str, str]:
+    """How the rollout's steps run on the GPU, or why there is nothing to choose."""
+    try:
+        import torch
+
+        from .rollout.capture import best_mode
+
+        mode, why = best_mode(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as error:  # a finding, like any other
+        return {"mode": "unknown", "why": str(error)}
+    return {"mode": mode, "why": why}
+
+
 def _backends() -> dict[str, Any]:
     try:
         from . import ops
@@ -238,6 +252,7 @@ def render(report: dict[str, Any], console: Console) -> None:
             table.add_row("gpu", f"{device['name']}, {device['memory_gib']} GiB, sm_{device['capability']}")
     else:
         table.add_row("gpu", f"none: {gpu['why']}; nvcc {'found' if gpu.get('nvcc') else 'not found'}")
+    table.add_row("rollout steps", f"{report['steps']['mode']}: {report['steps']['why']}")
     toy = report["toy"]
     table.add_row(
         "embedded toy", f"{toy['files']} files, {toy['mib']} MiB, checksums agree" if toy["ok"] else toy["why"]

@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import engine_gpu, engine_report
+from benchmarks.engine_report import EngineReport, Number
 from benchmarks.ops import cases, check, clock, goals, memory, peers, plot, run, schema, tables
 from benchmarks.ops.cases import Case
 from benchmarks.ops.schema import Absence, CaseInfo, Machine, Measurement, Memory, Rates, Report
 
 ROOT = Path(__file__).parent.parent
+PARTS = ("answers", "images", "reference", "update", "optimiser", "whole step")
 SIDES = ("ours-reference", "ours-cpu", "eager", "cce", "products")
 SMOKE = cases.suite("cpu", smoke=True)
 
@@ -227,6 +230,57 @@ def test_the_gpu_command_is_exercised_without_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert Report.load(tmp_path / "ops-dry-run.json").machine.smoke
     assert "would build" in done.stdout and "would run" in done.stdout
+    engine = EngineReport.load(tmp_path / "engine-dry-run.json")
+    assert engine.machine.smoke and engine.rates is not None and "--smoke" in engine.command
+    captured = {f"{work}: {mode}" for work in ("images", "image", "small image") for mode in ("replay", "loop")}
+    assert engine.absences.keys() == captured, "a CPU has nothing to capture; everything else ran"
+    assert all("nothing to capture" in reason for reason in engine.absences.values())
+    assert {(one.work, one.side) for one in engine.numbers} >= {
+        ("images", "eager"),
+        ("images", "batched bfloat16"),
+        ("images", "published"),
+        ("image", "eager"),
+        ("small image", "eager"),
+        ("answers", "engine"),
+        ("answers", "published"),
+        *((f"grpo T={steps}", part) for steps in engine_gpu.SMOKE.grpo_steps for part in PARTS),
+    }
+    assert all(one.rate > 0 for one in engine.numbers) and set(engine.checks.values()) == {1.0}
+    assert engine_gpu.FULL.steps == 50 and engine.sizes["G"] == engine_gpu.SMOKE.group
+
+
+def test_the_engines_goals_are_answered_from_its_report(tmp_path: Path) -> None:
+    report = EngineReport(Machine("X", "cuda", 2, 2, False), {}, "abc", "c", "2026-01-01", {"T": 50})
+    report.rates = Rates(1e12, 100.0, "bfloat16", 0.0)
+    assert all(goal.measured(report) is None for goal in engine_report.GOALS)
+    empty = engine_report.goals(None)
+    assert empty.count("not measured") == len(engine_report.GOALS) == 8
+    report.numbers = [
+        Number("images", "loop", 2.0, 3, 9, "images", flops=120.0),
+        Number("images", "published", 9.0, 3, 1, "images", note="4 steps timed, scaled to 50"),
+        Number("images", "batched bfloat16", 4.0, 3, 9, "images"),
+        Number("grpo T=10", "whole step", 9.0, 1, 1, "steps", peak_bytes=60 * 10**9),
+        Number("grpo T=50", "whole step", 40.0, 1, 1, "steps", peak_bytes=66 * 10**9),
+        Number("grpo T=50", "update", 20.0, 1, 1, "steps", flops=1000.0),
+    ]
+    report.absences["answers"] = "RuntimeError: no room"
+    values = [goal.measured(report) for goal in engine_report.GOALS]
+    assert values == [pytest.approx(v) if v else None for v in (40.5, 2.0, 0.6, None, None, 66.0, 1.1, 0.5)]
+    text = engine_report.goals(report)
+    assert "| 40.50 × | yes |" in text and "| 2.00 × | **no** |" in text and "| 1.100 × | **no** |" in text
+    report.save(tmp_path / "engine-x.json")
+    assert EngineReport.load(tmp_path / "engine-x.json") == report
+    page = engine_report.full(tmp_path)
+    assert "4 steps timed, scaled to 50" in page and "no room" in page and "66.0 GB" in page
+    assert "The rollout engine on X (T 50)" in engine_report.summary(tmp_path)
+    assert "not measured" in engine_report.summary(tmp_path / "none")
+    report.machine = Machine("X", "cuda", 2, 2, True)
+    report.save(tmp_path / "engine-x.json")
+    with pytest.raises(ValueError, match="smoke"):
+        engine_report.full(tmp_path)
+    (tmp_path / "engine-y.json").write_text("{}")
+    with pytest.raises(ValueError, match="what='engine'"):
+        EngineReport.load(tmp_path / "engine-y.json")
 
 
 def test_the_adapter_of_ligers_kernels_computes_the_same() -> None:
@@ -235,6 +289,8 @@ def test_the_adapter_of_ligers_kernels_computes_the_same() -> None:
         pytest.skip("Liger-Kernel is not installed")
     code = """
 import torch
+from benchmarks import engine_gpu, engine_report
+from benchmarks.engine_report import EngineReport, Number
 from benchmarks.ops import cases, check, peers
 peer = peers.by_name("liger-triton")
 for case in cases.suite("cpu", smoke=True):

@@ -223,7 +223,24 @@ def test_generate_and_understand_with_a_run(run: Path, data: Path, toy: None, tm
     assert Image.open(out).width > 3 * 32 and Image.open(singles[0]).size == (32, 32)
     call("generate", run, "A photo of <bo> on the beach.", "-n", 3, "--out", out, "timesteps=2", "--seed", 7)
     assert first == [file.read_bytes() for file in singles]
-    call("generate", run, "A photo of <bo> on the beach.", "-n", 3, "--out", out, "timesteps=2", "--seed", 8)
+    traced = tmp_path / "trace.json"
+    table = call("generate", run, "A photo of <bo> on the beach.", "-n", 3, "--out", out, "timesteps=2", "--seed", 8)
+    assert "rollout steps" not in table, "only where it is asked for"
+    table = call(
+        "generate",
+        run,
+        "A photo of <bo> on the beach.",
+        "-n",
+        3,
+        "--out",
+        out,
+        "timesteps=2",
+        "--seed",
+        8,
+        "--profile",
+        traced,
+    )
+    assert "rollout steps" in table and "matrix rate" in table and "rollout steps" in traced.read_text()
     assert first != [file.read_bytes() for file in singles]
     reasoned = call("generate", run, "<bo> with its toy.", "--reason", "--out", out, "timesteps=2", "max_new_tokens=4")
     assert "x.png" in reasoned

@@ -200,7 +200,13 @@ def test_tables_are_made_from_results(tmp_path: Path) -> None:
         "settings": {"group": 4, "tokens": 50, "context": 290, "text_vocabulary": 50295},
         "machine": {"cpu": "Some CPU", "cores": 2, "dtype": "float32", "torch": "2.11.0"},
     }
-    (tmp_path / "cpu.json").write_text(json.dumps({"results": [result]}))
+    work = {
+        "row_steps_per_image": 80.5,
+        "least": 80.0,
+        "images": 360,
+        "settings": {"group": 9, "steps": 50, "preview": 10, "pass_rate": 0.25},
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps({"results": [result], "dsog": work}))
     points = [
         {"side": side, "timesteps": t, "bytes": b << 20} for side, t, b in (("streamed", 5, 90), ("plain", 50, 999))
     ]
@@ -210,6 +216,7 @@ def test_tables_are_made_from_results(tmp_path: Path) -> None:
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nb\n")
     row = "| 4 answers of 50 tokens after a context of 290, a vocabulary of 50 295 text ids | the plain loop "
     assert row + "| **21.5** (20.25 to 23, n = 5) |" in text
+    assert "one preview in 4 passing: **80.5** model row-steps for an accepted image over 360 images; 80 is" in text
     assert "| this library, streamed | 90 |  |" in text and "| published, every graph alive |  | 999 |" in text
     assert "Nothing was measured yet" in script.numbers(tmp_path / "none")
     with pytest.raises(SystemExit, match="markers"):

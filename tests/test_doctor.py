@@ -30,6 +30,7 @@ def test_report_is_json_and_names_what_is_here() -> None:
     assert report["python"] == ".".join(map(str, sys.version_info[:3]))
     assert report["core"]["loads"] is True
     assert report["backends"]["reference"]["available"] is True
+    assert report["steps"]["mode"] in ("loop", "replay", "eager") and report["steps"]["why"]
     assert report["cpu"]["torch_threads"] == torch.get_num_threads()
     assert report["gpu"]["present"] == torch.cuda.is_available()
 

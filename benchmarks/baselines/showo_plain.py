@@ -23,17 +23,30 @@ GumbelNoise = Callable[[int], tuple[Tensor, Tensor]]
 """Step → (token Gumbel [R, N, K], rank Gumbel [R, N]): the noise to use instead of torch's generator."""
 
 
+def frame(
+    model: Showo, texts: Sequence[Sequence[int]], count: int, max_text: int, guidance_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Sequences of [cond; uncond] with all codes unknown, and their masks: made once, as published, for all steps."""
+    ids = SpecialIds.of(model)
+    both = [*texts, *([[]] * len(texts))] if guidance_scale > 0 else list(texts)
+    sequences = torch.stack([t2i(text, None, ids, max_text, count) for text in both]).to(model.device)
+    return sequences, attention_allowed(sequences, "t2i", ids)
+
+
 def guided_logits(
-    model: Showo, texts: Sequence[Sequence[int]], codes: Tensor, max_text: int, guidance_scale: float
+    model: Showo,
+    texts: Sequence[Sequence[int]],
+    codes: Tensor,
+    max_text: int,
+    guidance_scale: float,
+    made: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Guided logits [R, N, K] of codes int64 [R, N] (−1 unknown) from one forward over [cond; uncond]."""
-    ids = SpecialIds.of(model)
-    rows, count = codes.shape
-    both = [*texts, *([[]] * rows)] if guidance_scale > 0 else list(texts)
-    twice = torch.cat([codes, codes]) if guidance_scale > 0 else codes
-    sequences = torch.stack([t2i(text, row, ids, max_text) for text, row in zip(both, twice, strict=True)])
-    sequences = sequences.to(model.device)
-    logits = model(sequences, attention_allowed(sequences, "t2i", ids))
+    ids, count = SpecialIds.of(model), codes.shape[1]
+    sequences, allowed = made or frame(model, texts, count, max_text, guidance_scale)
+    image = torch.where(codes < 0, ids.mask, codes + ids.first_code).to(model.device)
+    sequences[:, -(count + 1) : -1] = torch.cat([image, image]) if guidance_scale > 0 else image
+    logits = model(sequences, allowed)
     if guidance_scale > 0:
         cond, uncond = logits.chunk(2)
         logits = (1 + guidance_scale) * cond - guidance_scale * uncond
@@ -58,10 +71,10 @@ def generate_images(
     """
     codes, count = known.clone(), known.shape[1]
     inputs, choices, logps = [], [], []
-    chosen = codes
+    chosen, made = codes, frame(model, texts, count, max_text, guidance_scale)
     for step in range(steps):
         inputs.append(codes)
-        logits = guided_logits(model, texts, codes, max_text, guidance_scale)
+        logits = guided_logits(model, texts, codes, max_text, guidance_scale, made)
         probs = logits.softmax(-1)
         token_noise, rank_noise = noise(step) if noise else (None, None)
         if token_noise is None:

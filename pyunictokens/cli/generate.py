@@ -20,10 +20,12 @@ from .shell import (
     DtypeOption,
     ModelOption,
     OverridesArgument,
+    ProfileOption,
     SeedOption,
     TokenizerOption,
     VqOption,
     console,
+    show_phases,
 )
 
 if TYPE_CHECKING:
@@ -152,6 +154,7 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
+    profile: ProfileOption = None,
 ) -> None:
     """Draw pictures from a prompt, with what a run has learned or with the bare model (RUN = base).
 
@@ -166,6 +169,7 @@ def generate(
 
         pyunictokens generate base "A photo of a red cat wearing a blue hat in the snow." timesteps=18 guidance_scale=4
     """
+    from ..profiling import Recorder, trace
     from ..runs import Run
     from ..workbench import Sources
 
@@ -179,7 +183,7 @@ def generate(
     engine = bench.engine(settings.schedule)
     out_console = console()
     answer = ""
-    with Bars() as bars:
+    with Bars() as bars, Recorder(bench.device) as recorder, trace(profile):
         if use_reason:
             answer, prompt = reason(bench, engine, facts, prompt, settings, seed)
         rollout = engine.generate_images(
@@ -197,6 +201,8 @@ def generate(
     if answer:
         out_console.print(f"answer: {answer}", markup=False)
     out_console.print(f"{out} ({', '.join(file.name for file in files)})", markup=False)
+    if profile is not None:
+        show_phases(recorder.report(bench.model.dtype))
 
 
 def understand(

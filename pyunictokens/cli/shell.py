@@ -22,6 +22,8 @@ from ..errors import MissingExtra, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..profiling import PhaseReport
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
@@ -38,6 +40,10 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or 
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", metavar="FILE.yaml")]
+ProfileOption = Annotated[
+    Path | None,
+    typer.Option("--profile", help="Write a torch.profiler trace (of training: two steps) here.", metavar="FILE.json"),
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings by name; they win over --config.", show_default=False),
@@ -49,6 +55,28 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+def show_phases(report: PhaseReport) -> None:
+    """A table of where the time went."""
+    from rich.table import Table
+
+    rate = report.matrix_flops_per_second
+    title = f"where the time went: {report.seconds:.1f} s on {report.device}"
+    table = Table("phase", "calls", "seconds", "share", "TFLOP", "TFLOP/s", "of the matrix rate", title=title)
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for phase in report.phases:
+        part = report.fraction(phase)
+        known = (f"{phase.flops / 1e12:.3g}", f"{phase.flops / phase.seconds / 1e12:.3g}") if part else ("", "")
+        share = f"{100 * phase.seconds / report.seconds:.1f} %" if report.seconds else ""
+        row = (phase.name, str(phase.calls), f"{phase.seconds:.2f}", share, *known)
+        table.add_row(*row, f"{100 * part:.1f} %" if part else "")
+    rest = report.seconds - sum(phase.seconds for phase in report.phases)
+    table.add_row("the rest", "", f"{rest:.2f}", f"{100 * rest / report.seconds:.1f} %" if report.seconds else "")
+    table.caption = f"matrix rate {rate / 1e12:.3g} TFLOP/s, a large product in {report.dtype}, measured here"
+    console().print(table)
 
 
 def guarded(command: Function) -> Function:

@@ -16,9 +16,11 @@ from .shell import (
     DeviceOption,
     ModelOption,
     OverridesArgument,
+    ProfileOption,
     TokenizerOption,
     VqOption,
     console,
+    show_phases,
 )
 
 
@@ -73,7 +75,8 @@ def train(
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32 or bfloat16. Default: what grpo.dtype says, float32.")
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: what grpo.dtype says."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
     concepts: Annotated[
@@ -91,6 +94,7 @@ def train(
         str | None,
         typer.Option("--ray", metavar="ADDRESS", help="Jobs on a Ray cluster: auto, local, ray://HOST:PORT."),
     ] = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Learn a concept's tokens from its folder, then improve answers and pictures by reinforcement.
 
@@ -115,8 +119,10 @@ def train(
 
     from ..data.folder import load_concept
     from ..pipeline import check_request, run_concept
+    from ..profiling import PhaseReport, trace
     from ..runs import CONFIG, Run, RunConfig
     from ..stopping import Stopped, stop_on_signals
+    from ..train.grpo import PHASES
     from ..train.settings import load_yaml, with_overrides
     from ..workbench import Sources, load_experts, open_workbench, pick_device, read_rewards
 
@@ -182,7 +188,7 @@ def train(
     check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
     bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
     try:
-        with Bars() as bars, stop_on_signals(bars.say) as stop:
+        with Bars() as bars, stop_on_signals(bars.say) as stop, trace(profile):
             outcome = run_concept(
                 bench,
                 concept,
@@ -204,6 +210,8 @@ def train(
         return
     if outcome.results:
         show_results(outcome.results)
+    if grpo and (out / PHASES).is_file():
+        show_phases(PhaseReport.load(out / PHASES))
     console().print(f"{out}" + (f"; the report: {outcome.report}" if outcome.report else ""), markup=False)
 
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .joined import joined_attention, kernel_for
 
 
 class Attention(Protocol):
@@ -29,20 +32,35 @@ class Attention(Protocol):
 class FullAttention:
     """The definition: every row against its own sequence under a boolean mask [B, L, L] (True = may look), or none.
 
-    With ``record=True`` the keys and values of every layer are kept in `keys` and `values`.
+    `causal` needs no mask: position j sees those ≤ j.
     """
 
     allowed: Tensor | None = None
-    record: bool = False
+    causal: bool = False
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = None if self.allowed is None else self.allowed[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+
+
+@dataclass
+class Recorded:
+    """Another strategy whose new keys and values are kept, one pair of [B, H, L, E] a layer."""
+
+    attend: Attention
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.record:
-            self.keys.append(k)
-            self.values.append(v)
-        mask = None if self.allowed is None else self.allowed[:, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        self.keys.append(k)
+        self.values.append(v)
+        return self.attend(layer, q, k, v)
+
+    def prompts(self, end: int) -> PromptKV:
+        """What was kept, row by row, as prompts that end before position `end`."""
+        rows = range(self.keys[0].shape[0])
+        keys, values = ([[layer[row] for layer in part] for row in rows] for part in (self.keys, self.values))
+        return PromptKV(keys, values, [end] * len(rows))
 
 
 @dataclass
@@ -72,6 +90,17 @@ class PromptKV:
             [self.keys[i] for i in prompts], [self.values[i] for i in prompts], [self.next_position[i] for i in prompts]
         )
 
+    def followed_by(self, more: PromptKV) -> PromptKV:
+        """Each prompt with the positions of the same one of `more` behind its own."""
+
+        def join(mine: list[list[Tensor]], theirs: list[list[Tensor]]) -> list[list[Tensor]]:
+            return [
+                [torch.cat(pair, dim=1) for pair in zip(first, second, strict=True)]
+                for first, second in zip(mine, theirs, strict=True)
+            ]
+
+        return PromptKV(join(self.keys, more.keys), join(self.values, more.values), list(more.next_position))
+
     def leaves(self) -> PromptKV:
         """The same numbers cut from their graph, as leaves that collect gradients (DESIGN lever 5)."""
 
@@ -96,11 +125,15 @@ class PromptKV:
 class PromptAttention:
     """Image rows over cached prompts: row b sees all of prompt `prompt_of_row[b]` and all of its own L positions.
 
-    Rows are taken in groups of equal prompt length, so no mask and no padding is needed and any flash kernel fits. A
-    group whose rows share one prompt broadcasts it instead of copying it.
+    There is no mask and no padding, whatever lengths the prompts have. On a GPU the rows of all prompts go through one
+    kernel for their own positions, and each prompt is read where it lies by all its rows (joined.py). Elsewhere keys
+    are put together, which is the faster of the two there (docs/measured-facts.md): rows are taken in groups of equal
+    prompt length, and a group whose rows share one prompt broadcasts it. `joined` chooses by hand.
     """
 
-    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int]):
+    causal = False
+
+    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], joined: bool | None = None):
         lengths = prompts.lengths
         groups: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompt_of_row):
@@ -112,7 +145,8 @@ class PromptAttention:
             contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
             where = slice(rows[0], rows[0] + len(rows)) if contiguous else torch.tensor(rows)
             self._groups.append((where, len(rows), chosen))
-        self._prompts = prompts
+        self._prompts, self._joined = prompts, joined
+        self._runs = _runs(prompt_of_row)
 
     def _of_group(self, layers: list[list[Tensor]], layer: int, chosen: list[int]) -> Tensor:
         if len(set(chosen)) == 1:
@@ -120,6 +154,11 @@ class PromptAttention:
         return torch.stack([layers[prompt][layer] for prompt in chosen])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        joined = q.is_cuda and kernel_for(q) is not None if self._joined is None else self._joined
+        if joined:
+            keys, values = self._prompts.keys, self._prompts.values
+            runs = [(count, keys[prompt][layer], values[prompt][layer]) for prompt, count in self._runs]
+            return joined_attention(q, k, v, runs, causal=self.causal)
         if len(self._groups) == 1 and self._groups[0][1] == q.shape[0]:
             return self._attend(layer, q, k, v, self._groups[0][2])
         parts = []
@@ -137,11 +176,12 @@ class PromptAttention:
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chosen: list[int]) -> Tensor:
         keys = torch.cat([self._of_group(self._prompts.keys, layer, chosen), k], dim=2)
         values = torch.cat([self._of_group(self._prompts.values, layer, chosen), v], dim=2)
-        mask = self._mask(keys.shape[2] - k.shape[2], q.shape[2], q.device)
+        mask = None
+        if self.causal:
+            past = keys.shape[2] - k.shape[2]
+            new = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+            mask = torch.cat([new.new_ones(q.shape[2], past), new], dim=1)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-
-    def _mask(self, past: int, length: int, device: torch.device) -> Tensor | None:
-        return None
 
 
 class CausalAfterPrompt(PromptAttention):
@@ -150,44 +190,83 @@ class CausalAfterPrompt(PromptAttention):
     This is how the update scores whole answers; padding at the end of a row is harmless, nothing before it sees it.
     """
 
-    def _mask(self, past: int, length: int, device: torch.device) -> Tensor | None:
-        new = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return torch.cat([new.new_ones(length, past), new], dim=1)
+    causal = True
 
 
 class DecodeAttention:
-    """Token-by-token text: static buffers hold each row's prompt and its answer so far; one new position a call.
+    """Token-by-token text: one new position a call for every row, over its prompt and its answer so far.
 
-    Rows must all belong to prompts of one length (decode groups of equal length side by side). Call :meth:`advance`
-    after each token.
+    Rows of one prompt stand together and read its keys and values where they lie, without a copy a row; prompts may
+    have any lengths. Answers lie in static buffers of `max_new` positions, and the position written next is a number on
+    the device, so a step can be captured. With ``sliced=True`` (for a host that runs every step) attention ends at the
+    position just written; otherwise it goes over the whole buffer and masks what is not written yet. Call
+    :meth:`advance` after each token.
     """
 
-    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], max_new: int):
-        lengths = {prompts.lengths[prompt] for prompt in prompt_of_row}
-        if len(lengths) != 1:
-            raise ValueError(f"prompt lengths {sorted(lengths)}: one DecodeAttention serves prompts of one length")
-        self.filled = lengths.pop()
+    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], max_new: int, sliced: bool = True):
+        self._prompts, self._sliced = prompts, sliced
+        self._runs = _runs(prompt_of_row)
+        if len({prompt for prompt, _ in self._runs}) != len(self._runs):
+            raise ValueError("rows of one prompt must stand together")
         first = prompts.keys[0][0]
-        shape = (len(prompt_of_row), first.shape[0], self.filled + max_new, first.shape[2])
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        for layer in range(len(prompts.keys[0])):
-            for store, source in ((self._keys, prompts.keys), (self._values, prompts.values)):
-                buffer = first.new_empty(shape)
-                buffer[:, :, : self.filled] = torch.stack([source[prompt][layer] for prompt in prompt_of_row])
-                store.append(buffer)
+        shape = (len(prompt_of_row), first.shape[0], max_new, first.shape[2])
+        layers = range(len(prompts.keys[0]))
+        self._keys = [first.new_zeros(shape) for _ in layers]
+        self._values = [first.new_zeros(shape) for _ in layers]
+        self._scale = first.shape[2] ** -0.5
+        self.filled = 0
+        """Positions written, as the host counts them."""
+        self._at = torch.zeros(1, dtype=torch.int64, device=first.device)
+        self._places = torch.arange(max_new, device=first.device)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop every row but those of the index tensor `rows` (answers that ended need no more work)."""
-        self._keys = [buffer[rows] for buffer in self._keys]
-        self._values = [buffer[rows] for buffer in self._values]
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop every row but those of the given indices, in ascending order (answers that ended need no more work)."""
+        kept, wanted = torch.tensor(rows, device=self._at.device), set(rows)
+        self._keys = [buffer[kept] for buffer in self._keys]
+        self._values = [buffer[kept] for buffer in self._values]
+        left, start = [], 0
+        for prompt, count in self._runs:
+            count_left = sum(row in wanted for row in range(start, start + count))
+            if count_left:
+                left.append((prompt, count_left))
+            start += count
+        self._runs = left
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        end = self.filled + k.shape[2]
-        self._keys[layer][:, :, self.filled : end] = k
-        self._values[layer][:, :, self.filled : end] = v
-        return F.scaled_dot_product_attention(q, self._keys[layer][:, :, :end], self._values[layer][:, :, :end])
+        keys, values = self._keys[layer], self._values[layer]
+        if self._sliced:
+            keys[:, :, self.filled : self.filled + 1] = k
+            values[:, :, self.filled : self.filled + 1] = v
+            keys, values = keys[:, :, : self.filled + 1], values[:, :, : self.filled + 1]
+        else:
+            keys.index_copy_(2, self._at, k)
+            values.index_copy_(2, self._at, v)
+        q = q * self._scale
+        own = q @ keys.transpose(-1, -2)
+        if not self._sliced:
+            own = own.masked_fill(self._places > self._at, -torch.inf)
+        parts, start = [], 0
+        for prompt, count in self._runs:
+            rows = slice(start, start + count)
+            past = self._prompts.keys[prompt][layer]
+            scores = torch.cat([q[rows].transpose(0, 2) @ past.transpose(-1, -2), own[rows].transpose(0, 2)], dim=-1)
+            weights = scores.softmax(-1, dtype=_wide(scores)).to(q.dtype)  # [1, H, G, P + L]
+            over_prompt = weights[..., : past.shape[1]] @ self._prompts.values[prompt][layer]
+            over_own = weights[..., past.shape[1] :].transpose(0, 2) @ values[rows]
+            parts.append(over_prompt.transpose(0, 2) + over_own)
+            start += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def advance(self) -> None:
-        """The position just written becomes part of the past."""
+    def advance(self, going: Tensor | int = 1) -> None:
+        """The position just written becomes part of the past, unless `going` (0 or 1) is 0."""
         self.filled += 1
+        self._at += going
+
+
+def _runs(prompt_of_row: Sequence[int]) -> list[tuple[int, int]]:
+    """(prompt, number of rows) of each run of rows with one prompt."""
+    return [(prompt, len(list(rows))) for prompt, rows in groupby(prompt_of_row)]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -16,26 +16,23 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .attention import CausalAfterPrompt, FullAttention, PromptAttention, PromptKV
-from .prompting import SpecialIds, attention_allowed, mmu_clip_allowed, mmu_prefix
+from .attention import CausalAfterPrompt, FullAttention, PromptAttention, PromptKV, Recorded
+from .prompting import SpecialIds, mmu_clip_allowed
 from .showo import Showo
 
 
-def _prefill(model: Showo, x_BLD: Tensor, start: int, allowed: Tensor) -> tuple[PromptKV, Tensor]:
+def _prefill(model: Showo, x_BLD: Tensor, start: int, rule: FullAttention) -> tuple[PromptKV, Tensor]:
     length = x_BLD.shape[1]
-    if start + length > model.config.max_position_embeddings:
-        raise UserError(
-            f"a prompt that ends at position {start + length}: this model has {model.config.max_position_embeddings}"
-        )
-    attend = FullAttention(allowed, record=True)
+    _check_end(model, start + length)
+    attend = Recorded(rule)
     hidden = model.encode(x_BLD, torch.arange(start, start + length, device=x_BLD.device), attend)
-    rows = range(x_BLD.shape[0])
-    prompts = PromptKV(
-        [[layer[row] for layer in attend.keys] for row in rows],
-        [[layer[row] for layer in attend.values] for row in rows],
-        [start + length] * x_BLD.shape[0],
-    )
-    return prompts, hidden[:, -1]
+    return attend.prompts(start + length), hidden[:, -1]
+
+
+def _check_end(model: Showo, end: int) -> None:
+    limit = model.config.max_position_embeddings
+    if end > limit:
+        raise UserError(f"a prompt that ends at position {end}: this model has {limit}")
 
 
 def _by_length(sequences: Sequence[Sequence[int]]) -> dict[int, list[int]]:
@@ -70,8 +67,7 @@ def prefill_t2i(model: Showo, prompts: Sequence[Sequence[int]], max_text: int) -
                 f"a prompt of {length} ids: at most max_text + 1 = {max_text + 1}; cut it with prompting.t2i_text"
             )
         ids = torch.tensor([distinct[i] for i in members], device=model.device)
-        causal = torch.ones(1, length, length, dtype=torch.bool, device=model.device).tril()
-        groups.append((members, *_prefill(model, model.embed(ids), max_text + 1 - length, causal)))
+        groups.append((members, *_prefill(model, model.embed(ids), max_text + 1 - length, FullAttention(causal=True))))
     return _merge(len(distinct), groups)[0].select(place)
 
 
@@ -99,16 +95,29 @@ def image_hidden(model: Showo, codes_BN: Tensor, prompts: PromptKV, prompt_of_ro
 
 def prefill_mmu(model: Showo, codes_BN: Tensor, questions: Sequence[Sequence[int]]) -> tuple[PromptKV, Tensor]:
     """Keys and values of understanding prefixes (image codes [B, N] and question ids, one question a row), and the
-    hidden state [B, D] from which each answer's first token is drawn."""
+    hidden state [B, D] from which each answer's first token is drawn.
+
+    An image never sees its question, so equal images are computed once and questions of equal length together.
+    """
     ids = SpecialIds.of(model)
-    rows = codes_BN.tolist()
-    if len(rows) != len(questions):
-        raise UserError(f"{len(rows)} images and {len(questions)} questions: give one question for each image")
-    sequences = [mmu_prefix(codes, question, ids) for codes, question in zip(rows, questions, strict=True)]
+    if len(codes_BN) != len(questions):
+        raise UserError(f"{len(codes_BN)} images and {len(questions)} questions: give one question for each image")
+    place: dict[tuple[int, ...], int] = {}
+    image_of = [place.setdefault(tuple(codes), len(place)) for codes in codes_BN.tolist()]
+    first = torch.tensor([image_of.index(image) for image in range(len(place))], device=codes_BN.device)
+    ends = model.embed(torch.tensor([ids.mmu, ids.soi, ids.eoi], device=model.device)).expand(len(place), -1, -1)
+    x = torch.cat([ends[:, :2], model.embed_codes(codes_BN[first].to(model.device)), ends[:, 2:]], dim=1)
+    images, _ = _prefill(model, x, 0, FullAttention())
+    start = images.next_position[0]
+    sequences = [[ids.sot, *question] if list(question[:1]) != [ids.sot] else list(question) for question in questions]
     groups = []
-    for members in _by_length(sequences).values():
-        tokens = torch.tensor([sequences[i] for i in members], device=model.device)
-        groups.append((members, *_prefill(model, model.embed(tokens), 0, attention_allowed(tokens, "mmu", ids))))
+    for length, members in _by_length(sequences).items():
+        _check_end(model, start + length)
+        which = [image_of[member] for member in members]
+        attend = Recorded(CausalAfterPrompt(images, which))
+        text = model.embed(torch.tensor([sequences[member] for member in members], device=model.device))
+        hidden = model.encode(text, torch.arange(start, start + length, device=text.device), attend)
+        groups.append((members, images.select(which).followed_by(attend.prompts(start + length)), hidden[:, -1]))
     return _merge(len(sequences), groups)
 
 
@@ -122,7 +131,7 @@ def prefill_mmu_clip(
     after = model.embed(torch.tensor([ids.eoi, *question_ids], device=model.device)).expand(batch, -1, -1)
     x = torch.cat([before, model.project_clip(features), after], dim=1)
     allowed = mmu_clip_allowed(len(system_ids), features.shape[1], len(question_ids)).to(model.device)
-    return _prefill(model, x, 0, allowed)
+    return _prefill(model, x, 0, FullAttention(allowed))
 
 
 def answer_hidden(

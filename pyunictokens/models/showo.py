@@ -12,7 +12,8 @@ Source: Xie et al., 2024, "Show-o"; layer norm on q and k, partial rotary, paral
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,8 @@ class Showo(nn.Module):
                 nn.Linear(config.hidden_size, config.hidden_size),
             )
         self.concept: ConceptTokens | None = None
-        self.checkpoint_layers = False
+        self.checkpoint_layers: bool | int = False
+        """Layers, counted from the first, that are recomputed in the backward pass; True means all."""
         self._rotary: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     # --- concept ---------------------------------------------------------------------------------------------------
@@ -237,6 +239,16 @@ class Showo(nn.Module):
         concept = self.concept
         self.__dict__["concept"] = None
         return concept
+
+    @contextmanager
+    def using(self, concept: ConceptTokens | None) -> Iterator[Showo]:
+        """Inside this context `concept` is the attached one (None: none is)."""
+        before = self.concept
+        self.__dict__["concept"] = None
+        try:
+            yield self if concept is None else self.attach(concept)
+        finally:
+            self.__dict__["concept"] = before
 
     @property
     def num_new(self) -> int:
@@ -303,8 +315,9 @@ class Showo(nn.Module):
         cos, sin = cos[positions], sin[positions]
         cos, sin = (t.unsqueeze(1) if t.ndim == 3 else t for t in (cos, sin))
         x = x_BLD
+        again = len(self.showo.model.layers) if self.checkpoint_layers is True else int(self.checkpoint_layers)
         for index, layer in enumerate(self.showo.model.layers):
-            if self.checkpoint_layers and torch.is_grad_enabled():
+            if index < again and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, index, attend, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, index, attend)

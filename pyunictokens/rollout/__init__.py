@@ -5,6 +5,14 @@
 
 from .dsog import Dsog, DsogThreshold
 from .engine import RolloutEngine
-from .types import DsogReport, ImageRollout, TextRollout
+from .types import DsogReport, ImageRollout, RolloutInterrupted, TextRollout
 
-__all__ = ["Dsog", "DsogReport", "DsogThreshold", "ImageRollout", "RolloutEngine", "TextRollout"]
+__all__ = [
+    "Dsog",
+    "DsogReport",
+    "DsogThreshold",
+    "ImageRollout",
+    "RolloutEngine",
+    "RolloutInterrupted",
+    "TextRollout",
+]

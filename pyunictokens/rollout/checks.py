@@ -46,9 +46,12 @@ def schedule(name: str) -> str:
 
 
 def token_lists(
-    name: str, texts: Any, tokenizer: TextTokenizer | None, model: Showo, wrap: Any = None
+    name: str, texts: Any, tokenizer: TextTokenizer | None, model: Showo, wrap: Any = None, first: int = 0
 ) -> list[list[int]]:
-    """Strings (put through `wrap`, then tokenized) or lists of ids, as lists of ids. A bare string is a list of one."""
+    """Strings (put through `wrap`, then tokenized) or lists of ids, as lists of ids. A bare string is a list of one.
+
+    `first` is the number of the first text, for messages.
+    """
     if isinstance(texts, str):
         texts = [texts]
     texts = list(texts)
@@ -56,7 +59,7 @@ def token_lists(
         raise UserError(f"{name}=[]: give at least one")
     known = model.first_code_id
     lists = []
-    for place, text in enumerate(texts):
+    for place, text in enumerate(texts, first):
         if isinstance(text, str):
             if tokenizer is None:
                 raise UserError(f"{name}[{place}] is text: give RolloutEngine a tokenizer, or pass ids")

@@ -2,28 +2,27 @@
 
     Δ = TPR − PR,   T ← T^(1 + μΔ − ετΔ),   τ ← ητ + (1 − η)(T_new − T_old),   ε = ε0 where τΔ > 0, else 0
 
-(paper, section 3.3.1, equations 9 and 10). `DsogThreshold` is that rule, `Dsog` what a caller chooses, `Selection` the
-bookkeeping of one group: which candidate runs in which row, who passed, who fills a row when the cap on candidates is
-reached. It decides over numbers and ids only; tensors, models and images are the business of images.py.
+(paper, section 3.3.1, equations 9 and 10). `DsogThreshold` is that rule, `Dsog` what a caller chooses, :func:`settle`
+the end of a group. Which candidate runs where, and which one stays, is scheduler.py's business; decoding and scoring
+that of previews.py.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .scheduler import Candidate, Judging, Scheduler
+from .types import DsogReport
 
 LOWEST, HIGHEST = 0.01, 0.99
 """The threshold stays inside: at 0 or 1 the power rule could never move it again."""
-
-ATTEMPT_SHIFT = 32
-"""Candidate a of the row with sample id i draws the noise of sample id i + a·2^32."""
 
 
 class DsogThreshold:
@@ -89,6 +88,12 @@ class Dsog:
     """Steps a candidate runs before it is looked at; None means max(1, T // 5)."""
     max_candidates: int = 8
     """At most max_candidates · rows candidates are started; past it the best rejected previews fill the group."""
+    cap_by_row: bool = False
+    """Each row has max_candidates of its own and is filled from its own only. Then a row's outcome depends on nothing
+    but itself, so that a group may be spread over any number of ranks; otherwise the cap holds for the rows of a
+    call."""
+    overlap: bool = False
+    """The scorer may be called from another thread while the other rows take a step: it shares nothing with anybody."""
     reduce: Callable[[int, int], tuple[int, int]] | None = None
     """(accepted, previewed) of this process → of all ranks, so that every rank's threshold moves alike."""
 
@@ -105,87 +110,39 @@ class Dsog:
             raise UserError(f"preview_step={at}: must be ≤ steps={steps}")
         return at
 
-
-@dataclass
-class Candidate:
-    """One trajectory in the making: the row it runs in, its number there, and the steps it has done."""
-
-    row: int
-    sample_id: int
-    attempt: int = 0
-    step: int = 0
-    settled: bool = True
-    """Runs to the end: accepted, chosen to fill, or never to be previewed."""
-    score: float = math.nan
+    def judging(self, steps: int, rows: int) -> Judging:
+        """The scheduler's view of this, for a generation of `steps` and `rows`."""
+        cap = self.max_candidates * (1 if self.cap_by_row else rows)
+        return Judging(self.preview_at(steps), self.threshold.value, cap, self.cap_by_row)
 
 
-@dataclass(order=True)
-class _Rejected:
-    score: float
-    age: int
-    candidate: Candidate = field(compare=False)
-    state: Any = field(compare=False)
-
-
-class Selection:
-    """The candidates of one group of rows.
-
-    `kinds[row]` says which rows are interchangeable (same prompt, same known codes): a rejected candidate may fill any
-    row of its kind. Every row starts with one candidate and at most `cap` are started in all, so every loop ends.
-    """
-
-    def __init__(self, sample_ids: Sequence[int], kinds: Sequence[int], threshold: float, cap: int):
-        self._base, self._kinds, self._threshold = list(sample_ids), list(kinds), threshold
-        self._left = cap - len(self._base)
-        if self._left < 0:
-            raise ValueError(f"cap={cap}: must be ≥ {len(self._base)}, one candidate a row")
-        self._best: dict[int, list[_Rejected]] = {}
-        self._vacant: list[int] = []
-        self.accepted = self.previewed = self.filled = 0
-
-    def judge(self, candidate: Candidate, score: float, save: Callable[[], Any]) -> Candidate | None:
-        """Settle a previewed candidate. Returns who runs in its row next: itself when it passed, a fresh candidate when
-        not, None when no more may be started (the row waits for :meth:`fill`). `save` keeps its state if it may be
-        wanted again."""
-        self.previewed += 1
-        candidate.score = score if math.isfinite(score) else -math.inf
-        if candidate.score > self._threshold:
-            self.accepted += 1
-            candidate.settled = True
-            return candidate
-        self._remember(candidate, save)
-        row = candidate.row
-        if self._left == 0:
-            self._vacant.append(row)
-            return None
-        self._left -= 1
-        attempt = candidate.attempt + 1
-        return Candidate(row, self._base[row] + (attempt << ATTEMPT_SHIFT), attempt, settled=False)
-
-    def _remember(self, candidate: Candidate, save: Callable[[], Any]) -> None:
-        kind = self._kinds[candidate.row]
-        best = self._best.setdefault(kind, [])
-        entry = _Rejected(candidate.score, -self.previewed, candidate, None)
-        if len(best) < self._kinds.count(kind):
-            entry.state = save()
-            heapq.heappush(best, entry)
-        elif best[0] < entry:
-            entry.state = save()
-            heapq.heapreplace(best, entry)
-
-    def fill(self) -> list[tuple[Candidate, Any]]:
-        """Give every vacant row the best rejected candidate of its kind, with its saved state.
-
-        Call it when no candidate is left to judge.
-        """
-        chosen = []
-        for best in self._best.values():
-            best.sort(reverse=True)
-        for row in self._vacant:
-            entry = self._best[self._kinds[row]].pop(0)
-            candidate = entry.candidate
-            candidate.row, candidate.settled = row, True
-            chosen.append((candidate, entry.state))
-        self.filled += len(chosen)
-        self._vacant = []
-        return chosen
+def settle(
+    dsog: Dsog, scheduler: Scheduler, ended: list[Candidate], preview_codes: Tensor, errors: list[str]
+) -> DsogReport:
+    """Move the threshold, warn of rows that had to be filled, and write the report of a group that is complete."""
+    accepted, previewed = scheduler.accepted, scheduler.previewed
+    if dsog.reduce is not None:
+        accepted, previewed = dsog.reduce(accepted, previewed)
+    pass_rate = accepted / previewed
+    before = dsog.threshold.value
+    if scheduler.filled:
+        warnings.warn(
+            f"{scheduler.filled} of {len(ended)} rows are filled with the best rejected previews: "
+            f"{scheduler.previewed} candidates were tried, {scheduler.accepted} scored above {before:.3f}",
+            stacklevel=4,
+        )
+    if errors:
+        warnings.warn(f"the DSOG scorer failed {len(errors)} times, first with {errors[0]}", stacklevel=4)
+    return DsogReport(
+        accepted=accepted,
+        previewed=previewed,
+        filled=scheduler.filled,
+        pass_rate=pass_rate,
+        threshold=before,
+        next_threshold=dsog.threshold.update(pass_rate),
+        scores=torch.tensor([candidate.score for candidate in ended]),
+        attempts=torch.tensor([candidate.attempt for candidate in ended]),
+        preview_codes=preview_codes,
+        row_steps=scheduler.row_steps,
+        errors=errors,
+    )

@@ -1,8 +1,9 @@
 """The rollout engine: prompts in, images or answers out, with everything the update needs to score them again.
 
 It checks what the caller gives, turns text into ids, computes each distinct prompt once (for guidance the empty one
-too), hands rows to the loops of images.py and text.py, decodes pixels, and keeps the books of DSOG around one group. It
-does not know rewards beyond a scorer callback, nor training. Nothing is kept between calls, so the weights may change.
+too), hands rows to the loops of loop.py and text.py, and decodes pixels. It does not know rewards beyond a scorer
+callback, nor training. Between calls it keeps the resident concepts and nothing of a rollout, so the weights may
+change.
 
     engine = RolloutEngine(model, vq, tokenizer)
     images = engine.generate_images(["A photo of <bo>."], samples=9, seed=1)
@@ -11,22 +12,44 @@ does not know rewards beyond a scorer callback, nor training. Nothing is kept be
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from .. import cost, profiling
 from ..errors import UserError
-from ..models import MagvitV2, PromptKV, Showo, TextTokenizer, prefill_mmu, prefill_mmu_clip, prefill_t2i, prompting
+from ..models import (
+    ConceptTokens,
+    MagvitV2,
+    PromptKV,
+    Showo,
+    TextTokenizer,
+    prefill_mmu,
+    prefill_mmu_clip,
+    prefill_t2i,
+    prompting,
+)
+from ..models.vocabulary import TextVocabulary
 from . import checks
-from .dsog import Dsog, Selection
-from .images import ImageLoop, LoopSettings, Noise, Preview
+from .capture import MODES, CaptureCache
+from .captured import Bucket, CapturedSlots
+from .dsog import Dsog, settle
+from .images import EagerSlots, LoopSettings, Noise
+from .loop import ImageLoop
+from .memory import RowLimit
+from .previews import Previews
+from .residents import Residents
+from .scheduler import Scheduler
 from .text import TextSettings, decode
-from .types import DsogReport, ImageRollout, TextRollout
+from .types import ImageRollout, RolloutInterrupted, TextRollout
 
 DEFAULT_MAX_TEXT = 128
+
+Concepts = str | Sequence[str | None] | None
+"""One resident's name, one for each prompt (None: the model as it is), or None: text says which it names."""
 
 
 class RolloutEngine:
@@ -39,7 +62,10 @@ class RolloutEngine:
         max_text: text positions of a drawing prompt, 128 as published when None.
         schedule: cosine, linear, sigmoid or pow<k>.
         ops_backend: backend of the fused ops; None lets each op choose.
-        max_rows: most images (each two rows with guidance) drawn at once; more wait their turn.
+        max_rows: slots: most images (each two rows with guidance) drawn at once; more wait their turn. What does not
+            fit into memory is split further by itself, with one warning.
+        capture: how image steps run: "auto" captures them on a GPU (capture.py) and lets the host run them elsewhere;
+            "loop", "replay" or "eager" by name; "off" lets the host run them always.
     """
 
     def __init__(
@@ -52,13 +78,43 @@ class RolloutEngine:
         schedule: str = "cosine",
         ops_backend: str | None = None,
         max_rows: int = 64,
+        capture: str = "auto",
     ):
         self.model, self.vq, self.tokenizer = model, vq, tokenizer
         self.max_text = DEFAULT_MAX_TEXT if max_text is None else checks.count("max_text", max_text, 3)
         self.schedule = checks.schedule(schedule)
         self.ops_backend = ops_backend
         self.max_rows = checks.count("max_rows", max_rows)
+        if capture not in (*MODES, "off"):
+            raise UserError(f"capture={capture!r}: must be off or one of {', '.join(MODES)}")
+        self.capture = capture
+        self._captures: CaptureCache[Bucket] = CaptureCache()
+        self._residents = Residents(model, tokenizer)
+        self._limit = RowLimit()
         self._noise: Noise | None = None  # explicit Gumbel noise in place of the Philox keys; for replaying records
+
+    # --- concepts --------------------------------------------------------------------------------------------------
+
+    @property
+    def concepts(self) -> list[str]:
+        """Names of the resident concepts."""
+        return self._residents.names
+
+    def add_concept(self, concept: ConceptTokens) -> None:
+        """Keep a concept at hand: prompts that name it, or are given with `concepts`, are read with its tokens.
+
+        Many may be resident at once (each is its few rows), and rows of different ones share a batch. A concept of the
+        same name is replaced. Needs a model without an attached concept and a tokenizer that knows none (or no
+        tokenizer, for ids only).
+
+        Raises:
+            UserError: a concept of another width, one attached to the model, or tokens that the tokenizer already has.
+        """
+        self._residents.add(concept)
+
+    def remove_concept(self, name: str) -> ConceptTokens:
+        """Let a resident concept go; returns it."""
+        return self._residents.remove(name)
 
     # --- images ----------------------------------------------------------------------------------------------------
 
@@ -79,6 +135,7 @@ class RolloutEngine:
         record: bool = True,
         decode: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        concepts: Concepts = None,
     ) -> ImageRollout:
         """Draw `samples` images of every prompt; rows are prompt-major.
 
@@ -94,52 +151,102 @@ class RolloutEngine:
             record: keep every step's inputs, choices and log-probs [R, T, N].
             decode: also give pixels (needs the vq).
             progress: called with (row-steps done, row-steps wanted) after every step.
+            concepts: which resident concept each prompt speaks of, where its text does not say so.
 
         Raises:
             UserError: for anything out of range, prompts without tokenizer, or a model whose log-probs are not finite.
+            RolloutInterrupted: Ctrl-C; it carries the images that were finished.
         """
         samples, steps = checks.count("samples", samples), checks.count("steps", steps, 1, checks.MAX_STEPS)
         scale = checks.number("guidance_scale", guidance_scale, "0 turns guidance off")
         temperature = checks.number("temperature", temperature, "0 re-masks without noise")
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
-        texts = checks.token_lists("prompts", prompts, self.tokenizer, self.model)
+        texts, names = self._residents.read("prompts", prompts, concepts)
         rows = len(texts) * samples
         known, grid = checks.known_codes(known_codes, grid, len(texts), samples, self.model)
         ids = checks.sample_ids(sample_ids, rows, checks.MAX_DSOG_ID if dsog else checks.MAX_SAMPLE_ID)
         if self.vq is None and (decode or dsog):
             raise UserError("pixels are wanted: give RolloutEngine a MagvitV2, or pass decode=False and no dsog")
+        settings = LoopSettings(steps, scale, temperature, self.schedule, seed, record, self.max_rows, self.ops_backend)
+        judging = dsog.judging(steps, rows) if dsog else None
         prompt_index = torch.arange(len(texts)).repeat_interleave(samples)
 
-        prefixes, prompt_of_text = self._prefixes(texts, guided=scale > 0)
+        prefixes, prompt_of_text = self._prefixes(texts, names, guided=scale > 0)
         prompt_of_row = [prompt_of_text[index] for index in prompt_index.tolist()]
-        looks = zip(prompt_of_row, map(tuple, known.tolist()), strict=True)
-        _, kinds = checks.unique_index(list(looks))
-        settings = LoopSettings(steps, scale, temperature, self.schedule, seed, record, self.max_rows, self.ops_backend)
-        preview, errors = self._preview(dsog, steps, ids, kinds, prompt_index, grid) if dsog else (None, [])
-        loop = ImageLoop(
-            self.model, prefixes, prompt_of_row, kinds, known, ids, settings, preview, progress, self._noise
+        _, looks = checks.unique_index(list(map(tuple, known.tolist())))
+        _, kinds = checks.unique_index(list(zip(prompt_of_row, looks, strict=True)))
+        count = min(rows, self.max_rows)
+        slots = self._slots(prefixes, prompt_of_row, looks, count, known.shape[1], settings, dsog is not None)
+        previews = (
+            Previews(lambda codes: self._pixels(codes, grid, of="previews"), dsog.scorer, prompt_index, dsog.overlap)
+            if dsog
+            else None
         )
-        if not loop.run():
-            raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
-        return ImageRollout(
-            codes=loop.codes,
-            pixels=self._pixels(loop.codes, grid) if decode else None,
-            inputs=loop.inputs,
-            chosen=loop.chosen,
-            logp=loop.logp,
-            prompt_index=prompt_index,
-            sample_ids=torch.tensor([candidate.sample_id for candidate in loop.candidates]),
-            prompt_ids=texts,
-            seed=seed,
-            steps=steps,
-            guidance_scale=scale,
-            temperature=temperature,
-            grid=grid,
-            max_text=self.max_text,
-            dsog=_settle(dsog, preview.selection, loop, errors) if dsog and preview else None,
-        )
+        loop = ImageLoop(slots, Scheduler(ids, kinds, count, steps, judging), known, previews, progress)
 
-    def _prefixes(self, texts: list[list[int]], guided: bool) -> tuple[PromptKV, list[int]]:
+        def rollout(chosen: Tensor | slice, pixels: bool = decode) -> ImageRollout:
+            """The rows `chosen`, which are finished."""
+            records = [record[chosen] for record in loop.records]
+            inputs, picked, logp = records if records else (None, None, None)
+            codes, index = loop.codes[chosen], prompt_index[chosen]
+            ended = [loop.ended[row] for row in torch.arange(rows)[chosen].tolist()]
+            return ImageRollout(
+                codes=codes,
+                pixels=self._pixels(codes, grid) if pixels and len(codes) else None,
+                inputs=inputs,
+                chosen=picked,
+                logp=logp,
+                prompt_index=index,
+                sample_ids=torch.tensor([candidate.sample_id for candidate in ended], dtype=torch.int64),
+                prompt_ids=texts,
+                seed=seed,
+                steps=steps,
+                guidance_scale=scale,
+                temperature=temperature,
+                grid=grid,
+                max_text=self.max_text,
+                concepts=names,
+            )
+
+        try:
+            with previews or nullcontext():
+                loop.run()
+            profiling.count("rollout steps", lambda: self._step_flops(loop, prefixes, scale))
+            if not slots.finite:
+                raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
+            result = rollout(slice(None))
+        except KeyboardInterrupt as stop:
+            kept, decoding = loop.rows(), len(loop.ended) == rows
+            raise RolloutInterrupted(rollout(kept, decode and not decoding), kept.tolist()) from stop
+        if dsog and previews:
+            assert loop.preview_codes is not None
+            result.dsog = settle(dsog, loop.scheduler, loop.candidates, loop.preview_codes, previews.errors)
+        return result
+
+    def _slots(
+        self,
+        prefixes: PromptKV,
+        prompt_of_row: list[int],
+        looks: list[int],
+        slots: int,
+        count: int,
+        settings: LoopSettings,
+        judged: bool,
+    ) -> EagerSlots:
+        """Slots that run without the host where that can be and is wanted, else slots that the host runs."""
+        fixed = (self.model, prefixes, prompt_of_row, looks, slots, count, settings)
+        keep_first = judged or slots < len(prompt_of_row)
+        wanted = self.model.device.type == "cuda" if self.capture == "auto" else self.capture != "off"
+        if wanted and self._noise is None:
+            return CapturedSlots(*fixed, self._captures, self.capture, limit=self._limit, keep_first=keep_first)
+        return EagerSlots(*fixed, limit=self._limit, keep_first=keep_first, noise=self._noise)
+
+    def _step_flops(self, loop: ImageLoop, prompts: PromptKV, scale: float) -> float:
+        longest, count = max(prompts.lengths), loop.codes.shape[1]
+        return loop.scheduler.row_steps * cost.image_step(self.model.config, 1, longest, count, scale > 0).flops
+
+    @profiling.phase("prefill")
+    def _prefixes(self, texts: list[list[int]], names: list[str | None], guided: bool) -> tuple[PromptKV, list[int]]:
         """Keys and values of the distinct prompts, the empty one last when `guided`; and which of them each text is."""
         ids = prompting.SpecialIds.of(self.model)
         long = [
@@ -151,52 +258,34 @@ class RolloutEngine:
                 "(max_text of RolloutEngine)",
                 stacklevel=4,
             )
-        sequences = [prompting.t2i_text(text, ids, self.max_text) for text in texts]
-        first, index = checks.unique_index([tuple(sequence) for sequence in sequences])
-        distinct = [sequences[place] for place in first]
-        if guided:
-            distinct.append(prompting.t2i_text([], ids, self.max_text))
-        return prefill_t2i(self.model, distinct, self.max_text), index
+        sequences = [tuple(prompting.t2i_text(text, ids, self.max_text)) for text in texts]
+        order = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        members = sorted(range(len(texts)), key=lambda place: order[names[place]])
+        first, index = checks.unique_index([(names[place], sequences[place]) for place in members])
+        total = PromptKV([], [], [])
+        for name in order:
+            distinct = [list(sequences[members[place]]) for place in first if names[members[place]] == name]
+            if guided and name == names[members[-1]]:
+                distinct.append(prompting.t2i_text([], ids, self.max_text))
+            with self._residents.using(name):
+                total = total + prefill_t2i(self.model, distinct, self.max_text)
+        lengths = total.lengths
+        profiling.count("prefill", lambda: sum(cost.prefill(self.model.config, each).flops for each in lengths))
+        return total, [number for _, number in sorted(zip(members, index, strict=True))]
 
-    def _pixels(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+    @profiling.phase("decode", unless="previews")
+    def _pixels(self, codes: Tensor, grid: tuple[int, int], of: str = "decode") -> Tensor:
         assert self.vq is not None
+        vq_config = getattr(self.vq, "config", None)
+        if vq_config is not None:
+            profiling.count(of, lambda: cost.decode_pixels(vq_config, len(codes), grid).flops)
         codes = codes.to(next(self.vq.parameters()).device)
         return torch.cat([self.vq.decode(part, grid) for part in codes.split(self.max_rows)])
-
-    def _preview(
-        self,
-        dsog: Dsog,
-        steps: int,
-        sample_ids: list[int],
-        kinds: list[int],
-        prompt_index: Tensor,
-        grid: tuple[int, int],
-    ) -> tuple[Preview, list[str]]:
-        """The loop's view of `dsog`, and the list that its scorer's failures are written to."""
-        errors: list[str] = []
-
-        def score(codes: Tensor, rows: list[int]) -> list[float]:
-            failed = [math.nan] * len(rows)
-            pixels = self._pixels(codes, grid)
-            try:
-                scores = torch.as_tensor(dsog.scorer(pixels, prompt_index[rows])).detach().float().cpu()
-            except Exception as error:
-                errors.append(f"{type(error).__name__}: {error}")
-                return failed
-            if scores.shape != (len(rows),):
-                errors.append(f"scores of shape {tuple(scores.shape)}: must be one for each of {len(rows)} previews")
-                return failed
-            bad = int((~torch.isfinite(scores)).sum())
-            if bad:
-                errors.append(f"{bad} of {len(rows)} scores are not finite")
-            return scores.tolist()
-
-        selection = Selection(sample_ids, kinds, dsog.threshold.value, dsog.max_candidates * len(sample_ids))
-        return Preview(dsog.preview_at(steps), score, selection), errors
 
     # --- text ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @profiling.phase("answers")
     def generate_text(
         self,
         images: Tensor,
@@ -210,6 +299,7 @@ class RolloutEngine:
         sample_ids: Sequence[int] | Tensor | None = None,
         raw: bool = False,
         system: str | Sequence[int] = "",
+        concepts: Concepts = None,
     ) -> TextRollout:
         """Answer each question about its image `samples` times; rows are prompt-major.
 
@@ -221,6 +311,7 @@ class RolloutEngine:
             top_k: draw among the k likeliest tokens only; 0 means all, 1 the likeliest.
             seed, sample_ids: the key of all noise, as for images.
             system: text or ids before the image, for CLIP features only.
+            concepts: which resident concept each question speaks of, where its text does not say so.
 
         Raises:
             UserError: for anything out of range, text without tokenizer, or more positions than the model has.
@@ -230,45 +321,42 @@ class RolloutEngine:
         temperature = checks.number("temperature", temperature, "0 takes the likeliest token")
         checks.count("top_k", top_k, 0)
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
-        wrap = None if raw else prompting.chat_question
-        asked = checks.token_lists("questions", questions, self.tokenizer, self.model, wrap)
+        asked, names = self._residents.read("questions", questions, concepts, None if raw else prompting.chat_question)
         clip = self.model.config.w_clip_vit and torch.is_tensor(images) and images.ndim == 3
         seen = images.to(self.model.device) if clip else checks.images(images, self.model, self.vq)
         if 1 not in (len(seen), len(asked)) and len(seen) != len(asked):
             raise UserError(f"{len(seen)} images and {len(asked)} questions: give one of either, or as many of both")
         pairs = max(len(seen), len(asked))
         seen = seen.expand(pairs, *seen.shape[1:])
-        asked = asked * pairs if len(asked) == 1 else asked
-        rows = pairs * samples
-        ids = checks.sample_ids(sample_ids, rows)
+        asked, names = (asked * pairs, names * pairs) if len(asked) == 1 else (asked, names)
+        ids = checks.sample_ids(sample_ids, pairs * samples)
+        if not clip and len(system):
+            raise UserError("system is for CLIP features only: put the text into the question")
 
-        if clip:
-            prompts, last, prompt_of_pair = self._clip_prefixes(seen, asked, system)
-        else:
-            if len(system):
-                raise UserError("system is for CLIP features only: put the text into the question")
-            places, prompt_of_pair = checks.unique_index(
-                list(zip(map(tuple, seen.tolist()), map(tuple, asked), strict=True))
-            )
-            prompts, last = prefill_mmu(self.model, seen[places], [asked[place] for place in places])
+        prompts, last, prompt_of_pair = self._contexts(seen, asked, names, system if clip else None)
         end, limit = max(prompts.next_position) + max_new_tokens, self.model.config.max_position_embeddings
         if end > limit:
             raise UserError(f"context and max_new_tokens reach position {end}: this model has {limit}; ask for fewer")
-        eot = prompting.SpecialIds.of(self.model).eot
+        speakers = list(dict.fromkeys(names))
         prompt_index = torch.arange(pairs).repeat_interleave(samples)
         tokens, logp, lengths = decode(
             self.model,
+            TextVocabulary(self.model, [self._residents.rows(name) for name in speakers]),
             prompts,
             last,
             [prompt_of_pair[index] for index in prompt_index.tolist()],
+            [speakers.index(names[index]) for index in prompt_index.tolist()],
             ids,
-            TextSettings(max_new_tokens, temperature, top_k, seed, eot, self.ops_backend),
+            TextSettings(
+                max_new_tokens, temperature, top_k, seed, prompting.SpecialIds.of(self.model).eot, self.ops_backend
+            ),
         )
         if not bool(torch.isfinite(logp).all()):
             raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
-        answers = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        context = max(prompts.lengths)
+        profiling.count("answers", lambda: cost.answers_of(self.model.config, context, lengths.tolist()).flops)
         return TextRollout(
-            texts=[self.tokenizer.decode(answer) for answer in answers] if self.tokenizer else [],
+            texts=self._texts(tokens, lengths, [names[index] for index in prompt_index.tolist()]),
             tokens=tokens,
             logp=logp,
             lengths=lengths,
@@ -279,52 +367,47 @@ class RolloutEngine:
             seed=seed,
             temperature=temperature,
             top_k=top_k,
+            concepts=names,
         )
 
-    def _clip_prefixes(
-        self, features: Tensor, asked: list[list[int]], system: str | Sequence[int]
+    def _texts(self, tokens: Tensor, lengths: Tensor, names: list[str | None]) -> list[str]:
+        if self.tokenizer is None:
+            return []
+        texts = []
+        for row, length, name in zip(tokens.tolist(), lengths.tolist(), names, strict=True):
+            tokenizer = self._residents.tokenizer(name)
+            assert tokenizer is not None
+            texts.append(tokenizer.decode(row[:length]))
+        return texts
+
+    def _contexts(
+        self, seen: Tensor, asked: list[list[int]], names: list[str | None], system: str | Sequence[int] | None
     ) -> tuple[PromptKV, Tensor, list[int]]:
-        """Prefixes of the CLIP variant, pairs of one question together."""
+        """What each answer follows: keys and values, last states [P, D], and which of them belongs to each pair.
+
+        `system` is None for image codes, where equal pairs are computed once; else `seen` is CLIP features.
+        """
         before: list[int] = []
-        if len(system):
+        if system:
             before = checks.token_lists(
                 "system", system if isinstance(system, str) else [system], self.tokenizer, self.model
             )[0]
-        prompts, states, place = PromptKV([], [], []), [], {}
-        for question in dict.fromkeys(map(tuple, asked)):
-            members = [index for index, ids in enumerate(asked) if tuple(ids) == question]
-            more, last = prefill_mmu_clip(self.model, features[members], before, list(question))
-            place.update({member: len(prompts) + index for index, member in enumerate(members)})
-            prompts = prompts + more
-            states.append(last)
+        prompts, place = PromptKV([], [], []), {}
+        states: list[Tensor] = []
+        for name in dict.fromkeys(names):
+            members = [index for index, its in enumerate(names) if its == name]
+            with self._residents.using(name):
+                if system is None:
+                    looks = [(tuple(seen[index].tolist()), tuple(asked[index])) for index in members]
+                    first, index_of = checks.unique_index(looks)
+                    some = [members[number] for number in first]
+                    more, last = prefill_mmu(self.model, seen[some], [asked[index] for index in some])
+                    place.update({m: len(prompts) + number for m, number in zip(members, index_of, strict=True)})
+                    prompts, states = prompts + more, [*states, last]
+                    continue
+                for question in dict.fromkeys(tuple(asked[index]) for index in members):
+                    some = [index for index in members if tuple(asked[index]) == question]
+                    more, last = prefill_mmu_clip(self.model, seen[some], before, list(question))
+                    place.update({index: len(prompts) + number for number, index in enumerate(some)})
+                    prompts, states = prompts + more, [*states, last]
         return prompts, torch.cat(states), [place[index] for index in range(len(asked))]
-
-
-def _settle(dsog: Dsog, selection: Selection, loop: ImageLoop, errors: list[str]) -> DsogReport:
-    """Move the threshold, warn of rows that had to be filled, and write the report."""
-    accepted, previewed = selection.accepted, selection.previewed
-    if dsog.reduce is not None:
-        accepted, previewed = dsog.reduce(accepted, previewed)
-    pass_rate = accepted / previewed
-    before = dsog.threshold.value
-    if selection.filled:
-        warnings.warn(
-            f"{selection.filled} of {len(loop.candidates)} rows are filled with the best rejected previews: "
-            f"{selection.previewed} candidates were tried, {selection.accepted} scored above {before:.3f}",
-            stacklevel=4,
-        )
-    if errors:
-        warnings.warn(f"the DSOG scorer failed {len(errors)} times, first with {errors[0]}", stacklevel=4)
-    assert loop.preview_codes is not None
-    return DsogReport(
-        accepted=accepted,
-        previewed=previewed,
-        filled=selection.filled,
-        pass_rate=pass_rate,
-        threshold=before,
-        next_threshold=dsog.threshold.update(pass_rate),
-        scores=torch.tensor([candidate.score for candidate in loop.candidates]),
-        attempts=torch.tensor([candidate.attempt for candidate in loop.candidates]),
-        preview_codes=loop.preview_codes,
-        errors=errors,
-    )

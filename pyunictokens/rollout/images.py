@@ -1,11 +1,13 @@
-"""The MaskGIT loop over a batch of rows: prompts once, image rows and code columns only, guidance before the head.
+"""One MaskGIT step over a batch of rows: prompts once, image rows and code columns only, guidance before the head.
 
-Every row has its own sample id, timestep, temperature and mask length, so rows at different timesteps share a batch: a
-row whose preview fails starts again at step 0 beside rows that are further on (DESIGN, levers 1 to 3 and 7). State is
-tensors indexed by row; the host knows only which candidate runs where. It takes ids and tensors that engine.py has
-checked; it does not know tokenizers, pixels (a callback decodes previews) or rewards.
+Every row has its own sample id, timestep, temperature and mask length, so rows at different timesteps share a batch
+(DESIGN, levers 1 to 3 and 7). The state of a trajectory lies in its slot; who runs in which slot is loop.py's business.
+It takes ids and tensors that engine.py has checked; it does not know tokenizers, pixels, previews or rewards.
 
-Shape suffixes: R rows, B rows of one step, N image codes, T timesteps, K codebook, D width.
+At step 0 all candidates of one prompt and one set of known codes look alike, and without their prompt even all with the
+same known codes: their hidden states are computed once a call and kept where others may want them.
+
+Shape suffixes: S slots, B rows of one step, N image codes, T timesteps, K codebook, D width.
 Source of the step: Show-o's `t2i_generate` after MaskGIT (Chang et al., 2022); DESIGN, section 4.
 """
 
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,14 @@ from torch import Tensor
 
 from .. import MASK, ops
 from ..models import PromptKV, Showo, image_hidden
-from .dsog import Candidate, Selection
+from .memory import RowLimit
+from .scheduler import Candidate
 
 LOGITS_BYTES = 512 << 20
 """Largest logits tensor held at once; more rows than fit go through head and step in parts."""
+
+FIRST_BYTES = 256 << 20
+"""Most bytes of hidden states of step 0 that are kept for candidates that begin later."""
 
 Noise = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
 """(sample ids, steps) of a batch → token Gumbel [B, N, K] and rank Gumbel [B, N], in place of the Philox noise."""
@@ -45,103 +50,109 @@ class LoopSettings:
 
 
 @dataclass
-class Preview:
-    """When candidates are looked at, and by whom: (codes [B, N], rows) → one score a row."""
+class Trajectory:
+    """What a slot holds of one candidate after t steps."""
 
-    at: int
-    score: Callable[[Tensor, list[int]], list[float]]
-    selection: Selection
+    codes: Tensor
+    """int64 [N], −1 where unknown."""
+    chosen: Tensor
+    """int64 [N], all known: what the last step sampled or kept."""
+    records: tuple[Tensor, ...] = ()
+    """(inputs, chosen, logp), each [t, N]; empty where nothing is recorded."""
 
 
-class ImageLoop:
-    """Draws all rows from `known` int64 [R, N] (−1 unknown). After :meth:`run` the public tensors hold the rollout.
+class EagerSlots:
+    """Slots whose step is run by the host, over the rows that are in use and no others."""
 
-    `prompts` holds the distinct prompts and, when guidance is on, the empty one last; row r reads `prompt_of_row[r]`.
-    """
+    stretch: int = 1
+    """Steps that one call of :meth:`run` may take: after each the host wants to look."""
 
     def __init__(
         self,
         model: Showo,
         prompts: PromptKV,
         prompt_of_row: Sequence[int],
-        kinds: Sequence[int],
-        known: Tensor,
-        sample_ids: Sequence[int],
+        look_of_row: Sequence[int],
+        slots: int,
+        count: int,
         settings: LoopSettings,
-        preview: Preview | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        *,
+        limit: RowLimit | None = None,
+        keep_first: bool = True,
         noise: Noise | None = None,
     ):
-        self.model, self.prompts, self.prompt_of_row, self.kinds = model, prompts, list(prompt_of_row), list(kinds)
-        self.settings, self.preview, self.progress, self.noise = settings, preview, progress, noise
-        rows, count = known.shape
-        steps, device = settings.steps, known.device
-        self._known = known
-        self._codes = known.clone()
-        self.codes = known.clone()
-        self.preview_codes = known.clone() if preview else None
-        self.candidates = [Candidate(row, sample_ids[row], settled=preview is None) for row in range(rows)]
-        self.inputs: Tensor | None = None
-        self.chosen: Tensor | None = None
-        self.logp: Tensor | None = None
+        self.model, self.prompts, self.settings = model, prompts, settings
+        self._prompt_of_row, self._look_of_row, self._noise = list(prompt_of_row), list(look_of_row), noise
+        self._limit = limit or RowLimit()
+        self._keep_first = keep_first
+        self._first: dict[tuple[int, int], Tensor] = {}
+        device, steps = model.device, settings.steps
+        self.codes = torch.zeros(slots, count, dtype=torch.int64, device=device)
+        self.chosen = torch.zeros_like(self.codes)
+        self.records: tuple[Tensor, ...] = ()
         if settings.record:
-            small = torch.int16 if model.config.codebook_size <= 2**15 else torch.int32
-            self.inputs = torch.empty(rows, steps, count, dtype=small, device=device)
-            self.chosen = torch.empty_like(self.inputs)
-            self.logp = torch.empty(rows, steps, count, device=device)
-        self.row_steps = 0
-        """Model evaluations so far, in rows."""
+            self.records = empty_records(slots, steps, count, model.config.codebook_size, device)
         self._broken = torch.zeros((), dtype=torch.bool, device=device)
-        temperature, temperatures = settings.temperature, []
-        for step in range(steps):
-            temperature *= 1.0 - (step + 1) / steps  # published: it decays as a product
-            temperatures.append(temperature)
-        self._temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
+        self._temperature = torch.tensor(temperatures(settings), dtype=torch.float32, device=device)
         self._wanted = wanted_masks(settings.schedule, steps, count).to(device)
         self._head = image_head_fp32(model)
         self._chunk = max(1, LOGITS_BYTES // (count * model.config.codebook_size * 4))
+        config = model.config
+        self._row_bytes = (count + 2) * (10 * config.hidden_size + 3 * config.intermediate_size) * model.dtype.itemsize
 
-    def run(self) -> bool:
-        """Run every row to its last step. Returns False when the model gave log-probs that are not finite."""
-        settings = self.settings
-        order = sorted(
-            range(len(self.candidates)), key=lambda row: (self.prompts.lengths[self.prompt_of_row[row]], row)
-        )
-        place = {row: index for index, row in enumerate(order)}
-        pending = [self.candidates[row] for row in reversed(order)]
-        active: list[Candidate] = []
-        while pending or active:
-            while pending and len(active) < settings.max_rows:
-                active.append(pending.pop())
-            active.sort(key=lambda candidate: place[candidate.row])
-            self._step(active)
-            if self.preview:
-                active = self._look(active)
-                if not pending and all(candidate.settled for candidate in active):
-                    pending = [candidate for candidate in self._fill() if candidate.step < settings.steps]
-            active = [candidate for candidate in active if candidate.step < settings.steps]
-            self._report()
+    @property
+    def finite(self) -> bool:
+        """Whether all log-probs so far were finite."""
         return not bool(self._broken)
+
+    def place(self, candidate: Candidate, known: Tensor) -> None:
+        """Put a candidate into its slot: at step 0 from `known` int64 [N], or as it was saved."""
+        slot, saved = candidate.slot, candidate.state
+        if saved is None:
+            self.codes[slot] = self.chosen[slot] = known
+            return
+        self.codes[slot], self.chosen[slot] = saved.codes, saved.chosen
+        for record, its in zip(self.records, saved.records, strict=True):
+            record[slot, : len(its)] = its
+
+    def save(self, candidate: Candidate) -> Trajectory:
+        """A copy of what the candidate's slot holds."""
+        held = self.held(candidate)
+        return Trajectory(held.codes.clone(), held.chosen.clone(), tuple(record.clone() for record in held.records))
+
+    def held(self, candidate: Candidate) -> Trajectory:
+        """What the candidate's slot holds, as views."""
+        slot = candidate.slot
+        records = tuple(record[slot, : candidate.step] for record in self.records)
+        return Trajectory(self.codes[slot], self.chosen[slot], records)
+
+    def look(self, candidates: Sequence[Candidate]) -> Tensor:
+        """int64 [B, N]: the sampled codes of `candidates`, all known."""
+        return self.chosen[[candidate.slot for candidate in candidates]]
+
+    def run(self, active: Sequence[Candidate], steps: int = 1) -> None:
+        """Advance every candidate of `active` by `steps` timesteps, each at its own."""
+        lengths = self.prompts.lengths
+        prompt_of_row = self._prompt_of_row
+        active = sorted(active, key=lambda c: (lengths[prompt_of_row[c.row]], prompt_of_row[c.row], c.slot))
+        for ahead in range(steps):
+            self._step(active, [candidate.step + ahead for candidate in active])
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def _step(self, active: list[Candidate]) -> None:
-        """Advance every candidate of `active` by one timestep, each at its own."""
-        device, settings = self._codes.device, self.settings
-        host = torch.tensor([[c.row, c.sample_id, c.step] for c in active])
-        rows, samples, steps = host.to(device, non_blocking=True).unbind(1)
-        codes = self._codes[rows]
-        guided, of_row = self._guided_hidden(active, codes)
+    def _step(self, active: Sequence[Candidate], at: list[int]) -> None:
+        device, settings = self.codes.device, self.settings
+        host = torch.tensor([[c.slot, c.sample_id, step] for c, step in zip(active, at, strict=True)])
+        slots, samples, steps = host.to(device, non_blocking=True).unbind(1)
+        codes = self.codes[slots]
+        guided = self._guided_hidden(active, at, codes)
         unknown = (codes == MASK).sum(-1)
         mask_len = torch.minimum(self._wanted[steps], unknown - 1).clamp(min=1)
-        noise = None
-        if self.noise is not None:
-            noise = self.noise([c.sample_id for c in active], [c.step for c in active])
+        noise = None if self._noise is None else self._noise([c.sample_id for c in active], at)
         for start in range(0, len(active), self._chunk):
             part = slice(start, start + self._chunk)
-            hidden = guided if of_row is None else guided[of_row]
             out = ops.maskgit_step(
-                F.linear(hidden[part], *self._head),
+                F.linear(guided[part], *self._head),
                 codes[part],
                 mask_len=mask_len[part],
                 temperature=self._temperature[steps[part]],
@@ -152,90 +163,59 @@ class ImageLoop:
                 rank_gumbel=None if noise is None else noise[1][part],
                 backend=settings.backend,
             )
-            self._store(rows[part], steps[part], codes[part], out)
-        self.row_steps += len(active)
-        for candidate in active:
-            candidate.step += 1
+            self._store(slots[part], steps[part], codes[part], out)
 
-    def _store(self, rows: Tensor, steps: Tensor, codes: Tensor, out: ops.MaskgitStep) -> None:
-        self._codes[rows] = out.codes
-        self.codes[rows] = out.chosen
+    def _store(self, slots: Tensor, steps: Tensor, codes: Tensor, out: ops.MaskgitStep) -> None:
+        self.codes[slots] = out.codes
+        self.chosen[slots] = out.chosen
         self._broken |= ~torch.isfinite(out.logp).all()
-        if self.inputs is not None and self.chosen is not None and self.logp is not None:
-            self.inputs[rows, steps] = codes.to(self.inputs.dtype)
-            self.chosen[rows, steps] = out.chosen.to(self.chosen.dtype)
-            self.logp[rows, steps] = out.logp.to(self.logp.dtype)
+        for record, values in zip(self.records, (codes, out.chosen, out.logp), strict=False):
+            record[slots, steps] = values.to(record.dtype)
 
-    def _guided_hidden(self, active: list[Candidate], codes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Hidden states ready for the head, and which of them each row reads (None: row by row).
-
-        Candidates of one kind at step 0 look alike, so they are computed once.
-        """
-        looks = [self.kinds[c.row] if c.step == 0 else -1 - i for i, c in enumerate(active)]
-        unique: dict[int, int] = {}
-        of_row = [unique.setdefault(look, len(unique)) for look in looks]
-        pick = [looks.index(look) for look in unique]
-        prompt_of = [self.prompt_of_row[active[i].row] for i in pick]
-        shared = len(pick) < len(active)
-        if shared:
-            codes = codes[torch.tensor(pick, device=codes.device)]
-        scale = self.settings.guidance_scale
+    def _guided_hidden(self, active: Sequence[Candidate], at: list[int], codes: Tensor) -> Tensor:
+        """Hidden states [B, N, D] ready for the head, in at least float32."""
+        scale, rows = self.settings.guidance_scale, range(len(active))
+        looks = [-1 - row if at[row] else self._look_of_row[active[row].row] for row in rows]
+        cond = [(self._prompt_of_row[active[row].row], looks[row]) for row in rows]
         if scale == 0:
-            hidden = exact(image_hidden(self.model, codes, self.prompts, prompt_of))
-        else:
-            empty = [len(self.prompts) - 1] * len(pick)
-            both = image_hidden(self.model, torch.cat([codes, codes]), self.prompts, prompt_of + empty)
-            cond, uncond = exact(both).chunk(2)
-            hidden = (1 + scale) * cond - scale * uncond
-        return hidden, torch.tensor(of_row, device=codes.device) if shared else None
+            return self._hidden_of(cond, codes)
+        empty = len(self.prompts) - 1
+        hidden = self._hidden_of(cond + [(empty, look) for look in looks], codes)
+        with_prompt, without = hidden.chunk(2)
+        return (1 + scale) * with_prompt - scale * without
 
-    # --- previews --------------------------------------------------------------------------------------------------
+    def _hidden_of(self, wanted: list[tuple[int, int]], codes: Tensor) -> Tensor:
+        """Hidden states of (prompt, look) pairs, those that are equal computed once. Look −1 − b is row b's own."""
+        rows = codes.shape[0]
+        first_place: dict[tuple[int, int], int] = {}
+        for place, key in enumerate(wanted):
+            if key not in self._first:
+                first_place.setdefault(key, place)
+        lengths = self.prompts.lengths
+        order = sorted(first_place, key=lambda key: (lengths[key[0]], key[0], first_place[key]))
+        found = dict(self._first)
+        if order:
+            which = [first_place[key] % rows for key in order]
+            some = codes if which == list(range(rows)) else codes[which]
+            prompts = [prompt for prompt, _ in order]
+            hidden = self._limit.split(
+                len(order),
+                self._row_bytes,
+                codes.device,
+                lambda part: exact(image_hidden(self.model, some[part], self.prompts, prompts[part])),
+            )
+            if order == wanted:
+                self._remember(order, hidden)
+                return hidden
+            found.update(zip(order, hidden, strict=True))
+            self._remember(order, hidden)
+        return torch.stack([found[key] for key in wanted])
 
-    def _look(self, active: list[Candidate]) -> list[Candidate]:
-        """Judge the candidates that reached their preview; rows of those that failed start afresh or fall vacant."""
-        preview = self.preview
-        assert preview is not None and self.preview_codes is not None
-        due = [c for c in active if not c.settled and c.step == preview.at]
-        if not due:
-            return active
-        rows = [c.row for c in due]
-        self.preview_codes[rows] = self.codes[rows]
-        scores = preview.score(self.codes[rows], rows)
-        following: list[Candidate] = [c for c in active if c.settled or c.step != preview.at]
-        for candidate, score in zip(due, scores, strict=True):
-            heir = preview.selection.judge(candidate, score, partial(self._save, candidate))
-            if heir is None:
-                continue
-            if heir is not candidate:
-                self._codes[heir.row] = self._known[heir.row]
-                self.candidates[heir.row] = heir
-            following.append(heir)
-        return following
-
-    def _save(self, candidate: Candidate) -> tuple[Tensor | None, ...]:
-        row, done = candidate.row, candidate.step
-        records = (self.inputs, self.chosen, self.logp)
-        state = (self._codes[row], self.codes[row], *(r if r is None else r[row, :done] for r in records))
-        return tuple(tensor if tensor is None else tensor.clone() for tensor in state)
-
-    def _fill(self) -> list[Candidate]:
-        """Vacant rows take the best rejected candidates, which go on from where their preview left them."""
-        assert self.preview is not None and self.preview_codes is not None
-        filled = []
-        for candidate, (codes, chosen, *records) in self.preview.selection.fill():
-            row, done = candidate.row, candidate.step
-            self.candidates[row] = candidate
-            self._codes[row], self.codes[row], self.preview_codes[row] = codes, chosen, chosen
-            for record, saved in zip((self.inputs, self.chosen, self.logp), records, strict=True):
-                if record is not None:
-                    record[row, :done] = saved
-            filled.append(candidate)
-        return filled
-
-    def _report(self) -> None:
-        if self.progress is not None:
-            done = sum(c.step for c in self.candidates if c.settled)
-            self.progress(done, len(self.candidates) * self.settings.steps)
+    def _remember(self, keys: Sequence[tuple[int, int]], hidden: Tensor) -> None:
+        for key, its in zip(keys, hidden, strict=True):
+            room = (len(self._first) + 1) * its.numel() * its.element_size() <= FIRST_BYTES
+            if self._keep_first and key[1] >= 0 and room:
+                self._first[key] = its.clone()
 
 
 def exact(hidden: Tensor) -> Tensor:
@@ -247,6 +227,23 @@ def image_head_fp32(model: Showo) -> tuple[Tensor, Tensor]:
     """The head of the codes in the precision of :func:`exact`."""
     weight, bias = model.image_head()
     return exact(weight.detach()), exact(bias.detach())
+
+
+def empty_records(rows: int, steps: int, count: int, codebook: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Room for (inputs, chosen, logp) [rows, T, N] of trajectories."""
+    small = torch.int16 if codebook <= 2**15 else torch.int32
+    shape = (rows, steps, count)
+    codes = (torch.empty(shape, dtype=small, device=device) for _ in range(2))
+    return (*codes, torch.empty(shape, dtype=torch.float32, device=device))
+
+
+def temperatures(settings: LoopSettings) -> list[float]:
+    """The re-masking temperature of each step. Published: it decays as a product."""
+    temperature, of_step = settings.temperature, []
+    for step in range(settings.steps):
+        temperature *= 1.0 - (step + 1) / settings.steps
+        of_step.append(temperature)
+    return of_step
 
 
 def wanted_masks(schedule: str, steps: int, count: int) -> Tensor:

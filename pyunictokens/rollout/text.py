@@ -1,10 +1,10 @@
 """Answers token by token: all rows of all prompts decoded together over cached prompts, leaving as they end.
 
-Prompts of different lengths share every matrix product; only attention is taken per length, so it needs no mask
-(DESIGN, lever 9). Noise is keyed by (seed, sample id, token number), so an answer is the same in any batch. It takes
-prompts that models/cached.py has computed; it does not know questions, images or tokenizers.
+Prompts of different lengths share every matrix product; a prompt's keys and values are read by all its rows where they
+lie (DESIGN, lever 9). Noise is keyed by (seed, sample id, token number), so an answer is the same in any batch. It
+takes prompts that models/cached.py has computed; it does not know questions, images or tokenizers.
 
-Shape suffixes: B rows, L answer tokens, D width, V vocabulary, H heads, E head width.
+Shape suffixes: B rows, L answer tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
 from ..models import PromptKV, Showo
 from ..models.attention import DecodeAttention
-from .images import exact
+from ..models.vocabulary import TextVocabulary
+from .capture import CapturedSteps
 
 PADDING = -1
+
+WORTH_A_CAPTURE = 16
+"""Tokens from which on a captured step earns back its warm-up on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -38,92 +41,127 @@ class TextSettings:
     backend: str | None = None
 
 
-class DecodeByLength:
-    """Attention strategy for rows whose prompts differ in length: one `DecodeAttention` for each length.
+class AnswerStep:
+    """One token of every row: drawn, written down, and fed back. A call waits for nothing and has static shapes.
 
-    Rows must be sorted by prompt length, so that every group is a slice.
+    All state is in tensors that stay where they are, so a call can be captured and repeated until `keep_going` is 0:
+    then every row has ended, or no room is left. While it is 0 a call changes nothing that matters. With
+    ``sliced=True`` the host runs every step: attention is cut at the last position, and rows that ended may leave
+    (:meth:`keep`).
     """
 
-    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], max_new: int):
-        lengths = [prompts.lengths[prompt] for prompt in prompt_of_row]
-        if lengths != sorted(lengths):
-            raise ValueError("rows must be sorted by the length of their prompts")
-        self._groups: list[tuple[int, DecodeAttention]] = []
-        for length in dict.fromkeys(lengths):
-            rows = [prompt for prompt, its in zip(prompt_of_row, lengths, strict=True) if its == length]
-            self._groups.append((len(rows), DecodeAttention(prompts, rows, max_new)))
+    def __init__(
+        self,
+        model: Showo,
+        vocabulary: TextVocabulary,
+        prompts: PromptKV,
+        last_hidden: Tensor,
+        prompt_of_row: Sequence[int],
+        concept_of_row: Sequence[int],
+        sample_ids: Sequence[int],
+        settings: TextSettings,
+        sliced: bool = True,
+    ):
+        self.model, self.vocabulary, self.settings = model, vocabulary, settings
+        rows, device = len(prompt_of_row), last_hidden.device
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if len(self._groups) == 1:
-            return self._groups[0][1](layer, q, k, v)
-        parts, start = [], 0
-        for rows, attend in self._groups:
-            part = slice(start, start + rows)
-            parts.append(attend(layer, q[part], k[part], v[part]))
-            start += rows
-        return torch.cat(parts)
+        def ints(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
 
-    def keep(self, kept: list[bool]) -> None:
-        """Drop the rows whose flag is False."""
-        groups, start = [], 0
-        for rows, attend in self._groups:
-            places = [place for place in range(rows) if kept[start + place]]
-            if places and len(places) < rows:
-                attend.keep_rows(torch.tensor(places))
-            if places:
-                groups.append((len(places), attend))
-            start += rows
-        self._groups = groups
+        self._attend = DecodeAttention(prompts, prompt_of_row, settings.max_new_tokens, sliced)
+        self._hidden = last_hidden[ints(prompt_of_row)]
+        self._position = ints([prompts.next_position[prompt] for prompt in prompt_of_row])
+        self._sample_ids, self._concept, self._row = ints(sample_ids), ints(concept_of_row), ints(range(rows))
+        self._step = ints([0])
+        self._drawn = ints([0] * rows)
+        self.tokens = torch.full((rows, settings.max_new_tokens), PADDING, device=device)
+        """int64 [B, L], −1 past the end."""
+        self.logp = torch.zeros(rows, settings.max_new_tokens, device=device)
+        """float32 [B, L], 0 past the end."""
+        self.alive = torch.ones(rows, dtype=torch.bool, device=device)
+        """bool: rows that are still here and have not ended."""
+        self.keep_going = torch.ones(1, dtype=torch.int32, device=device)
 
-    def advance(self) -> None:
-        """The position just written becomes part of the past."""
-        for _, attend in self._groups:
-            attend.advance()
+    def __call__(self) -> None:
+        self.draw()
+        self.feed()
+
+    def draw(self) -> None:
+        """Draw and write down the next token of every row that has not ended."""
+        settings, step = self.settings, self._step.expand(len(self._row))
+        drawn, chance = ops.sample_categorical(
+            self.vocabulary.logits(self._hidden, self._concept),
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            seed=settings.seed,
+            sample_ids=self._sample_ids,
+            step=step,
+            backend=settings.backend,
+        )
+        going, place = self.keep_going != 0, (self._row, step)
+        on = self.alive & going
+        self.tokens[place] = torch.where(on, drawn, self.tokens[place])
+        self.logp[place] = torch.where(on, chance.to(self.logp.dtype), self.logp[place])
+        self._drawn.copy_(drawn)
+        self.alive &= ~(on & (drawn == settings.end_id))
+        self.keep_going.copy_(going & self.alive.any() & (self._step + 1 < settings.max_new_tokens))
+
+    def feed(self) -> None:
+        """Take the hidden states after the tokens just drawn, unless that was the end."""
+        x = self.vocabulary.embed(self._drawn, self._concept)[:, None]
+        after = self.model.encode(x, (self._position + self._step)[:, None], self._attend)[:, 0]
+        going = self.keep_going.to(torch.int64)
+        self._hidden.copy_(torch.where(going != 0, after, self._hidden))
+        self._attend.advance(going)
+        self._step += going
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with the rows of these indices, in ascending order, and no others."""
+        kept = torch.tensor(rows, device=self._row.device)
+        self._attend.keep_rows(rows)
+        self._hidden, self._position, self._drawn = self._hidden[kept], self._position[kept], self._drawn[kept]
+        self._sample_ids, self._concept, self._row = self._sample_ids[kept], self._concept[kept], self._row[kept]
+        self.alive = self.alive[kept]
+
+
+def _by_the_host(step: AnswerStep) -> None:
+    while True:
+        step.draw()
+        if not int(step.keep_going):
+            break
+        alive = step.alive.tolist()
+        if not all(alive):
+            step.keep([row for row, its in enumerate(alive) if its])
+        step.feed()
 
 
 def decode(
     model: Showo,
+    vocabulary: TextVocabulary,
     prompts: PromptKV,
     last_hidden: Tensor,
     prompt_of_row: Sequence[int],
+    concept_of_row: Sequence[int],
     sample_ids: Sequence[int],
     settings: TextSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens int64 [B, L] with −1 after the end token, logp float32 [B, L] with 0 there, lengths int64 [B]).
 
-    `last_hidden` [P, D] is each prompt's state before its first answer token.
+    `last_hidden` [P, D] is each prompt's state before its first answer token; `concept_of_row` counts the concepts of
+    `vocabulary`.
     """
-    order = sorted(range(len(prompt_of_row)), key=lambda row: (prompts.lengths[prompt_of_row[row]], row))
-    alive = list(order)
-    device = last_hidden.device
-    weight, bias = (exact(part.detach()) for part in model.text_head())
-    tokens = torch.full((len(order), settings.max_new_tokens), PADDING, device=device)
-    logp = torch.zeros(len(order), settings.max_new_tokens, device=device)
-    attend = DecodeByLength(prompts, [prompt_of_row[row] for row in order], settings.max_new_tokens)
-    hidden = last_hidden[[prompt_of_row[row] for row in order]]
-    for step in range(settings.max_new_tokens):
-        rows = torch.tensor(alive, device=device)
-        samples = torch.tensor([sample_ids[row] for row in alive], device=device)
-        drawn, chance = ops.sample_categorical(
-            F.linear(exact(hidden), weight, bias),
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            seed=settings.seed,
-            sample_ids=samples,
-            step=step,
-            backend=settings.backend,
-        )
-        tokens[rows, step], logp[rows, step] = drawn, chance.to(logp.dtype)
-        goes_on = (drawn != settings.end_id).tolist()
-        if step + 1 == settings.max_new_tokens or not any(goes_on):
-            break
-        if not all(goes_on):
-            attend.keep(goes_on)
-            alive = [row for row, flag in zip(alive, goes_on, strict=True) if flag]
-            drawn = drawn[torch.tensor(goes_on, device=device)]
-        positions = torch.tensor([[prompts.next_position[prompt_of_row[row]] + step] for row in alive], device=device)
-        hidden = model.encode(model.embed(drawn[:, None]), positions, attend)[:, 0]
-        attend.advance()
+    order = sorted(range(len(prompt_of_row)), key=lambda row: (prompt_of_row[row], row))
+    prompt, concept, ids = ([its[row] for row in order] for its in (prompt_of_row, concept_of_row, sample_ids))
+    captured = last_hidden.is_cuda and settings.max_new_tokens >= WORTH_A_CAPTURE
+    step = AnswerStep(model, vocabulary, prompts, last_hidden, prompt, concept, ids, settings, sliced=not captured)
+    if captured:
+        steps = CapturedSteps(step, step.keep_going)
+        steps.run(settings.max_new_tokens)
+        steps.close()
+    else:
+        _by_the_host(step)
+    back = torch.tensor(order, device=last_hidden.device).argsort()
+    tokens, logp = step.tokens[back], step.logp[back]
     lengths = (tokens != PADDING).sum(1)
     longest = int(lengths.max())
     return tokens[:, :longest].clone(), logp[:, :longest].clone(), lengths

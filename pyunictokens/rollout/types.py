@@ -35,6 +35,8 @@ class DsogReport:
     """int64 [R]: how many candidates this row's place had started before the one it ended with."""
     preview_codes: Tensor
     """int [R, N]: the codes the preview was decoded from."""
+    row_steps: int = 0
+    """Steps that candidates of this process took, those that were rejected included."""
     errors: list[str] = field(default_factory=list)
     """One line for each scorer call that raised, or returned something that is not one number a preview."""
 
@@ -72,9 +74,21 @@ class ImageRollout:
     """Codes in height and width."""
     max_text: int
     dsog: DsogReport | None = None
+    concepts: list[str | None] = field(default_factory=list)
+    """The resident concept each prompt's ids belong to; None for the model as it is."""
 
     def __len__(self) -> int:
         return self.codes.shape[0]
+
+
+class RolloutInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `generate_images`. `rollout` holds the rows that were finished, and may have none."""
+
+    def __init__(self, rollout: ImageRollout, rows: list[int]):
+        super().__init__(f"stopped with {len(rows)} finished images")
+        self.rollout = rollout
+        self.rows = rows
+        """Which rows of the whole call they are."""
 
 
 @dataclass
@@ -101,6 +115,8 @@ class TextRollout:
     seed: int
     temperature: float
     top_k: int
+    concepts: list[str | None] = field(default_factory=list)
+    """The resident concept each question's ids belong to; None for the model as it is."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

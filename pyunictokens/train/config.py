@@ -235,12 +235,16 @@ class GrpoConfig:
     """Adapters, used when `trainable` is lora."""
     dsog: DsogConfig = field(default_factory=DsogConfig)
     """Previews and their threshold."""
+    timestep_fraction: float = 1.0
+    """Part of an image's timesteps that the update looks at, drawn anew each step; those taken count the more."""
     micro_rows: int = 4
-    """Rollouts in one piece of the update; memory grows with micro_rows · micro_timesteps, never with T."""
+    """Rollouts in one piece of the update; memory grows with micro_rows · micro_timesteps, never with T. 0 takes what
+    fits."""
     micro_timesteps: int = 1
-    """Timesteps in one piece of the update."""
+    """Timesteps in one piece of the update; 0 takes what fits."""
     checkpoint_layers: bool = False
-    """Recompute layers in the backward pass instead of keeping their activations."""
+    """Recompute all layers in the backward pass instead of keeping their activations. Where a size above is 0, some are
+    recomputed when memory is short."""
     checkpoint_every: int = 10
     """Steps between checkpoints; 0 writes one at the end only."""
     keep_last: int = 2
@@ -253,7 +257,7 @@ class GrpoConfig:
     """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
     expert_timeout: float = 0.0
     """Seconds that the experts may take for a group before the run ends with an error; 0 waits for ever."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the transformer; sums, softmax, loss and optimiser stay in float32."""
     seed: int = 0
     """Seed of every draw of the run: questions, answers, images."""
@@ -264,8 +268,10 @@ class GrpoConfig:
         if not self.guidance_scale >= 0:
             raise UserError(f"guidance_scale={self.guidance_scale}: must be ≥ 0 (0 turns guidance off)")
         _at_least(1, steps=self.steps, timesteps=self.timesteps, inner_updates=self.inner_updates)
-        _at_least(1, max_new_tokens=self.max_new_tokens, micro_rows=self.micro_rows, keep_last=self.keep_last)
-        _at_least(1, micro_timesteps=self.micro_timesteps, max_bad_steps=self.max_bad_steps)
+        _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
+        _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
+        _above(0, timestep_fraction=self.timestep_fraction)
+        _within(0, 1, timestep_fraction=self.timestep_fraction)
         _above(0, lr=self.lr, max_grad_norm=self.max_grad_norm, answer_temperature=self.answer_temperature)
         _at_least(0, warmup=self.warmup, weight_decay=self.weight_decay, beta=self.beta, temperature=self.temperature)
         _at_least(0, alpha_answer=self.alpha_answer, alpha_image=self.alpha_image, top_k=self.top_k)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import profiling
 from ..models import ConceptTokens, prompting
 from ..rewards.base import RewardBatch, plain_text
 from ..rollout.dsog import Dsog, DsogThreshold
@@ -98,20 +99,17 @@ class Collector:
         if self._hung is not None:
             raise self._hung
         assert images.pixels is not None
-        score = ask(
-            "scoring by the experts",
-            self.rewards.score,
-            RewardBatch(
-                images=images.pixels.float().clamp(-1, 1),
-                prompts=plain,
-                answers=[plain_text(text, self.data.class_word) for text in texts],
-                facts=[plain_text(fact, self.data.class_word) for fact in task.facts],
-                correct=task.correct,
-                references=self.references.to(images.pixels.device),
-                kind=self.data.kind,
-            ),
-            seconds=config.expert_timeout,
+        batch = RewardBatch(
+            images=images.pixels.float().clamp(-1, 1),
+            prompts=plain,
+            answers=[plain_text(text, self.data.class_word) for text in texts],
+            facts=[plain_text(fact, self.data.class_word) for fact in task.facts],
+            correct=task.correct,
+            references=self.references.to(images.pixels.device),
+            kind=self.data.kind,
         )
+        with profiling.phase("rewards"):
+            score = ask("scoring by the experts", self.rewards.score, batch, seconds=config.expert_timeout)
         total = score.total.float()
         return Experience(
             task, answers, texts, images, prompts, total, score.parts, score.no_face, total - total.mean()

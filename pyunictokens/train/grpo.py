@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .. import cost, profiling
 from ..errors import UserError
 from ..models import ConceptTokens, MagvitV2, Showo, TextTokenizer
 from ..rollout.dsog import DsogThreshold
@@ -33,9 +34,21 @@ from .policy import Policy
 from .settings import save_yaml, to_mapping
 from .state import RunFolder, identity, random_state, restore_random_state
 from .tasks import TaskSampler
-from .update import LossSettings, UpdateStats, answer_logprobs, image_logprobs, streamed_backward
+from .update import (
+    ImageTrajectories,
+    LossSettings,
+    PieceSizes,
+    UpdateStats,
+    answer_logprobs,
+    image_logprobs,
+    some_timesteps,
+    streamed_backward,
+)
 
 log = logging.getLogger(__name__)
+
+PHASES = "phases.json"
+"""Where the time of the run's last session went (profiling.py)."""
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called after every step: (phase, steps done, steps wanted, numbers of this step)."""
@@ -100,7 +113,10 @@ def train_grpo(
         try:
             if resume:
                 run.restore()
-            return run.train(progress, stop)
+            with profiling.Recorder(model.device) as recorder:
+                result = run.train(progress, stop)
+            profiling.Recorder.save(out / PHASES, recorder.report(model.dtype))
+            return result
         finally:
             run.optimiser.release()
 
@@ -162,6 +178,7 @@ class _Run:
             config.micro_rows,
             config.micro_timesteps,
         )
+        self.sizes = PieceSizes()
         self.step = self.skipped = self.bad = 0
         self.recent: list[float] = []
 
@@ -174,6 +191,7 @@ class _Run:
                 values = self._one_step()
                 metrics.write(values)
                 self.step += 1
+                profiling.step_done()
                 self.recent.append(values["reward_mean"])
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
                 stopping = stop() and self.step < config.steps
@@ -218,6 +236,7 @@ class _Run:
             "entropy": stats.entropy,
             "grad_norm": norm,
             "lr": rate,
+            "packed_rows": stats.packed_rows,
             **facts,
             "skipped": problem or None,
             "seconds": round(time.perf_counter() - started, 3),
@@ -227,25 +246,43 @@ class _Run:
         """Optimiser steps on one group: (what was not finite, statistics of the first, gradient's length)."""
         config = self.config
         images, answers = trajectories(experience, self.engine, config.token_scope)
+        images = some_timesteps(images, config.timestep_fraction, (config.seed << 32) + self.step)
         if config.beta > 0:
-            with self.policy.reference():
+            with profiling.phase("reference"), self.policy.reference():
                 if config.alpha_image > 0:
-                    images.ref_logp_RTN = image_logprobs(self.model, images, config.micro_rows, config.micro_timesteps)
+                    images.ref_logp_RTN = image_logprobs(
+                        self.model, images, config.micro_rows, config.micro_timesteps, self.sizes
+                    )
                 if config.alpha_answer > 0 and answers is not None:
                     answers.ref_logp_RL = answer_logprobs(self.model, answers)
+            profiling.count("reference", lambda: self._image_flops(images, update=False))
         first, norm = UpdateStats(), math.nan
         for inner in range(config.inner_updates):
             self.optimiser.zero_grad()
-            stats = streamed_backward(self.model, experience.advantages, self.settings, images, answers)
+            with profiling.phase("update"):
+                stats = streamed_backward(self.model, experience.advantages, self.settings, images, answers, self.sizes)
+            profiling.count("update", lambda: self._image_flops(images, update=True))
             first = stats if inner == 0 else first
             problem = "" if math.isfinite(stats.loss) else f"loss {stats.loss}"
             if not problem:
-                norm = self.optimiser.step(rate)
+                with profiling.phase("optimiser"):
+                    norm = self.optimiser.step(rate)
                 problem = "" if math.isfinite(norm) else f"gradient of length {norm}"
             self.optimiser.zero_grad()
             if problem:
                 return problem, stats, norm
         return "", first, norm
+
+    def _image_flops(self, images: ImageTrajectories, update: bool) -> float:
+        """Operations of the image tokens' part, beside which answers hardly count; recomputed layers left out."""
+        if self.config.alpha_image == 0:
+            return 0.0
+        rows, steps, count = images.inputs_RTN.shape
+        sizes = (self.model.config, rows, steps, max(len(prompt) for prompt in images.prompts), count)
+        guided = images.guidance_scale > 0
+        if not update:
+            return cost.reference(*sizes, guided=guided).flops
+        return cost.update(*sizes, guided=guided, trainable=self.config.trainable).flops
 
     def _count(self, problem: str) -> None:
         if not problem:

@@ -30,6 +30,11 @@ class Leaves:
         """The tensors in their own precision, for one piece."""
         return [total.to(live.dtype) for live, total in zip(self._live, self._sums, strict=True)]
 
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Where the gradients of the pieces add up."""
+        return [total for live, total in zip(self._live, self._sums, strict=True) if live.requires_grad]
+
     def backward(self) -> None:
         pairs = [
             (live, total.grad.to(live.dtype))
@@ -54,6 +59,11 @@ class PromptLeaves:
         count, layers = len(self._prompts), self._layers
         rows = [flat[start * layers : (start + 1) * layers] for start in range(2 * count)]
         return PromptKV(rows[:count], rows[count:], self._prompts.next_position), flat[2 * count * layers :]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Where the gradients of the pieces add up."""
+        return self._leaves.leaves
 
     def backward(self) -> None:
         self._leaves.backward()

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.images import black_image, load_pixels
 from ..errors import UserError
 from ..models import MagvitV2, PromptKV, Showo
-from ..models.attention import FullAttention
+from ..models.attention import FullAttention, Recorded
 from ..models.prompting import SpecialIds
 
 
@@ -86,11 +86,10 @@ class Pictures:
         ids, codes = SpecialIds.of(self.model), self.codes(path)
         ends = self.model.embed(torch.tensor([ids.mmu, ids.soi, ids.eoi], device=codes.device))
         x = torch.cat([ends[:2], self.model.embed_codes(codes), ends[2:]])[None]
-        attend = FullAttention(None, record=True)
+        attend = Recorded(FullAttention(None))
         self.model.encode(x, torch.arange(x.shape[1], device=x.device), attend)
-        keys, values = ([layer[0] for layer in part] for part in (attend.keys, attend.values))
-        kept = PromptKV([keys], [values], [x.shape[1]])
-        size = sum(tensor.numel() * tensor.element_size() for tensor in keys + values)
+        kept = attend.prompts(x.shape[1])
+        size = sum(tensor.numel() * tensor.element_size() for tensor in attend.keys + attend.values)
         if size <= self._limit:
             self._prefixes[path] = kept
             while len(self._prefixes) * size > self._limit:

@@ -14,8 +14,8 @@ Shape suffixes: R rollouts, T timesteps, N image codes, L answer tokens, D width
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .. import ops
 from ..models import PromptKV, Showo, answer_hidden, image_hidden, prefill_mmu, prefill_t2i
 from ..ops.objectives import token_mask as token_mask
 from .heads import Leaves, PromptLeaves, text_logprob, text_parts
+from .pieces import Pieces, add_gradients, learning
 
 
 @dataclass
@@ -44,6 +45,8 @@ class ImageTrajectories:
     ref_logp_RTN: Tensor | None = None
     mask_RTN: Tensor | None = None
     """Tokens that count; None counts all."""
+    weight: float = 1.0
+    """What each token's term counts for: above 1 where timesteps were left out (:func:`some_timesteps`)."""
 
     def __len__(self) -> int:
         return self.inputs_RTN.shape[0]
@@ -80,7 +83,9 @@ class LossSettings:
     alpha_answer: float = 0.4
     alpha_image: float = 0.6
     micro_rows: int = 4
+    """Rollouts in one piece; 0 takes what the memory at hand allows."""
     micro_timesteps: int = 1
+    """Timesteps in one piece; 0 takes what the memory at hand allows."""
 
 
 @dataclass
@@ -97,6 +102,20 @@ class UpdateStats:
     entropy: float = 0.0
     """Of the image tokens' distributions, in nats."""
     tokens: int = 0
+    pieces: int = 0
+    """Pieces of the image tokens' part."""
+    packed_rows: int = 0
+    """Packed (rollout, timestep) rows of its largest piece."""
+
+
+@dataclass
+class PieceSizes:
+    """Sizes of pieces by kind of work, kept from update to update: found out once, shrunk where memory ran out."""
+
+    images: Pieces | None = None
+    answers: Pieces | None = None
+    scoring: Pieces | None = None
+    """Of log-probs without gradients."""
 
 
 @dataclass
@@ -106,6 +125,8 @@ class _Tally:
     weighted: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
     ratio_max: list[Tensor] = field(default_factory=list)
+    pieces: int = 0
+    packed_rows: int = 0
 
     def add(self, stats: ops.GrpoStats, count: Tensor) -> None:
         for name in ("kl", "clip_fraction", "ratio_mean", "entropy"):
@@ -125,17 +146,20 @@ def streamed_backward(
     settings: LossSettings,
     images: ImageTrajectories | None = None,
     answers: AnswerTrajectories | None = None,
+    sizes: PieceSizes | None = None,
 ) -> UpdateStats:
     """Add the gradient of the whole objective to every parameter that learns; returns its value and statistics.
 
-    Gradients are not cleared first. Peak memory grows with micro_rows · micro_timesteps, not with T.
+    Gradients are not cleared first. Peak memory grows with micro_rows · micro_timesteps, not with T; a piece that does
+    not fit is halved (`sizes` remembers). Raises UserError when one rollout at one timestep does not fit.
     """
+    sizes = PieceSizes() if sizes is None else sizes
     tally, loss_image, loss_answer = _Tally(), torch.zeros(()), torch.zeros(())
     with torch.enable_grad():
         if answers is not None and settings.alpha_answer > 0:
-            loss_answer = _answers_backward(model, advantages_R, settings, answers, tally)
+            loss_answer = _answers_backward(model, advantages_R, settings, answers, tally, sizes)
         if images is not None and settings.alpha_image > 0:
-            loss_image = _images_backward(model, advantages_R, settings, images, tally)
+            loss_image = _images_backward(model, advantages_R, settings, images, tally, sizes)
     return UpdateStats(
         loss=float(loss_image) + float(loss_answer),
         loss_answer=float(loss_answer),
@@ -146,17 +170,51 @@ def streamed_backward(
         ratio_max=float(torch.stack(tally.ratio_max).max()) if tally.ratio_max else 0.0,
         entropy=tally.mean("entropy"),
         tokens=int(tally.counts.get("kl", torch.zeros(()))),
+        pieces=tally.pieces,
+        packed_rows=tally.packed_rows,
     )
 
 
 # --- images --------------------------------------------------------------------------------------------------------
 
 
-def _pieces(images: ImageTrajectories, rows: int, timesteps: int) -> Iterator[tuple[slice, slice]]:
-    total, steps = images.inputs_RTN.shape[:2]
-    for row in range(0, total, rows):
-        for step in range(0, steps, timesteps):
-            yield slice(row, min(row + rows, total)), slice(step, min(step + timesteps, steps))
+def some_timesteps(images: ImageTrajectories, fraction: float, seed: int) -> ImageTrajectories:
+    """`images` with a random part of their timesteps, the same for all rollouts, at least one.
+
+    Each of the kept ones counts T / kept times, so that loss and gradient are right on average. The choice follows from
+    `seed` alone. Draw before reference log-probs are taken: they are then taken for the kept ones only.
+    """
+    steps = images.inputs_RTN.shape[1]
+    kept = max(1, round(fraction * steps))
+    if kept >= steps:
+        return images
+    order = torch.randperm(steps, generator=torch.Generator().manual_seed(seed % 2**63))[:kept].sort().values
+
+    def part(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[:, order.to(tensor.device)]
+
+    return replace(
+        images,
+        inputs_RTN=images.inputs_RTN[:, order.to(images.inputs_RTN.device)],
+        chosen_RTN=images.chosen_RTN[:, order.to(images.chosen_RTN.device)],
+        old_logp_RTN=images.old_logp_RTN[:, order.to(images.old_logp_RTN.device)],
+        ref_logp_RTN=part(images.ref_logp_RTN),
+        mask_RTN=part(images.mask_RTN),
+        weight=images.weight * steps / kept,
+    )
+
+
+def _sizes_for(model: Showo, images: ImageTrajectories, rows: int, timesteps: int, learn: bool) -> Pieces:
+    longest = max(len(prompt) for prompt in (*images.prompts, images.empty_prompt))
+    return Pieces.choose(
+        model,
+        rows,
+        timesteps,
+        prompt=longest,
+        count=images.inputs_RTN.shape[2],
+        guided=images.guidance_scale > 0,
+        learn=learn,
+    )
 
 
 def _image_prompts(model: Showo, images: ImageTrajectories) -> PromptKV:
@@ -197,12 +255,19 @@ def only_rows_learn(model: Showo) -> bool:
 
 
 def _images_backward(
-    model: Showo, advantages: Tensor, settings: LossSettings, images: ImageTrajectories, tally: _Tally
+    model: Showo,
+    advantages: Tensor,
+    settings: LossSettings,
+    images: ImageTrajectories,
+    tally: _Tally,
+    sizes: PieceSizes,
 ) -> Tensor:
     prompts = _image_prompts(model, images)
     shared, head = PromptLeaves(prompts), Leaves(*model.image_head())
+    params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
     total = torch.zeros((), device=model.device)
-    for rows, steps in _pieces(images, settings.micro_rows, settings.micro_timesteps):
+
+    def piece(rows: slice, steps: slice) -> None:
         hidden, uncond = _piece_hidden(model, images, shared()[0], rows, steps)
         weight, bias = head()
         target = images.chosen_RTN[rows, steps].to(model.device, torch.int64)
@@ -217,46 +282,65 @@ def _images_backward(
             bias,
             hidden_uncond=uncond,
             guidance_scale=images.guidance_scale,
-            alpha=settings.alpha_image,
+            alpha=settings.alpha_image * images.weight,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             beta=settings.beta if images.ref_logp_RTN is not None else 0.0,
             mask=mask,
         )
         loss = loss * (target.shape[0] / len(images))  # the op divides by its own rows, the objective by all
-        if loss.requires_grad:
-            loss.backward()
-        total += loss.detach()
+        add_gradients(loss, params, sums)
+        total.add_(loss.detach())
         counted = torch.tensor(float(target.numel())) if mask is None else mask.sum().float()
         tally.add(stats, counted.to(model.device))
+        tally.packed_rows = max(tally.packed_rows, target.shape[0] * target.shape[1])
+
+    if sizes.images is None:
+        sizes.images = _sizes_for(model, images, settings.micro_rows, settings.micro_timesteps, learn=True)
+    rollouts, timesteps = images.inputs_RTN.shape[:2]
+    tally.pieces = sizes.images.run(rollouts, timesteps, piece, model.device)
     shared.backward()
     head.backward()
     return total
 
 
 @torch.no_grad()
-def image_logprobs(model: Showo, images: ImageTrajectories, micro_rows: int = 4, micro_timesteps: int = 1) -> Tensor:
-    """log p of every chosen code under the model as it is, fp32 [R, T, N]; 0 outside the mask."""
+def image_logprobs(
+    model: Showo,
+    images: ImageTrajectories,
+    micro_rows: int = 4,
+    micro_timesteps: int = 1,
+    sizes: PieceSizes | None = None,
+) -> Tensor:
+    """log p of every chosen code under the model as it is, fp32 [R, T, N]; 0 outside the mask.
+
+    Sizes of pieces as in :func:`streamed_backward`, with four times the timesteps: without a graph, a piece is light.
+    """
+    sizes = PieceSizes() if sizes is None else sizes
     prompts = _image_prompts(model, images)
     weight, bias = model.image_head()
     logp = torch.zeros(images.inputs_RTN.shape, device=model.device)
-    for rows, steps in _pieces(images, micro_rows, 4 * micro_timesteps):  # without a graph, a piece is light
+
+    def piece(rows: slice, steps: slice) -> None:
         hidden, uncond = _piece_hidden(model, images, prompts, rows, steps)
         target = images.chosen_RTN[rows, steps].to(model.device, torch.int64)
         kept = torch.ones_like(target, dtype=torch.bool)
         if images.mask_RTN is not None:
             kept = images.mask_RTN[rows, steps].to(model.device)
-        logp[rows, steps] = logp[rows, steps].masked_scatter(
-            kept,
-            ops.selected_logprob(
-                hidden[kept],
-                weight,
-                target[kept],
-                bias,
-                hidden_uncond=None if uncond is None else uncond[kept],
-                guidance_scale=images.guidance_scale,
-            ).float(),
+        found = ops.selected_logprob(
+            hidden[kept],
+            weight,
+            target[kept],
+            bias,
+            hidden_uncond=None if uncond is None else uncond[kept],
+            guidance_scale=images.guidance_scale,
         )
+        logp[rows, steps] = logp[rows, steps].masked_scatter(kept, found.float())
+
+    if sizes.scoring is None:
+        sizes.scoring = _sizes_for(model, images, micro_rows, 4 * micro_timesteps, learn=False)
+    rollouts, timesteps = images.inputs_RTN.shape[:2]
+    sizes.scoring.run(rollouts, timesteps, piece, model.device)
     return logp
 
 
@@ -276,13 +360,19 @@ def _answer_prefix(model: Showo, answers: AnswerTrajectories) -> tuple[PromptKV,
 
 
 def _answers_backward(
-    model: Showo, advantages: Tensor, settings: LossSettings, answers: AnswerTrajectories, tally: _Tally
+    model: Showo,
+    advantages: Tensor,
+    settings: LossSettings,
+    answers: AnswerTrajectories,
+    tally: _Tally,
+    sizes: PieceSizes,
 ) -> Tensor:
     prompts, last = _answer_prefix(model, answers)
     shared, head = PromptLeaves(prompts, last), Leaves(*text_parts(model))
+    params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
     total = torch.zeros((), device=model.device)
-    for start in range(0, len(answers), settings.micro_rows):
-        rows = slice(start, min(start + settings.micro_rows, len(answers)))
+
+    def piece(rows: slice, _: slice) -> None:
         mask = answers.mask_RL[rows].to(model.device)
         cut, (cut_last,) = shared()
         logp = _answer_logp(model, answers, cut, cut_last, rows, head())
@@ -298,10 +388,14 @@ def _answers_backward(
             mask=mask,
         )
         loss = loss * (logp.shape[0] / len(answers))
-        if loss.requires_grad:
-            loss.backward()
-        total += loss.detach()
+        add_gradients(loss, params, sums)
+        total.add_(loss.detach())
         tally.add(stats, mask.sum().float())
+
+    if sizes.answers is None:
+        rows = settings.micro_rows or len(answers)  # an answer is short beside an image
+        sizes.answers = Pieces(rows, 1, rows)
+    sizes.answers.run(len(answers), 1, piece, model.device)
     shared.backward()
     head.backward()
     return total

@@ -1,11 +1,15 @@
-"""What generate_images refuses, each with a message that names the value and the way out."""
+"""What generate_images refuses, each with a message that names the value and the way out; memory and Ctrl-C."""
+
+import threading
 
 import pytest
 import torch
 
 from pyunictokens import DsogThreshold, RolloutEngine, ops
 from pyunictokens.errors import UserError
-from pyunictokens.rollout import Dsog
+from pyunictokens.models import image_hidden
+from pyunictokens.rollout import Dsog, RolloutInterrupted
+from pyunictokens.rollout.memory import free_bytes
 
 from .tiny import MAX_TEXT, CodesAsPixels, tiny_engine, tiny_model
 
@@ -107,3 +111,117 @@ def test_log_probs_that_are_not_finite_are_reported_where_the_op_cannot_look(mon
     monkeypatch.setattr("pyunictokens.rollout.images.ops.maskgit_step", blind)
     with pytest.raises(UserError, match="log-probs that are not finite"):
         tiny_engine().generate_images([[1]], steps=2)
+
+
+# --- what happens in the middle of a run ----------------------------------------------------------
+
+
+def test_more_rows_than_memory_are_split_and_said_once(monkeypatch):
+    """A device that holds four rows: the engine finds it out, says so once, and draws the same images."""
+    whole = tiny_engine().generate_images([[1, 2], [3]], samples=3, steps=3)
+    ran, real = [], image_hidden
+
+    def small_device(model, codes, prompts, prompt_of_row):
+        if len(codes) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        ran.append(len(codes))
+        return real(model, codes, prompts, prompt_of_row)
+
+    monkeypatch.setattr("pyunictokens.rollout.images.image_hidden", small_device)
+    engine = tiny_engine()
+    with pytest.warns(UserWarning, match="12 rows need more memory than is free: they are run 6 at a time") as said:
+        split = engine.generate_images([[1, 2], [3]], samples=3, steps=3)
+        engine.generate_images([[1, 2], [3]], samples=3, steps=3)
+    assert len(said) == 1 and max(ran) <= 4
+    assert torch.equal(whole.codes, split.codes) and torch.equal(whole.inputs, split.inputs)
+
+
+def test_rows_are_split_by_what_is_free_before_memory_runs_out(monkeypatch):
+    ran, real = [], image_hidden
+    monkeypatch.setattr(
+        "pyunictokens.rollout.images.image_hidden", lambda m, codes, *a: (ran.append(len(codes)), real(m, codes, *a))[1]
+    )
+    row_bytes = 11 * (10 * 32 + 3 * 48) * 8
+    monkeypatch.setattr("pyunictokens.rollout.memory.free_bytes", lambda device: 2 * 5 * row_bytes)
+    with pytest.warns(UserWarning, match="12 rows need more memory than is free: they are run 5 at a time"):
+        tiny_engine().generate_images([[1, 2], [3]], samples=3, steps=3)
+    assert ran == [3, 5, 5, 2, 5, 5, 2]  # step 0: two prompts and the empty one, each once
+
+
+def test_a_row_that_fits_nowhere_is_an_error_and_other_errors_pass(monkeypatch):
+    def raising(error):
+        def hidden(*_):
+            raise error
+
+        monkeypatch.setattr("pyunictokens.rollout.images.image_hidden", hidden)
+
+    raising(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(UserError, match="one row alone needs more memory"), pytest.warns(UserWarning):
+        tiny_engine().generate_images([[1]], samples=2, steps=2)
+    raising(RuntimeError("no such kernel"))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        tiny_engine().generate_images([[1]], steps=2)
+
+
+def test_free_memory_of_this_machine_is_known():
+    free = free_bytes(torch.device("cpu"))
+    assert free is None or free > 1 << 20
+
+
+def interrupting(monkeypatch, after):
+    """Ctrl-C at the given call of the transformer."""
+    calls, real = [], image_hidden
+
+    def hidden(*arguments):
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr("pyunictokens.rollout.images.image_hidden", hidden)
+
+
+def test_ctrl_c_keeps_the_finished_images(monkeypatch):
+    engine = tiny_engine(max_rows=2)
+    whole = engine.generate_images([[1, 2], [3], [4]], samples=2, steps=4, seed=3)
+    interrupting(monkeypatch, 11)  # two waves of two rows are done, the third is at its third step
+    with pytest.raises(RolloutInterrupted, match="stopped with 4 finished images") as stopped:
+        engine.generate_images([[1, 2], [3], [4]], samples=2, steps=4, seed=3)
+    assert isinstance(stopped.value, KeyboardInterrupt)
+    kept, rows = stopped.value.rollout, stopped.value.rows
+    assert len(rows) == 4
+    assert kept.prompt_index.tolist() == whole.prompt_index[rows].tolist()
+    for name in ("codes", "pixels", "inputs", "chosen", "logp", "sample_ids"):
+        assert torch.equal(getattr(kept, name), getattr(whole, name)[rows])
+
+
+def test_ctrl_c_while_pixels_are_decoded_keeps_the_codes(monkeypatch):
+    engine = tiny_engine()
+    whole = engine.generate_images([[1]], samples=2, steps=3)
+
+    def decode(codes, shape):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.vq, "decode", decode)
+    with pytest.raises(RolloutInterrupted, match="stopped with 2 finished images") as stopped:
+        engine.generate_images([[1]], samples=2, steps=3)
+    assert torch.equal(stopped.value.rollout.codes, whole.codes) and stopped.value.rollout.pixels is None
+
+
+def test_ctrl_c_before_anything_is_finished(monkeypatch):
+    interrupting(monkeypatch, 2)
+    with pytest.raises(RolloutInterrupted, match="stopped with 0 finished images") as stopped:
+        tiny_engine().generate_images([[1]], samples=2, steps=4, dsog=dsog(overlap=True))
+    assert len(stopped.value.rollout) == 0 and stopped.value.rollout.pixels is None
+    assert not any(thread.name.startswith("previews") for thread in threading.enumerate())
+
+
+def test_ctrl_c_in_a_scorer_is_no_failed_preview():
+    threshold = DsogThreshold()
+
+    def scorer(pixels, index):
+        raise KeyboardInterrupt
+
+    with pytest.raises(RolloutInterrupted):
+        tiny_engine().generate_images([[1]], samples=2, steps=4, dsog=Dsog(threshold, scorer))
+    assert threshold.value == 0.5

@@ -1,7 +1,9 @@
-"""DSOG: the threshold rule, the bookkeeping of a group under any pass rate, and real trajectories through refills."""
+"""DSOG: the threshold rule, and real trajectories through previews and refills (test_scheduler.py has the rules)."""
 
 import math
 import random
+import threading
+import time
 import warnings
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import rollout_cases
 from pyunictokens import MASK, DsogThreshold
 from pyunictokens.errors import UserError
 from pyunictokens.rollout import Dsog
-from pyunictokens.rollout.dsog import Candidate, Selection
-from pyunictokens.rollout.images import ImageLoop
+from pyunictokens.rollout.images import EagerSlots
+from pyunictokens.rollout.previews import Previews
 
 from .tiny import tiny_engine, tiny_model
 
@@ -59,49 +62,6 @@ def test_threshold_refuses_what_is_no_rate():
             DsogThreshold(**options)
     with pytest.raises(UserError, match=r"value=2\.0"):
         DsogThreshold().load_state_dict({"value": 2.0, "trend": 0.0})
-
-
-# --- the bookkeeping, without a model -------------------------------------------------------------
-
-
-@settings(max_examples=200)
-@given(
-    kinds=st.lists(st.integers(0, 2), min_size=1, max_size=7),
-    cap=st.integers(1, 6),
-    rate=st.floats(0, 1),
-    seed=st.integers(0, 10**6),
-)
-def test_every_row_ends_with_one_candidate_and_no_more_than_the_cap_are_tried(kinds, cap, rate, seed):
-    dice = random.Random(seed)
-    rows = len(kinds)
-    selection = Selection([10 * row for row in range(rows)], kinds, 0.5, cap * rows)
-    running = [Candidate(row, 10 * row, settled=False) for row in range(rows)]
-    ended, tried, scores = {}, set(), {kind: [] for kind in kinds}
-    while running:
-        candidate = running.pop(dice.randrange(len(running)))
-        assert candidate.sample_id not in tried
-        tried.add(candidate.sample_id)
-        score = dice.choice([dice.uniform(0.5, 1) if dice.random() < rate else dice.uniform(0, 0.5), math.nan])
-        heir = selection.judge(candidate, score, lambda kept=candidate: kept.sample_id)
-        if heir is candidate:
-            ended[candidate.row] = candidate
-        else:
-            scores[kinds[candidate.row]].append(candidate.score)
-            if heir is not None:
-                assert heir.row == candidate.row and heir.step == 0
-                running.append(heir)
-    filled = selection.fill()
-    for candidate, state in filled:
-        assert state == candidate.sample_id  # its own state, saved when it was judged
-        assert candidate.row not in ended
-        ended[candidate.row] = candidate
-    assert sorted(ended) == list(range(rows))
-    assert len({candidate.sample_id for candidate in ended.values()}) == rows
-    assert len(tried) == selection.previewed <= cap * rows
-    assert selection.accepted + selection.filled == rows == len(filled) + selection.accepted
-    for kind, rejected in scores.items():
-        used = sorted(c.score for c, _ in filled if kinds[c.row] == kind)
-        assert used == sorted(rejected)[len(rejected) - len(used) :]  # the best of those rejected
 
 
 # --- through the engine ---------------------------------------------------------------------------
@@ -184,14 +144,97 @@ def test_every_sample_has_exactly_its_steps_and_is_the_one_its_id_draws(
 
 
 def test_the_work_done_is_what_the_report_says(monkeypatch):
-    loops = []
-    original = ImageLoop.run
-    monkeypatch.setattr(ImageLoop, "run", lambda self: (loops.append(self), original(self))[1])
+    stepped = []
+    run = EagerSlots.run
+    monkeypatch.setattr(EagerSlots, "run", lambda self, rows, n: (run(self, rows, n), stepped.append(n * len(rows))))
     for rate in (0.0, 0.3, 1.0):
-        rollout = generate([[1, 2], [3]], Scorer(rate), samples=3, steps=10, max_candidates=3)
-        report = rollout.dsog
+        stepped.clear()
+        report = generate([[1, 2], [3]], Scorer(rate), samples=3, steps=10, max_candidates=3).dsog
         thrown_away = report.previewed - report.accepted - report.filled
-        assert loops[-1].row_steps == 6 * 10 + thrown_away * 2  # the preview is at step 10 // 5
+        assert report.row_steps == sum(stepped) == 6 * 10 + thrown_away * 2  # the preview is at step 10 // 5
+
+
+class ById:
+    """Scores a picture by its codes alone, so that a candidate has one score wherever it is drawn."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, pixels, prompt_index):
+        dice = [random.Random(hash(tuple(p[0].flatten().long().tolist()))) for p in pixels]
+        return torch.tensor([one.uniform(0.5, 1) if one.random() < self.rate else one.uniform(0, 0.5) for one in dice])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rate=st.sampled_from([0.0, 0.2, 0.5, 0.9]),
+    max_rows=st.integers(1, 9),
+    overlap=st.booleans(),
+    by_row=st.booleans(),
+    max_candidates=st.integers(1, 4),
+    preview=st.integers(1, 6),
+)
+def test_who_stays_depends_on_neither_slots_nor_batches_nor_threads(
+    rate, max_rows, overlap, by_row, max_candidates, preview
+):
+    rollouts = []
+    for rows, beside in ((9, False), (max_rows, overlap)):
+        dsog = Dsog(DsogThreshold(), ById(rate), preview, max_candidates, cap_by_row=by_row, overlap=beside)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine = tiny_engine(max_rows=rows)
+            rollouts.append(engine.generate_images([[1, 2], [3], [4, 5]], samples=3, steps=6, seed=5, dsog=dsog))
+    whole, other = rollouts
+    assert torch.equal(whole.sample_ids, other.sample_ids)
+    assert torch.equal(whole.codes, other.codes) and torch.equal(whole.inputs, other.inputs)
+    assert torch.equal(whole.dsog.preview_codes, other.dsog.preview_codes)
+    assert torch.equal(whole.dsog.scores, other.dsog.scores)
+    assert (whole.dsog.accepted, whole.dsog.previewed, whole.dsog.row_steps, whole.dsog.next_threshold) == (
+        other.dsog.accepted,
+        other.dsog.previewed,
+        other.dsog.row_steps,
+        other.dsog.next_threshold,
+    )
+
+
+def test_with_a_cap_for_each_row_a_group_may_be_spread_over_processes():
+    prompts, ids = [[1, 2], [3], [3], [4, 5], [1, 2]], [3, 9, 4, 1, 7]
+
+    def draw(which):
+        dsog = Dsog(DsogThreshold(), ById(0.3), max_candidates=3, cap_by_row=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            chosen, own = [prompts[i] for i in which], [ids[i] for i in which]
+            return tiny_engine().generate_images(chosen, sample_ids=own, steps=5, seed=2, dsog=dsog)
+
+    whole, parts = draw(range(5)), [draw([0, 3]), draw([1]), draw([2, 4])]
+    assert 0 < whole.dsog.filled < 5
+    for part, rows in zip(parts, ([0, 3], [1], [2, 4]), strict=True):
+        assert torch.equal(whole.codes[rows], part.codes) and torch.equal(whole.sample_ids[rows], part.sample_ids)
+    assert whole.dsog.previewed == sum(part.dsog.previewed for part in parts)
+
+
+def test_other_rows_step_while_an_overlapping_scorer_thinks(monkeypatch):
+    """The second call of the scorer returns only after a step of the others that began after it was asked."""
+    taken, asked_at, threads, calls = [], [], set(), []
+    run, begin = EagerSlots.run, Previews.begin
+    monkeypatch.setattr(EagerSlots, "run", lambda self, rows, n: (run(self, rows, n), taken.append(len(rows))))
+    monkeypatch.setattr(Previews, "begin", lambda self, *a: (asked_at.append(len(taken)), begin(self, *a))[1])
+
+    def scorer(pixels, index):
+        threads.add(threading.current_thread().name)
+        calls.append(len(pixels))
+        if len(calls) == 1:
+            return torch.tensor([0.9, 0.1])  # from here on the two slots are at different steps
+        deadline = time.monotonic() + 10
+        while len(calls) == 2 and len(taken) == asked_at[-1]:
+            assert time.monotonic() < deadline, "no step was taken meanwhile"
+        return torch.ones(len(pixels))
+
+    dsog = Dsog(DsogThreshold(), scorer, overlap=True)
+    tiny_engine(max_rows=2).generate_images([[1]], samples=2, steps=10, dsog=dsog)
+    assert calls == [2, 1] and all(name.startswith("previews") for name in threads)
+    assert not any(thread.name.startswith("previews") for thread in threading.enumerate())
 
 
 def test_a_refill_keeps_its_rows_prompt_and_the_others_go_on():
@@ -287,3 +330,10 @@ def test_one_score_of_nan_fails_one_preview_only():
     assert calls == [3, 1]
     assert rollout.dsog.attempts.tolist() == [1, 0, 0]
     assert rollout.dsog.errors == ["1 of 3 scores are not finite"]
+
+
+def test_the_engine_does_the_least_work_for_an_accepted_image():
+    """T = 50, preview at 10, group 9, one preview in four passes: 80 row-steps for each image, within 3 %."""
+    work = rollout_cases.dsog_work(groups=8)
+    assert work["least"] == 80 and abs(work["above_least_percent"]) < 3
+    assert work["images"] == 72 and abs(work["previews"] / 288 - 1) < 0.03

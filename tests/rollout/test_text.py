@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from benchmarks.baselines import showo_plain
 from pyunictokens import RolloutEngine, ops
 from pyunictokens.errors import UserError
-from pyunictokens.models import prefill_mmu, prompting
+from pyunictokens.models import Showo, prefill_mmu, prompting
+from pyunictokens.models.attention import DecodeAttention
 from pyunictokens.models.prompting import SpecialIds
+from pyunictokens.models.vocabulary import TextVocabulary
+from pyunictokens.rollout.text import AnswerStep, TextSettings, decode
 
 from .tiny import MAX_TEXT, CodesAsPixels, tiny_engine, tiny_model
 
@@ -95,6 +98,18 @@ def test_equal_questions_about_one_image_are_computed_once(monkeypatch):
     codes = pictures(1).expand(4, -1)
     rollout = tiny_engine().generate_text(codes, [[1], [2], [1], [1]], samples=2, max_new_tokens=3)
     assert computed == [2] and len(rollout) == 8
+
+
+def test_an_image_is_read_once_for_all_its_questions(monkeypatch):
+    seen, real = [], Showo.encode
+    monkeypatch.setattr(
+        Showo,
+        "encode",
+        lambda self, x, positions, attend: (seen.append(x.shape[:2]), real(self, x, positions, attend))[1],
+    )
+    codes = pictures(2)
+    tiny_engine().generate_text(codes[[0, 0, 1, 0]], [[1], [2, 3], [1], [4, 5]], samples=2, max_new_tokens=1)
+    assert seen == [(2, 12), (2, 2), (2, 3)]  # both images; then questions of one id, of two, each with its sot
 
 
 def test_one_image_serves_many_questions_and_one_question_many_images():
@@ -211,3 +226,38 @@ def test_a_model_of_nan_is_reported():
     model.showo.lm_head.bias[3] = float("nan")
     with pytest.raises(UserError, match="NaN"):
         tiny_engine(model).generate_text(pictures(1), [[1]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_step_of_static_shapes_gives_the_same_answers(mixed):
+    """As a captured step runs: buffers of full length, ended rows still there, called again after the end."""
+    model = ending_model(1)
+    questions = [[1, 2], [5], [6, 7, 8]] if mixed else [[1, 2]] * 3
+    prompts, last = prefill_mmu(model, pictures(3), questions)
+    rows, ids, cut = [0, 0, 0, 1, 2, 2], [5, 9, 2, 0, 1, 7], TextSettings(10, 1.0, 0, 3, END)
+    vocabulary = TextVocabulary(model, [None])
+    tokens, logp, lengths = decode(model, vocabulary, prompts, last, rows, [0] * 6, ids, cut)
+    step = AnswerStep(model, vocabulary, prompts, last, rows, [0] * 6, ids, cut, sliced=False)
+    step.keep_going.zero_()
+    step()  # a warm-up: nothing that matters may change
+    step.keep_going.fill_(1)
+    taken = 0
+    while int(step.keep_going):
+        places = (step.tokens.data_ptr(), step._hidden.data_ptr(), step.alive.data_ptr())
+        step()
+        assert places == (step.tokens.data_ptr(), step._hidden.data_ptr(), step.alive.data_ptr())
+        taken += 1
+    step()
+    assert taken == int(lengths.max()) and len(set(lengths.tolist())) > 1
+    assert torch.equal(step.tokens[:, :taken], tokens) and bool((step.tokens[:, taken:] == -1).all())
+    assert (step.logp[:, :taken] - logp).abs().max() < 1e-6
+
+
+def test_prompts_are_read_where_they_lie():
+    """The decoder's own buffers hold answers alone, however long the prompts are."""
+    model = tiny_model()
+    prompts, _ = prefill_mmu(model, pictures(2), [[1, 2], [3, 4, 5]])
+    attend = DecodeAttention(prompts, [0, 0, 1], max_new=4)
+    assert all(buffer.shape == (3, 2, 4, 16) for buffer in attend._keys + attend._values)
+    with pytest.raises(ValueError, match="rows of one prompt must stand together"):
+        DecodeAttention(prompts, [0, 1, 0], max_new=4)

@@ -14,6 +14,7 @@ import torch
 
 from pyunictokens.errors import UserError
 from pyunictokens.models import ConceptTokens, prompting
+from pyunictokens.profiling import PHASES, PhaseReport
 from pyunictokens.rewards import Ensemble
 from pyunictokens.train import grpo, read_metrics, state, train_grpo
 from pyunictokens.train.experience import Collector, trajectories
@@ -72,6 +73,12 @@ def test_a_run_writes_what_it_says(here: World, tmp_path: Path) -> None:
     assert lines[0]["kl"] < 1e-10 < lines[3]["kl"]
     assert lines[0]["threshold"] == 0.5 and lines[1]["threshold"] != 0.5
     run = tmp_path / "run"
+    report = PhaseReport.load(run / "phases.json")
+    calls = {phase.name: phase.calls for phase in report.phases}
+    assert tuple(calls) == PHASES and calls["update"] == calls["optimiser"] == calls["reference"] == 4
+    assert 0 < sum(phase.seconds for phase in report.phases) < report.seconds
+    counted = {phase.name for phase in report.phases if phase.flops}
+    assert counted == {"prefill", "rollout steps", "previews", "decode", "answers", "reference", "update"}
     assert {file.name for file in (run / "samples").iterdir()} >= {
         f"step_{step}{end}" for step in ("0000", "0002", "0003") for end in ("_preview.png", "_final.png", ".json")
     }

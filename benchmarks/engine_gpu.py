@@ -1,0 +1,436 @@
+"""The rollout engine and a whole GRPO step at the full size of Show-o on one GPU, beside the published loops.
+
+    python -m benchmarks.engine_gpu                        # random weights of 1.45 B, 512², T 50, at most 9 minutes
+    python -m benchmarks.engine_gpu --smoke --device cpu   # every section on tiny shapes: proves that it runs
+
+Weights are random and built on the device: time does not depend on them. Slow sides are timed over a few steps and
+scaled to all, which the report says of each. Sections are saved as they end; one that fails, or for which no time is
+left, is listed with its reason. The report goes to benchmarks/results/engine-<machine>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import showo_plain
+from benchmarks.engine_report import EngineReport, Number
+from benchmarks.ops import clock
+from benchmarks.ops.run import Settings, commit, default_file, machine, versions
+from pyunictokens import MASK, RolloutEngine, cost
+from pyunictokens.errors import UserError
+from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig, prefill_t2i, prompting
+from pyunictokens.rollout import Dsog, DsogThreshold
+from pyunictokens.rollout.capture import GraphPool
+from pyunictokens.rollout.device_step import DeviceLoop, GuidedHidden, StepState, image_head
+from pyunictokens.rollout.images import LoopSettings
+from pyunictokens.rollout.types import ImageRollout, TextRollout
+from pyunictokens.train.optim import Optimiser
+from pyunictokens.train.policy import Policy
+from pyunictokens.train.update import (
+    AnswerTrajectories,
+    ImageTrajectories,
+    LossSettings,
+    PieceSizes,
+    answer_logprobs,
+    image_logprobs,
+    streamed_backward,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured."""
+
+    config: ShowoConfig
+    vq: MagvitConfig
+    grid: tuple[int, int]
+    small_grid: tuple[int, int]
+    group: int = 9
+    steps: int = 50
+    few_steps: int = 4
+    """Steps that the slow sides are timed over."""
+    tokens: int = 100
+    few_tokens: int = 4
+    max_text: int = 128
+    prompt: int = 120
+    question: int = 32
+    guidance: float = 5.0
+    rounds: int = 3
+    grpo_steps: tuple[int, ...] = (10, 50)
+
+    @property
+    def codes(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+FULL = Sizes(ShowoConfig(), MagvitConfig(), (32, 32), (16, 16))
+SMOKE = Sizes(
+    ShowoConfig(
+        vocab_size=200 + 10 + 32 + 1,
+        llm_vocab_size=200,
+        codebook_size=32,
+        num_vq_tokens=16,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=160,
+        bos_token_id=198,
+        eos_token_id=199,
+    ),
+    MagvitConfig(8, (1, 2), (1, 2), (1, 1), (1, 1), 5, 4),
+    (4, 4),
+    (2, 2),
+    group=3,
+    steps=4,
+    few_steps=2,
+    tokens=4,
+    few_tokens=2,
+    max_text=20,
+    prompt=8,
+    question=5,
+    rounds=1,
+    grpo_steps=(2, 4),
+)
+
+
+def random_model(config: ShowoConfig, device: str, dtype: torch.dtype, seed: int = 0) -> Showo:
+    """Random weights of a scale at which half precision stays finite; answers never end by themselves."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = Showo(config).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+        elif "layernorm.weight" not in name:
+            parameter.zero_()
+    model.showo.lm_head.bias[config.eos_token_id] = -1e4
+    return model.to(dtype)
+
+
+class Bench:
+    """One run into one report."""
+
+    def __init__(self, sizes: Sizes, device: str, budget: float, out: Path | None, smoke: bool):
+        self.s, self.device, self.budget, self.start = sizes, device, budget, time.monotonic()
+        self.dtype = torch.bfloat16
+        about = machine(Settings(device=device, smoke=smoke))
+        shown = {"codes": sizes.codes, "T": sizes.steps, "G": sizes.group, "guidance": sizes.guidance}
+        self.report = EngineReport(
+            machine=about,
+            versions=versions(),
+            commit=commit(),
+            command=shlex.join(["python", "-m", "benchmarks.engine_gpu", *sys.argv[1:]]),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            sizes={**shown, "parameters": cost.parameters(sizes.config)},
+        )
+        usual = default_file(about)
+        self.out = out or usual.with_name(usual.name.replace("ops-", "engine-", 1))
+        self.model: Showo | None = None
+        generator = torch.Generator().manual_seed(1)
+        limit = sizes.config.llm_vocab_size - 2
+        self.prompt = torch.randint(0, limit, (sizes.prompt,), generator=generator).tolist()
+        self.question = torch.randint(0, limit, (sizes.question,), generator=generator).tolist()
+
+    # --- taking numbers --------------------------------------------------------------------------------------------
+
+    def all(self) -> EngineReport:
+        """Every section in order of weight; the report is saved after each."""
+        first = clock.ceilings(self.device, self.dtype, self.report.machine.smoke)
+        self.model = random_model(self.s.config, self.device, self.dtype)
+        sections: list[tuple[str, Callable[[], None], float]] = [
+            ("images", self.images, 90),
+            ("images: batched bfloat16", self.batched, 30),
+            ("images: published", self.published_images, 45),
+            ("image", lambda: self.one_image("image", self.s.grid), 30),
+            *[(f"grpo T={steps}", lambda steps=steps: self.grpo(steps), 30 + 2 * steps) for steps in self.s.grpo_steps],
+            ("answers", self.answers, 40),
+            ("small image", lambda: self.one_image("small image", self.s.small_grid), 15),
+        ]
+        for name, section, seconds in sections:
+            left = self.budget - (time.monotonic() - self.start)
+            if left < seconds:
+                self.report.absences[name] = f"{left:.0f} s of {self.budget:.0f} were left, it wants {seconds:.0f}"
+                continue
+            try:
+                section()
+            except (RuntimeError, UserError) as error:  # out of memory and driver errors are RuntimeErrors
+                self.report.absences[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]
+            gc.collect()
+            if self.device != "cpu":
+                torch.cuda.empty_cache()
+            self.report.save(self.out)
+        last = clock.ceilings(self.device, self.dtype, self.report.machine.smoke)
+        self.report.rates = clock.rates(first, last, self.dtype)
+        self.report.save(self.out)
+        return self.report
+
+    def time(self, call: Callable[[], object], rounds: int = 0, warm: bool = True) -> tuple[float, int]:
+        """(median seconds, rounds)."""
+        rounds = rounds or self.s.rounds
+        if warm:
+            call()
+        clock.synchronize(self.device)
+        return statistics.median(clock.seconds(call, self.device) for _ in range(rounds)), rounds
+
+    def peak(self, call: Callable[[], object]) -> int | None:
+        """Most bytes held during `call`; None on a CPU."""
+        if self.device == "cpu":
+            call()
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+    def note(self, number: Number) -> None:
+        self.report.numbers.append(number)
+        print(f"{number.work:12} {number.side:18} {number.rate:10.4g} {number.unit}/s  {number.note}", flush=True)
+
+    # --- images ----------------------------------------------------------------------------------------------------
+
+    def loop(self, rows: int, grid: tuple[int, int], mode: str, pool: GraphPool | None) -> DeviceLoop:
+        """A bucket of `rows` images of one prompt."""
+        assert self.model is not None
+        s, count, ids = self.s, grid[0] * grid[1], prompting.SpecialIds.of(self.model)
+        texts = [prompting.t2i_text(text, ids, s.max_text) for text in (self.prompt, [])]
+        prompts = prefill_t2i(self.model, texts, s.max_text)
+        hidden = GuidedHidden(self.model, prompts, [0] * rows, s.guidance, count)
+        settings = LoopSettings(s.steps, s.guidance, 1.0, "cosine", 0, True, rows)
+        state = StepState.make(rows, count, s.config.codebook_size, settings, self.device)
+        return DeviceLoop(hidden, image_head(self.model), state, 0, mode=mode, pool=pool)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def modes(self, work: str, rows: int, grid: tuple[int, int]) -> None:
+        """The same images by each way to run the steps."""
+        s, count = self.s, grid[0] * grid[1]
+        pool = GraphPool(torch.device("cuda", torch.cuda.current_device())) if self.device != "cpu" else None
+        flops = s.steps * cost.image_step(s.config, rows, s.prompt + 3, count, s.guidance > 0).flops
+        wanted: Tensor | None = None
+        for mode in ("eager", "replay", "loop"):
+            try:
+                loop = self.loop(rows, grid, mode, pool)
+            except UserError as error:
+                self.report.absences[f"{work}: {mode}"] = str(error)
+                continue
+            known = torch.full((rows, count), MASK, device=self.device)
+
+            def draw(loop: DeviceLoop = loop, known: Tensor = known) -> None:
+                loop.state.start(range(rows), known, list(range(rows)), s.steps, urgent=False)
+                loop.run()
+
+            seconds, rounds = self.time(draw)
+            peak = self.peak(draw)
+            assert loop.state.picked is not None
+            wanted = loop.state.picked.clone() if wanted is None else wanted
+            self.report.checks[f"{work}: {mode}"] = float((loop.state.picked == wanted).float().mean())
+            self.note(Number(work, mode, seconds, rounds, rows, "images", flops, peak, loop.steps.report()))
+            loop.close()
+
+    def images(self) -> None:
+        self.modes("images", self.s.group, self.s.grid)
+
+    def one_image(self, work: str, grid: tuple[int, int]) -> None:
+        self.modes(work, 1, grid)
+
+    @torch.no_grad()
+    def plain(self, side: str, model: Showo, rows: int, itemsize: int) -> None:
+        """The published loop, a few steps timed and scaled to all."""
+        s = self.s
+        known = torch.full((rows, s.codes), MASK, device=self.device)
+
+        def draw() -> object:
+            return showo_plain.generate_images(
+                model,
+                [self.prompt] * rows,
+                known,
+                max_text=s.max_text,
+                steps=s.few_steps,
+                guidance_scale=s.guidance,
+            )
+
+        seconds, rounds = self.time(draw)
+        peak = self.peak(draw)
+        flops = s.steps * cost.plain_image_step(s.config, rows, s.max_text, s.codes, s.guidance > 0, itemsize).flops
+        scale = s.steps / s.few_steps
+        note = f"{s.few_steps} steps timed, scaled to {s.steps}"
+        self.note(Number("images", side, seconds * scale, rounds, rows, "images", flops, peak, note))
+
+    def batched(self) -> None:
+        assert self.model is not None
+        self.plain("batched bfloat16", self.model, self.s.group, 2)
+
+    def exact_model(self) -> Showo:
+        return random_model(self.s.config, self.device, torch.float32)
+
+    def published_images(self) -> None:
+        model = self.exact_model()
+        before = torch.backends.cuda.matmul.allow_tf32
+        try:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            self.plain("published", model, 1, 4)
+            if self.device != "cpu":
+                torch.backends.cuda.matmul.allow_tf32 = True
+                self.plain("published, TF32", model, 1, 4)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def answers(self) -> None:
+        assert self.model is not None
+        s = self.s
+        codes = torch.randint(0, s.config.codebook_size, (1, s.codes), device=self.device)
+        engine, context = RolloutEngine(self.model, max_text=s.max_text), s.codes + 3 + s.question
+
+        def ours() -> object:
+            return engine.generate_text(codes, [self.question], samples=s.group, max_new_tokens=s.tokens)
+
+        seconds, rounds = self.time(ours)
+        flops = cost.answers(s.config, s.group, context, s.tokens).flops
+        self.note(Number("answers", "engine", seconds, rounds, s.group * s.tokens, "tokens", flops, self.peak(ours)))
+        model = self.exact_model()
+
+        def plain() -> object:
+            return showo_plain.generate_text(model, codes.cpu(), [self.question], max_new_tokens=s.few_tokens)
+
+        seconds, rounds = self.time(plain)
+        peak = self.peak(plain)
+        note = f"one answer at a time, float32; {s.few_tokens} tokens timed, scaled to {s.group} × {s.tokens}"
+        flops = cost.plain_answers(s.config, s.group, context, s.tokens).flops
+        scale = s.group * s.tokens / s.few_tokens
+        self.note(
+            Number("answers", "published", seconds * scale, rounds, s.group * s.tokens, "tokens", flops, peak, note)
+        )
+
+    # --- a GRPO step -----------------------------------------------------------------------------------------------
+
+    def grpo(self, steps: int) -> None:
+        """Answers, images with previews, reference, update of all weights, optimiser; time by part, peak of it all."""
+        assert self.model is not None
+        s, model, work = self.s, self.model, f"grpo T={steps}"
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            vq = MagvitV2(s.vq).requires_grad_(False).eval()
+            concept = ConceptTokens("bo", s.config.hidden_size, 16, 8)
+        model.attach(concept)
+        engine = RolloutEngine(model, vq, max_text=s.max_text)
+        codes = torch.randint(0, s.config.codebook_size, (1, s.codes), device=self.device)
+        taken: dict[str, float] = {}
+
+        def timed(name: str, call: Callable[[], T]) -> T:
+            box: list[T] = []
+            taken[name] = taken.get(name, 0.0) + clock.seconds(lambda: box.append(call()), self.device)
+            return box[0]
+
+        def score(pixels: Tensor, _: Tensor) -> Tensor:
+            return torch.rand(len(pixels), generator=torch.Generator().manual_seed(len(taken)))
+
+        with tempfile.TemporaryDirectory() as folder:
+            policy = Policy(model, "full", reference_file=Path(folder) / "reference.safetensors")
+            optimiser = Optimiser(policy.named_parameters(), lr=1e-6, max_grad_norm=1.0)
+            sizes, settings = PieceSizes(), LossSettings(micro_rows=0, micro_timesteps=0)
+
+            def answer() -> TextRollout:
+                return engine.generate_text(codes, [self.question], samples=s.group, max_new_tokens=s.tokens)
+
+            def draw(texts: TextRollout) -> ImageRollout:
+                # Two of the prompt's ids are the answer's, so that rows have prompts of their own.
+                ends = (texts.tokens[:, :2] % s.config.llm_vocab_size).tolist()
+                prompts = [[*self.prompt[:-2], *end] for end in ends]
+                dsog = Dsog(DsogThreshold(0.75), score, max_candidates=8)
+                return engine.generate_images(prompts, steps=steps, guidance_scale=s.guidance, dsog=dsog)
+
+            def whole() -> None:
+                with warnings.catch_warnings(), torch.no_grad():
+                    warnings.simplefilter("ignore")  # rows that are filled are no news here
+                    texts = timed("answers", answer)
+                    images = timed("images", lambda: draw(texts))
+                update, answers = _trajectories(model, images, texts)
+                with policy.reference():
+                    update.ref_logp_RTN = timed("reference", lambda: image_logprobs(model, update, 0, 0, sizes))
+                    answers.ref_logp_RL = answer_logprobs(model, answers)
+                advantages = torch.linspace(-1, 1, s.group, device=self.device)
+                timed("update", lambda: streamed_backward(model, advantages, settings, update, answers, sizes))
+                timed("optimiser", lambda: optimiser.step(1e-6))
+                optimiser.zero_grad()
+
+            try:
+                whole()  # finds out sizes, compiles kernels, makes the optimiser's state
+                taken.clear()
+                peak = self.peak(whole)
+            finally:
+                optimiser.release()
+                model.requires_grad_(False)
+                model.detach()
+                model.checkpoint_layers = False
+        layers = s.config.num_hidden_layers
+        note = sizes.images.report(layers) if sizes.images else ""
+        whole_cost = cost.update(s.config, s.group, steps, s.prompt + 3, s.codes).flops
+        scoring = cost.reference(s.config, s.group, steps, s.prompt + 3, s.codes).flops
+        flops = {"update": whole_cost, "reference": scoring}
+        for name, seconds in taken.items():
+            words = note if name == "update" else ""
+            self.note(Number(work, name, seconds, 1, 1, "steps", flops.get(name, 0.0), None, words))
+        self.note(Number(work, "whole step", sum(taken.values()), 1, 1, "steps", 0.0, peak, "all weights learn"))
+
+
+def _trajectories(
+    model: Showo, images: ImageRollout, texts: TextRollout
+) -> tuple[ImageTrajectories, AnswerTrajectories]:
+    assert images.inputs is not None and images.chosen is not None and images.logp is not None
+    assert texts.image_codes is not None
+    ids = prompting.SpecialIds.of(model)
+    return (
+        ImageTrajectories(
+            prompts=[prompting.t2i_text(text, ids, images.max_text) for text in images.prompt_ids],
+            prompt_of_row=images.prompt_index.tolist(),
+            inputs_RTN=images.inputs,
+            chosen_RTN=images.chosen,
+            old_logp_RTN=images.logp,
+            empty_prompt=prompting.t2i_text([], ids, images.max_text),
+            max_text=images.max_text,
+            guidance_scale=images.guidance_scale,
+        ),
+        AnswerTrajectories(texts.image_codes[0], texts.question_ids[0], texts.tokens, texts.logp),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: proves that every section runs")
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds after which no section begins")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        sys.exit("torch finds no GPU here; --smoke --device cpu proves that every section runs")
+    sizes = SMOKE if options.smoke else FULL
+    bench = Bench(sizes, options.device, options.budget, options.out, options.smoke)
+    report = bench.all()
+    for section, reason in report.absences.items():
+        print(f"not measured: {section}: {reason}")
+    print(f"{bench.out} ({dataclasses.asdict(report)['date']})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The engine on a GPU against the CPU: images and answers in fp64, attention over shared prompts in its own dtype."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyunictokens import DsogThreshold, RolloutEngine
+from pyunictokens.models import PromptKV
+from pyunictokens.models.attention import CausalAfterPrompt, PromptAttention
+from pyunictokens.rollout import Dsog
+
+from ..rollout.tiny import MAX_TEXT, CodesAsPixels, tiny_model
+
+
+def engine(device: str) -> RolloutEngine:
+    return RolloutEngine(tiny_model().to(device), CodesAsPixels().to(device), max_text=MAX_TEXT, max_rows=4)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_images_are_those_of_the_cpu(device: str, overlap: bool) -> None:
+    def draw(place: str) -> tuple[Tensor, Tensor, Tensor]:
+        def scorer(pixels: Tensor, prompt_index: Tensor) -> Tensor:
+            return (pixels.double().mean((1, 2, 3)) % 1.0).float()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rollout = engine(place).generate_images(
+                [[1, 2], [3], [4, 5, 6]],
+                samples=3,
+                steps=6,
+                guidance_scale=2.0,
+                dsog=Dsog(DsogThreshold(), scorer, overlap=overlap),
+            )
+        assert rollout.inputs is not None
+        return rollout.codes.cpu(), rollout.inputs.cpu(), rollout.sample_ids
+
+    for ours, cpu in zip(draw(device), draw("cpu"), strict=True):
+        assert torch.equal(ours, cpu)
+
+
+def test_answers_are_those_of_the_cpu(device: str) -> None:
+    codes = torch.randint(0, 24, (3, 9), generator=torch.Generator().manual_seed(0))
+    options = dict(samples=2, max_new_tokens=8, seed=3)
+    ours, cpu = (engine(place).generate_text(codes, [[1], [2, 3], [4]], **options) for place in (device, "cpu"))
+    assert torch.equal(ours.tokens.cpu(), cpu.tokens)
+    assert (ours.logp.cpu() - cpu.logp).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_over_shared_prompts(device: str, causal: bool) -> None:
+    """Values and gradients of the device's flash kernel, joined, against one softmax in fp64."""
+    dtype, bound = (torch.bfloat16, 3e-2) if device == "cuda" else (torch.float32, 1e-5)
+    torch.manual_seed(0)
+    rows, heads, new, width = [0, 0, 1, 2], 3, 70, 64
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device, dtype).requires_grad_()
+
+    q, k, v = (draw(len(rows), heads, new, width) for _ in range(3))
+    keys, values = ([[draw(heads, length, width)] for length in (9, 1, 33)] for _ in range(2))
+    leaves = [q, k, v, *(layers[0] for layers in keys + values)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    prompts = PromptKV(keys, values, [0] * 3)
+    twin = PromptKV([[leaf] for leaf in exact[3:6]], [[leaf] for leaf in exact[6:]], [0] * 3)
+    attend = CausalAfterPrompt if causal else PromptAttention
+    ours = attend(prompts, rows, joined=True)(0, q, k, v)
+    truth = attend(twin, rows, joined=False)(0, *exact[:3])
+    upstream = torch.randn_like(truth)
+    mine = torch.autograd.grad((ours * upstream.to(dtype)).sum(), leaves)
+    wanted = torch.autograd.grad((truth * upstream).sum(), exact)
+    for one, other in zip((ours, *mine), (truth, *wanted), strict=True):
+        assert (one.double() - other).abs().max() <= bound * other.abs().max()

@@ -1,0 +1,124 @@
+"""Phases: whose time it is, operations, what happens without a recorder, nvtx ranges, traces and the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pyunictokens import cost, profiling
+from pyunictokens.errors import UserError
+from pyunictokens.profiling import PhaseReport, PhaseTotal, Recorder, count, phase, step_done, trace
+from tests.rollout.tiny import CONFIG, tiny_engine, tiny_model
+
+
+def test_time_goes_to_the_innermost_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, *range(10, 1000, 10)])
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: float(next(clock)))
+    with Recorder() as recorder:  # the clock says 0
+        with phase("rollout steps"), phase("previews"), phase("decode", unless="previews"):  # 10, 20, nothing; 30, 40
+            pass
+        with phase("update"):  # 50, 60
+            pass
+    found = {total.name: (total.calls, total.seconds) for total in recorder._totals.values()}
+    assert found == {"rollout steps": (1, 20.0), "previews": (1, 10.0), "update": (1, 10.0)}
+
+
+def test_decorated_functions_may_call_themselves_and_may_fail() -> None:
+    @phase("decode")
+    def down(depth: int) -> int:
+        if depth < 0:
+            raise RuntimeError
+        return depth and down(depth - 1) + 1
+
+    assert down(3) == 3, "without a recorder"
+    with Recorder() as recorder:
+        assert down(3) == 3
+        with pytest.raises(RuntimeError):
+            down(-1)
+    assert recorder._totals["decode"].calls == 5 and not recorder._open
+
+
+def test_operations_are_computed_only_where_they_are_wanted() -> None:
+    count("update", lambda: pytest.fail("nobody listens"))
+    with Recorder() as recorder:
+        count("update", lambda: 5.0)
+        count("update", lambda: 7.0)
+    count("update", lambda: pytest.fail("nobody listens any more"))
+    assert recorder._totals["update"].flops == 12
+
+
+def test_a_report_goes_to_a_file_and_back(tmp_path: Path) -> None:
+    with Recorder() as recorder:
+        for name in ("something else", "update", "prefill"):
+            with phase(name):
+                pass
+        count("prefill", lambda: 1e6)
+    report = recorder.report(torch.float32)
+    assert [total.name for total in report.phases] == ["prefill", "update", "something else"]
+    assert report.matrix_flops_per_second > 1e8 and report.dtype == "float32" and report.device == "cpu"
+    Recorder.save(tmp_path / "phases.json", report)
+    assert PhaseReport.load(tmp_path / "phases.json") == report
+    one = PhaseReport("x", "bfloat16", 100.0, 9.0, [])
+    assert one.fraction(PhaseTotal("a", 1, 2.0, 50.0)) == 0.25
+    assert one.fraction(PhaseTotal("a", 1, 2.0)) is None and one.fraction(PhaseTotal("a", 1, 0.0, 5.0)) is None
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match="not a report"):
+        PhaseReport.load(tmp_path / "other.json")
+
+
+def test_nvtx_ranges_where_the_package_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    fake = SimpleNamespace(
+        push_range=lambda name, domain: seen.append(f"{domain} {name}"), pop_range=lambda domain: seen.append("end")
+    )
+    profiling._nvtx.cache_clear()
+    monkeypatch.setitem(sys.modules, "nvtx", fake)
+    try:
+        with phase("update"), phase("optimiser"):
+            pass
+    finally:
+        profiling._nvtx.cache_clear()
+    assert seen == ["pyunictokens update", "pyunictokens optimiser", "end", "end"]
+    monkeypatch.setitem(sys.modules, "nvtx", None)  # absent
+    with phase("update"):
+        pass
+    profiling._nvtx.cache_clear()
+    assert len(seen) == 4
+
+
+def test_a_trace_holds_the_phases_and_ends_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "trace.json"
+    with trace(file):
+        for step in range(profiling.TRACED_STEPS + 1):
+            assert file.exists() == (step >= profiling.TRACED_STEPS)
+            with phase(f"step {step}"):
+                torch.ones(3).sum()
+            step_done()
+    names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
+    assert {"step 0", "step 1", "aten::sum"} <= names and "step 2" not in names
+    with trace(None), phase("x"):
+        pass
+    short = tmp_path / "short.json"
+    with trace(short), phase("alone"):
+        pass
+    assert "alone" in short.read_text() and [f.name for f in tmp_path.iterdir() if "part" in f.name] == []
+
+
+def test_the_engine_tells_its_phases_and_what_they_cost() -> None:
+    model = tiny_model(dtype=torch.float32)
+    engine = tiny_engine(model)
+    with Recorder() as recorder:
+        images = engine.generate_images([[1, 2, 3]], samples=2, steps=3, guidance_scale=2.0)
+        engine.generate_text(images.codes[:1], [[4, 5]], samples=2, max_new_tokens=3)
+    totals = {total.name: total for total in recorder.report(torch.float32).phases}
+    assert list(totals) == ["prefill", "rollout steps", "decode", "answers"]
+    assert all(total.seconds > 0 for total in totals.values())
+    prompt = 3 + 3
+    assert totals["rollout steps"].flops == 6 * cost.image_step(CONFIG, 1, prompt, 9).flops
+    assert totals["prefill"].flops == cost.prefill(CONFIG, prompt).flops + cost.prefill(CONFIG, 3).flops
+    assert totals["answers"].flops > 0

@@ -1,0 +1,139 @@
+"""Half precision through all 24 layers: how far log-probs drift from float32, and a ratio of 1 at the first update.
+
+Weights and activations are of the dtype that is asked for; guidance, heads, softmax and loss stay in float32. The model
+is as deep as Show-o and narrow, with weights drawn so that the scale of its hidden states stays level over the depth.
+Guidance multiplies what rounding does: (1 + s)·cond − s·uncond has 1 + 2 s times the error of either half.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from pyunictokens import RolloutEngine
+from pyunictokens.models import Showo, prompting
+from pyunictokens.rollout.types import ImageRollout, TextRollout
+from pyunictokens.train.update import (
+    AnswerTrajectories,
+    ImageTrajectories,
+    LossSettings,
+    answer_logprobs,
+    image_logprobs,
+    streamed_backward,
+)
+
+from .world import tiny_model
+
+LAYERS, WIDTH, MAX_TEXT = 24, 64, 14
+ROOT_MEAN_SQUARE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.0025}
+"""Of the difference of one half's log-probs from float32, per unit of 1 + 2 s. About twice what was found."""
+LARGEST = 5.0
+"""The largest difference, in root mean squares: log-probs have no outliers."""
+
+
+@functools.lru_cache(maxsize=4)
+def deep(dtype: torch.dtype) -> Showo:
+    model = tiny_model(layers=LAYERS, width=WIDTH)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in sorted(model.named_parameters()):
+        scale = 0.5 if "embed" in name else 0.15 if "lm_head" in name else value.shape[-1] ** -0.5
+        if "dense" in name or "fc2" in name:
+            scale *= (2 * LAYERS) ** -0.5
+        if value.ndim == 2:
+            value.copy_(torch.randn(value.shape, generator=generator) * scale)
+        elif "norm" not in name:
+            value.mul_(0.1)
+    return model.to(dtype)
+
+
+def drawn(dtype: torch.dtype, scale: float) -> ImageRollout:
+    engine = RolloutEngine(deep(dtype), max_text=MAX_TEXT)
+    prompts = [[5, 6], [7, 8, 9]]
+    return engine.generate_images(prompts, samples=3, steps=4, guidance_scale=scale, seed=1, decode=False)
+
+
+def recorded(rollout: ImageRollout, model: Showo) -> ImageTrajectories:
+    ids = prompting.SpecialIds.of(model)
+    assert rollout.inputs is not None and rollout.chosen is not None and rollout.logp is not None
+    return ImageTrajectories(
+        prompts=[prompting.t2i_text(text, ids, MAX_TEXT) for text in rollout.prompt_ids],
+        prompt_of_row=rollout.prompt_index.tolist(),
+        inputs_RTN=rollout.inputs,
+        chosen_RTN=rollout.chosen,
+        old_logp_RTN=rollout.logp,
+        empty_prompt=prompting.t2i_text([], ids, MAX_TEXT),
+        max_text=MAX_TEXT,
+        guidance_scale=rollout.guidance_scale,
+    )
+
+
+def answered(dtype: torch.dtype) -> TextRollout:
+    model = deep(dtype)
+    codes = torch.arange(model.config.num_vq_tokens)[None] % model.config.codebook_size
+    return RolloutEngine(model).generate_text(codes, [[4, 8, 12]], samples=4, max_new_tokens=6, seed=2)
+
+
+def as_trajectories(rollout: TextRollout) -> AnswerTrajectories:
+    assert rollout.image_codes is not None
+    return AnswerTrajectories(rollout.image_codes[0], rollout.question_ids[0], rollout.tokens, rollout.logp)
+
+
+@pytest.mark.parametrize("scale", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", list(ROOT_MEAN_SQUARE), ids=str)
+def test_drift_of_image_log_probs(dtype, scale):
+    truth = drawn(torch.float32, scale)
+    assert truth.logp.std() > 0.5, "log-probs far from flat"
+    off = image_logprobs(deep(dtype), recorded(truth, deep(dtype))) - truth.logp
+    spread, bound = off.pow(2).mean().sqrt(), ROOT_MEAN_SQUARE[dtype] * (1 + 2 * scale)
+    assert spread < bound and off.abs().max() < LARGEST * bound
+    assert dtype == torch.float32 or spread > 0.02 * bound, "the precision is the one asked for"
+    assert abs(off.mean()) < 0.3 * bound, "no side is favoured"
+
+
+@pytest.mark.parametrize("dtype", list(ROOT_MEAN_SQUARE), ids=str)
+def test_drift_of_answer_log_probs(dtype):
+    truth = answered(torch.float32)
+    off = answer_logprobs(deep(dtype), as_trajectories(truth)) - truth.logp
+    assert off.pow(2).mean().sqrt() < ROOT_MEAN_SQUARE[dtype] and off.abs().max() < LARGEST * ROOT_MEAN_SQUARE[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(ROOT_MEAN_SQUARE), ids=str)
+def test_the_first_update_has_ratio_one(dtype):
+    """Sampling and update run the same blocks, so in one dtype they agree far better than two dtypes do."""
+    images, answers = drawn(dtype, 5.0), answered(dtype)
+    model = deep(dtype).requires_grad_(True)
+    try:
+        stats = streamed_backward(
+            model,
+            torch.linspace(-1, 1, len(images)),
+            LossSettings(beta=0.0, micro_rows=2, micro_timesteps=2),
+            recorded(images, model),
+        )
+        tolerance = 1e-4 if dtype == torch.float32 else ROOT_MEAN_SQUARE[dtype] * 11
+        assert stats.ratio_max == pytest.approx(1, abs=tolerance) and stats.clip_fraction == 0
+        assert stats.ratio_mean == pytest.approx(1, abs=0.1 * tolerance)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        off = answer_logprobs(model, as_trajectories(answers)) - answers.logp
+        bound = max(1e-5, ROOT_MEAN_SQUARE[dtype])
+        assert off.pow(2).mean().sqrt() < bound and off.abs().max() < LARGEST * bound
+    finally:
+        model.requires_grad_(False).zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_point_the_same_way(dtype):
+    truth = recorded(drawn(torch.float32, 5.0), deep(torch.float32))
+    found = {}
+    for kind in (torch.float32, dtype):
+        model = deep(kind).requires_grad_(True)
+        try:
+            streamed_backward(
+                model, torch.linspace(-1, 1, len(truth)), LossSettings(beta=0.0, micro_rows=6, micro_timesteps=2), truth
+            )
+            found[kind] = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+        finally:
+            model.requires_grad_(False).zero_grad()
+    likeness = torch.cosine_similarity(found[dtype], found[torch.float32], dim=0)
+    assert likeness > (0.97 if dtype == torch.bfloat16 else 0.998)
