@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Protocol
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .joined import joined_attention, kernel_for
+from .joined import Kernel, joined_attention, kernel_for
 
 
 class Attention(Protocol):
@@ -241,21 +242,37 @@ class DecodeAttention:
         else:
             keys.index_copy_(2, self._at, k)
             values.index_copy_(2, self._at, v)
-        q = q * self._scale
-        own = q @ keys.transpose(-1, -2)
+        wide = _wide(q)
+        scores = (q * self._scale if q.dtype == wide else q.to(wide) * self._scale) @ keys.to(wide).transpose(-1, -2)
         if not self._sliced:
-            own = own.masked_fill(self._places > self._at, -torch.inf)
+            scores = scores.masked_fill(self._places > self._at, -torch.inf)
+        narrow = kernel_for(q) if q.dtype != wide else None
         parts, start = [], 0
         for prompt, count in self._runs:
             rows = slice(start, start + count)
-            past = self._prompts.keys[prompt][layer]
-            scores = torch.cat([q[rows].transpose(0, 2) @ past.transpose(-1, -2), own[rows].transpose(0, 2)], dim=-1)
-            weights = scores.softmax(-1, dtype=_wide(scores)).to(q.dtype)  # [1, H, G, P + L]
-            over_prompt = weights[..., : past.shape[1]] @ self._prompts.values[prompt][layer]
-            over_own = weights[..., past.shape[1] :].transpose(0, 2) @ values[rows]
-            parts.append(over_prompt.transpose(0, 2) + over_own)
+            past = self._prompts.keys[prompt][layer], self._prompts.values[prompt][layer]
+            take = self._in_one if narrow is None else partial(self._in_two, narrow)
+            parts.append(take(q[rows].transpose(0, 2), *past, scores[rows].transpose(0, 2), values[rows]))
             start += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _in_one(self, q: Tensor, keys: Tensor, values: Tensor, own: Tensor, own_values: Tensor) -> Tensor:
+        """One softmax over prompt and answer: q [1, H, G, E], the prompt's [H, P, E], scores [1, H, G, L] of the
+        answer's positions, values [G, H, L, E]; in at least float32."""
+        past = (q.to(own.dtype) * self._scale) @ keys.to(own.dtype).transpose(-1, -2)
+        weights = torch.cat([past, own], dim=-1).softmax(-1)
+        over_prompt = weights[..., : keys.shape[1]] @ values.to(own.dtype)
+        over_own = weights[..., keys.shape[1] :].transpose(0, 2) @ own_values.to(own.dtype)
+        return (over_prompt.transpose(0, 2) + over_own).to(q.dtype)
+
+    def _in_two(
+        self, kernel: Kernel, q: Tensor, keys: Tensor, values: Tensor, own: Tensor, own_values: Tensor
+    ) -> Tensor:
+        """The same for narrow types, whose prompt a flash kernel reads as it is; the parts are joined in float32."""
+        over_prompt, lse, _ = kernel.forward(q, keys[None], values[None], False)
+        over_own = own.softmax(-1).transpose(0, 2) @ own_values.float()
+        share = torch.sigmoid(own.logsumexp(-1) - lse)[..., None].transpose(0, 2)  # of the answer's part
+        return torch.lerp(over_prompt.float().transpose(0, 2), over_own, share).to(q.dtype)
 
     def advance(self, going: Tensor | int = 1) -> None:
         """The position just written becomes part of the past, unless `going` (0 or 1) is 0."""
