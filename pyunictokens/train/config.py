@@ -340,7 +340,7 @@ PRESETS = {
             max_text=48,
         ),
         grpo=GrpoConfig(
-            steps=30,
+            steps=45,
             lr=2e-5,
             guidance_scale=3.0,
             timesteps=12,
