@@ -1,7 +1,7 @@
-"""Run the demo over several seeds and write docs/demo.json and docs/demo.md: what it improves, with its spread.
+"""Run the demo over kinds and seeds and write docs/demo.json and docs/demo.md: what it improves, with its spread.
 
-    python experiments/demo_seeds.py                     # seeds 0, 1, 2; one concept each
-    python experiments/demo_seeds.py --seeds 3 4 5 --work runs/other --no-docs
+    python experiments/demo_seeds.py                     # animal, object, human with seeds 0, 1, 2: nine concepts
+    python experiments/demo_seeds.py --kinds animal --seeds 3 4 5 --work runs/other --no-docs
 
 Every seed draws another concept that pre-training never saw, and seeds everything else too. A demo that is finished in
 the work folder is read, not run again (--again runs it anew). Nothing is tuned on what is measured here: the held-out
@@ -28,15 +28,15 @@ TITLES = {"base": "never saw it", "before": "tokens learned", "after": "reinforc
 
 def run_one(seed: int, kind: str, work: Path, words: list[str], again: bool) -> dict[str, Any]:
     """One demo in a process of its own; returns its facts and metrics."""
-    out = work / f"seed_{seed}"
-    facts_file = work / f"seed_{seed}.json"
+    out = work / f"{kind}_{seed}"
+    facts_file = work / f"{kind}_{seed}.json"
     if again or not facts_file.exists():
         start = time.monotonic()
         command = [sys.executable, "-m", "pyunictokens", "demo", "--out", str(out), "--kind", kind, "--seed", str(seed)]
         child = subprocess.Popen([*command, *words])
         _, status, usage = os.wait4(child.pid, 0)
         if status:
-            raise SystemExit(f"the demo of seed {seed} failed; what it left is in {out}")
+            raise SystemExit(f"the demo of {kind} {seed} failed; what it left is in {out}")
         peak = usage.ru_maxrss / 2**20  # KiB on Linux
         facts = {"seed": seed, "kind": kind, "seconds": round(time.monotonic() - start), "peak_gib": round(peak, 2)}
         facts_file.write_text(json.dumps(facts))
@@ -55,20 +55,12 @@ def spread(values: list[float]) -> str:
     return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
-def page(runs: list[dict[str, Any]], words: list[str]) -> str:
-    """docs/demo.md."""
+def table(runs: list[dict[str, Any]]) -> list[str]:
+    """The measures of the runs of one kind, a line each: mean ± deviation, then every seed's own change."""
     from pyunictokens.demo import HEADLINES
 
     keys = [key for key in HEADLINES if all(key in run["metrics"][name] for run in runs for name in NAMES)]
     lines = [
-        "# What the demo improves",
-        "",
-        f"`pyunictokens demo` over {len(runs)} seeds, each with a concept of its own that pre-training never saw.",
-        "Mean ± standard deviation over the seeds; every number is measured on the held-out half of the concept's",
-        "folder, with the same noise before and after. Written by `python experiments/demo_seeds.py"
-        + (f" {' '.join(words)}" if words else "")
-        + "`; the numbers themselves are in [demo.json](demo.json).",
-        "",
         "| measure | " + " | ".join(TITLES[name] for name in NAMES) + " | reinforced − tokens learned |",
         "|---|---|---|---|---|",
     ]
@@ -77,9 +69,33 @@ def page(runs: list[dict[str, Any]], words: list[str]) -> str:
         changes = [run["metrics"]["after"][key] - run["metrics"]["before"][key] for run in runs]
         each = ", ".join(f"{change:+.3f}" for change in changes)
         lines.append(f"| {HEADLINES[key]} | {' | '.join(cells)} | {spread(changes)} ({each}) |")
-    lines += ["", "| seed | concept | minutes | peak memory, GiB |", "|---|---|---|---|"]
+    return lines
+
+
+def page(runs: list[dict[str, Any]], words: list[str]) -> str:
+    """docs/demo.md."""
+    kinds = list(dict.fromkeys(run["kind"] for run in runs))
+    lines = [
+        "# What the demo improves",
+        "",
+        f"`pyunictokens demo` with {len(runs)} concepts that pre-training never saw, a seed each.",
+        "Mean ± standard deviation over the seeds; every number is measured on the held-out half of the concept's",
+        "folder, with the same noise before and after. Written by `python experiments/demo_seeds.py"
+        + (f" {' '.join(words)}" if words else "")
+        + "`; the numbers themselves are in [demo.json](demo.json).",
+    ]
+    for kind in kinds:
+        lines += ["", f"## {kind.capitalize()}", "", *table([run for run in runs if run["kind"] == kind])]
+    lines += [
+        "",
+        "## Time and memory",
+        "",
+        "| kind | seed | concept | minutes | peak memory, GiB |",
+        "|---|---|---|---|---|",
+    ]
     for run in runs:
-        lines.append(f"| {run['seed']} | {run['concept']} | {run['seconds'] / 60:.1f} | {run['peak_gib']} |")
+        minutes = run["seconds"] / 60
+        lines.append(f"| {run['kind']} | {run['seed']} | {run['concept']} | {minutes:.1f} | {run['peak_gib']} |")
     lines += ["", f"Taken on {machine()}.", ""]
     return "\n".join(lines)
 
@@ -95,14 +111,20 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kind", default="animal", choices=["human", "animal", "object"])
+    parser.add_argument(
+        "--kinds", nargs="+", default=["animal", "object", "human"], choices=["human", "animal", "object"]
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "demo_seeds", help="where the demos are run")
     parser.add_argument("--again", action="store_true", help="run demos that are there anew")
     parser.add_argument("--no-docs", action="store_true", help="print the page, leave docs/ alone")
     parser.add_argument("words", nargs="*", help="key=value settings for every demo")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    runs = [run_one(seed, options.kind, options.work, options.words, options.again) for seed in options.seeds]
+    runs = [
+        run_one(seed, kind, options.work, options.words, options.again)
+        for kind in options.kinds
+        for seed in options.seeds
+    ]
     text = page(runs, options.words)
     if options.no_docs:
         print(text)
