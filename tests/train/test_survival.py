@@ -8,6 +8,8 @@ import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -304,19 +306,17 @@ def test_two_runs_on_one_folder(here: World, tmp_path: Path) -> None:
     for name, folder in ((".pipeline.lock", out), (".lock", out), (".lock", out / "stages")):
         with folder_lock(folder, name), pytest.raises(UserError, match="another process is working in this folder"):
             chaos.run(here, config, out)
-    child = os.fork()
-    if child == 0:
-        with folder_lock(out, ".pipeline.lock"):
-            time.sleep(60)
-        os._exit(0)
-    try:
-        with pytest.raises(UserError, match="another process"):
-            for _ in range(200):
+    holder = (
+        "import sys, time\nfrom pyunictokens.io import folder_lock\n"
+        f"with folder_lock({str(out)!r}, '.pipeline.lock'):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match="another process"):
                 chaos.run(here, config, out)
-                time.sleep(0.02)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        finally:
+            other.kill()
     chaos.run(here, config, out)  # the system let go of the dead one's lock
 
 
