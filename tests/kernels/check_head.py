@@ -96,9 +96,9 @@ def test_rows_longer_than_registers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_of_everything() -> None:
-    _check(problem(F32, (1, 1, 1, 1, 2)))
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same token each time: in one alone nothing averages what may cancel in it
+        _check(problem(F32, (1, 1, 1, 1, 2)))
         _check(problem(F32, (1, 1, 1, 130, 3), guidance=5.0))
 
 
