@@ -2,7 +2,7 @@
 
     python -m experiments.tables --quick                 # within forty minutes on two cores
     python -m experiments.tables                         # six concepts, three seeds, the toy preset's steps: hours
-    python -m experiments.tables --quick --unit animal-11-seed0 --arms staged ours --no-docs     # some cells
+    python -m experiments.tables --quick --unit animal-31-seed0 --arms staged ours --no-docs     # some cells
     python -m experiments.tables --quick --page          # the page alone, from what is there
 
 Cells are kept in the work folder one by one; stopping and starting again loses at most the cells in hand, and a changed
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_const", const="quick", dest="scale", help="--scale quick")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "tables", help="where cells are kept")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one thread each")
-    parser.add_argument("--unit", nargs="+", help="only these, as animal-11-seed0")
+    parser.add_argument("--unit", nargs="+", help="only these, as animal-31-seed0")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="only these arms")
     parser.add_argument("--page", action="store_true", help="run nothing, write the page from what is there")
     parser.add_argument("--no-docs", action="store_true", help="leave docs/ alone")

@@ -39,14 +39,14 @@ class Scale:
     words: tuple[str, ...] = ()
 
 
-_SIX = tuple((kind, number) for number in (11, 12) for kind in KINDS)
+_SIX = tuple((kind, number) for number in (31, 32) for kind in KINDS)
 
 SCALES = {
     "quick": Scale(
         "quick",
         _SIX,
         (0,),
-        tuple((kind, 11) for kind in KINDS),
+        tuple((kind, 31) for kind in KINDS),
         (0,),
         (
             "stages.max_steps=50",
@@ -94,13 +94,13 @@ ARMS = {
         Arm("no_visual", "without visual-instruct reasoning", "staged", ("grpo.visual_ratio=0",)),
         Arm("no_text_only", "without text-only reasoning", "staged", ("grpo.visual_ratio=1",)),
         Arm("no_dsog", "without DSOG", "staged", ("grpo.dsog.enabled=false",)),
-        Arm("no_dsog_longer", "without DSOG, half more steps", "staged", ("grpo.dsog.enabled=false",), 1.5),
+        Arm("no_dsog_longer", "without DSOG, a tenth more steps", "staged", ("grpo.dsog.enabled=false",), 1.1),
         Arm("group_3", "G = 3, three times the steps", "staged", ("grpo.group_size=3",), 3.0),
         Arm("group_18", "G = 18, half the steps", "staged", ("grpo.group_size=18",), 0.5),
         Arm("beta_0", "β = 0", "staged", ("grpo.beta=0",)),
         Arm("beta_01", "β = 0.1", "staged", ("grpo.beta=0.1",)),
-        Arm("scope_masked", "masked", "staged", ("grpo.token_scope=masked",)),
-        Arm("scope_new", "newly unmasked", "staged", ("grpo.token_scope=newly_unmasked",)),
+        Arm("scope_all", "all tokens", "staged", ("grpo.token_scope=all",)),
+        Arm("scope_masked", "masked tokens", "staged", ("grpo.token_scope=masked",)),
         Arm("fifth", "a random fifth of the timesteps", "staged", ("grpo.timestep_fraction=0.2",)),
         Arm("concept", "concept rows", "staged", ("grpo.trainable=concept", "grpo.lr=0.001")),
         Arm("lora", "LoRA", "staged", ("grpo.trainable=lora", "grpo.lr=0.0002")),
@@ -148,7 +148,7 @@ CURVES = (
     Curve(
         "scope",
         "Which tokens count (token_scope)",
-        (("ours", "all"), ("scope_masked", "masked"), ("scope_new", "newly unmasked")),
+        (("ours", "newly unmasked"), ("scope_masked", "masked"), ("scope_all", "all")),
     ),
     Curve("timesteps", "Timesteps in the update", (("ours", "all"), ("fifth", "a random fifth"))),
     Curve("trainable", "What learns", (("ours", "full"), ("lora", "LoRA"), ("concept", "concept rows"))),

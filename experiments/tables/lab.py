@@ -1,7 +1,8 @@
 """Cells: one arm, one concept, one seed, from tokens to measures, kept as one JSON file each.
 
 What several arms begin with (the concept stages) is learned once and shared. A cell that is there, and was made with
-the same settings, is not made again. Everything is drawn from seeds; only the seconds differ from machine to machine.
+the same settings, is not made again. Everything is drawn from seeds; only the seconds differ from machine to machine:
+those that the process worked, on one thread, so that what else runs on the machine hardly counts.
 It knows how a cell is made; what cells there are is arms.py's business, what they say is stats.py's.
 """
 
@@ -138,21 +139,21 @@ class ToyLab:
         assert experts is not None
         config, seconds = config.with_max_text(bench.max_text), {}
         if arm.start == "text":
-            began = time.perf_counter()
+            began = time.process_time()
             result = self._in_words(bench, concept, config, experts)
-            return _cell(result, [], {"evaluation": time.perf_counter() - began})
+            return _cell(result, [], {"evaluation": time.process_time() - began})
         tokens, seconds["stages"] = self._tokens(bench, concept, experts, arm.start, unit, scale, config)
         bench.model.attach(tokens.requires_grad_(False))
         rows: list[dict[str, Any]] = []
         if arm.words is not None:
-            began = time.perf_counter()
+            began = time.process_time()
             rows = self._reinforce(
                 bench, concept, experts, config, self.work / scale.name / "runs" / f"{unit.name}.{arm.name}"
             )
-            seconds["grpo"] = time.perf_counter() - began
-        began = time.perf_counter()
+            seconds["grpo"] = time.process_time() - began
+        began = time.process_time()
         result = measure(bench, concept, config.evaluation, experts)
-        seconds["evaluation"] = time.perf_counter() - began
+        seconds["evaluation"] = time.process_time() - began
         return _cell(result, rows, seconds)
 
     def _tokens(
@@ -177,7 +178,7 @@ class ToyLab:
         known = read_json(done) if done.exists() else {}
         if known.get("settings") != about["settings"]:
             _empty(folder)
-            began = time.perf_counter()
+            began = time.process_time()
             train_concept_tokens(
                 bench.model,
                 bench.vq,
@@ -188,7 +189,7 @@ class ToyLab:
                 start=first,
                 face_embedding=experts.face_embedding,
             )
-            known = {**about, "seconds": time.perf_counter() - began}
+            known = {**about, "seconds": time.process_time() - began}
             write_json(done, known)
         return ConceptTokens.load(folder / "concept"), spent + float(known["seconds"])
 
@@ -196,6 +197,7 @@ class ToyLab:
         from pyunictokens.train import read_metrics, train_grpo
 
         _empty(out)
+        marks = [time.process_time()]
         train_grpo(
             bench.model,
             bench.vq,
@@ -205,16 +207,17 @@ class ToyLab:
             config.grpo,
             out,
             preview_scorer=experts.preview_scorer,
+            progress=lambda *_: marks.append(time.process_time()),
         )
         kept = [
             {
                 "reward": line["reward_mean"],
                 "spread": line["within_group_std"],
                 "kl": line["kl"],
-                "seconds": line["seconds"],
+                "seconds": round(end - begin, 3),
                 "row_steps": row_steps(config, line["candidates"]),
             }
-            for line in read_metrics(out)
+            for line, begin, end in zip(read_metrics(out), marks, marks[1:], strict=False)
         ]
         _empty(out)
         return kept

@@ -140,7 +140,7 @@ class DsogConfig:
     preview_step: int = 0
     """Timestep of the preview; 0 takes a fifth of all timesteps."""
     max_candidates: int = 8
-    """Candidates for each image of the group; past it the best rejected ones fill the group."""
+    """Candidates for each image of the group; past it the best rejected one takes the image's place."""
 
     def __post_init__(self) -> None:
         _within(0.01, 0.99, initial=self.initial)
@@ -346,6 +346,7 @@ PRESETS = {
             timesteps=12,
             max_new_tokens=24,
             judged_as="info",
+            token_scope="newly_unmasked",
             trainable="full",
             max_text=48,
             micro_rows=9,

@@ -148,6 +148,7 @@ class Collector:
             score,
             preview_step=self.config.dsog.preview_step or None,
             max_candidates=self.config.dsog.max_candidates,
+            cap_by_row=True,  # a row's outcome depends on nothing but itself, wherever the others are drawn
         )
 
 
