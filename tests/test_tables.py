@@ -53,7 +53,7 @@ def test_the_plan_holds_what_the_paper_asks_for() -> None:
     assert set(PAPER) == {arm for table in TABLES for arm in table.arms} and PAPER["ours"]["vqa.bleu"] == 0.592
     for scale in SCALES.values():
         for unit, names in list(units(scale).items())[:2]:
-            settings = [config_of(ARMS[name], unit, scale) for name in names if name != "fifth"]
+            settings = [config_of(ARMS[name], unit, scale) for name in names if name != "timesteps_fifth"]
             assert len({repr(each) for each in settings if each.grpo.seed == unit.seed}) >= 5
 
 
@@ -70,10 +70,12 @@ def test_arms_differ_in_what_they_say_and_nothing_else() -> None:
 
 def test_cost_in_rows_is_what_a_step_puts_through_the_model() -> None:
     config = config_of(ARMS["ours"], Unit("animal", 11, 0), SCALES["full"])
-    grpo = replace(config.grpo, group_size=3, timesteps=10, guidance_scale=2.0, beta=0.1)
+    grpo = replace(config.grpo, group_size=3, timesteps=10, timestep_fraction=1.0, guidance_scale=2.0, beta=0.1)
     guided = replace(config, grpo=grpo)
     # 5 candidates to step 2, 3 of them to step 10, a reference pass and an update (3) over 3·10, twice for guidance
     assert row_steps(guided, 5) == 2 * (5 * 2 + 3 * 8 + 4 * 30)
+    half = replace(config, grpo=replace(grpo, timestep_fraction=0.5))
+    assert row_steps(half, 5) == 2 * (5 * 2 + 3 * 8 + 4 * 15)
     plain = replace(config, grpo=replace(grpo, guidance_scale=0.0, beta=0.0, dsog=replace(grpo.dsog, enabled=False)))
     assert row_steps(plain, 3) == 30 + 3 * 30
 
@@ -96,9 +98,9 @@ def test_cells_are_made_once_and_anew_when_their_settings_change(tmp_path: Path,
 
 
 def test_a_setting_that_this_version_does_not_have_is_told_of(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(ARMS, "fifth", replace(ARMS["fifth"], words=("grpo.no_such=1",)))
-    (problem,) = run_unit(Unit("human", 11, 0), ["fifth"], "quick", tmp_path, FakeLab())
-    assert "fifth: not measured" in problem and "no_such" in problem
+    monkeypatch.setitem(ARMS, "timesteps_fifth", replace(ARMS["timesteps_fifth"], words=("grpo.no_such=1",)))
+    (problem,) = run_unit(Unit("human", 11, 0), ["timesteps_fifth"], "quick", tmp_path, FakeLab())
+    assert "timesteps_fifth: not measured" in problem and "no_such" in problem
 
 
 def test_numbers_are_those_of_the_plain_formulas(tmp_path: Path) -> None:
@@ -189,11 +191,11 @@ def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path, monkeypat
     monkeypatch.setattr(page, "CURVES", shown)
     monkeypatch.setattr(page, "COLUMNS", {key: COLUMNS[key] for key in PAPER["ours"]})
     arms = {arm for table in TABLES for arm in table.arms} | {arm for curve in shown for arm, _ in curve.arms}
-    make_all(tmp_path / "work", sorted(arms - {"fifth", "joint"}))
+    make_all(tmp_path / "work", sorted(arms - {"timesteps_all", "timesteps_fifth", "joint"}))
     stored = json.loads(json.dumps(runner.gather("quick", tmp_path / "work", ["object-12: broke"])))
     text = write_page(stored, tmp_path)
     assert "Not measured: joint stage (0 of 6 cells)." in text and "- object-12: broke" in text
-    assert "Not measured: a random fifth." in text
+    assert "Not measured: all, a random fifth." in text
     assert "of 30 comparisons" not in text and "20 comparisons that the paper reports too: 20 agrees" in text
     for curve in shown:
         made = (tmp_path / "images" / f"experiments_{curve.name}.png").exists()
