@@ -1,7 +1,7 @@
 """Run the paper's tables in miniature and write docs/experiments.md.
 
     python -m experiments.tables --quick                 # within forty minutes on two cores
-    python -m experiments.tables                         # six concepts, three seeds: hours
+    python -m experiments.tables                         # six concepts, three seeds: an hour and a half
     python -m experiments.tables --quick --unit animal-31-seed0 --arms staged ours --no-docs     # some cells
     python -m experiments.tables --quick --page          # the page alone, from what is there
 

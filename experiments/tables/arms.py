@@ -61,7 +61,14 @@ SCALES = {
         (0,),
         (*_SHORT, "grpo.steps=10", "evaluation.samples=1"),
     ),
-    "full": Scale("full", _SIX, (0, 1, 2), _SIX, (0,), (*_SHORT, "grpo.steps=24", "evaluation.samples=2")),
+    "full": Scale(
+        "full",
+        _SIX,
+        (0, 1, 2),
+        tuple((kind, 31) for kind in KINDS),
+        (0,),
+        (*_SHORT, "grpo.steps=16", "evaluation.samples=2"),
+    ),
     "smoke": Scale(
         "smoke",
         (("animal", 11),),
@@ -80,7 +87,7 @@ SCALES = {
         ),
     ),
 }
-"""quick: within forty minutes on two cores. full: six concepts, three seeds, hours. smoke: it runs."""
+"""quick: within forty minutes on two cores. full: six concepts, three seeds, an hour and a half. smoke: it runs."""
 
 OURS = Arm("ours", "UniCTokens-R1", "staged", ())
 

@@ -47,8 +47,8 @@ def units(scale: Scale) -> dict[Unit, list[str]]:
         (scale.concepts, scale.seeds, in_tables),
         (scale.curve_concepts, scale.curve_seeds, in_curves),
     ):
-        for kind, number in concepts:
-            for seed in seeds:
+        for seed in seeds:  # a table with one seed is whole before the next begins
+            for kind, number in concepts:
                 found.setdefault(Unit(kind, number, seed), set()).update(names)
     return {unit: [name for name in ARMS if name in chosen] for unit, chosen in found.items()}
 
