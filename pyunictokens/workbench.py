@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
@@ -134,18 +134,32 @@ class Experts:
 def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | None = None) -> Experts | None:
     """The toy's experts for the toy; for other models those of `own`, or None.
 
-    own: the `rewards:` settings of docs/rewards.md, or ``module:function``. The function takes a device and returns an
-    ensemble (``score(batch)``), or anything with the fields of :class:`Experts`.
+    own: the `rewards:` settings of docs/rewards.md, ``tcp://HOST:PORT`` of experts that are served (the toy is still
+    measured with its own encoders), or ``module:function``. The function takes a device and returns an ensemble
+    (``score(batch)``), or anything with the fields of :class:`Experts`.
     """
     if isinstance(own, Mapping):
         from .rewards.load import load_rewards
 
         rewards = load_rewards(own, device)
         return Experts(rewards.ensemble, rewards.preview_scorer, face_embedding=rewards.face_embedding)
+    if own is not None and own.startswith("tcp://"):
+        from .rewards.remote import RemoteExperts
+
+        remote = RemoteExperts.open(own)
+        measuring = load_experts(sources, device) or Experts(None)
+        return replace(
+            measuring,
+            ensemble=remote,
+            preview_scorer=remote.preview_scorer,
+            face_embedding=remote.face_embedding,
+        )
     if own is not None:
         module_name, colon, name = own.partition(":")
         if not colon or not name.isidentifier():
-            raise UserError(f"rewards={own!r}: must be MODULE:FUNCTION, as in my_rewards:load")
+            raise UserError(
+                f"rewards={own!r}: must be FILE.yaml, tcp://HOST:PORT, or MODULE:FUNCTION, as in my_rewards:load"
+            )
         try:
             function = getattr(importlib.import_module(module_name), name)
         except (ImportError, AttributeError) as error:

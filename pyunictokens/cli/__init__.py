@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from . import bench, data, demo, doctor, evaluate, generate, train
+from . import bench, data, demo, doctor, evaluate, experts, generate, train
 from .shell import guarded, show_warnings_briefly
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("understand")(guarded(generate.understand))
 app.add_typer(evaluate.app, name="evaluate")
 app.command("bench", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(guarded(bench.bench))
 app.add_typer(data.app, name="data")
+app.add_typer(experts.app, name="experts")
 app.command("doctor")(guarded(doctor.doctor))
 
 

@@ -55,7 +55,8 @@ def evaluate(
         typer.Option("--against", help="An earlier result to compare with. Default: before.json of the run."),
     ] = None,
     rewards: Annotated[
-        str | None, typer.Option("--rewards", metavar="FILE.yaml", help="Reward experts, or MODULE:FUNCTION.")
+        str | None,
+        typer.Option("--rewards", metavar="FILE.yaml", help="Reward experts, tcp://HOST:PORT, or MODULE:FUNCTION."),
     ] = None,
     name: NameOption = None,
     model: ModelOption = None,

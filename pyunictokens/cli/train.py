@@ -63,7 +63,8 @@ def train(
         typer.Option(
             "--rewards",
             metavar="FILE.yaml",
-            help="Reward experts (docs/rewards.md), or MODULE:FUNCTION that takes a device and returns them.",
+            help="Reward experts (docs/rewards.md), tcp://HOST:PORT of served ones, or MODULE:FUNCTION that takes a "
+            "device and returns them.",
         ),
     ] = None,
     preset: Annotated[
