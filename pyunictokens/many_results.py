@@ -124,9 +124,13 @@ def _page(rows: Sequence[Row]) -> str:
         titles=HEADLINES,
         summary=summary(rows),
         states=sorted(Counter(row.status.state for row in rows).items()),
-        hours=sum(row.status.seconds for row in rows) / 3600,
+        time=_duration(sum(row.status.seconds for row in rows)),
         link=lambda name: f"{quote(name)}/report.html",
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 _TEMPLATE = """<!doctype html>
@@ -141,6 +145,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #8884; vertical-align: top; }
 .number { text-align: right; white-space: nowrap; }
+.many th { vertical-align: bottom; line-height: 1.25; }
+.title { white-space: normal; min-width: 4.5rem; max-width: 6.5rem; font-size: 12px; }
 .scroll { overflow-x: auto; }
 .failed { color: #b42318; }
 </style>
@@ -148,10 +154,10 @@ th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #88
 <body>
 <h1>{{ rows | length }} concepts</h1>
 <p>{% for state, number in states %}{{ number }} {{ state }}{{ ", " if not loop.last }}{% endfor %};
-{{ "%.2f" | format(hours) }} hours of work. Measured on the held-out half of each concept's folder.</p>
+{{ time }} of work. Measured on the held-out half of each concept's folder.</p>
 {% if summary %}
-<h2>Over the concepts that have both</h2>
-<table>
+<h2>Over the concepts measured before and after</h2>
+<div class="scroll"><table>
 <tr><th>measure</th><th class="number">before</th><th class="number">after</th>
 <th class="number">change [95 %, over concepts]</th><th class="number">concepts</th></tr>
 {% for key, title, before, after, change in summary %}
@@ -160,20 +166,24 @@ th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #88
 <td class="number">{{ "%+.3f [%+.3f, %+.3f]" | format(change.mean, change.low, change.high) }}</td>
 <td class="number">{{ change.n }}</td></tr>
 {% endfor %}
-</table>
+</table></div>
 {% endif %}
 <h2>One by one</h2>
-<div class="scroll"><table>
-<tr><th>concept</th><th>kind</th><th>state</th><th class="number">minutes</th>
-{% for key in keys %}<th class="number">{{ titles[key] }}</th>{% endfor %}<th></th></tr>
+<p>Above before, below after.</p>
+<div class="scroll"><table class="many">
+<tr><th>concept</th><th>kind</th><th>state</th><th class="number">tries</th><th class="number">minutes</th>
+{% for key in keys %}<th class="number title">{{ titles[key] }}</th>{% endfor %}</tr>
 {% for row in rows %}
 <tr><td>{% if row.status.state == "done" %}<a href="{{ link(row.status.name) }}">{{ row.status.name }}</a>
 {%- else %}{{ row.status.name }}{% endif %}</td><td>{{ row.kind }}</td>
 <td class="{{ row.status.state }}">{{ row.status.state }}</td>
+<td class="number">{{ row.status.tries }}</td>
 <td class="number">{{ "%.1f" | format(row.status.seconds / 60) }}</td>
 {% for key in keys %}{% set pair = row.means.get(key, {}) %}<td class="number">
-{%- if "before" in pair and "after" in pair %}{{ "%.3f → %.3f" | format(pair.before, pair.after) }}{% endif %}</td>
-{% endfor %}<td>{{ row.status.message }}</td></tr>
+{%- if "before" in pair and "after" in pair %}{{ "%.3f" | format(pair.before) }}
+<br>{{ "%.3f" | format(pair.after) }}{% endif %}</td>
+{% endfor %}</tr>
+{% if row.status.message %}<tr><td></td><td colspan="{{ 4 + keys | length }}">{{ row.status.message }}</td></tr>{% endif %}
 {% endfor %}
 </table></div>
 </body>
