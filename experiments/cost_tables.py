@@ -8,6 +8,7 @@ in `Gpu`; nothing here was measured, and every table says so.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,14 +204,14 @@ def assumptions() -> str:
 PARTS = {"phases": phases, "memory": memory, "assumptions": assumptions, "predictions": predictions}
 
 
-def updated(text: str) -> str:
+def updated(text: str, parts: Mapping[str, Callable[[], str]] = PARTS, page: str = FILE.name) -> str:
     """`text` with every marked part made anew. Raises SystemExit where markers are missing."""
-    for name, make in PARTS.items():
+    for name, make in parts.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not found or not closed:
-            raise SystemExit(f"{FILE.name}: the markers of {name} are missing")
+            raise SystemExit(f"{page}: the markers of {name} are missing")
         text = f"{before}{begin}{make()}\n{end}{after}"
     return text
 

@@ -282,3 +282,29 @@ def state_bytes(config: ShowoConfig, trainable: str = "full", itemsize: int = 2,
         return itemsize * total + 4 * 4 * rows * 2 * config.hidden_size
     twins = 12 if itemsize == 4 else 16  # moments 8, gradient 4, and for lower precision a twin of 4
     return total * (itemsize + twins)
+
+
+def learned_parameters(config: ShowoConfig, trainable: str = "full", *, rows: int = 25, rank: int = 8) -> int:
+    """How many parameters learn: all ("full"), adapters of `rank` on every matrix of the blocks ("lora"), or `rows`
+    concept rows of embedding and head with their biases ("concept")."""
+    width, inner = config.hidden_size, config.intermediate_size
+    if trainable == "full":
+        return parameters(config)
+    if trainable == "lora":
+        return config.num_hidden_layers * rank * (4 * 2 * width + 2 * (width + inner))
+    return rows * (2 * width + 1)
+
+
+def sharded_state_bytes(
+    config: ShowoConfig, trainable: str = "full", *, ranks: int = 1, rows: int = 25, rank: int = 8, itemsize: int = 2
+) -> float:
+    """What one of `ranks` holds between steps, in bytes: all weights and float32 gradients of what learns; of float32
+    twins and AdamW's moments (12 bytes a parameter) its share."""
+    learned = learned_parameters(config, trainable, rows=rows, rank=rank)
+    return itemsize * parameters(config) + learned * (4 + 12 / ranks)
+
+
+def exchanged_bytes(learned: float, ranks: int, itemsize: int = 2) -> float:
+    """What each of `ranks` sends in one step, in bytes, by rings: float32 gradients summed everywhere (twice around),
+    and new weights from the rank that made them (once around)."""
+    return (2 * 4 + itemsize) * learned * (ranks - 1) / ranks
