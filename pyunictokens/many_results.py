@@ -183,7 +183,9 @@ th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #88
 {%- if "before" in pair and "after" in pair %}{{ "%.3f" | format(pair.before) }}
 <br>{{ "%.3f" | format(pair.after) }}{% endif %}</td>
 {% endfor %}</tr>
-{% if row.status.message %}<tr><td></td><td colspan="{{ 4 + keys | length }}">{{ row.status.message }}</td></tr>{% endif %}
+{% if row.status.message %}
+<tr><td></td><td colspan="{{ 4 + keys | length }}">{{ row.status.message }}</td></tr>
+{% endif %}
 {% endfor %}
 </table></div>
 </body>

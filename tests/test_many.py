@@ -281,3 +281,13 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "goes without NAME" in call("--concepts", "all", data, "fine", *out, code=2)
     assert "--concepts needs" in call("--concepts", "all", data, code=2)
     assert "give --concepts" in call(data, "fine", "--shard", "1/2", code=2)
+
+
+def test_the_table_of_twenty_toys_is_that_of_its_numbers() -> None:
+    from experiments import twenty_table
+    from experiments.cost_tables import updated
+
+    text = twenty_table.PAGE.read_text(encoding="utf-8")
+    parts = {"twenty": twenty_table.table}
+    assert updated(text, parts) == text, "run python -m experiments.twenty_table"
+    assert updated(text.replace("| toy7 | human | done | 2 |", "| toy7 | human | done | 1 |"), parts) == text
