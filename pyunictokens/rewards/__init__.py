@@ -14,6 +14,7 @@ from .ensemble import PAPER_WEIGHTS, Ensemble, EnsembleScore
 from .fer import Fer
 from .judge import Judge, JudgeConfig, JudgeExpert, JudgeItem, JudgeScore
 from .load import RewardConfig, load_rewards
+from .remote import RemoteExperts
 from .tier import Tier
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "JudgeExpert",
     "JudgeItem",
     "JudgeScore",
+    "RemoteExperts",
     "RewardBatch",
     "RewardConfig",
     "Tier",

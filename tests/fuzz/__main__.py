@@ -29,6 +29,8 @@ READERS = (
     "models.concept",
     "models.magvit",
     "models.showo",
+    "rewards.judge",
+    "rewards.wire",
     "runs",
     "train.logs",
     "train.policy",

@@ -284,6 +284,20 @@ def judge(data: bytes) -> None:
     assert 1.0 <= score <= 10.0
 
 
+def experts(data: bytes) -> None:
+    """What came over a connection to served experts, or from them."""
+    from pyunictokens.rewards.wire import decode, tensor, texts, unpack_batch
+
+    message, tensors = decode(data)
+    for read in (
+        lambda: unpack_batch(message, tensors, torch.device("cpu")),
+        lambda: (texts(message, "parts"), tensor(tensors, "total")),
+        lambda: tensor(tensors, "index", torch.int64),
+    ):
+        with contextlib.suppress(UserError):
+            read()
+
+
 _JSON = "train/bo/info.json", "train/bo/conversations.json", "train/bo/positive_recognitions.json"
 _JSON += "train/bo/random_recognitions.json", "test/bo/vqa.json", "test/bo/text_only.json"
 _JSON += "test/bo/t2i_conditions.json", "train/train_images.json"
@@ -313,6 +327,7 @@ TARGETS: dict[str, Target] = {
             evaluation,
             many,
             plan,
+            experts,
         )
     },
 }
@@ -360,6 +375,16 @@ def seeds(name: str) -> list[bytes]:
         buffer = io.BytesIO()
         torch.save({"x": torch.zeros(2)}, buffer)
         return [buffer.getvalue()]
+    if name == "experts":
+        from pyunictokens.rewards import RewardBatch
+        from pyunictokens.rewards.wire import encode, pack_batch
+
+        pixels = torch.zeros(2, 3, 2, 2)
+        batch = RewardBatch(pixels, ["a", "b"], ["c", "d"], ["c", "e"], 1, pixels[:1], "human")
+        words, tensors = pack_batch(batch)
+        scored = encode({"parts": ["ber"], "no_face": 0}, {"total": torch.ones(2), "part 0": torch.ones(2)})
+        judged = encode({"do": "preview", "prompts": ["a"]}, {"pixels": pixels, "index": torch.tensor([0, 0])})
+        return [encode({"do": "score", **words}, tensors), scored, judged, encode({"error": "no"})]
     lora = {"rank": 2, "alpha": 4.0, "targets": ["fc1"]}
     texts: dict[str, list[Any]] = {
         "index": [{"weight_map": {"x": "a.safetensors"}}],
@@ -378,5 +403,5 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 def kept(name: str) -> list[bytes]:
-    """Inputs of the corpus for a target: each once broke it."""
+    """Inputs of the corpus for a target: each once broke it, or stands for a kind that must not."""
     return [file.read_bytes() for file in sorted((CORPUS / name).glob("*"))]
