@@ -59,9 +59,9 @@ def serve(
     assert experts is not None
     served = Rewards(experts.ensemble, experts.preview_scorer, experts.face_embedding)
     server = ExpertServer(served, key, host=host, port=port, device=place)
-    names = ", ".join(sorted(served.ensemble.experts))
+    names = ", ".join(server.names) or "experts"
     say = console()
-    with stop_on_signals(lambda text: say.print(text, markup=False, soft_wrap=True)) as stop:
+    with stop_on_signals(lambda text: say.print("ending when all who have asked are answered")) as stop:
         say.print(f"{server.address}: {names} on {place}; Ctrl-C ends", markup=False, soft_wrap=True)
         server.serve(stop)
 

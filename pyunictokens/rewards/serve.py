@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from typing import Any
@@ -48,7 +48,8 @@ class ExpertServer:
         limit: int = LIMIT,
     ):
         self.rewards, self.device, self._key, self._limit = rewards, torch.device(device), key, limit
-        self._turn = threading.Lock()
+        self._turn, self._work = threading.Lock(), threading.Condition()
+        self._busy, self._ending = 0, False
         self._open: set[Connection] = set()
         self._asked: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Answer]] = {
             "hello": self._hello,
@@ -68,6 +69,11 @@ class ExpertServer:
         """What clients call it."""
         return f"tcp://{self.host}:{self.port}"
 
+    @property
+    def names(self) -> list[str]:
+        """The experts' names; none where an ensemble of your own does not say."""
+        return sorted(getattr(self.rewards.ensemble, "experts", ()))
+
     def serve(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Answer until `stop` says so (asked five times a second) or :meth:`close` is called."""
         self._listener.settimeout(0.2)
@@ -80,8 +86,9 @@ class ExpertServer:
                 except OSError:  # closed
                     break
                 threading.Thread(target=self._attend, args=(raw, f"{peer[0]}:{peer[1]}"), daemon=True).start()
-            with self._turn:  # what is being answered is answered
-                pass
+            self._ending = True
+            with self._work:  # who has asked is answered
+                self._work.wait_for(lambda: self._busy == 0)
         finally:
             self.close()
 
@@ -96,12 +103,14 @@ class ExpertServer:
         try:
             connection = shake_hands(raw, self._key, serving=True)
         except (AuthenticationError, OSError, EOFError) as error:
-            log.warning("%s: turned away: %s", peer, error or type(error).__name__)
+            log.warning("%s: turned away: %s", peer, str(error) or "it hung up")
             return
         self._open.add(connection)
         try:
-            while True:
-                connection.send_bytes(self._answer(connection.recv_bytes(self._limit)))
+            while not self._ending:
+                data = connection.recv_bytes(self._limit)
+                with self._at_work():
+                    connection.send_bytes(self._answer(data))
         except EOFError:
             pass  # the peer has left
         except OSError as error:
@@ -109,6 +118,17 @@ class ExpertServer:
         finally:
             self._open.discard(connection)
             connection.close()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._work:
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._work:
+                self._busy -= 1
+                self._work.notify_all()
 
     def _answer(self, data: bytes) -> bytes:
         try:
@@ -125,9 +145,8 @@ class ExpertServer:
             return encode({"error": f"{type(error).__name__}: {error}"})
 
     def _hello(self, message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Answer:
-        ensemble, preview, faces = self.rewards
-        weights = {kind: dict(chosen) for kind, chosen in ensemble.weights.items()}
-        about = {"experts": sorted(ensemble.experts), "weights": weights}
+        _, preview, faces = self.rewards
+        about = {"experts": self.names, "weights": getattr(self.rewards.ensemble, "weights", {})}
         return {**about, "previews": preview is not None, "faces": faces is not None}, {}
 
     def _score(self, message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Answer:
@@ -149,4 +168,5 @@ class ExpertServer:
         return {}, {"faces": self.rewards.face_embedding(tensor(tensors, "pixels").to(self.device))}
 
     def _throughput(self, message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Answer:
-        return {"throughput": self.rewards.ensemble.throughput()}, {}
+        throughput = getattr(self.rewards.ensemble, "throughput", dict)
+        return {"throughput": throughput()}, {}

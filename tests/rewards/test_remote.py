@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyunictokens.errors import UserError
-from pyunictokens.rewards import Ensemble, RewardBatch, load_toy_experts
+from pyunictokens.rewards import Ensemble, EnsembleScore, RewardBatch, load_toy_experts
 from pyunictokens.rewards.load import Rewards
 from pyunictokens.rewards.remote import RemoteExperts, parse_addresses
 from pyunictokens.rewards.serve import ExpertServer
@@ -280,6 +280,34 @@ def test_an_expert_that_raises_and_one_that_is_no_number() -> None:
                 experts.score(given)
             assert str(there.value) == str(here.value) and "expert 'it'" in str(there.value)
             assert experts.score(batch(size=4).row(1)).total.isfinite().all(), "and it goes on"
+
+
+def test_who_has_asked_is_answered_before_a_server_ends() -> None:
+    asked, stop = threading.Event(), threading.Event()
+
+    def slow(given: RewardBatch) -> Tensor:
+        asked.set()
+        stop.wait(10)
+        time.sleep(0.3)  # longer than it takes to notice
+        return brightness(given)
+
+    class Own:
+        """An ensemble that can score, and nothing else."""
+
+        def score(self, given: RewardBatch) -> EnsembleScore:
+            return EnsembleScore(slow(given))
+
+    server = ExpertServer(Rewards(Own(), None, None), SECRET)  # type: ignore[arg-type]
+    thread = threading.Thread(target=server.serve, args=(stop.is_set,), daemon=True)
+    thread.start()
+    experts = ask(server)
+    assert experts.experts == () and experts.throughput() == {}
+    future = experts.submit(batch(size=4))
+    assert asked.wait(10)
+    stop.set()
+    torch.testing.assert_close(future.result(10).total, brightness(batch(size=4)))
+    thread.join(10)
+    assert not thread.is_alive() and future.result().parts == {}
 
 
 def test_servers_must_serve_the_same() -> None:
