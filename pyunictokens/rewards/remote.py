@@ -16,6 +16,7 @@ It knows addresses, messages and patience; it does not know which experts answer
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -41,6 +42,10 @@ SCHEME = "tcp://"
 TIMEOUT = 300.0
 _CONNECT = 10.0
 """Longest wait in seconds for a connection."""
+
+
+_REST = 60.0
+"""Seconds for which a server that was lost is asked only after the others."""
 
 
 class _Lost(Exception):
@@ -77,6 +82,8 @@ class _Server:
     key: bytes
     timeout: float
     pending: int = 0
+    lost: float = -math.inf
+    """When its connection was last lost, on the monotonic clock."""
     turn: threading.Lock = field(default_factory=threading.Lock)
     connection: Connection | None = None
 
@@ -100,6 +107,7 @@ class _Server:
                 ) from None
             except (OSError, EOFError) as error:
                 self._drop()
+                self.lost = time.monotonic()
                 raise _Lost(str(error) or "the other side hung up") from error
             except BaseException:
                 self._drop()
@@ -254,7 +262,8 @@ class RemoteExperts:
         with self._lock:
             self._first = (self._first + 1) % len(self._servers)
             order = self._servers[self._first :] + self._servers[: self._first]
-            return sorted(order, key=lambda server: server.pending)
+            now = time.monotonic()
+            return sorted(order, key=lambda server: (now - server.lost < _REST, server.pending))
 
 
 def _read(server: _Server, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:

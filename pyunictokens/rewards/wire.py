@@ -53,11 +53,15 @@ def read_key() -> bytes:
 
 
 def encode(message: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
-    """A message as bytes. Tensors of any device."""
+    """A message as bytes. Tensors of any device, whose order in memory goes along: with it, last bits would change."""
     from safetensors.torch import save
 
-    words = json.dumps(message).encode()
-    flat = {name: value.detach().to("cpu").contiguous().clone() for name, value in (tensors or {}).items()}
+    given = tensors or {}
+    last = [name for name, value in given.items() if _channels_last(value)]
+    words = json.dumps({**message, "channels_last": last}).encode()
+    flat = {
+        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, value in given.items()
+    }
     return struct.pack("!I", len(words)) + words + save(flat)
 
 
@@ -78,7 +82,15 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"a message that cannot be read: {type(error).__name__}: {error}") from None
     if not isinstance(message, dict):
         raise UserError(f"a message's JSON is a {type(message).__name__}: must be a table")
+    last = texts(message, "channels_last")
+    for name, value in tensors.items():
+        form = torch.channels_last if name in last and value.ndim == 4 else torch.contiguous_format
+        tensors[name] = value.clone(memory_format=form)
     return message, tensors
+
+
+def _channels_last(value: Tensor) -> bool:
+    return not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
 
 
 def texts(message: Mapping[str, Any], field: str) -> list[str]:

@@ -27,6 +27,8 @@ from pyunictokens.rewards.serve import ExpertServer
 from pyunictokens.rewards.wire import KEY, KEY_FILE, decode, encode, pack_batch, read_key, shake_hands, unpack_batch
 from pyunictokens.workbench import Sources, load_experts
 
+from .test_toy import human_batch
+
 SECRET = b"a key of more than sixteen letters"
 Score = Callable[[RewardBatch], Tensor]
 
@@ -93,8 +95,7 @@ def test_the_command_serves_the_toy_and_outlives_kill_and_restart(monkeypatch: p
         assert found is not None and found.reader is not None and found.image_text is not None
         remote, torch_threads = found.ensemble, torch.get_num_threads()
         torch.set_num_threads(1)
-        for kind, seed in (("human", 1), ("animal", 2)):
-            given = batch(seed=seed, kind=kind)
+        for given in (human_batch(1), batch(seed=2, kind="animal"), human_batch(3)):
             here, there = home.ensemble.score(given), remote.score(given)
             torch.testing.assert_close(there.total, here.total, rtol=0, atol=1e-6)
             assert list(there.parts) == list(here.parts) and there.no_face == here.no_face
@@ -326,10 +327,12 @@ def test_servers_must_serve_the_same() -> None:
 @pytest.mark.parametrize("kind", ["human", "animal"])
 def test_messages_keep_every_bit(kind: str) -> None:
     given = batch(4, kind=kind, size=5)
-    given.images = given.images.to(torch.bfloat16)
+    given.images = given.images.to(torch.bfloat16, memory_format=torch.channels_last)
     words, tensors = decode(encode(*pack_batch(given)))
     back = unpack_batch(words, tensors, torch.device("cpu"))
     assert torch.equal(back.images, given.images) and back.images.dtype == torch.bfloat16
+    assert back.images.stride() == given.images.stride() != given.images.contiguous().stride()
+    assert all(value.data_ptr() % 64 == 0 for value in (back.images, back.references)), "kernels mind where it begins"
     assert torch.equal(back.references, given.references)
     for field in ("prompts", "answers", "facts", "correct", "kind"):
         assert getattr(back, field) == getattr(given, field)
