@@ -43,23 +43,37 @@ READERS = (
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         return guided(sys.argv[2], int(sys.argv[3]))
+    from tests.fuzz.record import executed, keep
     from tests.fuzz.targets import CORPUS, TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=25, help="for each reader")
     parser.add_argument("--only", nargs="+", choices=list(TARGETS))
+    parser.add_argument("--record", action="store_true", help="write how many inputs there were to docs/")
     options = parser.parse_args()
-    failed = []
+    failed, counts = [], {}
     if importlib.util.find_spec("atheris") is None:
         print("atheris is not installed: hypothesis alone")
     else:
         for name in options.only or TARGETS:
             command = [sys.executable, "-m", "tests.fuzz", "--one", name, str(options.seconds)]
-            code = subprocess.run(command, cwd=ROOT, check=False).returncode
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            code, counts[name] = done.returncode, executed(done.stdout)
             if (CORPUS / name).is_dir() and not any((CORPUS / name).iterdir()):
                 (CORPUS / name).rmdir()
-            print(f"{name}: {'good' if code == 0 else f'broken, see {CORPUS / name}'}", flush=True)
+            verdict = "good" if code == 0 else f"broken, see {CORPUS / name}\n{done.stdout[-4000:]}"
+            print(f"{name}: {counts[name]} inputs, {verdict}", flush=True)
             failed += [name] if code else []
+    if options.record and not failed and counts:
+        keep(options.seconds, counts)
     words = ["-k", " or ".join(options.only)] if options.only else []
     long = ["-m", "pytest", "-q", "-m", "fuzz", "tests/fuzz", *words]
     code = subprocess.run([sys.executable, *long], cwd=ROOT, check=False).returncode

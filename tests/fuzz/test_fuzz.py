@@ -103,3 +103,14 @@ def test_nothing_comes_out_but_clear_errors_for_long(name: str) -> None:
         check(name, data)
 
     run()
+
+
+def test_the_table_of_a_full_run_is_that_of_its_numbers() -> None:
+    from experiments.cost_tables import updated
+    from tests.fuzz.record import PAGE, executed, table
+
+    assert executed("x\nstat::number_of_executed_units: 275430\nstat::average_exec_per_sec:     10593") == 275430
+    assert executed("nothing") == 0
+    text = PAGE.read_text(encoding="utf-8")
+    assert updated(text, {"fuzz": table}) == text
+    assert all(f"| {name} |" in table() for name in TARGETS), "a reader that no full run has seen: --record"
