@@ -7,6 +7,7 @@ It computes nothing but means; it starts nothing.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 import os
@@ -114,11 +115,8 @@ def _plain(metrics: Sequence[Metric]) -> dict[str, Any]:
 
 
 def _page(rows: Sequence[Row]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     keys = [key for key in HEADLINES if any(key in row.means for row in rows)]
-    return environment.from_string(_TEMPLATE).render(
+    return _template().render(
         rows=rows,
         keys=keys,
         titles=HEADLINES,
@@ -127,6 +125,14 @@ def _page(rows: Sequence[Row]) -> str:
         time=_duration(sum(row.status.seconds for row in rows)),
         link=lambda name: f"{quote(name)}/report.html",
     )
+
+
+@functools.cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE)
 
 
 def _duration(seconds: float) -> str:

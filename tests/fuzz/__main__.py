@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,41 +44,52 @@ READERS = (
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         return guided(sys.argv[2], int(sys.argv[3]))
-    from tests.fuzz.record import executed, keep
-    from tests.fuzz.targets import CORPUS, TARGETS
+    from tests.fuzz.targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=25, help="for each reader")
     parser.add_argument("--only", nargs="+", choices=list(TARGETS))
     parser.add_argument("--record", action="store_true", help="write how many inputs there were to docs/")
     options = parser.parse_args()
-    failed, counts = [], {}
+    memory = Path("/dev/shm")  # where there is one: files are flushed at every input
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None) as room:
+        environment = {**os.environ, "TMPDIR": room}
+        failed = _guided_all(options.only or list(TARGETS), options.seconds, options.record, environment)
+        words = ["-k", " or ".join(options.only)] if options.only else []
+        long = ["-m", "pytest", "-q", "-m", "fuzz", "tests/fuzz", *words]
+        code = subprocess.run([sys.executable, *long], cwd=ROOT, env=environment, check=False).returncode
+    sys.exit(failed or code)
+
+
+def _guided_all(names: Sequence[str], seconds: int, record: bool, environment: Mapping[str, str]) -> bool:
+    """Fuzz each reader in a process of its own; whether one broke."""
+    from tests.fuzz.record import executed, keep
+    from tests.fuzz.targets import CORPUS
+
     if importlib.util.find_spec("atheris") is None:
         print("atheris is not installed: hypothesis alone")
-    else:
-        for name in options.only or TARGETS:
-            command = [sys.executable, "-m", "tests.fuzz", "--one", name, str(options.seconds)]
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                check=False,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
-            code, counts[name] = done.returncode, executed(done.stdout)
-            if (CORPUS / name).is_dir() and not any((CORPUS / name).iterdir()):
-                (CORPUS / name).rmdir()
-            verdict = "good" if code == 0 else f"broken, see {CORPUS / name}\n{done.stdout[-4000:]}"
-            print(f"{name}: {counts[name]} inputs, {verdict}", flush=True)
-            failed += [name] if code else []
-    if options.record and not failed and counts:
-        keep(options.seconds, counts)
-    words = ["-k", " or ".join(options.only)] if options.only else []
-    long = ["-m", "pytest", "-q", "-m", "fuzz", "tests/fuzz", *words]
-    code = subprocess.run([sys.executable, *long], cwd=ROOT, check=False).returncode
-    sys.exit(bool(failed) or code)
+        return False
+    failed, counts = False, {}
+    for name in names:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.fuzz", "--one", name, str(seconds)],
+            cwd=ROOT,
+            env=environment,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        good, counts[name] = done.returncode == 0, executed(done.stdout)
+        if (CORPUS / name).is_dir() and not any((CORPUS / name).iterdir()):
+            (CORPUS / name).rmdir()
+        verdict = "good" if good else f"broken, see {CORPUS / name}\n{done.stdout[-4000:]}"
+        print(f"{name}: {counts[name]} inputs, {verdict}", flush=True)
+        failed |= not good
+    if record and not failed:
+        keep(seconds, counts)
+    return failed
 
 
 def guided(name: str, seconds: int) -> None:

@@ -7,6 +7,7 @@ the ordinary door. `SEEDS` gives each a few good files to begin with. hypothesis
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -43,6 +44,7 @@ def _room() -> Path:
 
     torch.set_num_threads(1)
     room = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    atexit.register(shutil.rmtree, room, ignore_errors=True)
     Folder(room / "data")
     tiny_concept().save(room / "tokens")
     ConceptTokens("bo", 4, 2, 1).save_published(room / "published", 3)
