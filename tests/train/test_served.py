@@ -1,0 +1,67 @@
+"""Training with served experts: the run is the one with experts at home, value for value, also when it loses them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pyunictokens.errors import UserError
+from pyunictokens.rewards.load import Rewards
+from pyunictokens.rewards.remote import RemoteExperts
+from pyunictokens.rewards.serve import ExpertServer
+from pyunictokens.train import read_metrics, train_grpo
+from tests.train.world import experts, grpo_config, red_preview, world
+
+KEY = b"sixteen letters or more"
+
+
+@pytest.fixture
+def server() -> Iterator[ExpertServer]:
+    served = ExpertServer(Rewards(experts(), red_preview, None), KEY)
+    thread = threading.Thread(target=served.serve, daemon=True)
+    thread.start()
+    yield served
+    served.close()
+    thread.join(10)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_the_run_is_the_one_at_home(tmp_path: Path, server: ExpertServer) -> None:
+    here = world(tmp_path / "data")
+    remote = RemoteExperts([(server.host, server.port)], KEY)
+    train_grpo(**here.fresh(), config=grpo_config(), out_dir=tmp_path / "home")
+    asked = {**here.fresh(), "rewards": remote, "preview_scorer": remote.preview_scorer}
+    train_grpo(**asked, config=grpo_config(), out_dir=tmp_path / "away")
+    home, away = (
+        [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(tmp_path / name)]
+        for name in ("home", "away")
+    )
+    assert away == home and len(home) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:the DSOG scorer failed")
+def test_a_run_that_loses_its_experts_goes_on_when_they_are_back(tmp_path: Path, server: ExpertServer) -> None:
+    here = world(tmp_path / "data")
+    remote = RemoteExperts([(server.host, server.port)], KEY, backoff=0.05)
+    asked = {**here.fresh(), "rewards": remote, "preview_scorer": remote.preview_scorer}
+
+    def loses(phase: str, done: int, total: int, values: object) -> None:
+        if done == 2:
+            server.close()
+
+    with pytest.raises(UserError, match=f"{server.address} .* are lost.*--resume"):
+        train_grpo(**asked, config=grpo_config(checkpoint_every=1), out_dir=tmp_path / "run", progress=loses)
+    again = ExpertServer(server.rewards, KEY, port=server.port)
+    threading.Thread(target=again.serve, daemon=True).start()
+    asked = {**here.fresh(), "rewards": remote, "preview_scorer": remote.preview_scorer}
+    train_grpo(**asked, config=grpo_config(checkpoint_every=1), out_dir=tmp_path / "run", resume=True)
+    train_grpo(**here.fresh(), config=grpo_config(checkpoint_every=1), out_dir=tmp_path / "home")
+    again.close()
+    home, away = (
+        [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(tmp_path / name)]
+        for name in ("home", "run")
+    )
+    assert away == home and len(home) == 4
