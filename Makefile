@@ -38,7 +38,7 @@ test: $(STAMP) ## the test suite (without the tests that need a GPU)
 soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliability.md promises, for minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m soak tests/soak $(ARGS)
 
-fuzz: $(STAMP) ## random bytes for everything that reads files, ten minutes in all (SECONDS_EACH=25 a reader)
+fuzz: $(STAMP) ## random bytes for everything that reads foreign bytes, twenty minutes in all (SECONDS_EACH=25 a reader)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS_EACH) $(ARGS)
 
 tables: $(STAMP) ## the paper's tables in miniature, with figures: docs/experiments.md (QUICK=1: within 40 minutes)

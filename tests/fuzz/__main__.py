@@ -1,6 +1,6 @@
 """`make fuzz`: atheris over every reader, guided by what its code does, then hypothesis; some seconds each.
 
-    python -m tests.fuzz --seconds 25                 # all, about ten minutes
+    python -m tests.fuzz --seconds 25                 # all, about twenty minutes
     python -m tests.fuzz --seconds 300 --only index   # one
 
 A reader that lets anything but a UserError through ends with its input in tests/fuzz/corpus/NAME, to stay there.
