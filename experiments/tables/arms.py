@@ -50,7 +50,7 @@ _SHORT = (
     "grpo.lr=4e-5",
     "evaluation.timesteps=6",
 )
-"""Half the timesteps, a third of the stages: less is learned than with the preset, and more is left to reinforcement."""
+"""Half the timesteps, a third of the stages: less is learned than with the preset, more is left to reinforcement."""
 
 SCALES = {
     "quick": Scale(
