@@ -2,6 +2,7 @@
 
     python experiments/demo_seeds.py                     # animal and object with seeds 0, 1, 2: six concepts
     python experiments/demo_seeds.py --kinds animal --seeds 3 4 5 --work runs/other --no-docs
+    python experiments/demo_seeds.py --jobs 2            # two at a time, a thread each: less waiting in all
 
 Every seed draws another concept that pre-training never saw, and seeds everything else too. A demo that is finished in
 the work folder is read, not run again (--again runs it anew). Nothing is tuned on what is measured here: the held-out
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,21 @@ NAMES = ("base", "before", "after")
 TITLES = {"base": "never saw it", "before": "tokens learned", "after": "reinforced"}
 
 
-def run_one(seed: int, kind: str, work: Path, words: list[str], again: bool) -> dict[str, Any]:
-    """One demo in a process of its own; returns its facts and metrics."""
+def run_one(seed: int, kind: str, work: Path, words: list[str], again: bool, jobs: int = 1) -> dict[str, Any]:
+    """One demo in a process of its own, of `jobs` at a time; returns its facts and metrics."""
     out = work / f"{kind}_{seed}"
     facts_file = work / f"{kind}_{seed}.json"
     if again or not facts_file.exists():
         start = time.monotonic()
         command = [sys.executable, "-m", "pyunictokens", "demo", "--out", str(out), "--kind", kind, "--seed", str(seed)]
-        child = subprocess.Popen([*command, *words])
+        threads = max(1, cores() // jobs)
+        child = subprocess.Popen([*command, *words], env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         _, status, usage = os.wait4(child.pid, 0)
         if status:
             raise SystemExit(f"the demo of {kind} {seed} failed; what it left is in {out}")
         peak = usage.ru_maxrss / 2**20  # KiB on Linux
         facts = {"seed": seed, "kind": kind, "seconds": round(time.monotonic() - start), "peak_gib": round(peak, 2)}
+        facts |= {"threads": threads, "jobs": jobs}
         facts_file.write_text(json.dumps(facts))
     facts = json.loads(facts_file.read_text())
     about = json.loads((out / "about.json").read_text(encoding="utf-8"))
@@ -103,22 +107,28 @@ def page(runs: list[dict[str, Any]], words: list[str]) -> str:
         "",
         "## Time and memory",
         "",
-        "| kind | seed | concept | minutes | peak memory, GiB |",
-        "|---|---|---|---|---|",
+        "| kind | seed | concept | minutes | threads | demos at a time | peak memory, GiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         minutes = run["seconds"] / 60
-        lines.append(f"| {run['kind']} | {run['seed']} | {run['concept']} | {minutes:.1f} | {run['peak_gib']} |")
+        beside = f"{run['threads']} | {run['jobs']}"
+        lines.append(
+            f"| {run['kind']} | {run['seed']} | {run['concept']} | {minutes:.1f} | {beside} | {run['peak_gib']} |"
+        )
     lines += ["", f"Taken on {machine()}.", ""]
     return "\n".join(lines)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:
     """Where the minutes were taken."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores ({platform.machine()}), torch {torch.__version__} with {torch.get_num_threads()} threads"
+    return f"{cores()} CPU cores ({platform.machine()}), torch {torch.__version__}"
 
 
 def main() -> None:
@@ -126,16 +136,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", default=["animal", "object"], choices=["human", "animal", "object"])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "demo_seeds", help="where the demos are run")
+    parser.add_argument("--jobs", type=int, default=1, help="demos at a time; each has its share of the cores")
     parser.add_argument("--again", action="store_true", help="run demos that are there anew")
     parser.add_argument("--no-docs", action="store_true", help="print the page, leave docs/ alone")
     parser.add_argument("words", nargs="*", help="key=value settings for every demo")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    runs = [
-        run_one(seed, kind, options.work, options.words, options.again)
-        for kind in options.kinds
-        for seed in options.seeds
-    ]
+    wanted = [(seed, kind) for kind in options.kinds for seed in options.seeds]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        fixed = (options.work, options.words, options.again, options.jobs)
+        runs = list(pool.map(lambda each: run_one(*each, *fixed), wanted))
     text = page(runs, options.words)
     if options.no_docs:
         print(text)
