@@ -146,6 +146,7 @@ class _Many(Ranks):
     def join(cls, world: int, device: str) -> _Many:
         """Meet the others where the environment says."""
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         from .watch import Watch
 
@@ -155,7 +156,10 @@ class _Many(Ranks):
         rank, place = _number("RANK", 0), _device(device)
         backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=WAIT)
+            store, _, _ = next(rendezvous("env://", rank, world, timeout=WAIT))
+            # torchrun keeps its store over restarts, and with it the addresses of processes that are gone
+            fresh = dist.PrefixStore(f"attempt {_number('TORCHELASTIC_RESTART_COUNT', 0)} of {world}", store)
+            dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=WAIT)
             group, spare = (dist.new_group(backend="gloo", timeout=WAIT) for _ in range(2))
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
+from .. import profiling
 from ..errors import UserError
 from .distributed import Ranks
 from .optim import PARTS, Optimiser, fitting
@@ -61,7 +62,7 @@ class ShardedOptimiser(Optimiser):
             own, self._sums[name].grad = self._sums[name].grad, None
             if own is None:
                 own = torch.zeros_like(self.named[name], dtype=torch.float32)
-            with self.ranks.noticing():
+            with profiling.phase("synchronisation"), self.ranks.noticing():
                 gradient = DTensor.from_local(own, self._mesh, [Partial("sum")], run_check=False)
                 self._masters[name].grad = gradient.redistribute(placements=[Shard(0)])
 
@@ -74,7 +75,7 @@ class ShardedOptimiser(Optimiser):
 
     def _hand_back(self) -> None:
         for name, parameter in self.named.items():
-            with self.ranks.noticing():
+            with profiling.phase("synchronisation"), self.ranks.noticing():
                 parameter.copy_(self._masters[name].to(parameter.dtype).full_tensor())  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Tensor]:
