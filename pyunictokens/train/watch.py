@@ -83,7 +83,7 @@ class Watch:
         own = json.dumps([self.rank, text])
         try:
             first = self._store.compare_set("words", "", own).decode() == own
-            end = time.monotonic() + 3 * BEAT
+            end = time.monotonic() + GRACE
             while first and self._store.add("read", 0) < self.world - 1 and time.monotonic() < end:
                 time.sleep(0.1)
         except (RuntimeError, ValueError):  # rank 0 is gone with its store

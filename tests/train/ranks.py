@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -18,22 +19,33 @@ import pyunictokens.train.sharded  # noqa: F401  loaded before the fork: it take
 from pyunictokens.train.distributed import Ranks
 
 
-def together(world: int, work: Callable[[Ranks], Any], where: Path, seconds: float = 100.0) -> list[Any]:
-    """`work(ranks)` on each of `world` ranks; what each returned or raised, in rank order."""
+def together(
+    world: int, work: Callable[[Ranks], Any], where: Path, seconds: float = 100.0, lost: int | None = None
+) -> list[Any]:
+    """`work(ranks)` on each of `world` ranks; what each returned or raised, in rank order, or its exit code.
+
+    The rank `lost` may hang: it is killed when the others are done.
+    """
     where.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [_fork(rank, world, port, work, where / f"rank{rank}") for rank in range(world)]
+    children = {_fork(rank, world, port, work, where / f"rank{rank}"): rank for rank in range(world)}
+    results: list[Any] = [None] * world
     end = time.monotonic() + seconds
-    while children and time.monotonic() < end:
-        children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+    while set(children.values()) - {lost} and time.monotonic() < end:
+        for child, rank in list(children.items()):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                del children[child]
+                file = where / f"rank{rank}"
+                results[rank] = pickle.loads(file.read_bytes()) if file.exists() else os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     for child in children:
-        os.kill(child, 9)
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert not children, f"{len(children)} of {world} ranks were not done after {seconds} s"
-    return [pickle.loads((where / f"rank{rank}").read_bytes()) for rank in range(world)]
+    assert set(children.values()) <= {lost}, f"ranks {set(children.values())} were not done after {seconds} s"
+    return results
 
 
 def _fork(rank: int, world: int, port: int, work: Callable[[Ranks], Any], file: Path) -> int:
