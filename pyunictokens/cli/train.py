@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,6 +132,8 @@ def train(
     if concepts is not None:
         if name is not None or start is not None or resume:
             raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("--concepts starts its own processes: run it without torchrun (--workers, --ray)")
         from .many import train_many
 
         given = {

@@ -257,6 +257,7 @@ class _Many(Ranks):
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, RankLost):
+            self._watch.heard()
             return
         if not self._watch.last_words(str(error) or type(error).__name__):
             lost = RankLost(f"another rank failed before rank {self.rank}: {error}")

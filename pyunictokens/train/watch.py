@@ -67,16 +67,17 @@ class Watch:
     def check(self) -> None:
         """Raise RankLost where a rank is known to be gone."""
         if self._lost is not None:
-            self._taken.set()
             raise self._lost
 
     def verdict(self) -> RankLost | None:
         """After a connection broke: who is gone. Waits until that is known; None where all ranks are there."""
         self._broken = True
         self._found.wait(5 * BEAT + GRACE)
-        if self._lost is not None:
-            self._taken.set()
         return self._lost
+
+    def heard(self) -> None:
+        """The main thread is about to end with what was found, and will say so."""
+        self._taken.set()
 
     def last_words(self, text: str) -> bool:
         """Say why this rank ends, and give the others the time to read it. False where another was first."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from pyunictokens.cli.train import train
 from pyunictokens.errors import RankLost, UserError
 from pyunictokens.stopping import Stopped
 from pyunictokens.train import grpo, read_metrics, state, train_grpo, watch
@@ -336,6 +337,8 @@ def test_ranks_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE=two: must be a whole number"):
         Ranks.open("cpu")
+    with pytest.raises(UserError, match="--concepts starts its own processes: run it without torchrun"):
+        train(root=Path("data"), name=None, concepts="all")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert Ranks.open("cpu").world == 1
     with pytest.raises(UserError, match="no other ranks"):
