@@ -5,8 +5,10 @@
 
 The embedded toy with its preset (all weights learn, DSOG on), from tokens that a short stage has learned. Every rank is
 a process with one thread, pinned to a core of its own. Both sides take turns; a run's first steps warm up and are not
-counted. A sample is one answer with its image: previewed, scored, held against the reference and trained on. The share
-of synchronisation is what rank 0 spends in calls to the other, waiting for it included.
+counted. `processor_seconds` are those that rank 0 computed: where they are much less than `seconds` beyond the share of
+synchronisation, other programs had the cores. A sample is one answer with its image: previewed, scored, held against
+the reference and trained on. The share of synchronisation is what rank 0 spends in calls to the other, waiting for it
+included.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def work(folder: Path, out: Path, words: list[str], core: int) -> None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     toy, rewards, data = load_toy(), load_toy_experts(), load_concept(folder / "data", "bo")
-    times = [time.perf_counter()]
+    times = [(time.perf_counter(), time.process_time())]
     with Ranks.open("cpu") as ranks:
         train_grpo(
             toy.model,
@@ -68,7 +70,7 @@ def work(folder: Path, out: Path, words: list[str], core: int) -> None:
             out,
             concept=ConceptTokens.load(folder / "tokens"),
             preview_scorer=rewards.preview_scorer,
-            progress=lambda *_: times.append(time.perf_counter()),
+            progress=lambda *_: times.append((time.perf_counter(), time.process_time())),
             ranks=ranks,
         )
         if ranks.first:
@@ -93,13 +95,14 @@ def measure(folder: Path, out: Path, ranks: int, options: argparse.Namespace) ->
     if any(codes):
         raise SystemExit(f"ranks ended with {codes}")
     times, phases = read_json(out / TIMES), read_json(out / "phases.json")
-    seconds = times[-1] - times[options.warmup]
+    seconds, busy = (end - begin for begin, end in zip(times[options.warmup], times[-1], strict=True))
     spent = {phase["name"]: phase["seconds"] for phase in phases["phases"]}
     samples = options.steps * options.groups * TrainConfig.preset("toy").grpo.group_size
     return {
         "ranks": ranks,
         "samples": samples,
         "seconds": round(seconds, 3),
+        "processor_seconds": round(busy, 3),
         "samples_per_second": round(samples / seconds, 4),
         "synchronisation_share": round(spent.get("synchronisation", 0.0) / sum(spent.values()), 4),
     }

@@ -10,12 +10,14 @@ It knows the store and clocks; it does not know tensors or training.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -35,6 +37,17 @@ WAY_OUT = (
     "what was finished is on disk up to the last checkpoint: start again with --resume, or let torchrun do it "
     "(--max-restarts N)"
 )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the store said last."""
+
+    at: float
+    beats: list[bytes]
+    """Of the other ranks, in order."""
+    words: str | None
+    """The last words of whoever failed first."""
 
 
 class Watch:
@@ -59,8 +72,11 @@ class Watch:
         self._lost: RankLost | None = None
         self._found, self._taken, self._done = threading.Event(), threading.Event(), threading.Event()
         self._broken = False
-        self._thread = threading.Thread(target=self._watch, name="watch over the other ranks", daemon=True)
-        self._thread.start()
+        self._others = [each for each in range(world) if each != rank]
+        self._answer = _Answer(time.monotonic(), [b""] * len(self._others), None)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     # --- for the main thread ---------------------------------------------------------------------------------------
 
@@ -95,33 +111,44 @@ class Watch:
     def stop(self) -> None:
         """The run is over for this rank; none is looked for any more."""
         self._done.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    # --- the thread ------------------------------------------------------------------------------------------------
+    # --- the threads -----------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        counts, moved = dict.fromkeys(others, b""), dict.fromkeys(others, time.monotonic())
+    def _beat(self) -> None:
+        """Count up and look at the others; in a thread of its own, since a store that is frozen never answers."""
         while not self._done.wait(BEAT):
             try:
                 self._store.add(f"beat/{self.rank}", 1)
-                beats = self._store.multi_get([f"beat/{rank}" for rank in others])
-                words = self._store.get("words") if self._store.check(["words"]) else None
+                beats = self._store.multi_get([f"beat/{rank}" for rank in self._others])
+                words = self._store.get("words").decode() if self._store.check(["words"]) else None
                 if words is not None:
                     self._store.add("read", 1)
             except (RuntimeError, ValueError):
-                self._end([0])
+                self._answer = _Answer(-math.inf, [], None)
                 return
+            self._answer = _Answer(time.monotonic(), beats, words)
             if words is not None:
-                rank, text = json.loads(words)
+                return
+
+    def _watch(self) -> None:
+        counts, moved = [b""] * len(self._others), [time.monotonic()] * len(self._others)
+        while not self._done.wait(BEAT):
+            answer, now = self._answer, time.monotonic()
+            limit = 3 * BEAT if self._broken else SILENCE
+            if answer.words is not None:
+                rank, text = json.loads(answer.words)
                 if rank != self.rank:
                     self._end([rank], text)
                 return
-            now = time.monotonic()
-            for rank, beat in zip(others, beats, strict=True):
-                if beat != counts[rank]:
-                    counts[rank], moved[rank] = beat, now
-            gone = [rank for rank in others if now - moved[rank] > (3 * BEAT if self._broken else SILENCE)]
+            if now - answer.at > limit:
+                self._end([0])
+                return
+            for place, beat in enumerate(answer.beats):
+                if beat != counts[place]:
+                    counts[place], moved[place] = beat, now
+            gone = [rank for rank, last in zip(self._others, moved, strict=True) if now - last > limit]
             if gone:
                 self._end(gone)
                 return
