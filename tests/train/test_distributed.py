@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -281,6 +282,24 @@ def test_a_disk_that_takes_no_more_ends_all_ranks(here: World, tmp_path: Path, h
     assert isinstance(first, UserError) and "No space left" in str(first) and "--resume" in str(first)
     assert isinstance(second, RankLost) and "No space left" in str(second)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_rank_that_cannot_write_its_part_leaves_no_checkpoint(here: World, tmp_path: Path, hasty: None) -> None:
+    def work(ranks: Ranks) -> None:
+        if ranks.rank == 1:  # files of this process may grow no further
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        config = grpo_config(steps=2, checkpoint_every=1, trainable="full")
+        try:
+            train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "run", ranks=ranks)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    results = together(2, work, tmp_path / "results", seconds=40)
+    assert sorted(isinstance(result, RankLost) for result in results) == [False, True], "one of them tells"
+    for result in results:
+        assert isinstance(result, UserError) and "cannot be written" in str(result) and "large" in str(result)
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
 # --- one process -----------------------------------------------------------------------------------------------------
