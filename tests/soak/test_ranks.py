@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -66,8 +65,14 @@ class Job:
         return [line for line in self.log.read_text().splitlines() if line.startswith("error")]
 
 
-def numbers(out: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(out)]
+def same(out: Path, straight: Path, steps: int = STEPS) -> None:
+    """The same log, but for the rounding of an expert that finds its tensors elsewhere in memory."""
+    lines, wanted = read_metrics(out), read_metrics(straight)[:steps]
+    assert len(lines) == len(wanted) == steps
+    for line, true in zip(lines, wanted, strict=True):
+        for key in true.keys() - {"seconds"}:
+            number = isinstance(true[key], (float, dict))
+            assert line[key] == (pytest.approx(true[key], rel=1e-4, abs=1e-6) if number else true[key]), key
 
 
 def test_ranks_that_are_killed_and_a_job_that_is_asked_to_stop(tmp_path: Path) -> None:
@@ -85,19 +90,21 @@ def test_ranks_that_are_killed_and_a_job_that_is_asked_to_stop(tmp_path: Path) -
         (line,) = job.errors()
         assert f"rank {rank} (" in line and "is gone" in line and "--resume" in line
         resumed = Job(data, job.out, train=("--resume",))
-        assert resumed.end() == 0 and numbers(job.out) == numbers(straight.out)
+        assert resumed.end() == 0
+        same(job.out, straight.out)
 
     again = Job(data, tmp_path / "again", "--max-restarts", "3")
     for step, rank in ((2, 1), (4, 0)):
         again.step(step)
         os.kill(again.ranks()[rank], signal.SIGKILL)
     assert again.end() == 0, again.log.read_text()
-    assert numbers(again.out) == numbers(straight.out)
+    same(again.out, straight.out)
 
     asked = Job(data, tmp_path / "asked")
     asked.step(2)
     for process in asked.ranks().values():
         os.kill(process, signal.SIGTERM)
     assert asked.end() == 0, "each rank saves and ends with 0"
-    assert "go on with: pyunictokens train" in asked.log.read_text() and 2 < len(numbers(asked.out)) < STEPS
-    assert numbers(asked.out) == numbers(straight.out)[: len(numbers(asked.out))]
+    steps = len(read_metrics(asked.out))
+    assert "go on with: pyunictokens train" in asked.log.read_text() and 2 < steps < STEPS
+    same(asked.out, straight.out, steps)
