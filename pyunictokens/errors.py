@@ -23,3 +23,10 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtra(
             f"{top} is needed here and cannot be imported ({error}): pip install 'pyunictokens[{extra}]'"
         ) from error
+
+
+class RankLost(UserError):
+    """Another process of the same run is gone or has failed, so this one cannot go on."""
+
+    quiet: bool = False
+    """Whether another process tells it to the user."""

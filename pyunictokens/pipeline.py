@@ -1,15 +1,17 @@
 """One concept through everything: measure, learn its tokens, measure, reinforce, measure, report, in one run folder.
 
-Every part is finished or resumed on its own: a part whose result is on disk is not done again with `resume`. It knows
-the order and the files (runs.py); how the parts work is the business of `train` and `evaluate`.
+Every part is finished or resumed on its own: a part whose result is on disk is not done again with `resume`. With
+several ranks the first does everything, and the others wait for it and take part in reinforcement. It knows the order
+and the files (runs.py); how the parts work is the business of `train` and `evaluate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .data.concept import Concept
 from .errors import UserError
@@ -21,8 +23,24 @@ from .stopping import Stop, Stopped, never
 from .train.settings import to_mapping
 from .workbench import Experts, Workbench
 
+if TYPE_CHECKING:
+    from .train.config import GrpoConfig
+    from .train.distributed import Ranks
+
 Progress = Callable[[str, int, int, str], None]
 """Called with (what, done, wanted, a word about it)."""
+
+
+@dataclass
+class _Turn:
+    """What rank 0 tells the others when it is their turn."""
+
+    concept: ConceptTokens | None = None
+    """The tokens as they are."""
+    config: GrpoConfig | None = None
+    """Of the reinforcement that begins with them; None where there is none."""
+    resume: bool = False
+    stopped: str = ""
 
 
 @dataclass
@@ -51,6 +69,7 @@ def run_concept(
     rewards: str | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     stop: Stop = never,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Train `concept` on `bench` and leave everything in the folder `out`.
 
@@ -58,8 +77,13 @@ def run_concept(
     at the end; `evaluate_base` also measures the model that has never seen the concept. `start` gives tokens to begin
     with. The folder is locked meanwhile. `stop` is asked between steps and between parts. Raises UserError for a folder
     that holds a run (unless `resume`) or that another process works in, Stopped where `stop` says so, and as the parts
-    do.
+    do. With several `ranks` each calls this with the same arguments on the same file system; rank 0 rules.
     """
+    from .train.distributed import Ranks
+
+    ranks = ranks or Ranks()
+    if not ranks.first:
+        return _follow(bench, concept, config, out, experts, stop, ranks)
     check_request(out, experts, started=start is not None, stages=stages, grpo=grpo, resume=resume)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, ".pipeline.lock"):
@@ -69,8 +93,32 @@ def run_concept(
             sweep(out)
         else:
             write_description(out, bench.sources, rewards, bench.max_text, concept, config)
-        run = _Run(bench, concept, config, out, experts, resume, progress or (lambda *_: None), stop)
-        return _parts(run, start, stages=stages, grpo=grpo, evaluate=evaluate, evaluate_base=evaluate_base)
+        run = _Run(bench, concept, config, out, experts, resume, progress or (lambda *_: None), stop, ranks)
+        try:
+            return _parts(run, start, stages=stages, grpo=grpo, evaluate=evaluate, evaluate_base=evaluate_base)
+        except Stopped as stopped:
+            run.tell(_Turn(stopped=str(stopped)))
+            raise
+
+
+def _follow(
+    bench: Workbench,
+    concept: Concept,
+    config: RunConfig,
+    out: Path,
+    experts: Experts | None,
+    stop: Stop,
+    ranks: Ranks,
+) -> Outcome:
+    """The part of every rank but the first: wait for it, then reinforce with it."""
+    turn = ranks.broadcast(_Turn())
+    if turn.concept is None:
+        raise Stopped(turn.stopped)
+    bench.model.attach(turn.concept.to(bench.device))
+    if turn.config is None:
+        return Outcome(out, turn.concept)
+    run = _Run(bench, concept, config, out, experts, turn.resume, lambda *_: None, stop, ranks)
+    return Outcome(out, run.train(turn.config, turn.resume))
 
 
 def _parts(
@@ -91,6 +139,7 @@ def _parts(
         if evaluate:
             results["before"] = run.measure("before")
         run.reinforce().save(out / CONCEPT)
+    run.tell(_Turn(bench.concept))
     if evaluate:
         results["after"] = run.measure("after")
     assert bench.concept is not None
@@ -162,8 +211,9 @@ class _Run:
         resume: bool,
         progress: Progress,
         stop: Stop,
+        ranks: Ranks,
     ):
-        self.stop = stop
+        self.stop, self.ranks, self.told = stop, ranks, False
         self.bench, self.concept, self.config, self.out = bench, concept, config, out
         self.experts, self.resume, self.progress = experts, resume, progress
 
@@ -187,7 +237,19 @@ class _Run:
         )
 
     def reinforce(self) -> ConceptTokens:
-        """UniCTask-GRPO, from the tokens attached."""
+        """UniCTask-GRPO, from the tokens attached, together with the other ranks."""
+        resume = self.resume and (self.out / "run.json").exists()
+        self.tell(_Turn(self.bench.concept, self.config.grpo, resume))
+        return self.train(self.config.grpo, resume)
+
+    def tell(self, turn: _Turn) -> None:
+        """Let the other ranks go on; once."""
+        if not self.told and self.ranks.world > 1:
+            self.told = True
+            self.ranks.broadcast(replace(turn, concept=deepcopy(turn.concept).to("cpu") if turn.concept else None))
+
+    def train(self, config: GrpoConfig, resume: bool) -> ConceptTokens:
+        """Reinforcement, from the tokens attached, on every rank alike."""
         from .train.grpo import train_grpo
 
         assert self.experts is not None
@@ -197,14 +259,15 @@ class _Run:
             self.bench.tokenizer,
             self.concept,
             self.experts.ensemble,
-            self.config.grpo,
+            config,
             self.out,
             preview_scorer=self.experts.preview_scorer,
-            resume=self.resume and (self.out / "run.json").exists(),
+            resume=resume,
             progress=self._step,
             stop=self.stop,
+            ranks=self.ranks,
         )
-        if callable(throughput := getattr(self.experts.ensemble, "throughput", None)):
+        if self.ranks.first and callable(throughput := getattr(self.experts.ensemble, "throughput", None)):
             write_json(self.out / EXPERTS, {"drawings_per_second": throughput()})
         return result.concept
 

@@ -26,18 +26,23 @@ def never() -> bool:
 
 
 @contextmanager
-def stop_on_signals(say: Callable[[str], None] = lambda text: None) -> Iterator[Stop]:
+def stop_on_signals(say: Callable[[str], None] = lambda text: None, patient: bool = False) -> Iterator[Stop]:
     """While the context lasts, SIGTERM and SIGINT are remembered; the given function tells whether one came.
 
-    A second signal raises KeyboardInterrupt. Outside the main thread, where Python takes no signals, nothing changes.
+    A second signal raises KeyboardInterrupt, unless `patient`: a launcher hands on what its processes may have got from
+    the scheduler already, and ends by itself those that take too long. Outside the main thread, where Python takes no
+    signals, nothing changes.
     """
     came: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
+        if came and patient:
+            return
         if came:
             raise KeyboardInterrupt
         came.append(number)
-        say(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
+        more = "" if patient else "; once more stops at once"
+        say(f"{signal.Signals(number).name}: stopping after this step{more}")
 
     if threading.current_thread() is not threading.main_thread():
         yield never

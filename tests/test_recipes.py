@@ -23,6 +23,8 @@ GIVEN = {
     "SLURM_ARRAY_TASK_ID": "3",
     "SLURM_ARRAY_TASK_MAX": "40",
     "N": "4",
+    "SLURM_JOB_ID": "77",
+    "SLURM_NNODES": "2",
 }
 
 
@@ -38,7 +40,8 @@ def dry(recipe: Path, where: Path) -> list[list[str]]:
     )
     assert made.returncode == 0, made.stderr
     lines = [line.removeprefix("+ ").removeprefix("srun ") for line in made.stdout.splitlines()]
-    return [line.replace("some data", "some_data").split() for line in lines]
+    words = [line.replace("some data", "some_data").split() for line in lines]
+    return [each[each.index("-m") + 1 :] if each[0] == "torchrun" else each for each in words]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -80,6 +83,27 @@ def test_a_recipe_goes_on_with_a_run_that_is_there(tmp_path: Path) -> None:
     again = dry(FOLDER / "one_gpu.sh", tmp_path)[-1]
     assert "--resume" not in first and [word for word in again if word != "--resume"] == first and "--resume" in again
     assert shlex.join(first).startswith("pyunictokens train some_data mug --out")
+
+
+@pytest.mark.parametrize("recipe", ["torchrun.sh", "slurm_torchrun.sbatch"])
+def test_torchrun_knows_its_options(recipe: str, tmp_path: Path) -> None:
+    from torch.distributed.run import get_args_parser
+
+    made = subprocess.run(
+        ["bash", str(FOLDER / recipe)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **GIVEN, "DATA": "data", "OUT": str(tmp_path), "GPUS": "4", "RESTARTS": "5"},
+        check=True,
+    )
+    (line,) = [line for line in made.stdout.splitlines() if "torchrun" in line]
+    options = get_args_parser().parse_args(line.removeprefix("+ ").removeprefix("srun ").split()[1:])
+    assert options.module and options.training_script == "pyunictokens" and options.training_script_args[0] == "train"
+    assert options.nproc_per_node == "4" and options.max_restarts == 5
+    if recipe.endswith(".sbatch"):
+        assert options.nnodes == "2" and options.rdzv_backend == "c10d" and options.rdzv_id == "77"
+    else:
+        assert options.standalone
 
 
 def test_a_job_array_shares_the_concepts_out(tmp_path: Path) -> None:

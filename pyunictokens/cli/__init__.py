@@ -6,6 +6,7 @@ gave cannot be used (one clear line, no traceback), 1 unexpected, 130 stopped wi
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -50,6 +51,8 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a lost rank is told in one line, not by stacks of C++ frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     show_warnings_briefly()
     try:
         app()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ..errors import MissingExtra, UserError
+from ..errors import MissingExtra, RankLost, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,6 +86,10 @@ def guarded(command: Function) -> Function:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
+        except RankLost as error:  # nobody's mistake: the launcher may start anew
+            if not error.quiet:
+                _say(str(error))
+            raise typer.Exit(UNEXPECTED) from None
         except (UserError, MissingExtra) as error:
             _say(str(error))
             raise typer.Exit(USER_ERROR) from None
@@ -121,6 +125,14 @@ def show_warnings_briefly() -> None:
     warnings.showwarning = show
 
 
+def quiet() -> None:
+    """No warnings and no log from here on: another process says it."""
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+
+
 def _unexpected() -> None:
     traceback.print_exc()
     _say("this was not expected; the traceback above says where. `pyunictokens doctor` tells what is installed.")
@@ -134,13 +146,14 @@ def _say(text: str, mark: str = "error: ") -> None:
 class Bars:
     """Progress bars by name on stderr. `bars("drawing", done, total)` makes, moves and finishes one.
 
-    Without a terminal a line is written every ten seconds at most, so that logs stay short.
+    Without a terminal a line is written every ten seconds at most, so that logs stay short. `quiet` shows nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._console = console(stderr=True)
+        self._console.quiet = quiet
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

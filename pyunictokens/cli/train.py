@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +21,13 @@ from .shell import (
     TokenizerOption,
     VqOption,
     console,
+    quiet,
     show_phases,
 )
+
+if TYPE_CHECKING:
+    from ..train.distributed import Ranks
+    from ..workbench import Sources
 
 
 class Stages(str, Enum):
@@ -115,23 +121,19 @@ def train(
         pyunictokens train --config runs/bo/config.yaml --out runs/again --seed 1
 
         pyunictokens train --concepts all --workers 2 toydata --out runs/all
-    """
-    from dataclasses import replace
 
-    from ..data.folder import load_concept
-    from ..pipeline import check_request, run_concept
-    from ..profiling import PhaseReport, trace
-    from ..runs import CONFIG, Run, RunConfig
-    from ..stopping import Stopped, stop_on_signals
-    from ..train.grpo import PHASES
-    from ..train.settings import load_yaml, with_overrides
-    from ..workbench import Sources, load_experts, open_workbench, pick_device, read_rewards
+        torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --out runs/bo
+    """
+    from ..train.distributed import Ranks
+    from ..workbench import Sources
 
     words = list(overrides or [])
     root, name, words = _separate(root, name, words)
     if concepts is not None:
         if name is not None or start is not None or resume:
             raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("--concepts starts its own processes: run it without torchrun (--workers, --ray)")
         from .many import train_many
 
         given = {
@@ -165,6 +167,61 @@ def train(
         )
     if shard is not None or ray is not None:
         raise UserError("--shard and --ray are for many concepts: give --concepts as well")
+    with Ranks.open(device) as ranks:
+        if not ranks.first:
+            quiet()
+        _train_one(
+            ranks,
+            root,
+            name,
+            words,
+            out,
+            stages,
+            grpo,
+            start,
+            resume,
+            evaluate,
+            rewards,
+            preset,
+            Sources(model, vq, tokenizer),
+            config,
+            dtype,
+            seed,
+            profile,
+        )
+
+
+def _train_one(
+    ranks: Ranks,
+    root: Path | None,
+    name: str | None,
+    words: list[str],
+    out: Path | None,
+    stages: Stages | None,
+    grpo: bool,
+    start: str | None,
+    resume: bool,
+    evaluate: bool,
+    rewards: str | None,
+    preset: Preset | None,
+    sources: Sources,
+    config: Path | None,
+    dtype: str | None,
+    seed: int | None,
+    profile: Path | None,
+) -> None:
+    """One concept, by this process among its ranks."""
+    from dataclasses import replace
+
+    from ..data.folder import load_concept
+    from ..pipeline import check_request, run_concept
+    from ..profiling import PhaseReport, trace
+    from ..runs import CONFIG, Run, RunConfig
+    from ..stopping import Stopped, stop_on_signals
+    from ..train.grpo import PHASES
+    from ..train.settings import load_yaml, with_overrides
+    from ..workbench import Sources, load_experts, open_workbench, read_rewards
+
     if resume and config is None and out is not None and (out / CONFIG).is_file():
         config = out / CONFIG  # what the run was started with
     values: dict[str, Any] = load_yaml(config) if config is not None else {}
@@ -173,7 +230,7 @@ def train(
     if root is None or name is None:
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
     concept = load_concept(root, str(name))
-    sources = Sources.choose(Sources(model, vq, tokenizer), values)
+    sources = Sources.choose(sources, values)
     chosen = read_rewards(rewards or values.get("rewards"))
     base = preset.value if preset else str(values.get("preset") or ("toy" if sources.is_toy else "paper"))
     settings = RunConfig.make(base, values, str(config), words, seed)
@@ -183,13 +240,20 @@ def train(
         settings = replace(settings, grpo=with_overrides(settings.grpo, [f"dtype={dtype}"]))
     max_text = values.get("max_text")
     out = out or Path("runs") / concept.name
+    if ranks.attempt and (out / CONFIG).is_file():
+        resume = True  # torchrun starts anew what it has started before
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
-    experts = load_experts(sources, pick_device(device), chosen)
+    experts = load_experts(sources, ranks.device, chosen)
     with_stages = stages is not Stages.none
-    check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
-    bench = open_workbench(sources, device, settings.grpo.dtype, int(max_text) if max_text else None)
+    if ranks.first:
+        check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
+    bench = open_workbench(sources, str(ranks.device), settings.grpo.dtype, int(max_text) if max_text else None)
     try:
-        with Bars() as bars, stop_on_signals(bars.say) as stop, trace(profile):
+        with (
+            Bars(quiet=not ranks.first) as bars,
+            stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
+            trace(profile if ranks.first else None),
+        ):
             outcome = run_concept(
                 bench,
                 concept,
@@ -204,10 +268,15 @@ def train(
                 rewards=chosen,
                 progress=bars,
                 stop=stop,
+                ranks=ranks,
             )
     except Stopped as stopped:  # asked for, and saved: a good end
+        if not ranks.first:
+            return
         said = f"{stopped}; go on with: pyunictokens train --out {out} --resume"
         console().print(said, markup=False, soft_wrap=True)
+        return
+    if not ranks.first:
         return
     if outcome.results:
         show_results(outcome.results)

@@ -179,6 +179,8 @@ class GrpoConfig:
     """Optimiser steps."""
     group_size: int = 9
     """G: rollouts of one question."""
+    groups: int = 1
+    """Questions in one optimiser step; each has its group of G rollouts, and the gradient is their mean."""
     lr: float = 1e-6
     """AdamW's learning rate."""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -251,6 +253,10 @@ class GrpoConfig:
     """Newest checkpoints that stay on disk."""
     keep_best: int = 0
     """Checkpoints that stay beside them: those whose steps since the checkpoint before had the highest mean reward."""
+    save_in_background: bool = False
+    """Write checkpoints beside the steps that follow, from copies in the host's memory."""
+    shard_optimiser: Literal["auto", "always", "never"] = "auto"
+    """Whether several ranks share the optimiser's state out (docs/distributed.md); auto does with trainable=full."""
     sample_every: int = 10
     """Steps between pictures in samples/; 0 turns them off."""
     max_bad_steps: int = 3
@@ -267,7 +273,7 @@ class GrpoConfig:
             raise UserError(f"group_size={self.group_size}: must be ≥ 2: an advantage needs a group")
         if not self.guidance_scale >= 0:
             raise UserError(f"guidance_scale={self.guidance_scale}: must be ≥ 0 (0 turns guidance off)")
-        _at_least(1, steps=self.steps, timesteps=self.timesteps, inner_updates=self.inner_updates)
+        _at_least(1, groups=self.groups, steps=self.steps, timesteps=self.timesteps, inner_updates=self.inner_updates)
         _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
         _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
         _above(0, timestep_fraction=self.timestep_fraction)

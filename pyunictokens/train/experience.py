@@ -1,14 +1,17 @@
-"""One group of rollouts: answers, the images drawn from them, their rewards and advantages (paper, 3.1 to 3.3).
+"""The groups of one step: answers, the images drawn from them, their rewards and advantages (paper, 3.1 to 3.3).
 
     task → G answers (IR) → CP = BP/IP + IR → G images, previews judged → rewards → A_i = R_i − mean(R)
 
-It calls the engine and the reward ensemble; it does not know gradients or optimisers.
+The rows of all groups are dealt over the ranks. Each rank samples, draws and scores its own; what is light about them
+is gathered once, so every rank knows all rewards and advantages, and keeps its own trajectories for the update. It
+calls the engine and the reward ensemble; it does not know gradients or optimisers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,7 @@ from ..rollout.engine import RolloutEngine
 from ..rollout.types import ImageRollout, TextRollout
 from .config import GrpoConfig
 from .deadline import NoAnswer, ask
+from .distributed import Ranks
 from .pictures import Pictures
 from .prompts import as_prompt, as_question
 from .tasks import Task
@@ -33,15 +37,38 @@ PreviewScorer = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
 
 
 @dataclass
-class Experience:
-    """A group of G rollouts with everything the update and the log want to know."""
+class Own:
+    """This rank's rows of a group, with everything the update wants to know of them."""
 
-    task: Task
+    rows: slice
     answers: TextRollout | None
     """None where the model draws without answering."""
+    images: ImageRollout
+
+
+@dataclass
+class Scored:
+    """What the other ranks and the log want to know of some rows of a group: light, and on the CPU."""
+
+    group: int
+    texts: list[str]
+    prompts: list[str]
+    rewards: Tensor
+    parts: dict[str, Tensor]
+    no_face: int
+    codes: Tensor
+    preview_codes: Tensor | None = None
+    accepted: int = 0
+    previewed: int = 0
+
+
+@dataclass
+class Experience:
+    """A group of G rollouts, of all ranks."""
+
+    task: Task
     texts: list[str]
     """What the experts take for the answers."""
-    images: ImageRollout
     prompts: list[str]
     """The compound prompts as text, the concept as `<name>`."""
     rewards: Tensor
@@ -49,6 +76,16 @@ class Experience:
     parts: dict[str, Tensor]
     no_face: int
     advantages: Tensor
+    codes: Tensor
+    """[G, N]: the images."""
+    preview_codes: Tensor | None
+    """[G, N]: what their previews showed; None without DSOG."""
+    threshold: float
+    """What previews were held against."""
+    accepted: int
+    previewed: int
+    own: Own | None
+    """None where this rank has no row of this group."""
 
     @property
     def finite(self) -> bool:
@@ -68,19 +105,65 @@ class Collector:
         preview_scorer: PreviewScorer | None,
         threshold: DsogThreshold,
         config: GrpoConfig,
+        ranks: Ranks | None = None,
     ):
         self.engine, self.concept, self.data, self.pictures = engine, concept, concept_data, pictures
         self.rewards, self.preview_scorer, self.threshold, self.config = rewards, preview_scorer, threshold, config
+        self.ranks = ranks or Ranks()
         self._hung: NoAnswer | None = None
         self.references = torch.stack([pictures.pixels(path) for path in concept_data.train_images])
 
-    def collect(self, task: Task, step: int) -> Experience:
-        """The group of step `step`: all noise follows from the seed and the step."""
+    def collect(self, tasks: Sequence[Task], step: int) -> list[Experience]:
+        """The groups of step `step`, one a task: all noise follows from the seed and the step, whatever the ranks.
+
+        All groups are held against the threshold as it is, which then moves once a group, in their order.
+        """
+        size = self.config.group_size
+        mine = self.ranks.share(len(tasks) * size)
+        own: dict[int, Own] = {}
+        scored: list[Scored] = []
+        for group, task in enumerate(tasks):
+            rows = range(max(mine.start - group * size, 0), min(mine.stop - group * size, size))
+            if rows:
+                own[group], found = self._sample(task, group, step * len(tasks) + group, rows)
+                scored.append(found)
+        everything = [each for part in self.ranks.gather(scored) for each in part]
+        before = self.threshold.value
+        return [
+            self._whole(task, [each for each in everything if each.group == group], before, own.get(group))
+            for group, task in enumerate(tasks)
+        ]
+
+    def _whole(self, task: Task, parts: list[Scored], threshold: float, own: Own | None) -> Experience:
+        """A group from its parts in the order of their rows; moves the threshold."""
+        rewards = torch.cat([part.rewards for part in parts])
+        previews = [part.preview_codes for part in parts if part.preview_codes is not None]
+        accepted, previewed = sum(part.accepted for part in parts), sum(part.previewed for part in parts)
+        if previewed:
+            self.threshold.update(accepted / previewed)
+        return Experience(
+            task,
+            [text for part in parts for text in part.texts],
+            [prompt for part in parts for prompt in part.prompts],
+            rewards,
+            {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+            sum(part.no_face for part in parts),
+            rewards - rewards.mean(),
+            torch.cat([part.codes for part in parts]),
+            torch.cat(previews) if previews else None,
+            threshold,
+            accepted,
+            previewed,
+            own,
+        )
+
+    def _sample(self, task: Task, group: int, number: int, rows: range) -> tuple[Own, Scored]:
+        """`rows` of one group; `number` counts the groups of the run."""
         config = self.config
-        sample_ids = [step * config.group_size + place for place in range(config.group_size)]
+        sample_ids = [number * config.group_size + row for row in rows]
         answers = self._answer(task, sample_ids) if config.reasoning else None
-        texts = answers.texts if answers is not None else [task.answer] * config.group_size
-        prompts = [task.prompt] * config.group_size
+        texts = answers.texts if answers is not None else [task.answer] * len(rows)
+        prompts = [task.prompt] * len(rows)
         if answers is not None:
             prompts = [prompting.compound_prompt(task.prompt, prompting.first_sentence(text)) for text in texts]
         judged = [prompting.compound_prompt(task.prompt, task.answer)] * len(prompts)
@@ -110,17 +193,27 @@ class Collector:
         )
         with profiling.phase("rewards"):
             score = ask("scoring by the experts", self.rewards.score, batch, seconds=config.expert_timeout)
-        total = score.total.float()
-        return Experience(
-            task, answers, texts, images, prompts, total, score.parts, score.no_face, total - total.mean()
+        found = Scored(
+            group,
+            texts,
+            prompts,
+            score.total.float().cpu(),
+            {name: value.float().cpu() for name, value in score.parts.items()},
+            score.no_face,
+            images.codes.cpu(),
         )
+        if images.dsog is not None:
+            found.preview_codes = images.dsog.preview_codes.cpu()
+            found.accepted, found.previewed = images.dsog.accepted, images.dsog.previewed
+        images.pixels = None  # scored, and as large as everything else together
+        return Own(slice(rows.start, rows.stop), answers, images), found
 
     def _answer(self, task: Task, sample_ids: list[int]) -> TextRollout:
         config = self.config
         return self.engine.generate_text(
             self.pictures.codes(task.image)[None],
             [as_question(self.concept, task.question)],
-            samples=config.group_size,
+            samples=len(sample_ids),
             max_new_tokens=config.max_new_tokens,
             temperature=config.answer_temperature,
             top_k=config.top_k,
@@ -144,19 +237,17 @@ class Collector:
                 raise
 
         return Dsog(
-            self.threshold,
+            copy(self.threshold),  # the true one moves when all ranks have counted
             score,
             preview_step=self.config.dsog.preview_step or None,
             max_candidates=self.config.dsog.max_candidates,
-            cap_by_row=True,  # a row's outcome depends on nothing but itself, wherever the others are drawn
+            cap_by_row=True,  # a row's candidates depend on nothing but the row, so not on the ranks
         )
 
 
-def trajectories(
-    experience: Experience, engine: RolloutEngine, scope: str
-) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
+def trajectories(own: Own, engine: RolloutEngine, scope: str) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
     """What the update needs of a group, and nothing else; no answers where there were none."""
-    images, answers = experience.images, experience.answers
+    images, answers = own.images, own.answers
     assert images.inputs is not None and images.chosen is not None and images.logp is not None
     ids = prompting.SpecialIds.of(engine.model)
     distinct: dict[tuple[int, ...], int] = {}
@@ -191,21 +282,29 @@ def _of_answers(answers: TextRollout) -> AnswerTrajectories:
     )
 
 
-def summary(experience: Experience) -> dict[str, Any]:
-    """The group as numbers and texts for the log."""
-    rewards, dsog = experience.rewards, experience.images.dsog
-    best = int(rewards.nan_to_num(-math.inf).argmax())
+def summary(groups: Sequence[Experience]) -> dict[str, Any]:
+    """The groups of a step as numbers and texts for the log; question, answer and prompt are of the best rollout."""
+    rewards = torch.cat([group.rewards for group in groups])
+    best, row = divmod(int(rewards.nan_to_num(-math.inf).argmax()), len(groups[0].rewards))
+    names = groups[0].parts
+
+    def mean(values: Iterable[Tensor]) -> float:
+        return float(torch.stack(list(values)).mean())
+
+    previewed = sum(group.previewed for group in groups)
+    modes = {group.task.mode for group in groups}
     return {
-        "mode": experience.task.mode,
+        "mode": modes.pop() if len(modes) == 1 else "both",
         "reward_mean": float(rewards.mean()),
-        "within_group_std": float(rewards.std()),
-        "parts": {name: float(value.mean()) for name, value in experience.parts.items()},
-        "parts_std": {name: float(value.std()) for name, value in experience.parts.items()},
-        "no_face": experience.no_face,
-        "threshold": dsog.threshold if dsog else None,
-        "pass_rate": dsog.pass_rate if dsog else None,
-        "candidates": dsog.previewed if dsog else len(experience.images),
-        "question": experience.task.question,
-        "answer": experience.texts[best],
-        "prompt": experience.prompts[best],
+        "reward_std": float(rewards.std()),
+        "within_group_std": mean(group.rewards.std() for group in groups),
+        "parts": {name: mean(group.parts[name].mean() for group in groups) for name in names},
+        "parts_std": {name: mean(group.parts[name].std() for group in groups) for name in names},
+        "no_face": sum(group.no_face for group in groups),
+        "threshold": groups[0].threshold if previewed else None,
+        "pass_rate": sum(group.accepted for group in groups) / previewed if previewed else None,
+        "candidates": previewed or len(rewards),
+        "question": groups[best].task.question,
+        "answer": groups[best].texts[row],
+        "prompt": groups[best].prompts[row],
     }

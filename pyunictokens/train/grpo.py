@@ -3,7 +3,9 @@
     for each step:  task → answers → images (previews judged) → rewards → reference log-probs → streamed update
 
 The parts live beside this file: tasks.py, experience.py, update.py, policy.py, state.py, logs.py. This one knows their
-order, the random keys and what to do when a number is not finite (paper, section 3.2, equation 7; appendix F).
+order, the random keys and what to do when a number is not finite (paper, section 3.2, equation 7; appendix F). With
+several ranks (distributed.py) each runs this loop on its share of the rows; what they decide, they decide alike, and
+rank 0 alone writes.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +30,18 @@ from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..stopping import Stop, Stopped, never
 from .config import GrpoConfig
-from .experience import Collector, Experience, PreviewScorer, summary, trajectories
+from .distributed import Ranks
+from .experience import Collector, Experience, Own, PreviewScorer, summary, trajectories
 from .logs import MetricsLog, save_samples
 from .optim import Optimiser, learning_rate
 from .pictures import Pictures
 from .policy import Policy
+from .saving import Saver, on_host
 from .settings import save_yaml, to_mapping
 from .state import RunFolder, identity, random_state, restore_random_state
 from .tasks import TaskSampler
 from .update import (
+    AnswerTrajectories,
     ImageTrajectories,
     LossSettings,
     PieceSizes,
@@ -82,6 +89,7 @@ def train_grpo(
     resume: bool = False,
     progress: Progress | None = None,
     stop: Stop = never,
+    ranks: Ranks | None = None,
 ) -> GrpoResult:
     """Improve a personalised model by reinforcement on its own answers and images.
 
@@ -94,7 +102,9 @@ def train_grpo(
             ensemble's expert "ber". Without one, no previews are taken.
         out_dir: the run's folder; one that holds a run is refused unless `resume`.
         resume: go on from the newest whole checkpoint as if the run had never stopped.
-        stop: asked after every step; where it says so, a checkpoint is written and Stopped raised.
+        stop: asked after every step; where it says so (on any rank), a checkpoint is written and Stopped raised.
+        ranks: the processes that train together, each of which calls this with the same arguments; by default this one
+            alone. All must see `out_dir`. Experts score a rank's own rows.
 
     Raises:
         UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a
@@ -106,16 +116,25 @@ def train_grpo(
         model.attach(concept)
     if model.concept is None:
         raise UserError("this model has no concept attached: learn one first (train_concept_tokens), or pass concept=")
-    out = Path(out_dir)
-    with RunFolder(out, identity(model, model.concept), to_mapping(config), resume=resume) as folder:
-        run = _Run(model, vq, tokenizer, concept_data, rewards, preview_scorer, config, folder)
-        save_yaml(out / "grpo.yaml", config)
+    out, ranks = Path(out_dir), ranks or Ranks()
+    about: dict[str, Any] = {
+        "identity": identity(model, model.concept),
+        "settings": to_mapping(config),
+        "resume": resume,
+    }
+    if any(other != about for other in ranks.gather(about)):
+        raise UserError(f"rank {ranks.rank} has another model, concept or settings than another rank: start all alike")
+    with RunFolder(out, about["identity"], about["settings"], resume=resume, ranks=ranks) as folder:
+        run = _Run(model, vq, tokenizer, concept_data, rewards, preview_scorer, config, folder, ranks)
+        if ranks.first:
+            save_yaml(out / "grpo.yaml", config)
         try:
             if resume:
                 run.restore()
             with profiling.Recorder(model.device) as recorder:
                 result = run.train(progress, stop)
-            profiling.Recorder.save(out / PHASES, recorder.report(model.dtype))
+            if ranks.first:
+                profiling.Recorder.save(out / PHASES, recorder.report(model.dtype))
             return result
         finally:
             run.optimiser.release()
@@ -132,9 +151,10 @@ class _Run:
         preview_scorer: PreviewScorer | None,
         config: GrpoConfig,
         folder: RunFolder,
+        ranks: Ranks,
     ):
         assert model.concept is not None
-        self.model, self.config, self.folder = model, config, folder
+        self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
         known = tokenizer if tokenizer.token_id(model.concept.sks) is not None else None
         self.engine = RolloutEngine(
             model, vq, known or tokenizer.with_concept(model.concept.tokens), max_text=config.max_text
@@ -145,30 +165,18 @@ class _Run:
         )
         if preview_scorer is None:
             preview_scorer = getattr(getattr(rewards, "experts", {}).get("ber"), "preview_scorer", None)
-        if settings.enabled and preview_scorer is None:
+        if settings.enabled and preview_scorer is None and ranks.first:
             log.warning("no judge for previews (an expert named ber): DSOG is off")
         pictures = Pictures(model, vq)
         self.tasks = TaskSampler(concept_data, visual_ratio=config.visual_ratio, seed=config.seed)
         self.collector = Collector(
-            self.engine, model.concept, concept_data, pictures, rewards, preview_scorer, self.threshold, config
+            self.engine, model.concept, concept_data, pictures, rewards, preview_scorer, self.threshold, config, ranks
         )
-        self.policy = Policy(
-            model,
-            config.trainable,
-            train_concept=config.train_concept,
-            lora=config.lora,
-            reference_file=folder.path / "reference.safetensors",
-            seed=config.seed,
-        )
+        self.policy = self._make_policy()
         model.checkpoint_layers = config.checkpoint_layers
-        named = self.policy.named_parameters()
-        self.optimiser = Optimiser(
-            named,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            undecayed=frozenset(name for name in named if name.startswith("concept.")),
-        )
+        self.optimiser = self._make_optimiser()
+        self.saver = Saver(config.save_in_background)
+        self.aside = ranks.aside() if config.save_in_background else ranks
         self.settings = LossSettings(
             config.beta,
             config.clip_low,
@@ -182,53 +190,98 @@ class _Run:
         self.step = self.skipped = self.bad = 0
         self.recent: list[float] = []
 
+    def _make_policy(self) -> Policy:
+        """What learns. The reference file is rank 0's to write, so the others come after it."""
+        if not self.ranks.first:
+            self.ranks.barrier()
+        config = self.config
+        policy = Policy(
+            self.model,
+            config.trainable,
+            train_concept=config.train_concept,
+            lora=config.lora,
+            reference_file=self.folder.path / "reference.safetensors",
+            seed=config.seed,
+            write_reference=self.ranks.first,
+        )
+        if self.ranks.first:
+            self.ranks.barrier()
+        return policy
+
+    def _make_optimiser(self) -> Optimiser:
+        config, named = self.config, self.policy.named_parameters()
+        settings: dict[str, Any] = {
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "max_grad_norm": config.max_grad_norm,
+            "undecayed": frozenset(name for name in named if name.startswith("concept.")),
+            "ranks": self.ranks,
+        }
+        wanted = config.shard_optimiser == "always" or (config.shard_optimiser == "auto" and config.trainable == "full")
+        if wanted and self.ranks.world > 1:
+            from .sharded import ShardedOptimiser
+
+            return ShardedOptimiser(named, **settings)
+        return Optimiser(named, **settings)
+
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def train(self, progress: Progress | None, stop: Stop) -> GrpoResult:
         config, values = self.config, {}
-        with MetricsLog(self.folder.path, from_step=self.step) as metrics:
+        with ExitStack() as undo:
+            metrics = None
+            if self.ranks.first:
+                metrics = undo.enter_context(MetricsLog(self.folder.path, from_step=self.step))
+            undo.callback(self.saver.wait)
             while self.step < config.steps:
                 values = self._one_step()
-                metrics.write(values)
+                if metrics is not None:
+                    metrics.write(values)
                 self.step += 1
                 profiling.step_done()
                 self.recent.append(values["reward_mean"])
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
-                stopping = stop() and self.step < config.steps
+                stopping = self.ranks.any(stop()) and self.step < config.steps
+                self.saver.check()
                 if due or stopping or self.step == config.steps:
-                    metrics.sync()
+                    if metrics is not None:
+                        metrics.sync()
                     self.save()
                 if progress is not None:
                     progress("grpo", self.step, config.steps, values)
                 if stopping:
+                    self.saver.wait()
                     raise Stopped(f"stopped after step {self.step} of {config.steps}, its checkpoint is written")
-        self.policy.export(self.folder.path / "final")
+        if self.ranks.first:
+            self.policy.export(self.folder.path / "final")
         self.policy.merge().requires_grad_(False)
         assert self.model.concept is not None
         return GrpoResult(self.model.concept, self.folder.path, self.step, self.skipped, values)
 
     def _one_step(self) -> dict[str, Any]:
         started, config = time.perf_counter(), self.config
-        experience = self.collector.collect(self.tasks.draw(self.step), self.step)
+        first = self.step * config.groups
+        tasks = [self.tasks.draw(number) for number in range(first, first + config.groups)]
+        groups = self.collector.collect(tasks, self.step)
         rate = learning_rate(
             self.step, lr=config.lr, steps=config.steps, warmup=config.warmup, schedule=config.schedule
         )
         problem, stats, norm = "", UpdateStats(), math.nan
-        if not experience.finite:
-            problem = f"rewards {[round(value, 4) for value in experience.rewards.tolist()]}"
+        rewards = torch.cat([group.rewards for group in groups])
+        if not all(group.finite for group in groups):
+            problem = f"rewards {[round(value, 4) for value in rewards.tolist()]}"
         else:
-            problem, stats, norm = self._update(experience, rate)
+            problem, stats, norm = self._update(groups, rate)
         self._count(problem)
         if config.sample_every and (self.step % config.sample_every == 0 or self.step == config.steps - 1):
-            self._samples(experience)
-        facts = summary(experience)
+            self._samples(groups)
+        facts = summary(groups)
         return {
             "step": self.step,
             "mode": facts.pop("mode"),
             "loss": stats.loss,
             "loss_answer": stats.loss_answer,
             "loss_image": stats.loss_image,
-            "reward_std": facts["within_group_std"],
             "kl": stats.kl,
             "clip_fraction": stats.clip_fraction,
             "ratio_max": stats.ratio_max,
@@ -242,26 +295,29 @@ class _Run:
             "seconds": round(time.perf_counter() - started, 3),
         }
 
-    def _update(self, experience: Experience, rate: float) -> tuple[str, UpdateStats, float]:
-        """Optimiser steps on one group: (what was not finite, statistics of the first, gradient's length)."""
+    def _update(self, groups: Sequence[Experience], rate: float) -> tuple[str, UpdateStats, float]:
+        """Optimiser steps on the groups of a step: (what was not finite, statistics of the first, gradient's length).
+
+        Each rank takes its own rows; the loss is divided by all, so the sum over ranks is the whole objective.
+        """
         config = self.config
-        images, answers = trajectories(experience, self.engine, config.token_scope)
-        images = some_timesteps(images, config.timestep_fraction, (config.seed << 32) + self.step)
-        if config.beta > 0:
-            with profiling.phase("reference"), self.policy.reference():
-                if config.alpha_image > 0:
-                    images.ref_logp_RTN = image_logprobs(
-                        self.model, images, config.micro_rows, config.micro_timesteps, self.sizes
-                    )
-                if config.alpha_answer > 0 and answers is not None:
-                    answers.ref_logp_RL = answer_logprobs(self.model, answers)
-            profiling.count("reference", lambda: self._image_flops(images, update=False))
+        rows = config.groups * config.group_size
+        parts = [
+            (group.advantages[group.own.rows], *self._trajectories(group.own, self.step * config.groups + place))
+            for place, group in enumerate(groups)
+            if group.own is not None
+        ]
         first, norm = UpdateStats(), math.nan
         for inner in range(config.inner_updates):
             self.optimiser.zero_grad()
-            with profiling.phase("update"):
-                stats = streamed_backward(self.model, experience.advantages, self.settings, images, answers, self.sizes)
-            profiling.count("update", lambda: self._image_flops(images, update=True))
+            own = []
+            for advantages, images, answers in parts:
+                with profiling.phase("update"):
+                    own.append(
+                        streamed_backward(self.model, advantages, self.settings, images, answers, self.sizes, rows)
+                    )
+                profiling.count("update", partial(self._image_flops, images, update=True))
+            stats = UpdateStats.merged([each for part in self.ranks.gather(own) for each in part])
             first = stats if inner == 0 else first
             problem = "" if math.isfinite(stats.loss) else f"loss {stats.loss}"
             if not problem:
@@ -272,6 +328,22 @@ class _Run:
             if problem:
                 return problem, stats, norm
         return "", first, norm
+
+    def _trajectories(self, own: Own, number: int) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
+        """What the update takes of this rank's rows of group `number`, with the reference's log-probs."""
+        config = self.config
+        images, answers = trajectories(own, self.engine, config.token_scope)
+        images = some_timesteps(images, config.timestep_fraction, (config.seed << 32) + number)
+        if config.beta > 0:
+            with profiling.phase("reference"), self.policy.reference():
+                if config.alpha_image > 0:
+                    images.ref_logp_RTN = image_logprobs(
+                        self.model, images, config.micro_rows, config.micro_timesteps, self.sizes
+                    )
+                if config.alpha_answer > 0 and answers is not None:
+                    answers.ref_logp_RL = answer_logprobs(self.model, answers)
+            profiling.count("reference", lambda: self._image_flops(images, update=False))
+        return images, answers
 
     def _image_flops(self, images: ImageTrajectories, update: bool) -> float:
         """Operations of the image tokens' part, beside which answers hardly count; recomputed layers left out."""
@@ -289,27 +361,29 @@ class _Run:
             self.bad = 0
             return
         self.skipped, self.bad = self.skipped + 1, self.bad + 1
-        log.warning("step %d is left out: %s", self.step, problem)
+        if self.ranks.first:
+            log.warning("step %d is left out: %s", self.step, problem)
         if self.bad >= self.config.max_bad_steps:
             raise UserError(
                 f"{self.bad} steps in a row, the last of them step {self.step}, are not finite: {problem}. Look at the "
                 "experts, lower lr, or use dtype=float32; the last checkpoint is untouched"
             )
 
-    def _samples(self, experience: Experience) -> None:
-        images, preview = experience.images, None
-        assert images.pixels is not None
-        if images.dsog is not None and self.engine.vq is not None:
-            with torch.no_grad():
-                preview = self.engine.vq.decode(images.dsog.preview_codes.long(), images.grid)
+    @torch.no_grad()
+    def _samples(self, groups: Sequence[Experience]) -> None:
+        vq, codes = self.engine.vq, torch.cat([group.codes for group in groups])
+        if not self.ranks.first or vq is None:
+            return
+        previews = [group.preview_codes for group in groups if group.preview_codes is not None]
+        device = next(vq.parameters()).device
         save_samples(
             self.folder.path,
             self.step,
-            final=images.pixels,
-            preview=preview,
-            prompts=experience.prompts,
-            answers=experience.texts,
-            rewards=experience.rewards.tolist(),
+            final=vq.decode(codes.to(device)),
+            preview=vq.decode(torch.cat(previews).to(device).long()) if previews else None,
+            prompts=[prompt for group in groups for prompt in group.prompts],
+            answers=[text for group in groups for text in group.texts],
+            rewards=[reward for group in groups for reward in group.rewards.tolist()],
         )
 
     # --- stopping and going on -------------------------------------------------------------------------------------
@@ -318,6 +392,7 @@ class _Run:
         tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
         tensors.update(self.optimiser.state_dict())
         tensors.update(random_state())
+        shards = self.optimiser.shards()
         good = [reward for reward in self.recent if math.isfinite(reward)]
         state = {
             "threshold": self.threshold.state_dict(),
@@ -326,7 +401,12 @@ class _Run:
             "reward": sum(good) / len(good) if good else None,
         }
         self.recent.clear()
-        self.folder.save(self.step, tensors, state, self.config.keep_last, self.config.keep_best)
+        self.saver.wait()
+        if self.saver.background:
+            tensors = on_host(tensors) if self.ranks.first else {}
+            shards = on_host(shards)
+        keep = self.config.keep_last, self.config.keep_best
+        self.saver.run(partial(self.folder.save, self.step, tensors, state, *keep, shards, self.aside))
 
     def restore(self) -> None:
         """Put the newest whole checkpoint into everything; without one the run begins anew."""
@@ -337,7 +417,7 @@ class _Run:
             raise UserError(f"{checkpoint.folder}: is of step {checkpoint.step}, the run has {self.config.steps} steps")
         mine = {name[7:]: value for name, value in checkpoint.tensors.items() if name.startswith("policy.")}
         self.policy.load_state_dict(mine, checkpoint.folder)
-        self.optimiser.load_state_dict(checkpoint.tensors, checkpoint.folder)
+        self.optimiser.restore(checkpoint.tensors, checkpoint.shards, checkpoint.folder)
         restore_random_state(checkpoint.tensors)
         self.threshold.load_state_dict(checkpoint.state["threshold"])
         self.step, self.skipped, self.bad = (int(checkpoint.state[key]) for key in ("step", "skipped", "bad"))

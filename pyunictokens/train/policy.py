@@ -32,7 +32,8 @@ class Policy:
     """The trained part of a model that has a concept attached.
 
     kind: "concept", "lora" or "full"; with the latter two `train_concept` says whether the concept's rows learn too.
-    `reference_file` is where kind "full" keeps the weights the run began with.
+    `reference_file` is where kind "full" keeps the weights the run began with; without `write_reference` another
+    process has seen to it.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Policy:
         lora: LoraConfig | None = None,
         reference_file: str | os.PathLike[str] | None = None,
         seed: int = 0,
+        write_reference: bool = True,
     ):
         if model.concept is None:
             raise UserError("this model has no concept attached: load or learn its tokens first (train_concept_tokens)")
@@ -63,7 +65,7 @@ class Policy:
         elif kind == "full":
             model.requires_grad_(True)
             assert self._reference_file is not None
-            if not _holds(self._reference_file, dict(model.named_parameters())):
+            if write_reference and not _holds(self._reference_file, dict(model.named_parameters())):
                 write_tensors(self._reference_file, dict(model.named_parameters()))
         self._concept_start = {name: value.detach().clone() for name, value in self.concept.named_parameters()}
 

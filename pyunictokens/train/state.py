@@ -1,11 +1,13 @@
 """A run's folder: who it belongs to, its checkpoints, and how it is taken up again as if it had never stopped.
 
     run.json             identity of model, concept and settings, written when the run begins
-    checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksums)
+    checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksums);
+                         shards/ with a file a rank, where the optimiser's state is spread over ranks
 
 A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one
-that was damaged later is noticed by its checksum and the one before it is taken. It knows files and names; what the
-tensors mean is the business of policy.py and optim.py.
+that was damaged later is noticed by its checksum and the one before it is taken. Rank 0 alone writes, but for the
+shards, and renames a checkpoint when all of them are there; all ranks see one file system. It knows files and names;
+what the tensors mean is the business of policy.py and optim.py.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..io import folder_lock, read_json, sweep, write_json
+from ..io import folder_lock, read_json, safe_name, sweep, write_json
 from ..models import ConceptTokens, Showo
+from .distributed import Ranks
 from .tensors import checksum, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -43,9 +46,14 @@ MAY_CHANGE = frozenset(
         "micro_rows",
         "micro_timesteps",
         "checkpoint_layers",
+        "shard_optimiser",
+        "save_in_background",
     }
 )
 """Settings that a resumed run may change: they alter no number but the rounding of a sum."""
+
+SHARDS = "shards"
+"""The folder, in a checkpoint, of what was spread over ranks."""
 
 
 @dataclass
@@ -56,6 +64,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     folder: Path
+    shards: Path | None = None
+    """Where tensors are that were spread over ranks (sharded.py)."""
 
 
 def identity(model: Showo, concept: ConceptTokens) -> dict[str, Any]:
@@ -89,7 +99,9 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 class RunFolder:
     """The folder of one run, locked while this object is open.
 
-    A folder that holds a run is refused unless `resume`; with it, identity and settings must be the run's own.
+    A folder that holds a run is refused unless `resume`; with it, identity and settings must be the run's own. With
+    several `ranks` each has such an object; rank 0 holds the lock, and opening, :meth:`latest` and :meth:`save` are
+    called by all together.
     """
 
     def __init__(
@@ -99,9 +111,17 @@ class RunFolder:
         settings: Mapping[str, Any],
         *,
         resume: bool = False,
+        ranks: Ranks | None = None,
     ):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.ranks = ranks or Ranks()
+        self._held = ExitStack()
+        if self.ranks.first:
+            self._open(identity, settings, resume)
+        self.ranks.barrier()
+
+    def _open(self, identity: Mapping[str, Any], settings: Mapping[str, Any], resume: bool) -> None:
         about = self.path / "run.json"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; a run needs a folder")
@@ -110,7 +130,6 @@ class RunFolder:
         if resume and not about.exists():
             raise UserError(f"{self.path}: holds no run to resume (no run.json): start one without --resume")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._held = ExitStack()
         self._held.enter_context(folder_lock(self.path))
         try:
             if resume:
@@ -147,35 +166,50 @@ class RunFolder:
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep_last: int, keep_best: int = 0
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        keep_last: int,
+        keep_best: int = 0,
+        shards: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> Path:
         """Write the checkpoint of `step`, then delete all but the last `keep_last` and the `keep_best` of the highest
-        ``state["reward"]``. Raises UserError where it cannot be written, as on a full disk."""
-        final = self.checkpoints / f"step_{step:06d}"
+        ``state["reward"]``. Raises UserError where it cannot be written, as on a full disk.
+
+        `shards` are tensors spread over ranks; with them all ranks write together (`ranks`: those of another thread).
+        """
+        final, ranks = self.checkpoints / f"step_{step:06d}", ranks or self.ranks
         aside = self.checkpoints / f".step_{step:06d}.part"
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            digest = write_tensors(aside / "tensors.safetensors", tensors)
-            whole = {"step": step, "sha256": digest, **state}
-            write_json(aside / "state.json", {**whole, "state_sha256": _state_checksum(whole)})
-            _sync_folder(aside)
-            if final.exists():  # a damaged one that was passed over on resume
-                shutil.rmtree(final)
-            os.rename(aside, final)
-            _sync_folder(self.checkpoints)
+            if ranks.first:
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+            checksums = _write_shards(aside / SHARDS, shards, ranks) if shards else None
+            if ranks.first:
+                digest = write_tensors(aside / "tensors.safetensors", tensors)
+                whole = {"step": step, "sha256": digest, **({"shards": checksums} if shards else {}), **state}
+                write_json(aside / "state.json", {**whole, "state_sha256": _state_checksum(whole)})
+                _sync_folder(aside)
+                if final.exists():  # a damaged one that was passed over on resume
+                    shutil.rmtree(final)
+                os.rename(aside, final)
+                _sync_folder(self.checkpoints)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            if ranks.first:
+                shutil.rmtree(aside, ignore_errors=True)
             steps = self.steps()
             last = f"the last good one is step {steps[-1]}" if steps else "there is none yet"
             raise UserError(
                 f"{final}: the checkpoint cannot be written ({error.strerror or error}); {last}: "
                 "make room and go on with --resume"
             ) from error
-        steps = self.steps()
-        for old in set(steps[:-keep_last]) - set(self._best(steps, keep_best)):
-            shutil.rmtree(self.checkpoints / f"step_{old:06d}", ignore_errors=True)
+        if ranks.first:
+            steps = self.steps()
+            for old in set(steps[:-keep_last]) - set(self._best(steps, keep_best)):
+                shutil.rmtree(self.checkpoints / f"step_{old:06d}", ignore_errors=True)
         return final
 
     def _best(self, steps: list[int], number: int) -> list[int]:
@@ -197,15 +231,18 @@ class RunFolder:
         return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, None when there is none. Raises UserError when all are damaged."""
-        steps = self.steps()
+        """The newest whole checkpoint, None when there is none. Raises UserError when all are damaged.
+
+        Ranks share the checking of shards, and take the same checkpoint.
+        """
         problems = []
-        for step in reversed(steps):
-            try:
+        for step in reversed(self.ranks.broadcast(self.steps())):
+            found = [problem for problem in self.ranks.gather(self._problem(step)) if problem]
+            if not found:
                 return self._read(step)
-            except UserError as error:
-                problems.append(str(error))
-                log.warning("checkpoint of step %d passed over: %s", step, error)
+            problems.append(found[0])
+            if self.ranks.first:
+                log.warning("checkpoint of step %d passed over: %s", step, found[0])
         if problems:
             raise UserError(f"{self.checkpoints}: no whole checkpoint: {'; '.join(problems)}")
         return None
@@ -219,16 +256,52 @@ class RunFolder:
             raise UserError(f"{file}: is damaged (its checksum does not fit)")
         return state
 
+    def _problem(self, step: int) -> str:
+        """What is wrong with the checkpoint of `step`, as far as this rank looks; "" where nothing is."""
+        folder = self.checkpoints / f"step_{step:06d}"
+        try:
+            state = self._state(step)
+            wanted = {Path("tensors.safetensors"): state.get("sha256")}
+            shards = state.get("shards") or {}
+            if not isinstance(shards, dict):
+                raise UserError(f"{folder / 'state.json'}: shards must be a table of checksums")
+            wanted.update({Path(SHARDS, safe_name(name, "shard")): digest for name, digest in shards.items()})
+            for file in sorted(wanted)[self.ranks.rank :: self.ranks.world]:
+                _hold_against(folder / file, wanted[file])
+            if self.ranks.first:
+                read_tensors(folder / "tensors.safetensors")
+        except UserError as error:
+            return str(error)
+        return ""
+
     def _read(self, step: int) -> Checkpoint:
         folder = self.checkpoints / f"step_{step:06d}"
         state = self._state(step)
-        file = folder / "tensors.safetensors"
-        if not file.exists():
-            raise UserError(f"{file}: no such file")
-        found = checksum(file)
-        if found != state.get("sha256"):
-            raise UserError(f"{file}: is damaged (checksum {found[:12]}…, written as {str(state.get('sha256'))[:12]}…)")
-        return Checkpoint(step, read_tensors(file), state, folder)
+        shards = folder / SHARDS if state.get("shards") else None
+        return Checkpoint(step, read_tensors(folder / "tensors.safetensors"), state, folder, shards)
+
+
+def _write_shards(folder: Path, shards: Mapping[str, Any], ranks: Ranks) -> dict[str, str]:
+    """Write them, all ranks together; returns the checksums of all files by name."""
+    from .sharded import own_files, write_shards
+
+    if ranks.first:
+        folder.mkdir()
+    ranks.barrier()
+    write_shards(folder, shards, ranks)
+    own = {file.name: checksum(file) for file in own_files(folder, ranks.rank)}
+    if ranks.first:
+        _sync_folder(folder)
+    return {name: digest for part in ranks.gather(own) for name, digest in part.items()}
+
+
+def _hold_against(file: Path, wanted: object) -> None:
+    """Raise UserError where `file` is missing or has another checksum than it was written with."""
+    if not file.exists():
+        raise UserError(f"{file}: no such file")
+    found = checksum(file)
+    if found != wanted:
+        raise UserError(f"{file}: is damaged (checksum {found[:12]}…, written as {str(wanted)[:12]}…)")
 
 
 def random_state() -> dict[str, Tensor]:

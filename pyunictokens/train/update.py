@@ -102,10 +102,35 @@ class UpdateStats:
     entropy: float = 0.0
     """Of the image tokens' distributions, in nats."""
     tokens: int = 0
+    image_tokens: int = 0
     pieces: int = 0
     """Pieces of the image tokens' part."""
     packed_rows: int = 0
     """Packed (rollout, timestep) rows of its largest piece."""
+
+    @classmethod
+    def merged(cls, parts: Sequence[UpdateStats]) -> UpdateStats:
+        """Those of an objective whose rows were taken in `parts`: losses add up, means are weighted by tokens."""
+        tokens = sum(part.tokens for part in parts)
+        drawn = sum(part.image_tokens for part in parts)
+
+        def mean(name: str, weight: str, total: int) -> float:
+            return sum(getattr(part, name) * getattr(part, weight) for part in parts) / max(1, total)
+
+        return cls(
+            loss=sum(part.loss for part in parts),
+            loss_answer=sum(part.loss_answer for part in parts),
+            loss_image=sum(part.loss_image for part in parts),
+            kl=mean("kl", "tokens", tokens),
+            clip_fraction=mean("clip_fraction", "tokens", tokens),
+            ratio_max=max((part.ratio_max for part in parts), default=0.0),
+            ratio_mean=mean("ratio_mean", "tokens", tokens),
+            entropy=mean("entropy", "image_tokens", drawn),
+            tokens=tokens,
+            image_tokens=drawn,
+            pieces=sum(part.pieces for part in parts),
+            packed_rows=max((part.packed_rows for part in parts), default=0),
+        )
 
 
 @dataclass
@@ -147,19 +172,21 @@ def streamed_backward(
     images: ImageTrajectories | None = None,
     answers: AnswerTrajectories | None = None,
     sizes: PieceSizes | None = None,
+    total_rows: int | None = None,
 ) -> UpdateStats:
     """Add the gradient of the whole objective to every parameter that learns; returns its value and statistics.
 
-    Gradients are not cleared first. Peak memory grows with micro_rows · micro_timesteps, not with T; a piece that does
-    not fit is halved (`sizes` remembers). Raises UserError when one rollout at one timestep does not fit.
+    `total_rows` is R of the objective where these rows are a part of it (other ranks, other groups); by default they
+    are all. Gradients are not cleared first. Peak memory grows with micro_rows · micro_timesteps, not with T; a piece
+    that does not fit is halved (`sizes` remembers). Raises UserError when one rollout at one timestep does not fit.
     """
     sizes = PieceSizes() if sizes is None else sizes
     tally, loss_image, loss_answer = _Tally(), torch.zeros(()), torch.zeros(())
     with torch.enable_grad():
         if answers is not None and settings.alpha_answer > 0:
-            loss_answer = _answers_backward(model, advantages_R, settings, answers, tally, sizes)
+            loss_answer = _answers_backward(model, advantages_R, settings, answers, tally, sizes, total_rows)
         if images is not None and settings.alpha_image > 0:
-            loss_image = _images_backward(model, advantages_R, settings, images, tally, sizes)
+            loss_image = _images_backward(model, advantages_R, settings, images, tally, sizes, total_rows)
     return UpdateStats(
         loss=float(loss_image) + float(loss_answer),
         loss_answer=float(loss_answer),
@@ -170,6 +197,7 @@ def streamed_backward(
         ratio_max=float(torch.stack(tally.ratio_max).max()) if tally.ratio_max else 0.0,
         entropy=tally.mean("entropy"),
         tokens=int(tally.counts.get("kl", torch.zeros(()))),
+        image_tokens=int(tally.counts.get("entropy", torch.zeros(()))),
         pieces=tally.pieces,
         packed_rows=tally.packed_rows,
     )
@@ -261,6 +289,7 @@ def _images_backward(
     images: ImageTrajectories,
     tally: _Tally,
     sizes: PieceSizes,
+    total_rows: int | None,
 ) -> Tensor:
     prompts = _image_prompts(model, images)
     shared, head = PromptLeaves(prompts), Leaves(*model.image_head())
@@ -288,7 +317,9 @@ def _images_backward(
             beta=settings.beta if images.ref_logp_RTN is not None else 0.0,
             mask=mask,
         )
-        loss = loss * (target.shape[0] / len(images))  # the op divides by its own rows, the objective by all
+        loss = loss * (
+            target.shape[0] / (total_rows or len(images))
+        )  # the op divides by its own rows, the objective by all
         add_gradients(loss, params, sums)
         total.add_(loss.detach())
         counted = torch.tensor(float(target.numel())) if mask is None else mask.sum().float()
@@ -366,6 +397,7 @@ def _answers_backward(
     answers: AnswerTrajectories,
     tally: _Tally,
     sizes: PieceSizes,
+    total_rows: int | None,
 ) -> Tensor:
     prompts, last = _answer_prefix(model, answers)
     shared, head = PromptLeaves(prompts, last), Leaves(*text_parts(model))
@@ -387,7 +419,7 @@ def _answers_backward(
             beta=settings.beta if answers.ref_logp_RL is not None else 0.0,
             mask=mask,
         )
-        loss = loss * (logp.shape[0] / len(answers))
+        loss = loss * (logp.shape[0] / (total_rows or len(answers)))
         add_gradients(loss, params, sums)
         total.add_(loss.detach())
         tally.add(stats, mask.sum().float())

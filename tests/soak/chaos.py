@@ -40,14 +40,14 @@ def settings(**grpo: Any) -> RunConfig:
     )
 
 
-def run(world: World, config: RunConfig, out: Path, stop: Any = None, report: bool = False) -> None:
+def run(world: World, config: RunConfig, out: Path, stop: Any = None, report: bool = False, ranks: Any = None) -> None:
     """One life of a run: begun, or taken up where the folder says. Its report, most of the time, only on demand."""
     if not report:
         with MonkeyPatch.context() as patch:
             patch.setattr(_Run, "report", lambda self: self.out / "report.html")
-            return run(world, config, out, stop, report=True)
+            return run(world, config, out, stop, report=True, ranks=ranks)
     bench = Workbench(tiny_model(), world.vq, world.tokenizer, max_text=24)
-    arguments = {} if stop is None else {"stop": stop}
+    arguments = {name: value for name, value in (("stop", stop), ("ranks", ranks)) if value is not None}
     run_concept(
         bench, world.data, config, out, Experts(experts(), red_preview), resume=(out / CONFIG).exists(), **arguments
     )

@@ -254,9 +254,9 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
     collect = Collector.collect
 
     class Kept(Collector):
-        def collect(self, task: Any, step: int) -> Any:
-            groups.append((collect(self, task, step), self.engine))
-            return groups[-1][0]
+        def collect(self, tasks: Any, step: int) -> Any:
+            groups.append((collect(self, tasks, step)[0], self.engine))
+            return [groups[-1][0]]
 
     patch = pytest.MonkeyPatch()
     patch.setattr(grpo, "Collector", Kept)
@@ -266,10 +266,10 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
     patch.undo()
     group, engine = groups[0]
     assert torch.allclose(group.advantages, group.rewards - group.rewards.mean()) and group.advantages.std() > 0
-    assert group.texts == group.answers.texts
+    assert group.texts == group.own.answers.texts
     for text, answer in zip(group.prompts, group.texts, strict=True):
         assert text == prompting.compound_prompt(group.task.prompt, answer)
-    images, answers = trajectories(group, engine, "all")
+    images, answers = trajectories(group.own, engine, "all")
     learned = arguments["model"]
     change = []
     for model in (tiny_model(), learned):

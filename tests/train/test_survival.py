@@ -99,6 +99,10 @@ def test_a_second_signal_ends_at_once_and_handlers_are_put_back() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
+    with stop_on_signals(patient=True) as stop:
+        for _ in range(3):  # from the scheduler, and once more from torchrun
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
     assert signal.getsignal(signal.SIGTERM) is before
     answers: list[bool] = []
 

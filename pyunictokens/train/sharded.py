@@ -1,0 +1,186 @@
+"""AdamW whose state is spread over ranks, and that state on disk: what full weights need on several GPUs.
+
+Every rank keeps whole weights in the model's precision, because a rollout runs the forward pass 2·T times a step and
+would gather them each time; spread are the float32 masters and AdamW's two moments, as DTensors cut along their first
+dimension. A step is a reduce-scatter of gradients, AdamW on the own part, an all-gather of new weights. Gradients of a
+step are summed over its pieces in a whole float32 tensor a parameter first, so ranks speak once a step.
+
+On disk each rank's part is a safetensors file, written by torch.distributed.checkpoint and read by any number of ranks.
+docs/distributed.md holds this against FSDP2. It does not know losses, nor what else a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+from .. import profiling
+from ..errors import UserError
+from .distributed import Ranks
+from .optim import PARTS, Optimiser, fitting
+
+
+class ShardedOptimiser(Optimiser):
+    """:class:`Optimiser` with masters and moments spread over its ranks; the same numbers but for the order of sums."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], *, ranks: Ranks, **settings: Any):
+        self._mesh = ranks.mesh()
+        # float32 parameters gather their gradients themselves, others here
+        self._sums = {n: v if v.dtype == torch.float32 else SimpleNamespace(grad=None) for n, v in named.items()}
+        super().__init__(named, ranks=ranks, **settings)
+
+    def _spread(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor that all ranks have; nothing is sent."""
+        if whole.dim() == 0:
+            raise UserError("a parameter without dimensions cannot be spread: set grpo.shard_optimiser=never")
+        return distribute_tensor(whole.detach().float(), self._mesh, [Shard(0)], src_data_rank=None)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        return self._spread(parameter).clone()
+
+    def _gathering(self, name: str) -> Any:
+        return self._sums[name]
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for each in self._sums.values():
+            each.grad = None
+
+    def _sum_gradients(self) -> None:
+        for name in self.ranks.learned(self._sums):
+            own, self._sums[name].grad = self._sums[name].grad, None
+            if own is None:
+                own = torch.zeros_like(self.named[name], dtype=torch.float32)
+            with profiling.phase("synchronisation"), self.ranks.noticing():
+                gradient = DTensor.from_local(own, self._mesh, [Partial("sum")], run_check=False)
+                self._masters[name].grad = gradient.redistribute(placements=[Shard(0)])
+
+    def grad_norm(self) -> float:
+        device = next(iter(self.named.values())).device
+        parts = [_local(master.grad) for master in self._masters.values() if master.grad is not None]
+        squares = [torch.linalg.vector_norm(part).square() for part in parts]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+        return math.sqrt(float(self.ranks.sum(total)))
+
+    def _hand_back(self) -> None:
+        for name, parameter in self.named.items():
+            with profiling.phase("synchronisation"), self.ranks.noticing():
+                parameter.copy_(self._masters[name].to(parameter.dtype).full_tensor())  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: all of it is in :meth:`shards`."""
+        return {}
+
+    def shards(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for name, master in self._masters.items():
+            state[f"master.{name}"] = master.detach()
+            for part, value in self.adam.state.get(master, {}).items():
+                state[f"optim.{name}.{part}"] = value
+        return state
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], shards: Path | None, origin: object = "checkpoint") -> None:
+        """Put back what any number of ranks saved; parameters are taken as they are now, so load them first."""
+        held = self._read(shards, origin) if shards is not None else None
+        for name, parameter in self.named.items():
+            master = self._masters[name]
+            if held is not None:
+                master.copy_(held[f"master.{name}"])
+            elif parameter.dtype == torch.float32:
+                master.copy_(self._spread(parameter))
+            else:
+                master.copy_(self._spread(fitting(tensors, f"master.{name}", parameter.shape, origin)))
+            keys = {part: f"optim.{name}.{part}" for part in PARTS}
+            if not any(key in (tensors if held is None else held) for key in keys.values()):
+                continue
+            self.adam.state[master] = {
+                part: held[key]
+                if held is not None
+                else fitting(tensors, key, torch.Size(), origin).clone()
+                if part == "step"
+                else self._spread(fitting(tensors, key, parameter.shape, origin).to(parameter.device)).clone()
+                for part, key in keys.items()
+            }
+
+    def _read(self, folder: Path, origin: object) -> dict[str, Any]:
+        """This rank's part of all tensors in `folder`, cut for the ranks of now."""
+        known = _shapes(folder)
+        state: dict[str, Any] = {}
+        for name, parameter in self.named.items():
+            for key in (f"master.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
+                if key in known:
+                    state[key] = torch.zeros_like(self._masters[name])
+                if known.get(key, parameter.shape) != parameter.shape or (
+                    key.startswith("master.") and key not in known
+                ):
+                    found = f"of shape {tuple(known[key])}" if key in known else "missing"
+                    raise UserError(f"{origin}: {key} is {found}, this run needs {tuple(parameter.shape)}")
+            if f"optim.{name}.step" in known:
+                state[f"optim.{name}.step"] = torch.zeros(())
+        with _as_user_error(folder), self.ranks.noticing():
+            reader = dcp.HuggingFaceStorageReader(str(folder))
+            dcp.load(state, storage_reader=reader, process_group=self.ranks.group)
+        return state
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local()
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------
+
+
+def own_files(folder: Path, rank: int) -> list[Path]:
+    """The files that `rank` wrote with :func:`write_shards`."""
+    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+def write_shards(folder: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write `state` into `folder`, each rank its own part, all ranks together. Raises UserError on all alike."""
+    with _as_user_error(folder), ranks.noticing():
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dict(state), storage_writer=writer, process_group=ranks.group)
+
+
+def read_whole(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `folder`, whole, in this process alone."""
+    state = {name: torch.zeros(shape) for name, shape in _shapes(folder).items()}
+    with _as_user_error(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return state
+
+
+def _shapes(folder: Path) -> dict[str, torch.Size]:
+    with _as_user_error(folder):
+        found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: value.size for name, value in found.items() if hasattr(value, "size")}
+
+
+@contextmanager
+def _as_user_error(folder: Path) -> Iterator[None]:
+    """What goes wrong with the files of `folder` as one UserError (an OSError passes: its reader names it better)."""
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = {rank: failure[0] for rank, failure in error.failures.items()}
+        first = min(reasons)
+        if isinstance(reasons[first], OSError):
+            raise reasons[first] from error
+        raise UserError(f"{folder}: rank {first}: {type(reasons[first]).__name__}: {reasons[first]}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise UserError(f"{folder}: not a whole safetensors file: {error}") from error
+        raise
