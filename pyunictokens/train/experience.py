@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import profiling
 from ..models import ConceptTokens, prompting
 from ..rewards.base import RewardBatch, plain_text
+from ..rewards.ensemble import EnsembleScore
 from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import ImageRollout, TextRollout
@@ -121,12 +122,13 @@ class Collector:
         size = self.config.group_size
         mine = self.ranks.share(len(tasks) * size)
         own: dict[int, Own] = {}
-        scored: list[Scored] = []
+        pending: list[Callable[[], Scored]] = []
         for group, task in enumerate(tasks):
             rows = range(max(mine.start - group * size, 0), min(mine.stop - group * size, size))
             if rows:
-                own[group], found = self._sample(task, group, step * len(tasks) + group, rows)
-                scored.append(found)
+                own[group], finish = self._sample(task, group, step * len(tasks) + group, rows)
+                pending.append(finish)
+        scored = [finish() for finish in pending]
         everything = [each for part in self.ranks.gather(scored) for each in part]
         before = self.threshold.value
         return [
@@ -157,8 +159,8 @@ class Collector:
             own,
         )
 
-    def _sample(self, task: Task, group: int, number: int, rows: range) -> tuple[Own, Scored]:
-        """`rows` of one group; `number` counts the groups of the run."""
+    def _sample(self, task: Task, group: int, number: int, rows: range) -> tuple[Own, Callable[[], Scored]]:
+        """`rows` of one group, and who waits for their scores; `number` counts the groups of the run."""
         config = self.config
         sample_ids = [number * config.group_size + row for row in rows]
         answers = self._answer(task, sample_ids) if config.reasoning else None
@@ -191,22 +193,42 @@ class Collector:
             references=self.references.to(images.pixels.device),
             kind=self.data.kind,
         )
-        with profiling.phase("rewards"):
-            score = ask("scoring by the experts", self.rewards.score, batch, seconds=config.expert_timeout)
-        found = Scored(
-            group,
-            texts,
-            prompts,
-            score.total.float().cpu(),
-            {name: value.float().cpu() for name, value in score.parts.items()},
-            score.no_face,
-            images.codes.cpu(),
-        )
-        if images.dsog is not None:
-            found.preview_codes = images.dsog.preview_codes.cpu()
-            found.accepted, found.previewed = images.dsog.accepted, images.dsog.previewed
-        images.pixels = None  # scored, and as large as everything else together
-        return Own(slice(rows.start, rows.stop), answers, images), found
+        scoring, codes, dsog = self._scoring(batch), images.codes.cpu(), images.dsog
+        images.pixels = None  # handed over, and as large as everything else together
+
+        def finish() -> Scored:
+            score = scoring()
+            found = Scored(
+                group,
+                texts,
+                prompts,
+                score.total.float().cpu(),
+                {name: value.float().cpu() for name, value in score.parts.items()},
+                score.no_face,
+                codes,
+            )
+            if dsog is not None:
+                found.preview_codes = dsog.preview_codes.cpu()
+                found.accepted, found.previewed = dsog.accepted, dsog.previewed
+            return found
+
+        return Own(slice(rows.start, rows.stop), answers, images), finish
+
+    @profiling.phase("rewards")
+    def _scoring(self, batch: RewardBatch) -> Callable[[], EnsembleScore]:
+        """Have the experts score; call what is returned for the scores. An ensemble with `submit` (rewards/remote.py)
+        is left to it, and the next group is drawn meanwhile."""
+        submit, limit = getattr(self.rewards, "submit", None), self.config.expert_timeout
+        if submit is None:
+            score = ask("scoring by the experts", self.rewards.score, batch, seconds=limit)
+            return lambda: score
+        future = ask("handing drawings to the experts", submit, batch, seconds=limit)
+
+        def wait() -> EnsembleScore:
+            with profiling.phase("rewards"):
+                return ask("scoring by the experts", future.result, seconds=limit)
+
+        return wait
 
     def _answer(self, task: Task, sample_ids: list[int]) -> TextRollout:
         config = self.config

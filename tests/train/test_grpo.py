@@ -108,6 +108,19 @@ def test_a_resumed_run_is_the_run_that_never_stopped(kind: str, here: World, tmp
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default(here: World, tmp_path: Path) -> None:
+    config, run = grpo_config(steps=2, checkpoint_every=1), tmp_path / "run"
+    with pytest.raises(Killed):
+        train_grpo(**here.fresh(), config=config, out_dir=run, progress=stop_after(1))
+    about = json.loads((run / "run.json").read_text())
+    del about["settings"]["groups"], about["settings"]["dsog"]["eta"]
+    (run / "run.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="groups: the run has 1, this is 2"):
+        train_grpo(**here.fresh(), config=replace(config, groups=2), out_dir=run, resume=True)
+    assert train_grpo(**here.fresh(), config=config, out_dir=run, resume=True).steps == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_full_disk_and_damage_leave_the_last_good_checkpoint(
     here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from pyunictokens.errors import UserError
+from pyunictokens.rewards.base import RewardBatch
+from pyunictokens.rewards.ensemble import EnsembleScore
 from pyunictokens.rewards.load import Rewards
 from pyunictokens.rewards.remote import RemoteExperts
 from pyunictokens.rewards.serve import ExpertServer
@@ -40,6 +43,38 @@ def test_the_run_is_the_one_at_home(tmp_path: Path, server: ExpertServer) -> Non
         for name in ("home", "away")
     )
     assert away == home and len(home) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_the_next_group_is_drawn_while_one_is_scored(tmp_path: Path, server: ExpertServer) -> None:
+    here = world(tmp_path / "data")
+    remote = RemoteExperts([(server.host, server.port)], KEY)
+    events: list[str] = []
+
+    class Watched:
+        """Scores only what is waited for, so that nothing but the order of calls can make the test pass."""
+
+        def submit(self, batch: RewardBatch) -> Future[EnsembleScore]:
+            events.append("handed over")
+            future: Future[EnsembleScore] = Future()
+
+            def result(timeout: float | None = None) -> EnsembleScore:
+                events.append("waited for")
+                return remote.score(batch)
+
+            future.result = result  # type: ignore[method-assign]
+            return future
+
+    config = grpo_config(groups=2, steps=2)
+    train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "home")
+    asked = {**here.fresh(), "rewards": Watched()}
+    train_grpo(**asked, config=config, out_dir=tmp_path / "away")
+    assert events == 2 * ["handed over", "handed over", "waited for", "waited for"]
+    home, away = (
+        [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(tmp_path / name)]
+        for name in ("home", "away")
+    )
+    assert away == home
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:the DSOG scorer failed")
