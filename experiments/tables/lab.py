@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from pyunictokens.errors import UserError
 from pyunictokens.io import read_json, write_json
 from pyunictokens.runs import RunConfig
-from pyunictokens.train.settings import to_mapping
+from pyunictokens.train.settings import filled, to_mapping
 
 from .arms import ARMS, CURVES, SCALES, TABLES, Arm, Scale
 
@@ -104,8 +104,10 @@ def read_cell(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         found = read_json(file)
     except UserError:
         return None
-    same = isinstance(found, dict) and all(found.get(key) == value for key, value in about.items())
-    return found if same else None
+    if not isinstance(found, dict):
+        return None
+    found["settings"] = filled(found.get("settings"), to_mapping(RunConfig.make("paper")))
+    return found if all(found.get(key) == value for key, value in about.items()) else None
 
 
 class InWords:

@@ -120,6 +120,15 @@ def to_mapping(settings: Any) -> dict[str, Any]:
     return plain
 
 
+def filled(settings: Any, defaults: Mapping[str, Any]) -> Any:
+    """Stored `settings` of an older version, with what it did not know yet at its default: what was done before."""
+    if not isinstance(settings, Mapping):
+        return settings
+    sections = {key: value for key, value in settings.items() if isinstance(defaults.get(key), dict)}
+    inner = {key: filled(value, defaults[key]) for key, value in sections.items()}
+    return {**defaults, **settings, **inner}
+
+
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The table in a YAML file; an empty file is an empty table. Raises UserError naming file and line."""
     import yaml

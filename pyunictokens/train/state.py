@@ -32,7 +32,7 @@ from ..io import folder_lock, read_json, safe_name, sweep, write_json
 from ..models import ConceptTokens, Showo
 from .config import GrpoConfig
 from .distributed import Ranks
-from .settings import to_mapping
+from .settings import filled, to_mapping
 from .tensors import checksum, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class RunFolder:
         if not isinstance(found, dict) or not {"identity", "settings"} <= found.keys():
             raise UserError(f"{self.path / 'run.json'}: is not the description of a run")
         defaults = to_mapping(GrpoConfig())
-        there, here = (_filled(each, defaults) for each in (found["settings"], settings))
+        there, here = (filled(each, defaults) for each in (found["settings"], settings))
         wrong = [
             f"{key}: the run has {then!r}, this is {now!r}"
             for part, pair in (("identity", (found["identity"], identity)), ("settings", (there, here)))
@@ -323,17 +323,6 @@ def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"rng.cuda.{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"].clone(), index)
-
-
-def _filled(settings: Any, defaults: Mapping[str, Any]) -> Any:
-    """`settings` of an older version with what it did not have at its default, which does what was done before."""
-    if not isinstance(settings, Mapping):
-        return settings
-    missing = {key: value for key, value in defaults.items() if key not in settings}
-    inner = {
-        key: _filled(value, defaults[key]) for key, value in settings.items() if isinstance(defaults.get(key), dict)
-    }
-    return {**missing, **settings, **inner}
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
