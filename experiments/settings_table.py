@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pyunictokens.io import write_text_atomic
-from pyunictokens.train.config import TrainConfig
+from pyunictokens.train.config import PRESETS
 from pyunictokens.train.settings import describe
 
 FILE = Path(__file__).parent.parent / "docs" / "training.md"
@@ -17,11 +17,16 @@ BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->"
 
 
 def table() -> str:
-    """The Markdown table: name, the paper's default, the toy's where it differs, and what it is."""
-    toy = {setting.name: setting.default for setting in describe(TrainConfig.preset("toy"))}
-    lines = ["| setting | paper | toy | |", "|---|---|---|---|"]
-    for setting in describe(TrainConfig.preset("paper")):
-        other = "" if toy[setting.name] == setting.default else _show(toy[setting.name])
+    """The Markdown table: name, the paper's default, the other presets' where they differ, and what it is."""
+    others = [
+        {setting.name: setting.default for setting in describe(preset)}
+        for name, preset in PRESETS.items()
+        if name != "paper"
+    ]
+    lines = ["| setting | " + " | ".join(PRESETS) + " | |", "|---|" + "---|" * (len(PRESETS) + 1)]
+    for setting in describe(PRESETS["paper"]):
+        values = [each[setting.name] for each in others]
+        other = " | ".join("" if value == setting.default else _show(value) for value in values)
         about = setting.about.replace("<", "&lt;").replace("|", "\\|").replace("`&lt;", "`<")
         lines.append(f"| `{setting.name}` | {_show(setting.default)} | {other} | {about} |")
     return "\n".join(lines) + "\n"

@@ -74,7 +74,7 @@ class RunConfig:
         words: Iterable[str] = (),
         seed: int | None = None,
     ) -> RunConfig:
-        """A preset ("toy", "paper"), a mapping over it (a config.yaml), `key=value` words over that.
+        """A preset (train/config.py: PRESETS), a mapping over it (a config.yaml), `key=value` words over that.
 
         `seed`, when given, seeds stages and reinforcement where no word does.
         """

@@ -43,6 +43,8 @@ class Preset(str, Enum):
 
     toy = "toy"
     paper = "paper"
+    fast = "fast"
+    quality = "quality"
 
 
 def train(
@@ -74,7 +76,11 @@ def train(
         ),
     ] = None,
     preset: Annotated[
-        Preset | None, typer.Option("--preset", help="Settings to start from: toy for the embedded model, else paper.")
+        Preset | None,
+        typer.Option(
+            "--preset",
+            help="Settings to start from (docs/training.md). Default: toy for the embedded model, else paper.",
+        ),
     ] = None,
     model: ModelOption = None,
     vq: VqOption = None,

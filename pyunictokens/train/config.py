@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import UserError
@@ -301,7 +301,7 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str) -> TrainConfig:
-        """ "paper" (the defaults) or "toy" (the shipped toy world on two CPU cores)."""
+        """ "paper" (the defaults), "fast", "quality", or "toy" (the shipped toy world on two CPU cores)."""
         if name not in PRESETS:
             raise UserError(f"preset {name!r}: must be one of {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -327,8 +327,13 @@ def _check_max_text(max_text: int | None) -> None:
         _at_least(3, max_text=max_text)
 
 
+_KEPT = GrpoConfig(token_scope="newly_unmasked", micro_rows=0, micro_timesteps=0)
+"""The paper's settings, but only codes that a step keeps are learned from (docs/experiments.md)."""
+
 PRESETS = {
     "paper": TrainConfig(),
+    "fast": TrainConfig(grpo=replace(_KEPT, timestep_fraction=0.2)),
+    "quality": TrainConfig(grpo=replace(_KEPT, group_size=18)),
     "toy": TrainConfig(
         stages=StageConfig(
             num_understanding=8,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pyunictokens.errors import UserError
 from pyunictokens.train import GrpoConfig, StageConfig, TrainConfig
+from pyunictokens.train.config import PRESETS
 from pyunictokens.train.optim import learning_rate
 from pyunictokens.train.settings import leaves
 
@@ -26,7 +27,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert (stages.num_understanding, stages.num_generation, stages.lr, stages.batch_understanding) == (16, 8, 1e-3, 4)
 
 
-@pytest.mark.parametrize("name", ["paper", "toy"])
+@pytest.mark.parametrize("name", list(PRESETS))
 def test_a_file_gives_back_what_was_written(name: str, tmp_path: Path) -> None:
     config = TrainConfig.preset(name)
     config.to_yaml(tmp_path / "train.yaml")
@@ -86,7 +87,7 @@ def test_bad_words(word: str, said: str) -> None:
         ("grpo: {stepz: 3}", "train.yaml: grpo: unknown setting 'stepz'; did you mean 'steps'"),
         ("grpo:\n  steps: 3\n lr: 2", r"not valid YAML at line \d+, column \d+"),
         ("- 1", "must hold a table"),
-        ("preset: papr", "preset 'papr': must be one of paper, toy"),
+        ("preset: papr", "preset 'papr': must be one of paper, fast, quality, toy"),
         ("grpo: {max_grad_norm: true}", "must be a number"),
     ],
 )
