@@ -78,6 +78,17 @@ def dsog(work: dict[str, Any]) -> str:
     )
 
 
+def ranks(result: dict[str, Any]) -> str:
+    """What a second process brings to reinforcement (benchmarks/ranks.py), as a sentence."""
+    settings, rounds = result["settings"], sum(run["ranks"] == 1 for run in result["runs"])
+    return (
+        f"Reinforcement of the toy on two ranks, a core each, against one on one core ({settings['groups']} groups of "
+        f"{settings['group_size']} a step, gloo): **{result['ratio']:.2f}** times the samples a second "
+        f"({result['ratio_min']:.2f} to {result['ratio_max']:.2f}, n = {rounds}), "
+        f"{100 * result['synchronisation_share']:.0f} % of the time in synchronisation."
+    )
+
+
 class _Gaps(dict[str, Any]):
     def __missing__(self, key: str) -> str:
         return "?"
@@ -90,7 +101,9 @@ def numbers(folder: Path) -> str:
         if file.name.startswith(("ops-", "engine-", "rewards-")):  # shown elsewhere
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
-        if "points" in content:
+        if file.name.startswith("ranks-"):
+            parts.append(ranks(content))
+        elif "points" in content:
             parts.append(memory(content))
         elif content.get("results"):
             parts.append(table(content["results"]))
