@@ -15,6 +15,8 @@ from experiments.tables import page, runner, stats
 from experiments.tables.arms import ARMS, COLUMNS, CURVES, PAPER, SCALES, TABLES
 from experiments.tables.lab import InWords, Unit, about_of, cell_file, config_of, read_cell, row_steps, run_unit, units
 from experiments.tables.page import write_page
+from pyunictokens.errors import UserError
+from pyunictokens.io import folder_lock
 
 
 class FakeLab:
@@ -95,6 +97,14 @@ def test_cells_are_made_once_and_anew_when_their_settings_change(tmp_path: Path,
     file.write_text("torn")
     run_unit(unit, ["ours"], "quick", tmp_path, lab)
     assert [name for _, name in lab.made] == ["staged", "ours", "ours", "ours"]
+
+
+def test_two_processes_do_not_make_one_unit(tmp_path: Path) -> None:
+    unit, lab = Unit("animal", 11, 0), FakeLab()
+    run_unit(unit, ["staged"], "quick", tmp_path, lab)
+    with folder_lock(tmp_path / "quick" / "units" / unit.name), pytest.raises(UserError, match="another process"):
+        run_unit(unit, ["ours"], "quick", tmp_path, lab)
+    assert lab.made == [(unit.name, "staged")]
 
 
 def test_a_setting_that_this_version_does_not_have_is_told_of(tmp_path: Path, monkeypatch: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pyunictokens.errors import UserError
-from pyunictokens.io import read_json, write_json
+from pyunictokens.io import folder_lock, read_json, write_json
 from pyunictokens.runs import RunConfig
 from pyunictokens.train.settings import filled, to_mapping
 
@@ -74,18 +74,24 @@ def cell_file(work: Path, scale: Scale, unit: Unit, arm: str) -> Path:
 
 
 def run_unit(unit: Unit, names: Sequence[str], scale_name: str, work: Path, lab: Lab) -> list[str]:
-    """Make the cells of one unit that are not there; returns what could not be made, and why."""
+    """Make the cells of one unit that are not there; returns what could not be made, and why.
+
+    Raises UserError where another process, such as one that outlived an earlier call, is at work on this unit.
+    """
     scale, problems = SCALES[scale_name], []
-    for name in names:
-        arm, file = ARMS[name], cell_file(work, scale, unit, name)
-        try:
-            config = config_of(arm, unit, scale)
-        except UserError as error:
-            problems.append(f"{name}: not measured: {error}")
-            continue
-        about = about_of(arm, unit, config)
-        if read_cell(file, about) is None:
-            write_json(file, {**about, **lab.make(arm, unit, scale, config)})
+    held = work / scale_name / "units" / unit.name
+    held.mkdir(parents=True, exist_ok=True)
+    with folder_lock(held):
+        for name in names:
+            arm, file = ARMS[name], cell_file(work, scale, unit, name)
+            try:
+                config = config_of(arm, unit, scale)
+            except UserError as error:
+                problems.append(f"{name}: not measured: {error}")
+                continue
+            about = about_of(arm, unit, config)
+            if read_cell(file, about) is None:
+                write_json(file, {**about, **lab.make(arm, unit, scale, config)})
     return problems
 
 
