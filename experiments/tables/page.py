@@ -31,10 +31,10 @@ def write_page(stored: Mapping[str, Any], docs: Path) -> str:
 
 
 _CURVES_INTRO = (
-    "Left and middle: the reward of the training groups along the seconds of training and along image rows that went",
-    "through the model (guidance's second row counted, a backward pass as two), a mean over three steps, with the 95 %",
-    "interval over concepts. With DSOG the group is selected, which lifts this curve by itself; so the right panel",
-    "counts: the held-out reward of plain drawings at the end.",
+    "Left and middle: the reward of the training groups along the seconds of training (of one thread at work) and along",
+    "image rows that went through the model (guidance's second row counted, a backward pass as two), a mean over three",
+    "steps, with the 95 % interval over concepts. With DSOG the group is selected, which lifts this curve by itself;",
+    "so the right panel counts: the held-out reward of plain drawings at the end.",
     "",
 )
 
@@ -55,10 +55,11 @@ def _opening(stored: Mapping[str, Any]) -> list[str]:
     spent = sum(sum(cell["seconds"].values()) for cell in cells) / 60
     kinds = Counter(kind for kind, _ in scale.concepts)
     lines += [
-        f"Scale `{scale.name}`: {len(scale.concepts)} concepts ({', '.join(f'{n} {k}' for k, n in kinds.items())})",
-        f"that pre-training never saw, {len(scale.seeds)} training seed{'s' if len(scale.seeds) > 1 else ''} each,"
-        " settings of the `toy` preset" + (f" with `{' '.join(scale.words)}`." if scale.words else "."),
-        f"{len(cells)} cells, {spent:.0f} minutes of work on {stored['machine']}.",
+        f"Scale `{scale.name}`: {len(scale.concepts)} concepts ({', '.join(f'{n} {k}' for k, n in kinds.items())})"
+        f" that pre-training never saw, {len(scale.seeds)} training seed{'s' if len(scale.seeds) > 1 else ''} each.",
+        "Settings are those of the `toy` preset" + (" with" if scale.words else "."),
+        *([f"`{' '.join(scale.words)}`."] if scale.words else []),
+        f"{len(cells)} cells, {spent:.0f} minutes of one thread's work on {stored['machine']}.",
         "",
         "The seeds of a concept are averaged, concepts are the unit of chance: brackets are 95 % bootstrap intervals",
         "over concepts, p-values are two-sided, of a paired t-test and of Wilcoxon's signed ranks over concepts.",
