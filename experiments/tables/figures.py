@@ -12,7 +12,7 @@ from pathlib import Path
 from pyunictokens.io import write_bytes_atomic
 
 from .arms import Curve
-from .stats import Cell, common, curve, mean
+from .stats import Cell, common, compare, curve
 
 COLOURS = ("#2457c5", "#d9480f", "#2b8a3e", "#862e9c")
 END = "reasoning_generation.reward"
@@ -44,16 +44,20 @@ def draw(question: Curve, cells: Sequence[Cell], folder: Path) -> Path | None:
         axis.set_ylabel("reward of the training group" if place == 0 else "")
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False, fontsize=9)
-    ends = [(label, mean(cells, arm, END), COLOURS[number]) for number, (arm, label) in enumerate(there)]
-    for number, (_, value, colour) in enumerate(ends):
-        if value is not None:
+    first = there[0][0]
+    for number, (arm, _) in enumerate(there[1:], start=1):
+        pair = compare(cells, arm, first, END)
+        if pair is not None:
+            value = pair.difference
             span = [[value.mean - value.low], [value.high - value.mean]]
-            axes[2].errorbar([number], [value.mean], yerr=span, fmt="o", color=colour, capsize=4)
+            axes[2].errorbar([number], [value.mean], yerr=span, fmt="o", color=COLOURS[number], capsize=4)
+    axes[2].axhline(0, color=COLOURS[0], linewidth=1.2)
+    labels = [label for _, label in there]
     axes[2].set_xticks(
-        range(len(ends)), [label.replace(" ", "\n", 1) if len(label) > 7 else label for label, _, _ in ends], fontsize=8
+        range(len(there)), [label.replace(" ", "\n", 1) if len(label) > 8 else label for label in labels], fontsize=8
     )
-    axes[2].set_xlim(-0.6, len(ends) - 0.4)
-    axes[2].set_title("held-out reward at the end", fontsize=9)
+    axes[2].set_xlim(-0.6, len(there) - 0.4)
+    axes[2].set_title("held-out reward at the end,\nminus the first", fontsize=9)
     axes[2].grid(alpha=0.25, axis="y")
     figure.suptitle(question.title, fontsize=11)
     buffer = io.BytesIO()

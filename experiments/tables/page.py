@@ -31,10 +31,11 @@ def write_page(stored: Mapping[str, Any], docs: Path) -> str:
 
 
 _CURVES_INTRO = (
-    "Left and middle: the reward of the training groups along the seconds of training (of one thread at work) and along",
+    "Left and middle: the reward of the training groups along the seconds of training (of one thread), and along",
     "image rows that went through the model (guidance's second row counted, a backward pass as two), a mean over three",
     "steps, with the 95 % interval over concepts. With DSOG the group is selected, which lifts this curve by itself;",
-    "so the right panel counts: the held-out reward of plain drawings at the end.",
+    "so the right panel counts: the held-out reward of plain drawings at the end, in pairs of concepts, minus that of",
+    "the first arm. The waves are the questions of the steps, which all arms share.",
     "",
 )
 
