@@ -186,28 +186,44 @@ void grpo_loss(std::uintptr_t logp, int logp_type, std::uintptr_t old_logp, int 
   grpo_loss_cpu(args, threads < 1 ? 1 : threads, chosen_level);
 }
 
-HeadArgs head_args(std::uintptr_t scores, std::int64_t rows, std::int64_t entries, std::uintptr_t bias,
-                   double inverse_temperature, std::uintptr_t target) {
-  return {at<float>(scores),      rows, entries, at<const float>(bias), float(inverse_temperature),
-          at<const std::int64_t>(target)};
+// The fields of HeadArgs in their order.
+using HeadFields = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t, int, std::int64_t, std::uintptr_t,
+                              double, std::uintptr_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
+
+HeadArgs head_args(const HeadFields& fields) {
+  const auto& [hidden, rows, width, weight, type, entries, bias, inverse_temperature, target, block, scores, packed] =
+      fields;
+  HeadArgs args;
+  args.hidden = at<const float>(hidden);
+  args.rows = rows;
+  args.width = width;
+  args.weight = at<const void>(weight);
+  args.weight_type = FloatType(type);
+  args.entries = entries;
+  args.bias = at<const float>(bias);
+  args.inverse_temperature = float(inverse_temperature);
+  args.target = at<const std::int64_t>(target);
+  args.block = block;
+  args.scores = at<float>(scores);
+  args.packed = at<float>(packed);
+  return args;
 }
 
-void head_logprob(std::uintptr_t scores, std::int64_t rows, std::int64_t entries, std::uintptr_t bias,
-                  double inverse_temperature, std::uintptr_t target, std::uintptr_t lse, std::uintptr_t logp,
-                  std::uintptr_t entropy, int threads, const std::string& level) {
-  const HeadArgs args = head_args(scores, rows, entries, bias, inverse_temperature, target);
+void head_logprob(const HeadFields& fields, std::uintptr_t lse, std::uintptr_t logp, std::uintptr_t entropy, int threads,
+                  const std::string& level) {
   const CpuLevel chosen_level = level_named(level);
   py::gil_scoped_release release;
-  head_logprob_cpu(args, at<float>(lse), at<float>(logp), at<float>(entropy), threads < 1 ? 1 : threads, chosen_level);
+  head_logprob_cpu(head_args(fields), at<float>(lse), at<float>(logp), at<float>(entropy), threads < 1 ? 1 : threads,
+                   chosen_level);
 }
 
-void head_gradient(std::uintptr_t scores, std::int64_t rows, std::int64_t entries, std::uintptr_t bias,
-                   double inverse_temperature, std::uintptr_t target, std::uintptr_t lse, std::uintptr_t slope,
-                   int threads, const std::string& level) {
-  const HeadArgs args = head_args(scores, rows, entries, bias, inverse_temperature, target);
+void head_backward(const HeadFields& fields, std::uintptr_t lse, std::uintptr_t slope, bool held,
+                   std::uintptr_t d_hidden, std::uintptr_t d_weight, std::uintptr_t d_bias, int threads,
+                   const std::string& level) {
   const CpuLevel chosen_level = level_named(level);
   py::gil_scoped_release release;
-  head_gradient_cpu(args, at<const float>(lse), at<const float>(slope), threads < 1 ? 1 : threads, chosen_level);
+  head_backward_cpu(head_args(fields), at<const float>(lse), at<const float>(slope), held, at<float>(d_hidden),
+                    at<float>(d_weight), at<float>(d_bias), threads < 1 ? 1 : threads, chosen_level);
 }
 
 }  // namespace
@@ -238,12 +254,12 @@ PYBIND11_MODULE(_core, module) {
              py::arg("tokens_per_advantage"), py::arg("advantages"), py::arg("alpha"), py::arg("alpha_stride"),
              py::arg("mask"), py::arg("rollouts"), py::arg("clip_low"), py::arg("clip_high"), py::arg("beta"),
              py::arg("d_logp"), py::arg("out"), py::arg("threads"), py::arg("level"));
-  module.def("head_logprob", &head_logprob, "csrc/include/head.h on the CPU.", py::arg("scores"), py::arg("rows"),
-             py::arg("entries"), py::arg("bias"), py::arg("inverse_temperature"), py::arg("target"), py::arg("lse"),
+  module.attr("HEAD_PANEL") = kHeadPanel;
+  module.def("head_logprob", &head_logprob, "csrc/include/head.h on the CPU.", py::arg("head"), py::arg("lse"),
              py::arg("logp"), py::arg("entropy"), py::arg("threads"), py::arg("level"));
-  module.def("head_gradient", &head_gradient, "csrc/include/head.h on the CPU.", py::arg("scores"), py::arg("rows"),
-             py::arg("entries"), py::arg("bias"), py::arg("inverse_temperature"), py::arg("target"), py::arg("lse"),
-             py::arg("slope"), py::arg("threads"), py::arg("level"));
+  module.def("head_backward", &head_backward, "csrc/include/head.h on the CPU.", py::arg("head"), py::arg("lse"),
+             py::arg("slope"), py::arg("held"), py::arg("d_hidden"), py::arg("d_weight"), py::arg("d_bias"),
+             py::arg("threads"), py::arg("level"));
   module.attr("STREAM_TOKEN") = int(kTokenStream);
   module.attr("STREAM_RANK") = int(kRankStream);
   module.attr("STREAM_TEXT") = int(kTextStream);

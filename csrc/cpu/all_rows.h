@@ -9,7 +9,8 @@
 namespace pyunictokens {
 namespace PYUNICTOKENS_LEVEL {
 
-const Rows rows{&maskgit_row, &grpo_block, &head_logprob_row, &head_gradient_row};
+const Rows rows{&maskgit_row, &grpo_block, kPanel,          kDepth,        &pack_tokens,  &pack_columns,
+                &score_piece, &sums_panel, &gradient_panel, &hidden_piece, &weight_piece, &bias_piece};
 
 }  // namespace PYUNICTOKENS_LEVEL
 }  // namespace pyunictokens

@@ -13,10 +13,10 @@ namespace {
 
 constexpr int kTile = 64;  // entries handled at once: 16 Philox blocks
 
-// exp(r) = 1 + r + r^2 q(r) for |r| <= log(2) / 2, about 1e-7 relative.
-inline float exp_remainder(float r) {
-  float q = 1.9875691500e-4f;
-  q = q * r + 1.3981999507e-3f;
+// exp(r) = 1 + r + r^2 q(r) for |r| <= log(2) / 2, about 1e-7 relative. T: float, or a vector of them.
+template <typename T>
+inline T exp_remainder(T r) {
+  T q = r * 1.9875691500e-4f + 1.3981999507e-3f;
   q = q * r + 8.3334519073e-3f;
   q = q * r + 4.1665795894e-2f;
   q = q * r + 1.6666665459e-1f;
@@ -24,11 +24,12 @@ inline float exp_remainder(float r) {
 }
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+constexpr float kLog2High = 0.693145751953125f, kLog2Low = 1.428606765330187e-6f;  // log(2) in two parts
 
 // x = n log(2) + r; kRound + n is returned, whose low bits are n.
 inline float split_exponent(float x, float* r) {
   const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  *r = (x - n * 0.693145751953125f) - n * 1.428606765330187e-6f;
+  *r = (x - n * kLog2High) - n * kLog2Low;
   return shifted;
 }
 

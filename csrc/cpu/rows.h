@@ -27,13 +27,36 @@ struct GrpoSums {
   std::int64_t count;
 };
 
+// One block of entries of a head: `weight`, `bias` and `entries` are the block's, which begins at entry `first` of the head.
+struct HeadBlock : HeadArgs {
+  std::int64_t first;
+};
+
+// Of every token over the blocks so far: the highest logit, sum of e = exp(logit - top), sum of e (logit - top), and the
+// logit of the target.
+struct HeadSums {
+  float top, chosen;
+  double sum, weighted;
+};
+
 struct Rows {
   // tile_max: scratch of at least K / 64 + 1 floats.
   void (*maskgit)(const void* logits, FloatType type, const RowTask& task, float* tile_max, std::int64_t* chosen,
                   float* logp);
   void (*grpo)(const GrpoLossArgs& args, std::int64_t first, std::int64_t last, GrpoSums* sums);
-  void (*head_logprob)(const HeadArgs& args, std::int64_t row, float* lse, float* logp, float* entropy);
-  void (*head_gradient)(const HeadArgs& args, std::int64_t row, float lse, float slope);
+  // head_products.h and head_rows.h: pieces of head.h. Tokens and columns are counted in panels of `panel`.
+  int panel, depth;
+  void (*pack_tokens)(const HeadArgs& args, std::int64_t panel);
+  void (*pack_columns)(const HeadArgs& args, std::int64_t panel);
+  void (*score_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, std::int64_t first_panel,
+                      std::int64_t last_panel, float* scratch);
+  void (*sums_panel)(const HeadBlock& block, std::int64_t panel, HeadSums* sums, bool with_entropy);
+  void (*gradient_panel)(const HeadBlock& block, std::int64_t panel, const float* lse, const float* slope);
+  void (*hidden_piece)(const HeadBlock& block, std::int64_t column_panel, std::int64_t first_panel,
+                       std::int64_t last_panel, float* d_hidden, float* scratch);
+  void (*weight_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, std::int64_t first_panel,
+                       std::int64_t last_panel, float* d_weight, float* scratch);
+  void (*bias_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, float* d_bias);
 };
 
 namespace baseline {

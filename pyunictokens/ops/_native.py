@@ -179,52 +179,58 @@ def _readable(values: Tensor) -> Tensor:
     return (values if values.dtype in NARROW else values.float()).contiguous()
 
 
-def head_logprob(
-    scores_mK: Tensor,
-    bias_K: Tensor | None,
-    temperature: float,
-    target_m: Tensor,
-    lse_m: Tensor,
-    logp_m: Tensor,
-    entropy_m: Tensor | None,
-) -> None:
-    """Write log-sum-exp, log-probability of the target and entropy of every row. All float32 and contiguous."""
-    assert _core is not None
-    _core.head_logprob(
-        scores_mK.data_ptr(),
-        *scores_mK.shape,
-        0 if bias_K is None else bias_K.data_ptr(),
-        1.0 / temperature,
-        target_m.data_ptr(),
-        lse_m.data_ptr(),
-        logp_m.data_ptr(),
-        0 if entropy_m is None else entropy_m.data_ptr(),
-        torch.get_num_threads(),
-        level,
-    )
+def head_padded(count: int) -> int:
+    """`count` tokens or columns rounded up to whole panels, as csrc/include/head.h wants its workspaces."""
+    panel = 32 if _core is None else int(_core.HEAD_PANEL)
+    return -(-count // panel) * panel
 
 
-def head_gradient(
-    scores_mK: Tensor,
-    bias_K: Tensor | None,
-    temperature: float,
-    target_m: Tensor,
-    lse_m: Tensor,
-    slope_m: Tensor,
-) -> None:
-    """Overwrite the scores with the gradient of Σ slope·logp. All float32 and contiguous."""
-    assert _core is not None
-    _core.head_gradient(
-        scores_mK.data_ptr(),
-        *scores_mK.shape,
-        0 if bias_K is None else bias_K.data_ptr(),
-        1.0 / temperature,
-        target_m.data_ptr(),
-        lse_m.data_ptr(),
-        slope_m.data_ptr(),
-        torch.get_num_threads(),
-        level,
-    )
+class HeadChunk:
+    """One chunk of tokens for csrc/include/head.h.
+
+    guided_mD float32; head: weight_KD of any NARROW dtype and contiguous, bias_K float32 or None, temperature; target_m
+    contiguous int64; workspace: entries of a block, buffers of block·padded(m) and padded(m)·padded(D) float32 numbers,
+    the second twice that where the weight learns.
+    """
+
+    def __init__(
+        self,
+        guided_mD: Tensor,
+        head: tuple[Tensor, Tensor | None, float],
+        target_m: Tensor,
+        workspace: tuple[int, Tensor, Tensor],
+    ):
+        assert _core is not None
+        guided_mD, (weight_KD, bias_K, temperature), (block, scores, packed) = guided_mD.contiguous(), head, workspace
+        self.core, self.shape, self.tensors = _core, guided_mD.shape, (guided_mD, weight_KD, bias_K, target_m)
+        self.fields = (
+            guided_mD.data_ptr(),
+            *guided_mD.shape,
+            weight_KD.data_ptr(),
+            _TYPE[weight_KD.dtype],
+            len(weight_KD),
+            0 if bias_K is None else bias_K.data_ptr(),
+            1.0 / temperature,
+            target_m.data_ptr(),
+            block,
+            scores.data_ptr(),
+            packed.data_ptr(),
+        )
+
+    def logprob(self, lse_m: Tensor, logp_m: Tensor, entropy_m: Tensor | None) -> None:
+        """Write log-sum-exp, log-probability of the target and entropy of every row. All float32 and contiguous."""
+        pointers = [0 if x is None else x.data_ptr() for x in (lse_m, logp_m, entropy_m)]
+        self.core.head_logprob(self.fields, *pointers, torch.get_num_threads(), level)
+
+    def backward(self, lse_m: Tensor, slope_m: Tensor, held: bool, gradients: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Of Σ slope·logp: write the gradient of the hidden states, add to those of weight and bias; not to empty ones.
+
+        held: the scores are still in the workspace, where `logprob` of a block of all entries left them.
+        """
+        pointers = [x.data_ptr() if x.numel() else 0 for x in gradients]
+        self.core.head_backward(
+            self.fields, lse_m.data_ptr(), slope_m.data_ptr(), held, *pointers, torch.get_num_threads(), level
+        )
 
 
 if _core is not None:

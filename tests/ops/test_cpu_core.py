@@ -131,6 +131,8 @@ def _head(lead: tuple[int, ...], width: int, entries: int) -> dict[str, Tensor]:
 
 HEADS = [  # leading shape, D, K, guidance, temperature, with bias
     ((3, 5, 7), 13, 29, 5.0, 1.0, True),
+    ((2, 75), 65, 201, 1.5, 1.0, True),
+    ((33,), 130, 531, 0.0, 1.0, True),
     ((131,), 8, 64, 0.0, 0.7, True),
     ((2, 1), 5, 1, 2.5, 1.3, False),
     ((), 6, 17, 1.0, 1.0, True),
@@ -139,12 +141,19 @@ HEADS = [  # leading shape, D, K, guidance, temperature, with bias
 ]
 
 
-@pytest.mark.parametrize("elements", [1 << 22, 100])
+@pytest.fixture(params=["one piece", "pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workspace as it is, where these shapes are one chunk and one block; and so small that they are many."""
+    if request.param == "pieces":
+        monkeypatch.setattr(_native_head, "TOKENS", (32, 32))
+        monkeypatch.setattr(_native_head, "BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(_native_head, "ROW_ELEMENTS", 1)
+
+
 @pytest.mark.parametrize(("lead", "width", "entries", "scale", "temperature", "with_bias"), HEADS)
 def test_selected_logprob(
     level: str,
-    monkeypatch: pytest.MonkeyPatch,
-    elements: int,
+    pieces: None,
     lead: tuple[int, ...],
     width: int,
     entries: int,
@@ -152,7 +161,6 @@ def test_selected_logprob(
     temperature: float,
     with_bias: bool,
 ) -> None:
-    monkeypatch.setattr(_native_head, "BUFFER_ELEMENTS", elements)
     x = _head(lead, width, entries)
     names = ["hidden", "weight", *["uncond"] * (scale > 0), *["bias"] * with_bias]
     exact = {key: value.double() if value.is_floating_point() else value for key, value in x.items()}
@@ -209,23 +217,23 @@ def test_tokens_without_a_gradient_cost_no_product(monkeypatch: pytest.MonkeyPat
     hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
     grad = torch.randn(40) * (torch.rand(40) > 0.5)
     rows = []
-    forward = _native_head._Head.forward
-    monkeypatch.setattr(_native_head._Head, "forward", lambda self, c: rows.append(c) or forward(self, c))
+    chunks = _native_head._Head.chunks
+    monkeypatch.setattr(_native_head._Head, "chunks", lambda self: rows.append(self.count) or chunks(self))
     out = {}
     for backend in ("cpu", "reference"):
         logp = uct.ops.selected_logprob(hidden, weight, x["target"], backend=backend)
         out[backend] = torch.autograd.grad(logp, [hidden, weight], grad)
-    assert [chunk.stop for chunk in rows] == [40, int((grad != 0).sum())]
+    assert rows == [40, int((grad != 0).sum())]
     for got, want in zip(out["cpu"], out["reference"], strict=True):
         assert naive.relative(got, want) < TOLERANCE
 
 
-def test_excluded_entries(level: str) -> None:
-    """A logit of -inf has probability 0: no gradient, and no NaN in the entropy."""
-    x = _head((2, 3, 5), 8, 72)
+def test_excluded_entries(level: str, pieces: None) -> None:
+    """A logit of -inf has probability 0: no gradient, and no NaN in the entropy, even where it is a whole block's."""
+    x = _head((2, 3, 5), 8, 144)
     bias = x["bias"].clone()
-    bias[::3] = -torch.inf
-    x["target"] = x["target"] // 3 * 3 + 1
+    bias[::3] = bias[:40] = bias[70:110] = -torch.inf
+    x["target"] = x["target"] % 10 * 3 + 112
     hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
     old, advantages = -torch.rand(2, 3, 5), torch.tensor([1.0, -1.0])
     out = {}
@@ -237,16 +245,29 @@ def test_excluded_entries(level: str) -> None:
     for got, want in zip(out["cpu"], out["reference"], strict=True):
         assert torch.isfinite(got).all()
         assert naive.relative(got, want) < 3 * TOLERANCE
-    assert (out["cpu"][4][::3] == 0).all()
+    assert (out["cpu"][4][bias == -torch.inf] == 0).all()
+    logp = {name: uct.ops.selected_logprob(hidden, weight, x["target"], bias, backend=name) for name in out}
+    assert naive.relative(logp["cpu"].detach(), logp["reference"].detach()) < TOLERANCE
+    broken = torch.where(bias == -torch.inf, bias, torch.nan)
+    assert uct.ops.selected_logprob(hidden, weight, x["target"], broken, backend="cpu").isnan().all()
 
 
-@pytest.mark.parametrize("elements", [1 << 22, 200])
+def test_a_broken_weight_harms_only_what_it_meets(level: str) -> None:
+    """Tokens that only pad a panel take no part: an infinite weight, times their 0, is not a number."""
+    x = _head((37,), 9, 50)
+    x["weight"][3] = torch.inf
+    x["hidden"] = x["hidden"].abs()  # the logit is +inf for every token, so every probability is broken
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    grads = torch.autograd.grad(
+        uct.ops.selected_logprob(hidden, weight, x["target"], backend="cpu"), [hidden, weight], torch.eye(37)[5]
+    )
+    assert grads[0][5].isnan().any()
+    assert (grads[0][torch.arange(37) != 5] == 0).all()
+
+
 @pytest.mark.parametrize("mask_kind", ["none", "some", "rows", "all false"])
 @pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_maskgit_grpo_loss(
-    level: str, monkeypatch: pytest.MonkeyPatch, elements: int, mask_kind: str, scale: float
-) -> None:
-    monkeypatch.setattr(_native_head, "BUFFER_ELEMENTS", elements)
+def test_maskgit_grpo_loss(level: str, pieces: None, mask_kind: str, scale: float) -> None:
     shape = (3, 2, 11)
     x = _head(shape, 9, 37)
     x.update(old=-3 - torch.rand(shape), ref=-3 - torch.rand(shape), advantages=torch.randn(3))
@@ -299,19 +320,18 @@ def test_maskgit_grpo_loss(
 
 
 def test_the_number_of_threads_changes_nothing(level: str, threads: None) -> None:
-    """Bit for bit in the core; the products between are torch's, here of a size that it does not share out."""
-    x, head = _loss_inputs((5, 9001)), _head((300,), 8, 130)
-    scores, grad = torch.randn(300, 130), torch.randn(300)
+    """Bit for bit: a piece's result does not depend on who forms it, and every sum has one order."""
+    x, head = _loss_inputs((5, 9001)), _head((300,), 40, 230)
+    hidden, weight, bias = (head[name].requires_grad_() for name in ("hidden", "weight", "bias"))
+    grad = torch.randn(300)
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         out, d_logp = _native.loss_over_tokens(
             x["logp"], x["old"], x["ref"], x["advantages"], 9001, torch.ones(()), None, 5, 0.2, 0.2, 0.01
         )
-        lse, logp, entropy, gradient = torch.empty(300), torch.empty(300), torch.empty(300), scores.clone()
-        _native.head_logprob(gradient, head["bias"], 0.8, head["target"], lse, logp, entropy)
-        _native.head_gradient(gradient, head["bias"], 0.8, head["target"], lse, grad)
-        results.append([out, d_logp, lse, logp, entropy, gradient])
+        logp = uct.ops.selected_logprob(hidden, weight, head["target"], bias, temperature=0.8, backend="cpu")
+        results.append([out, d_logp, logp, *torch.autograd.grad(logp, [hidden, weight, bias], grad)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -319,5 +339,6 @@ def test_the_number_of_threads_changes_nothing(level: str, threads: None) -> Non
 def test_selected_logprob_holds_a_tenth_of_what_eager_holds() -> None:
     tokens, entries = 4096, 4096
     eager = 3 * 4 * tokens * entries  # log-softmax, its gradient and that of the scores
-    head = _native_head._Head(torch.empty(tokens, 8), torch.empty(entries, 8), None, None, 0.0, None, 15)
-    assert 4 * head.buffer.numel() <= 0.09 * eager
+    hidden, weight, target = torch.empty(tokens, 512), torch.empty(entries, 512), torch.zeros(tokens, dtype=torch.int64)
+    head = _native_head._Head(hidden, weight, None, None, 0.0, 1.0, target, None, 15, False)
+    assert 4 * (head.scores.numel() + head.packed.numel()) <= 0.05 * eager

@@ -1,0 +1,250 @@
+// The three matrix products of head.h in float32, for the instruction set that PYUNICTOKENS_LEVEL names.
+//
+// One micro-kernel does all the arithmetic: a tile of up to kTileRows x kPanel results stays in registers while the steps of
+// the contraction go by, and each step multiplies one number of every row with one panel of columns. That runs at 97 % of the
+// rate at which AVX-512 can multiply at all, if what it reads lies close together; so matrices are kept in panels:
+//
+//   scores  [tokens / kPanel][entries][kPanel]   a panel holds kPanel tokens, one line per entry
+//   packed  [tokens / kPanel][width][kPanel]     hidden states for the scores, and behind them
+//           [width / kPanel][tokens][kPanel]     hidden states for the gradient of the weight
+//
+// The scores are written once in this layout and read in it by everything after: as lanes of tokens by the softmax, as rows
+// by both gradients. Tokens and columns beyond the last are zero. Sums run in one order, whatever the threads.
+#include "lanes.h"
+#include "rows.h"
+
+namespace pyunictokens {
+namespace PYUNICTOKENS_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWide = 16, kTileRows = 12;
+#elif defined(__AVX__)
+constexpr int kWide = 8, kTileRows = 6;
+#else
+constexpr int kWide = 4, kTileRows = 6;
+#endif
+constexpr int kPanel = 2 * kWide;
+constexpr std::int64_t kDepth = 512;  // entries of a slice of the weight that is packed for the gradient of the hidden states
+
+typedef float Wide __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+
+inline std::int64_t panels(std::int64_t count) { return (count + kPanel - 1) / kPanel; }
+
+// The second part of `packed`.
+inline float* columns_of(const HeadArgs& args) {
+  return args.packed + panels(args.width) * kPanel * panels(args.rows) * kPanel;
+}
+
+// c [R][kPanel] = (or += ) sum over blocks and steps of a[r] b[step]. Row r of `a` lies RowStride after row 0, the next step
+// StepStride after the last, the next block a_block after the last; b is contiguous.
+template <int R, int RowStride, int StepStride>
+void tile(const float* a, std::int64_t a_block, const float* b, std::int64_t blocks, std::int64_t steps, float* c,
+          std::int64_t c_stride, bool add) {
+  Wide sum[R][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    sum[r][0] = sum[r][1] = Wide{};
+    __builtin_prefetch(c + r * c_stride, 1);
+    __builtin_prefetch(c + r * c_stride + kWide, 1);
+  }
+  for (std::int64_t block = 0; block < blocks; ++block, a += a_block, b += steps * kPanel)
+    for (std::int64_t k = 0; k < steps; ++k) {
+      const Wide low = *reinterpret_cast<const Wide*>(b + k * kPanel);
+      const Wide high = *reinterpret_cast<const Wide*>(b + k * kPanel + kWide);
+      for (int r = 0; r < R; ++r) {
+        const float x = a[r * RowStride + k * StepStride];
+        sum[r][0] += x * low;
+        sum[r][1] += x * high;
+      }
+    }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    Wide* low = reinterpret_cast<Wide*>(c + r * c_stride);
+    Wide* high = reinterpret_cast<Wide*>(c + r * c_stride + kWide);
+    *low = add ? *low + sum[r][0] : sum[r][0];
+    *high = add ? *high + sum[r][1] : sum[r][1];
+  }
+}
+
+// The tile of `rows` <= R rows.
+template <int R, int RowStride, int StepStride>
+inline void tile_of(int rows, const float* a, std::int64_t a_block, const float* b, std::int64_t blocks,
+                    std::int64_t steps, float* c, std::int64_t c_stride, bool add) {
+  if (rows == R)
+    tile<R, RowStride, StepStride>(a, a_block, b, blocks, steps, c, c_stride, add);
+  else if constexpr (R > 1)
+    tile_of<R - 1, RowStride, StepStride>(rows, a, a_block, b, blocks, steps, c, c_stride, add);
+}
+
+// The same where only the first `columns` of the tile exist in c.
+template <int RowStride, int StepStride>
+inline void tile_within(int rows, const float* a, std::int64_t a_block, const float* b, std::int64_t blocks,
+                        std::int64_t steps, float* c, std::int64_t c_stride, bool add, std::int64_t columns) {
+  if (columns >= kPanel) {
+    tile_of<kTileRows, RowStride, StepStride>(rows, a, a_block, b, blocks, steps, c, c_stride, add);
+    return;
+  }
+  float whole[kTileRows * kPanel];
+  tile_of<kTileRows, RowStride, StepStride>(rows, a, a_block, b, blocks, steps, whole, kPanel, false);
+  for (int r = 0; r < rows; ++r)
+    for (std::int64_t i = 0; i < columns; ++i)
+      c[r * c_stride + i] = add ? c[r * c_stride + i] + whole[r * kPanel + i] : whole[r * kPanel + i];
+}
+
+// How many of `left` rows the next tile takes, so that the tiles of a piece are of like size.
+inline int next_rows(std::int64_t left) {
+  const std::int64_t tiles = (left + kTileRows - 1) / kTileRows;
+  return int((left + tiles - 1) / tiles);
+}
+
+// kPanel numbers, those past `count` as 0.
+template <typename T>
+inline void copy_line(const T* from, std::int64_t count, float* to) {
+  if (count >= kPanel)
+    for (int i = 0; i < kPanel; ++i) to[i] = widen(from[i]);
+  else
+    for (int i = 0; i < kPanel; ++i) to[i] = i < count ? widen(from[i]) : 0.0f;
+}
+
+// --- Scores ---------------------------------------------------------------------------------------------------------------
+
+// Tokens of one panel of `packed`, for the scores: [width][kPanel].
+void pack_tokens(const HeadArgs& args, std::int64_t panel) {
+  const std::int64_t width = args.width, whole = panels(width) * kPanel, first = panel * kPanel;
+  const std::int64_t count = args.rows - first < kPanel ? args.rows - first : kPanel;
+  float* to = args.packed + panel * whole * kPanel;
+  for (std::int64_t start = 0; start < whole; start += kPanel, to += kPanel * kPanel) {  // square by square
+    const std::int64_t columns = width - start < kPanel ? width - start : kPanel;
+    if (count < kPanel || columns < kPanel) std::memset(to, 0, sizeof(float) * kPanel * kPanel);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float* from = args.hidden + (first + i) * width + start;
+      for (std::int64_t d = 0; d < columns; ++d) to[d * kPanel + i] = from[d];
+    }
+  }
+}
+
+// Rows [first, first + rows) of the weight as [width / kPanel][rows][kPanel].
+template <typename T>
+inline void pack_rows(const T* weight, std::int64_t width, std::int64_t first, int rows, float* to) {
+  for (int r = 0; r < rows; ++r) {
+    const T* from = weight + (first + r) * width;
+    float* line = to + r * kPanel;
+    for (std::int64_t start = 0; start < width; start += kPanel, line += rows * kPanel)
+      copy_line(from + start, width - start, line);
+  }
+}
+
+// Scores of the entries [first, last) for some panels of tokens. scratch: (last - first) * padded(width) floats.
+void score_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, std::int64_t first_panel,
+                 std::int64_t last_panel, float* scratch) {
+  const std::int64_t blocks = panels(args.width), width = blocks * kPanel;
+  int rows;
+  for (std::int64_t entry = first; entry < last; entry += rows) {
+    float* to = scratch + (entry - first) * width;
+    rows = next_rows(last - entry);
+    if (args.weight_type == FloatType::kBFloat16)
+      pack_rows(static_cast<const BFloat16*>(args.weight), args.width, entry, rows, to);
+    else if (args.weight_type == FloatType::kFloat16)
+      pack_rows(static_cast<const Float16*>(args.weight), args.width, entry, rows, to);
+    else
+      pack_rows(static_cast<const float*>(args.weight), args.width, entry, rows, to);
+  }
+  for (std::int64_t panel = first_panel; panel < last_panel; ++panel)
+    for (std::int64_t entry = first; entry < last; entry += rows) {
+      rows = next_rows(last - entry);
+      tile_of<kTileRows, kPanel, 1>(rows, scratch + (entry - first) * width, rows * kPanel,
+                                    args.packed + panel * width * kPanel, blocks, kPanel,
+                                    args.scores + (panel * args.entries + entry) * kPanel, kPanel, false);
+    }
+}
+
+// --- Gradients ------------------------------------------------------------------------------------------------------------
+
+// Columns of one panel of `packed`, for the gradient of the weight: [tokens][kPanel].
+void pack_columns(const HeadArgs& args, std::int64_t panel) {
+  const std::int64_t first = panel * kPanel, rows = panels(args.rows) * kPanel;
+  const std::int64_t count = args.width - first < kPanel ? args.width - first : kPanel;
+  float* to = columns_of(args) + panel * rows * kPanel;
+  for (std::int64_t row = 0; row < args.rows; ++row, to += kPanel)
+    copy_line(args.hidden + row * args.width + first, count, to);
+  std::memset(to, 0, sizeof(float) * std::size_t(rows - args.rows) * kPanel);
+}
+
+// Entries [first, first + depth) of the weight's columns [column, column + columns) as [depth][kPanel].
+template <typename T>
+inline void pack_slice(const T* weight, std::int64_t width, std::int64_t first, std::int64_t depth, std::int64_t column,
+                       std::int64_t columns, float* to) {
+  for (std::int64_t k = 0; k < depth; ++k, to += kPanel) {
+    const T* from = weight + (first + k) * width + column;
+    __builtin_prefetch(from + 16 * width);
+    __builtin_prefetch(from + 16 * width + kWide);
+    copy_line(from, columns, to);
+  }
+}
+
+// One panel of columns of d_hidden, for some panels of tokens. scratch: kDepth * kPanel floats.
+void hidden_piece(const HeadBlock& args, std::int64_t column_panel, std::int64_t first_panel, std::int64_t last_panel,
+                  float* d_hidden, float* scratch) {
+  const std::int64_t column = column_panel * kPanel;
+  const std::int64_t columns = args.width - column < kPanel ? args.width - column : kPanel;
+  for (std::int64_t entry = 0; entry < args.entries; entry += kDepth) {
+    const std::int64_t depth = args.entries - entry < kDepth ? args.entries - entry : kDepth;
+    if (args.weight_type == FloatType::kBFloat16)
+      pack_slice(static_cast<const BFloat16*>(args.weight), args.width, entry, depth, column, columns, scratch);
+    else if (args.weight_type == FloatType::kFloat16)
+      pack_slice(static_cast<const Float16*>(args.weight), args.width, entry, depth, column, columns, scratch);
+    else
+      pack_slice(static_cast<const float*>(args.weight), args.width, entry, depth, column, columns, scratch);
+    for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const std::int64_t token = panel * kPanel, end = args.rows - token < kPanel ? args.rows - token : kPanel;
+      int rows;
+      for (std::int64_t i = 0; i < end; i += rows) {
+        rows = next_rows(end - i);
+        tile_within<1, kPanel>(rows, args.scores + (panel * args.entries + entry) * kPanel + i, 0, scratch, 1, depth,
+                               d_hidden + (token + i) * args.width + column, args.width, args.first + entry > 0, columns);
+      }
+    }
+  }
+}
+
+// Entries [first, last) of d_weight, for some panels of columns. scratch: (last - first) * padded(rows) floats.
+void weight_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, std::int64_t first_panel,
+                  std::int64_t last_panel, float* d_weight, float* scratch) {
+  const std::int64_t blocks = panels(args.rows), tokens = blocks * kPanel;
+  int rows;
+  for (std::int64_t entry = first; entry < last; entry += rows) {
+    float* to = scratch + (entry - first) * tokens;
+    rows = next_rows(last - entry);
+    for (std::int64_t block = 0; block < blocks; ++block, to += rows * kPanel)
+      std::memcpy(to, args.scores + (block * args.entries + entry) * kPanel, sizeof(float) * std::size_t(rows) * kPanel);
+  }
+  for (std::int64_t panel = first_panel; panel < last_panel; ++panel)
+    for (std::int64_t entry = first; entry < last; entry += rows) {
+      rows = next_rows(last - entry);
+      tile_within<kPanel, 1>(rows, scratch + (entry - first) * tokens, rows * kPanel,
+                             columns_of(args) + panel * tokens * kPanel, blocks, kPanel,
+                             d_weight + entry * args.width + panel * kPanel, args.width, true,
+                             args.width - panel * kPanel);
+    }
+}
+
+// Entries [first, last) of d_bias.
+void bias_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, float* d_bias) {
+  for (std::int64_t entry = first; entry < last; ++entry) {
+    Wide low{}, high{};
+    for (std::int64_t panel = 0; panel < panels(args.rows); ++panel) {
+      const float* line = args.scores + (panel * args.entries + entry) * kPanel;
+      low += *reinterpret_cast<const Wide*>(line);
+      high += *reinterpret_cast<const Wide*>(line + kWide);
+    }
+    low += high;
+    float sum = 0.0f;
+    for (int i = 0; i < kWide; ++i) sum += low[i];
+    d_bias[entry] += sum;
+  }
+}
+
+}  // namespace
+}  // namespace PYUNICTOKENS_LEVEL
+}  // namespace pyunictokens
