@@ -4,6 +4,7 @@
 
     attention   prompt and own keys put together, or attended apart and joined (models/joined.py)
     head        a few rows through a large head as W·xᵀ, or as x·Wᵀ (models/vocabulary.py)
+    products    the core's product with all that goes with it, or torch's product alone (csrc/cpu/head_products.h)
 
 Processor time is compared, so that a busy machine matters less; what is printed goes into docs/measured-facts.md.
 """
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 from pyunictokens.models import PromptKV
 from pyunictokens.models.attention import PromptAttention
+from pyunictokens.ops import _native
 
 ROUNDS = 15
 
@@ -73,6 +75,42 @@ def head(rows: int, entries: int, width: int) -> None:
     )
 
 
+def products(tokens: int, width: int, entries: int) -> None:
+    """The core: log-probabilities; then the gradient of the scores and those of hidden states or weight."""
+    weight, target = torch.randn(entries, width) / width**0.5, torch.randint(0, entries, (tokens,))
+    hidden, scores, slope = torch.randn(tokens, width), torch.randn(tokens, entries), torch.randn(tokens)
+    size = _native.head_padded(tokens)
+    workspace = (entries, torch.empty(size * entries), torch.empty(2 * size * _native.head_padded(width)))
+    chunk = _native.HeadChunk(hidden, (weight, None, 1.0), target, workspace)
+    lse, logp, d_hidden, d_weight = (torch.empty(tokens), torch.empty(tokens), torch.empty_like(hidden), weight.clone())
+    nothing, case = torch.empty(0), f"{tokens} tokens, {entries} entries of {width}"
+
+    def held(*gradients: torch.Tensor) -> None:  # the scores are what an earlier call left: of no use, and as fast
+        chunk.backward(lse, slope, True, (*gradients, nothing))
+
+    compare(
+        f"scores and log-softmax, {case}",
+        "core",
+        lambda: chunk.logprob(lse, logp, None),
+        "torch.mm alone",
+        lambda: torch.mm(hidden, weight.T, out=scores),
+    )
+    compare(
+        f"gradient of scores and hidden states, {case}",
+        "core",
+        lambda: held(d_hidden, nothing),
+        "torch.mm alone",
+        lambda: torch.mm(scores, weight, out=d_hidden),
+    )
+    compare(
+        f"gradient of scores and weight, {case}",
+        "core",
+        lambda: held(nothing, d_weight),
+        "torch.mm alone",
+        lambda: d_weight.addmm_(scores.T, hidden),
+    )
+
+
 @torch.no_grad()
 def main() -> None:
     torch.set_num_threads(1)
@@ -80,6 +118,8 @@ def main() -> None:
     attention(9, 64, 4, 32, [20, 31, 40])
     for rows in (1, 4, 8, 9, 16):
         head(rows, 54402, 512)
+    products(1024, 512, 1024)
+    products(512, 2048, 1024)
 
 
 if __name__ == "__main__":

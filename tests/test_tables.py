@@ -51,7 +51,7 @@ def test_the_plan_holds_what_the_paper_asks_for() -> None:
     for names in full.values():
         assert {arm for table in TABLES for arm in table.arms} <= set(names)
     curves = {arm for curve in CURVES for arm, _ in curve.arms}
-    assert sum(curves <= set(names) for names in full.values()) == 3
+    assert sum(curves <= set(names) for names in full.values()) == 6
     assert set(PAPER) == {arm for table in TABLES for arm in table.arms} and PAPER["ours"]["vqa.bleu"] == 0.592
     for scale in SCALES.values():
         for unit, names in list(units(scale).items())[:2]:
@@ -188,6 +188,29 @@ def test_equal_cost_compares_as_much_as_both_used() -> None:
     dear[0]["rows"] = [*rows([1.0], 1.0), {"reward": None, "seconds": 1.0, "row_steps": 10}]
     found = stats.at_equal_cost(dear, "ours", "group_3", "seconds")
     assert found is not None and found[0].mean == pytest.approx(1.0 - 1.5)
+
+
+def test_seeds_of_a_concept_count_once() -> None:
+    """A concept with three seeds weighs as much as one with a single seed, in a figure's line and in its words."""
+
+    def rows(reward: float) -> list[dict[str, Any]]:
+        return [{"reward": reward, "seconds": 1.0, "row_steps": 10} for _ in range(4)]
+
+    cells = [cell("ours", 1, 0.0, seed=seed, rows=rows(3.0)) for seed in range(3)]
+    cells += [cell("no_dsog_longer", 1, 0.0, seed=seed, rows=rows(0.0)) for seed in range(3)]
+    cells += [cell("ours", 2, 0.0, rows=rows(1.0)), cell("no_dsog_longer", 2, 0.0, rows=rows(0.0))]
+    found = stats.at_equal_cost(cells, "ours", "no_dsog_longer", "seconds")
+    assert found is not None and found[0].mean == pytest.approx((3.0 + 1.0) / 2) and found[1] == 4
+    line = stats.curve(cells, "ours", "seconds")
+    assert line is not None and line[1][0].mean == pytest.approx((3.0 + 1.0) / 2)
+
+
+def test_the_question_of_dsog_is_asked_of_every_concept_and_seed() -> None:
+    scale = SCALES["full"]
+    asked = [unit for unit, arms in units(scale).items() if {"ours", "no_dsog_longer"} <= set(arms)]
+    assert len(asked) == len(scale.concepts) * len(scale.seeds)
+    in_curves = sum("group_3" in arms for arms in units(scale).values())
+    assert in_curves == len(scale.curve_concepts) * len(scale.curve_seeds)
 
 
 def test_arms_of_a_figure_are_compared_over_what_all_of_them_have() -> None:

@@ -43,8 +43,9 @@ def units(scale: Scale) -> dict[Unit, list[str]]:
     found: dict[Unit, set[str]] = {}
     in_tables = {name for table in TABLES for name in table.arms}
     in_curves = {name for curve in CURVES for name, _ in curve.arms}
+    everywhere = in_tables | {name for curve in CURVES if curve.whole for name, _ in curve.arms}
     for concepts, seeds, names in (
-        (scale.concepts, scale.seeds, in_tables),
+        (scale.concepts, scale.seeds, everywhere),
         (scale.curve_concepts, scale.curve_seeds, in_curves),
     ):
         for seed in seeds:  # a table with one seed is whole before the next begins

@@ -13,7 +13,7 @@ from typing import Any
 
 from .arms import ARMS, COLUMNS, CURVES, PAPER, SCALES, TABLES, Curve, Table
 from .figures import END, draw
-from .stats import Agreement, Cell, agreements, at_equal_cost, compare, mean
+from .stats import Agreement, Cell, agreements, at_equal_cost, common, compare, mean
 
 NOT_MEASURED = "not measured"
 
@@ -35,7 +35,8 @@ _CURVES_INTRO = (
     "image rows that went through the model (guidance's second row counted, a backward pass as two), a mean over three",
     "steps, with the 95 % interval over concepts. With DSOG the group is selected, which lifts this curve by itself;",
     "so the right panel counts: the held-out reward of plain drawings at the end, in pairs of concepts, minus that of",
-    "the first arm. The waves are the questions of the steps, which all arms share.",
+    "the first arm. The waves are the questions of the steps, which all arms share. Every concept is there, with one",
+    "seed; in the first figure with all seeds, whose mean a concept counts with.",
     "",
 )
 
@@ -47,26 +48,28 @@ def _opening(stored: Mapping[str, Any]) -> list[str]:
         "# The paper's tables in miniature",
         "",
         "The method on the toy world, where a table takes minutes and every drawing can be read exactly. Written by",
-        f"`python -m experiments.tables{' --quick' if scale.name == 'quick' else ''}` (`make tables"
-        f"{' QUICK=1' if scale.name == 'quick' else ''}`) from [experiments.json](experiments.json).",
+        f"`{stored['command']}` (`make tables{' QUICK=1' if scale.name == 'quick' else ''}`) from"
+        " [experiments.json](experiments.json).",
         "",
     ]
     if not cells:
         return [*lines, "**Nothing was measured yet**: run the command above.", ""]
-    spent = sum(sum(cell["seconds"].values()) for cell in cells) / 60
     kinds = Counter(kind for kind, _ in scale.concepts)
     lines += [
         f"Scale `{scale.name}`: {len(scale.concepts)} concepts ({', '.join(f'{n} {k}' for k, n in kinds.items())})"
         f" that pre-training never saw, {len(scale.seeds)} training seed{'s' if len(scale.seeds) > 1 else ''} each.",
         "Settings are those of the `toy` preset" + (" with" if scale.words else "."),
         *([f"`{' '.join(scale.words)}`."] if scale.words else []),
-        f"{len(cells)} cells, {spent:.0f} minutes of one thread's work on {stored['machine']}.",
+        f"{len(cells)} cells, {stored['thread_seconds'] / 60:.0f} minutes of one thread's work on {stored['machine']}.",
         "",
         "The seeds of a concept are averaged, concepts are the unit of chance: brackets are 95 % bootstrap intervals",
         "over concepts, p-values are two-sided, of a paired t-test and of Wilcoxon's signed ranks over concepts.",
         "Measures are those of [evaluation.md](evaluation.md), on the held-out half of each concept's folder;",
         "*attributes* are read exactly from the drawing. Bold: the interval leaves out 0 and the t-test's p is below",
         "0.05. What the paper scored with GPT-4o is not measured here.",
+        "",
+        "A row again, on your machine: `python -m experiments.tables --arms ours --work again --no-docs` makes the",
+        "cells of one arm, with `--unit animal-31-seed0` of one concept and seed; they are JSON files in `again/`.",
         "",
     ]
     missing = _missing(cells, expected)
@@ -173,10 +176,13 @@ def _curve(curve: Curve, cells: Sequence[Cell], docs: Path) -> list[str]:
                 parts.append(
                     f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}] at equal {words} ({pairs} pairs)"
                 )
-        end = compare(cells, first, arm, END)
+        both = common(cells, [first, arm])
+        end = compare(both, first, arm, END)
         if end is not None:
-            d = end.difference
-            parts.append(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] in held-out reward at the end")
+            d, p = end.difference, "" if end.t_test is None else f", p = {_p(end.t_test)}"
+            parts.append(
+                f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{p} in held-out reward at the end ({len(both) // 2} pairs)"
+            )
         if parts:
             lines += [f"- {label} minus {other}: {'; '.join(parts)}."]
     return [*lines, ""]

@@ -73,4 +73,16 @@ def gather(scale: str, work: Path, problems: Sequence[str]) -> dict[str, Any]:
                 cells.append({key: value for key, value in cell.items() if key != "settings"})
     cores = len(os.sched_getaffinity(0))
     machine = f"{cores} CPU cores ({platform.machine()}), torch {torch.__version__}"
-    return {"scale": scale, "machine": machine, "problems": list(problems), "cells": cells}
+    return {
+        "scale": scale,
+        "command": command_of(scale),
+        "machine": machine,
+        "thread_seconds": round(sum(sum(cell["seconds"].values()) for cell in cells)),
+        "problems": list(problems),
+        "cells": cells,
+    }
+
+
+def command_of(scale: str) -> str:
+    """The command that makes all cells of a scale."""
+    return "python -m experiments.tables" + ("" if scale == "full" else f" --scale {scale}")

@@ -112,32 +112,35 @@ def common(cells: Sequence[Cell], arms: Sequence[str]) -> list[Cell]:
 
 def curve(cells: Sequence[Cell], arm: str, along: str, points: int = 60) -> tuple[list[float], list[Metric]] | None:
     """The reward of training steps along `along` ("seconds" or "row_steps", summed up), smoothed over three steps,
-    on a grid that every concept reaches; mean and interval over concepts and seeds."""
+    on a grid that every run reaches; mean and interval over concepts, whose seeds are averaged."""
     import numpy as np
 
-    runs = [cell["rows"] for cell in cells if cell["arm"] == arm and len(cell["rows"]) > 1]
+    runs = [cell for cell in cells if cell["arm"] == arm and len(cell["rows"]) > 1]
     if not runs:
         return None
     lines = []
-    for rows in runs:
-        x = np.cumsum([row[along] for row in rows])
-        y = np.array([row["reward"] if row["reward"] is not None else np.nan for row in rows], dtype=float)
+    for cell in runs:
+        x = np.cumsum([row[along] for row in cell["rows"]])
+        y = np.array([row["reward"] if row["reward"] is not None else np.nan for row in cell["rows"]], dtype=float)
         y = np.array([np.nanmean(y[max(0, place - 1) : place + 2]) for place in range(len(y))])
-        lines.append((x, y))
-    grid = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), points)
+        lines.append((f"{cell['kind']}-{cell['number']}", x, y))
+    grid = np.linspace(max(x[0] for _, x, _ in lines), min(x[-1] for _, x, _ in lines), points)
     if grid[-1] <= grid[0]:
         return None
-    values = [np.interp(grid, x, y) for x, y in lines]
-    return grid.tolist(), [bootstrap(column.tolist(), resamples=400) for column in np.stack(values, axis=1)]
+    of_concept: dict[str, list[Any]] = {}
+    for concept, x, y in lines:
+        of_concept.setdefault(concept, []).append(np.interp(grid, x, y))
+    values = np.stack([np.mean(seeds, axis=0) for seeds in of_concept.values()], axis=1)
+    return grid.tolist(), [bootstrap(column.tolist(), resamples=400) for column in values]
 
 
 def at_equal_cost(cells: Sequence[Cell], arm: str, other: str, along: str) -> tuple[Metric, int] | None:
-    """`arm` − `other` in mean training reward, over as much of `along` as both used, in pairs of concept and seed;
-    and the number of pairs."""
+    """`arm` − `other` in mean training reward, over as much of `along` as both used, in pairs of concept and seed,
+    whose seeds are averaged before the interval over concepts; and the number of pairs."""
     import numpy as np
 
     runs = {(c["arm"], c["kind"], c["number"], c["seed"]): c["rows"] for c in cells if c["rows"]}
-    differences = []
+    differences: dict[tuple[str, int], list[float]] = {}
     for (name, *where), rows in runs.items():
         against = runs.get((other, *where))
         if name != arm or against is None:
@@ -150,5 +153,9 @@ def at_equal_cost(cells: Sequence[Cell], arm: str, other: str, along: str) -> tu
         ]
         counted = [[reward for reward in rewards if reward is not None] for rewards in within]
         if all(counted):  # where one step of the one costs more than all of the other, there is nothing to compare
-            differences.append(float(np.mean(counted[0]) - np.mean(counted[1])))
-    return (bootstrap(differences), len(differences)) if differences else None
+            pair = float(np.mean(counted[0]) - np.mean(counted[1]))
+            differences.setdefault((where[0], where[1]), []).append(pair)
+    if not differences:
+        return None
+    means = [math.fsum(pairs) / len(pairs) for pairs in differences.values()]
+    return bootstrap(means), sum(len(pairs) for pairs in differences.values())
