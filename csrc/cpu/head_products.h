@@ -1,15 +1,16 @@
 // The three matrix products of head.h in float32, for the instruction set that PYUNICTOKENS_LEVEL names.
 //
 // One micro-kernel does all the arithmetic: a tile of up to kTileRows x kPanel results stays in registers while the steps of
-// the contraction go by, and each step multiplies one number of every row with one panel of columns. That runs at 97 % of the
-// rate at which AVX-512 can multiply at all, if what it reads lies close together; so matrices are kept in panels:
+// the contraction go by, and each step multiplies one number of every row with one panel of columns. That keeps the
+// multipliers busy if what it reads lies close together; so matrices are kept in panels:
 //
 //   scores  [tokens / kPanel][entries][kPanel]   a panel holds kPanel tokens, one line per entry
 //   packed  [tokens / kPanel][width][kPanel]     hidden states for the scores, and behind them
 //           [width / kPanel][tokens][kPanel]     hidden states for the gradient of the weight
 //
 // The scores are written once in this layout and read in it by everything after: as lanes of tokens by the softmax, as rows
-// by both gradients. Tokens and columns beyond the last are zero. Sums run in one order, whatever the threads.
+// by both gradients. Tokens and columns beyond the last are zero. Sums run in one order, whatever the threads. How it stands
+// to torch's product: python -m benchmarks.choices. It does not know blocks, threads or gradients of what; head.cpp does.
 #include "lanes.h"
 #include "rows.h"
 
@@ -36,11 +37,23 @@ inline float* columns_of(const HeadArgs& args) {
   return args.packed + panels(args.width) * kPanel * panels(args.rows) * kPanel;
 }
 
-// c [R][kPanel] = (or += ) sum over blocks and steps of a[r] b[step]. Row r of `a` lies RowStride after row 0, the next step
-// StepStride after the last, the next block a_block after the last; b is contiguous.
+// c [rows][kPanel] = (or, with add, +=) the sum over blocks and steps of a[row] b[step]. How far apart rows and steps of `a` lie
+// is known at compile time; the next block lies a_block after the last. b is contiguous.
+struct Product {
+  const float* a;
+  std::int64_t a_block;
+  const float* b;
+  std::int64_t blocks, steps;
+  float* c;
+  std::int64_t c_stride;
+  bool add;
+};
+
 template <int R, int RowStride, int StepStride>
-void tile(const float* a, std::int64_t a_block, const float* b, std::int64_t blocks, std::int64_t steps, float* c,
-          std::int64_t c_stride, bool add) {
+void tile(const Product& product) {
+  const std::int64_t steps = product.steps, c_stride = product.c_stride;
+  const float *a = product.a, *b = product.b;
+  float* c = product.c;
   Wide sum[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -48,7 +61,7 @@ void tile(const float* a, std::int64_t a_block, const float* b, std::int64_t blo
     __builtin_prefetch(c + r * c_stride, 1);
     __builtin_prefetch(c + r * c_stride + kWide, 1);
   }
-  for (std::int64_t block = 0; block < blocks; ++block, a += a_block, b += steps * kPanel)
+  for (std::int64_t block = 0; block < product.blocks; ++block, a += product.a_block, b += steps * kPanel)
     for (std::int64_t k = 0; k < steps; ++k) {
       const Wide low = *reinterpret_cast<const Wide*>(b + k * kPanel);
       const Wide high = *reinterpret_cast<const Wide*>(b + k * kPanel + kWide);
@@ -62,34 +75,38 @@ void tile(const float* a, std::int64_t a_block, const float* b, std::int64_t blo
   for (int r = 0; r < R; ++r) {
     Wide* low = reinterpret_cast<Wide*>(c + r * c_stride);
     Wide* high = reinterpret_cast<Wide*>(c + r * c_stride + kWide);
-    *low = add ? *low + sum[r][0] : sum[r][0];
-    *high = add ? *high + sum[r][1] : sum[r][1];
+    *low = product.add ? *low + sum[r][0] : sum[r][0];
+    *high = product.add ? *high + sum[r][1] : sum[r][1];
   }
 }
 
-// The tile of `rows` <= R rows.
+// The tile of 1 <= rows <= R rows.
 template <int R, int RowStride, int StepStride>
-inline void tile_of(int rows, const float* a, std::int64_t a_block, const float* b, std::int64_t blocks,
-                    std::int64_t steps, float* c, std::int64_t c_stride, bool add) {
+inline void tile_of(int rows, const Product& product) {
   if (rows == R)
-    tile<R, RowStride, StepStride>(a, a_block, b, blocks, steps, c, c_stride, add);
+    tile<R, RowStride, StepStride>(product);
   else if constexpr (R > 1)
-    tile_of<R - 1, RowStride, StepStride>(rows, a, a_block, b, blocks, steps, c, c_stride, add);
+    tile_of<R - 1, RowStride, StepStride>(rows, product);
 }
 
 // The same where only the first `columns` of the tile exist in c.
 template <int RowStride, int StepStride>
-inline void tile_within(int rows, const float* a, std::int64_t a_block, const float* b, std::int64_t blocks,
-                        std::int64_t steps, float* c, std::int64_t c_stride, bool add, std::int64_t columns) {
+inline void tile_within(int rows, std::int64_t columns, const Product& product) {
   if (columns >= kPanel) {
-    tile_of<kTileRows, RowStride, StepStride>(rows, a, a_block, b, blocks, steps, c, c_stride, add);
+    tile_of<kTileRows, RowStride, StepStride>(rows, product);
     return;
   }
   float whole[kTileRows * kPanel];
-  tile_of<kTileRows, RowStride, StepStride>(rows, a, a_block, b, blocks, steps, whole, kPanel, false);
+  Product apart = product;
+  apart.c = whole;
+  apart.c_stride = kPanel;
+  apart.add = false;
+  tile_of<kTileRows, RowStride, StepStride>(rows, apart);
   for (int r = 0; r < rows; ++r)
-    for (std::int64_t i = 0; i < columns; ++i)
-      c[r * c_stride + i] = add ? c[r * c_stride + i] + whole[r * kPanel + i] : whole[r * kPanel + i];
+    for (std::int64_t i = 0; i < columns; ++i) {
+      float& to = product.c[r * product.c_stride + i];
+      to = (product.add ? to : 0.0f) + whole[r * kPanel + i];
+    }
 }
 
 // How many of `left` rows the next tile takes, so that the tiles of a piece are of like size.
@@ -153,9 +170,9 @@ void score_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, s
   for (std::int64_t panel = first_panel; panel < last_panel; ++panel)
     for (std::int64_t entry = first; entry < last; entry += rows) {
       rows = next_rows(last - entry);
-      tile_of<kTileRows, kPanel, 1>(rows, scratch + (entry - first) * width, rows * kPanel,
-                                    args.packed + panel * width * kPanel, blocks, kPanel,
-                                    args.scores + (panel * args.entries + entry) * kPanel, kPanel, false);
+      const float *a = scratch + (entry - first) * width, *b = args.packed + panel * width * kPanel;
+      float* c = args.scores + (panel * args.entries + entry) * kPanel;
+      tile_of<kTileRows, kPanel, 1>(rows, {a, rows * kPanel, b, blocks, kPanel, c, kPanel, false});
     }
 }
 
@@ -201,8 +218,9 @@ void hidden_piece(const HeadBlock& args, std::int64_t column_panel, std::int64_t
       int rows;
       for (std::int64_t i = 0; i < end; i += rows) {
         rows = next_rows(end - i);
-        tile_within<1, kPanel>(rows, args.scores + (panel * args.entries + entry) * kPanel + i, 0, scratch, 1, depth,
-                               d_hidden + (token + i) * args.width + column, args.width, args.first + entry > 0, columns);
+        const float* a = args.scores + (panel * args.entries + entry) * kPanel + i;
+        float* c = d_hidden + (token + i) * args.width + column;
+        tile_within<1, kPanel>(rows, columns, {a, 0, scratch, 1, depth, c, args.width, args.first + entry > 0});
       }
     }
   }
@@ -222,10 +240,10 @@ void weight_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, 
   for (std::int64_t panel = first_panel; panel < last_panel; ++panel)
     for (std::int64_t entry = first; entry < last; entry += rows) {
       rows = next_rows(last - entry);
-      tile_within<kPanel, 1>(rows, scratch + (entry - first) * tokens, rows * kPanel,
-                             columns_of(args) + panel * tokens * kPanel, blocks, kPanel,
-                             d_weight + entry * args.width + panel * kPanel, args.width, true,
-                             args.width - panel * kPanel);
+      const float *a = scratch + (entry - first) * tokens, *b = columns_of(args) + panel * tokens * kPanel;
+      float* c = d_weight + entry * args.width + panel * kPanel;
+      tile_within<kPanel, 1>(rows, args.width - panel * kPanel,
+                             {a, rows * kPanel, b, blocks, kPanel, c, args.width, true});
     }
 }
 
