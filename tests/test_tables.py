@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from experiments.tables import page, runner, stats
+from experiments.tables import figures, page, runner, stats
 from experiments.tables.arms import ARMS, COLUMNS, CURVES, PAPER, SCALES, TABLES
 from experiments.tables.lab import InWords, Unit, about_of, cell_file, config_of, read_cell, row_steps, run_unit, units
 from experiments.tables.page import write_page
@@ -249,3 +249,27 @@ def test_units_and_arms_on_the_command_line(tmp_path: Path) -> None:
     assert {unit.name: names for unit, names in chosen.items()} == {"animal-31-seed0": ["staged", "ours"]}
     with pytest.raises(SystemExit, match="unit cat: scale quick has animal-31-seed0"):
         runner.choose("quick", ["cat"], None)
+
+
+def test_what_the_guide_recommends_follows_from_the_stored_cells() -> None:
+    """docs/training.md says which choices are clear and which cannot be told apart: by docs/experiments.json."""
+    cells = json.loads((Path(__file__).parent.parent / "docs" / "experiments.json").read_text())["cells"]
+    clear = {}
+    for arm in ("lora", "concept", "beta_01", "beta_0", "group_18", "timesteps_all", "no_dsog_longer"):
+        found = stats.compare(stats.common(cells, ["ours", arm]), "ours", arm, figures.END)
+        assert found is not None
+        clear[arm] = found.difference.mean > 0 if found.clear else None
+    assert clear == {
+        "lora": True,
+        "concept": True,
+        "beta_01": True,
+        "beta_0": None,
+        "group_18": None,
+        "timesteps_all": None,
+        "no_dsog_longer": None,
+    }
+    for arms in (("timesteps_fifth", "ours"), ("dsog_selecting", "no_dsog_longer")):
+        found = stats.compare(stats.common(cells, arms), *arms, figures.END)
+        assert found is not None and not found.clear
+    more = stats.at_equal_cost(cells, "group_18", "ours", "row_steps")
+    assert more is not None and more[0].low > 0

@@ -159,7 +159,7 @@ def _ordering(found: Sequence[Agreement]) -> list[str]:
 
 
 def _curve(curve: Curve, cells: Sequence[Cell], docs: Path) -> list[str]:
-    lines = [f"### {curve.title}", ""]
+    lines = [f"### {curve.title}", "", *([curve.note, ""] if curve.note else [])]
     absent = [label for arm, label in curve.arms if not any(c["arm"] == arm and c["rows"] for c in cells)]
     picture = draw(curve, cells, docs / "images")
     if picture is not None:
