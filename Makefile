@@ -36,6 +36,7 @@ test: $(STAMP) ## the test suite (without the tests that need a GPU)
 	$(BIN)/python -m pytest -q -m "not gpu and not soak and not fuzz" $(ARGS)
 
 soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliability.md promises, for minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray>=2.40'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m soak tests/soak $(ARGS)
 
 fuzz: $(STAMP) ## random bytes for everything that reads foreign bytes, twenty minutes in all (SECONDS_EACH=25 a reader)
