@@ -22,7 +22,8 @@ pytestmark = pytest.mark.soak
 
 RAY = Path(sys.executable).parent / "ray"
 PORT = 6399
-WORDS = ["stages.max_steps=10", "grpo.steps=2", "grpo.group_size=3", "grpo.timesteps=4", "grpo.sample_every=0", "evaluation.samples=1", "evaluation.timesteps=4"]
+WORDS = ["stages.max_steps=10", "grpo.steps=2", "grpo.group_size=3", "grpo.timesteps=4", "grpo.sample_every=0"]
+WORDS += ["evaluation.samples=1", "evaluation.timesteps=4"]
 
 
 def processes(*words: str) -> list[int]:
