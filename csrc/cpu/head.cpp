@@ -24,7 +24,7 @@ void share(std::int64_t outer, std::int64_t grain, std::int64_t inner, std::size
   const std::int64_t pieces = groups(outer, grain);
   const std::int64_t parts = std::min<std::int64_t>(inner, groups(4 * threads, pieces));
   parallel_for(pieces * parts, 1, threads, [&](std::int64_t first, std::int64_t last) {
-    const auto room = std::make_unique<float[]>(scratch + 16);
+    const auto room = std::unique_ptr<float[]>(new float[scratch + 16]);
     float* aligned = room.get() + (64 - reinterpret_cast<std::uintptr_t>(room.get()) % 64) / sizeof(float) % 16;
     for (std::int64_t each = first; each < last; ++each) {
       const std::int64_t piece = each / parts, part = each % parts;

@@ -136,7 +136,7 @@ class Optimiser:
     def restore(self, tensors: Mapping[str, Tensor], shards: Path | None, origin: object = "checkpoint") -> None:
         """Put back what any number of ranks saved: `tensors`, and the folder of what was spread over them."""
         if shards is not None:
-            from .sharded import read_whole
+            from .shards import read_whole
 
             tensors = {**tensors, **read_whole(shards)}
         self.load_state_dict(tensors, origin)

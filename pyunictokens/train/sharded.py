@@ -1,34 +1,31 @@
-"""AdamW whose state is spread over ranks, and that state on disk: what full weights need on several GPUs.
+"""AdamW whose state is spread over ranks: what full weights need on several GPUs.
 
 Every rank keeps whole weights in the model's precision, because a rollout runs the forward pass 2·T times a step and
 would gather them each time; spread are the float32 masters and AdamW's two moments, as DTensors cut along their first
 dimension. A step is a reduce-scatter of gradients, AdamW on the own part, an all-gather of new weights. Gradients of a
 step are summed over its pieces in a whole float32 tensor a parameter first, so ranks speak once a step.
 
-On disk each rank's part is a safetensors file, written by torch.distributed.checkpoint and read by any number of ranks.
-docs/distributed.md holds this against FSDP2. It does not know losses, nor what else a checkpoint holds.
+How that state lies on disk is shards.py's business. docs/distributed.md holds all this against FSDP2. It does not know
+losses, nor what else a checkpoint holds.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from .. import profiling
 from ..errors import UserError
 from .distributed import Ranks
 from .optim import PARTS, Optimiser, fitting
+from .shards import read_parts, shapes
 
 
 class ShardedOptimiser(Optimiser):
@@ -116,7 +113,7 @@ class ShardedOptimiser(Optimiser):
 
     def _read(self, folder: Path, origin: object) -> dict[str, Any]:
         """This rank's part of all tensors in `folder`, cut for the ranks of now."""
-        known = _shapes(folder)
+        known = shapes(folder)
         state: dict[str, Any] = {}
         for name, parameter in self.named.items():
             for key in (f"master.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
@@ -129,58 +126,9 @@ class ShardedOptimiser(Optimiser):
                     raise UserError(f"{origin}: {key} is {found}, this run needs {tuple(parameter.shape)}")
             if f"optim.{name}.step" in known:
                 state[f"optim.{name}.step"] = torch.zeros(())
-        with _as_user_error(folder), self.ranks.noticing():
-            reader = dcp.HuggingFaceStorageReader(str(folder))
-            dcp.load(state, storage_reader=reader, process_group=self.ranks.group)
+        read_parts(folder, state, self.ranks)
         return state
 
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local()
-
-
-# --- on disk -------------------------------------------------------------------------------------------------------
-
-
-def own_files(folder: Path, rank: int) -> list[Path]:
-    """The files that `rank` wrote with :func:`write_shards`."""
-    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
-
-
-def write_shards(folder: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write `state` into `folder`, each rank its own part, all ranks together. Raises UserError on all alike."""
-    with _as_user_error(folder), ranks.noticing():
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(dict(state), storage_writer=writer, process_group=ranks.group)
-
-
-def read_whole(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `folder`, whole, in this process alone."""
-    state = {name: torch.zeros(shape) for name, shape in _shapes(folder).items()}
-    with _as_user_error(folder), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return state
-
-
-def _shapes(folder: Path) -> dict[str, torch.Size]:
-    with _as_user_error(folder):
-        found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: value.size for name, value in found.items() if hasattr(value, "size")}
-
-
-@contextmanager
-def _as_user_error(folder: Path) -> Iterator[None]:
-    """What goes wrong with the files of `folder` as one UserError (an OSError passes: its reader names it better)."""
-    try:
-        yield
-    except CheckpointException as error:
-        reasons = {rank: failure[0] for rank, failure in error.failures.items()}
-        first = min(reasons)
-        if isinstance(reasons[first], OSError):
-            raise reasons[first] from error
-        raise UserError(f"{folder}: rank {first}: {type(reasons[first]).__name__}: {reasons[first]}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise UserError(f"{folder}: not a whole safetensors file: {error}") from error
-        raise

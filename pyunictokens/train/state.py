@@ -287,7 +287,7 @@ class RunFolder:
 
 def _write_shards(folder: Path, shards: Mapping[str, Any], ranks: Ranks) -> dict[str, str]:
     """Write them, all ranks together; returns the checksums of all files by name."""
-    from .sharded import own_files, write_shards
+    from .shards import own_files, write_shards
 
     if ranks.first:
         folder.mkdir()
