@@ -13,6 +13,8 @@ from .goals import default_side
 from .schema import CaseInfo, Report
 
 ROOT = Path(__file__).parents[2]
+TICKS = [*(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9), *(1, 1.2, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100, 200)]
+"""Of the logarithmic axis: closer around 1, where sides are told apart."""
 
 
 def draw(report: Report, operation: str, file: Path) -> bool:
@@ -21,6 +23,7 @@ def draw(report: Report, operation: str, file: Path) -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     infos = [info for info in report.cases if info.operation == operation]
     phase = "forward" if operation == "maskgit_step" else "both"
@@ -46,9 +49,12 @@ def draw(report: Report, operation: str, file: Path) -> bool:
     axis.set_xticks([number + 0.42 for number in range(len(infos))])
     axis.set_xticklabels([info.shape.replace(" ", "\n", 1) for info in infos], fontsize=7)
     axis.set_title(f"{operation}: {report.machine.name}", fontsize=10)
+    axis.yaxis.set_major_locator(FixedLocator(TICKS))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="y", which="both", labelsize=7)
+    axis.tick_params(axis="y", labelsize=7)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
