@@ -181,8 +181,8 @@ def _readable(values: Tensor) -> Tensor:
 
 def head_padded(count: int) -> int:
     """`count` tokens or columns rounded up to whole panels, as csrc/include/head.h wants its workspaces."""
-    panel = 32 if _core is None else int(_core.HEAD_PANEL)
-    return -(-count // panel) * panel
+    assert _core is not None
+    return -(-count // _core.HEAD_PANEL) * int(_core.HEAD_PANEL)
 
 
 class HeadChunk:
