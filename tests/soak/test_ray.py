@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,22 +23,22 @@ from pyunictokens.data.toyconcept import write_toy_concept
 pytestmark = pytest.mark.soak
 
 RAY = Path(sys.executable).parent / "ray"
-PORT = 6399
 WORDS = ["stages.max_steps=10", "grpo.steps=2", "grpo.group_size=3", "grpo.timesteps=4", "grpo.sample_every=0"]
 WORDS += ["evaluation.samples=1", "evaluation.timesteps=4"]
 
 
-def processes(*words: str) -> list[int]:
-    """Ids of the processes whose command line holds all words."""
+def processes(*words: str, parent: int | None = None) -> list[int]:
+    """Ids of the processes, of all or of one parent, whose command line holds all words."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            status = (folder / "status").read_text()
         except OSError:
             continue
-        if all(word in line for word in words):
+        if all(word in line for word in words) and (parent is None or f"\nPPid:\t{parent}\n" in status):
             found.append(int(folder.name))
-    return sorted(found)
+    return found
 
 
 def wait_for(something: Callable[[], object], seconds: float = 120) -> None:
@@ -46,20 +48,39 @@ def wait_for(something: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@dataclass
+class Cluster:
+    """Two nodes with a core each, in processes of their own: another cluster of this machine is left alone."""
+
+    address: str
+    second: subprocess.Popen[bytes]
+
+    def lose_the_second_node(self) -> None:
+        (raylet,) = processes("raylet/raylet", parent=self.second.pid)
+        os.kill(raylet, signal.SIGKILL)
+
+
 @pytest.fixture
-def address() -> Iterator[str]:
-    """A cluster of two nodes with a core each."""
+def cluster() -> Iterator[Cluster]:
     assert RAY.exists(), "this test needs Ray: pip install -e '.[cluster]' (make soak does)"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes: list[subprocess.Popen[bytes]] = []
 
-    def ray(*words: str) -> None:
-        subprocess.run([RAY, *words], check=True, capture_output=True)
+    def node(*words: str) -> subprocess.Popen[bytes]:
+        command = [RAY, "start", "--block", "--num-cpus", "1", *words]
+        nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        wait_for(lambda: processes("raylet/raylet", parent=nodes[-1].pid))
+        return nodes[-1]
 
-    ray("start", "--head", "--port", str(PORT), "--num-cpus", "1", "--include-dashboard=false")
     try:
-        ray("start", "--address", f"127.0.0.1:{PORT}", "--num-cpus", "1")
-        yield f"127.0.0.1:{PORT}"
+        node("--head", "--port", address.rpartition(":")[2], "--include-dashboard=false")
+        yield Cluster(address, node("--address", address))
     finally:
-        ray("stop", "--force")
+        for each in reversed(nodes):  # each stops what it started
+            each.terminate()
+            each.wait(60)
 
 
 def start(data: Path, out: Path, address: str) -> subprocess.Popen[str]:
@@ -78,14 +99,15 @@ def statuses(out: Path) -> dict[str, dict[str, object]]:
     return {path.stem: json.loads(path.read_text()) for path in (out / ".jobs").glob("*.json")}
 
 
-def test_a_killed_job_and_a_lost_node(tmp_path: Path, address: str) -> None:
+def test_a_killed_job_and_a_lost_node(tmp_path: Path, cluster: Cluster) -> None:
     data, out, lost = tmp_path / "data", tmp_path / "out", tmp_path / "lost"
     names = ["a", "b", "c"]
     for seed, (name, kind) in enumerate(zip(names, ("animal", "human", "object"), strict=True)):
         write_toy_concept(data, seed=seed, kind=kind, name=name)
 
-    run = start(data, out, address)
-    wait_for(lambda: (out / "b" / "grpo.yaml").exists() or (out / "b" / "run.json").exists())
+    run = start(data, out, cluster.address)
+    wait_for(lambda: processes("-m pyunictokens train", f"{data} b "))
+    time.sleep(5)  # it is somewhere in its stages
     for process in processes("-m pyunictokens train", f"{data} b "):
         os.kill(process, signal.SIGKILL)
     said, _ = run.communicate(timeout=400)
@@ -93,13 +115,13 @@ def test_a_killed_job_and_a_lost_node(tmp_path: Path, address: str) -> None:
     assert {name: status["state"] for name, status in statuses(out).items()} == dict.fromkeys(names, "done")
     assert statuses(out)["b"]["tries"] == 2 and (out / "report.html").exists()
 
-    run = start(data, lost, address)
+    run = start(data, lost, cluster.address)
     wait_for(lambda: len(processes("-m pyunictokens train", f"{data} ", "--out")) >= 3)  # the command and two jobs
-    os.kill(processes("raylet/raylet")[-1], signal.SIGKILL)
+    cluster.lose_the_second_node()
     said, _ = run.communicate(timeout=400)
     states = [status["state"] for status in statuses(lost).values()]
     assert run.returncode != 0 and "takes them up again" in said and states.count("failed") == 1, said
-    again = start(data, lost, address)
+    again = start(data, lost, cluster.address)
     said, _ = again.communicate(timeout=400)
     assert again.returncode == 0, said
     assert {status["state"] for status in statuses(lost).values()} == {"done"}
