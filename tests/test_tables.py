@@ -268,6 +268,8 @@ def test_what_the_guide_recommends_follows_from_the_stored_cells() -> None:
         "timesteps_all": None,
         "no_dsog_longer": None,
     }
+    dense = stats.compare(stats.common(cells, ["lora", "ours"]), "lora", "ours", "dense.attributes")
+    assert dense is not None and dense.clear and dense.difference.mean > 0
     for arms in (("timesteps_fifth", "ours"), ("dsog_selecting", "no_dsog_longer")):
         found = stats.compare(stats.common(cells, arms), *arms, figures.END)
         assert found is not None and not found.clear
