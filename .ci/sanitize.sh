@@ -32,8 +32,8 @@ sys.modules["pyunictokens._core"] = core = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(core)
 
 def pytest_sessionfinish():
-    from pyunictokens.ops import _native
-    assert _native.core() is core, "the tests ran with another core"
+    from pyunictokens.ops.backends import cpu
+    assert cpu.core() is core, "the tests ran with another core"
 END
 runtime=$("${CXX:-g++}" -print-file-name=libasan.so)
 library=$("${CXX:-g++}" -print-file-name=libstdc++.so)

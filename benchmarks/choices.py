@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from pyunictokens.models import PromptKV
-from pyunictokens.models.attention import PromptAttention
-from pyunictokens.ops import _native
+from pyunictokens.models.showo.attention import PromptAttention
+from pyunictokens.ops.backends import cpu as _native
 
 ROUNDS = 15
 

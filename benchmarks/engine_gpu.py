@@ -32,15 +32,16 @@ from benchmarks.baselines import showo_plain
 from benchmarks.engine_report import EngineReport, Number
 from benchmarks.ops import clock
 from benchmarks.ops.run import Settings, commit, default_file, machine, versions
-from pyunictokens import MASK, RolloutEngine, cost
-from pyunictokens.errors import UserError
-from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig, prefill_t2i, prompting
+from pyunictokens import MASK, RolloutEngine
+from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig, prefill_t2i
+from pyunictokens.models import costs as cost
+from pyunictokens.models.showo import prompting
 from pyunictokens.rollout import Dsog, DsogThreshold
-from pyunictokens.rollout.capture import GraphPool
-from pyunictokens.rollout.device_step import DeviceLoop, GuidedHidden, StepState, image_head
-from pyunictokens.rollout.images import LoopSettings
+from pyunictokens.rollout.cuda_graphs.capture import GraphPool
+from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop, GuidedHidden, StepState, image_head
+from pyunictokens.rollout.sampler import LoopSettings
 from pyunictokens.rollout.types import ImageRollout, TextRollout
-from pyunictokens.train.optim import Optimiser
+from pyunictokens.train.optimizer import Optimiser
 from pyunictokens.train.policy import Policy
 from pyunictokens.train.update import (
     AnswerTrajectories,
@@ -51,6 +52,7 @@ from pyunictokens.train.update import (
     image_logprobs,
     streamed_backward,
 )
+from pyunictokens.utils.errors import UserError
 
 T = TypeVar("T")
 

@@ -29,13 +29,13 @@ import torch
 
 from benchmarks.run_cpu import machine
 from pyunictokens.data.folder import load_concept
-from pyunictokens.data.toyconcept import write_toy_concept
-from pyunictokens.io import read_json, write_json
 from pyunictokens.models import ConceptTokens
-from pyunictokens.rewards import load_toy_experts
-from pyunictokens.toy import load_toy
+from pyunictokens.toy.concept import write_toy_concept
+from pyunictokens.toy.model import load_toy
+from pyunictokens.toy.rewards import load_toy_experts
 from pyunictokens.train import TrainConfig, train_concept_tokens, train_grpo
-from pyunictokens.train.distributed import Ranks
+from pyunictokens.train.distributed.ranks import Ranks
+from pyunictokens.utils.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 TIMES = "times.json"

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 
 from benchmarks.run_cpu import machine
-from pyunictokens.io import read_json, write_json
-from pyunictokens.rewards import Ensemble, RewardBatch, cost, load_toy_experts
-from pyunictokens.rewards.load import load_rewards
+from pyunictokens.rewards import Ensemble, RewardBatch
+from pyunictokens.rewards import costs as cost
+from pyunictokens.rewards.registry import load_rewards
+from pyunictokens.toy.rewards import load_toy_experts
+from pyunictokens.utils.files import read_json, write_json
 from tests.rewards import checkpoints
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,7 +25,7 @@ import torch
 from benchmarks import rollout_cases
 from benchmarks.rollout_cases import Case
 from pyunictokens import __version__
-from pyunictokens.io import read_json, write_json
+from pyunictokens.utils.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

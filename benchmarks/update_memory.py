@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from pyunictokens import __version__, ops
-from pyunictokens.io import write_json
-from pyunictokens.models import Showo, ShowoConfig, prompting
+from pyunictokens.models import Showo, ShowoConfig
+from pyunictokens.models.showo import prompting
 from pyunictokens.train.update import (
     ImageTrajectories,
     LossSettings,
@@ -32,6 +32,7 @@ from pyunictokens.train.update import (
     only_rows_learn,
     streamed_backward,
 )
+from pyunictokens.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 MAX_TEXT, GUIDANCE, CODEBOOK, TEXT = 32, 5.0, 1024, 500

@@ -1,5 +1,5 @@
 // The only file that knows Python. Every function takes raw addresses as integers, with their sizes; shapes, dtypes, devices
-// and contiguity are checked by pyunictokens/ops/_native.py before an address crosses.
+// and contiguity are checked by pyunictokens/ops/backends/cpu.py before an address crosses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

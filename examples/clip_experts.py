@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyunictokens.errors import UserError, require
 from pyunictokens.rewards import RewardBatch
 from pyunictokens.rewards.cache import TextCache
 from pyunictokens.rewards.networks import resized_and_cropped
+from pyunictokens.utils.errors import UserError, require
 
 
 class OpenClip:

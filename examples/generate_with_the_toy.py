@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyunictokens as uct
 from pyunictokens.data import make_grid, save_image
-from pyunictokens.toy import load_toy
+from pyunictokens.toy.model import load_toy
 
 PROMPTS = ["A photo of a striped red cat wearing a blue hat in the snow.", "A photo of a yellow mug on the beach."]
 

@@ -12,9 +12,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyunictokens import cost
-from pyunictokens.cost import Cost
-from pyunictokens.io import write_text_atomic
+from pyunictokens.models import costs as cost
+from pyunictokens.models.costs import Cost
+from pyunictokens.utils.files import write_text_atomic
 
 from .cost_tables import (
     CONFIG,

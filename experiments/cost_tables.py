@@ -1,8 +1,8 @@
 """Write the tables of docs/cost-model.md from the cost model: ``python -m experiments.cost_tables``.
 
 With ``--check`` nothing is written and the exit code says whether the page is up to date. What the phases cost is
-arithmetic over the model's sizes (pyunictokens/cost.py). What a GPU makes of it is a prediction from the assumptions
-in `Gpu`; nothing here was measured, and every table says so.
+arithmetic over the model's sizes (pyunictokens/models/costs.py). What a GPU makes of it is a prediction from the
+assumptions in `Gpu`; nothing here was measured, and every table says so.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyunictokens import cost
-from pyunictokens.cost import Cost
-from pyunictokens.io import write_text_atomic
 from pyunictokens.models import MagvitConfig, ShowoConfig
+from pyunictokens.models import costs as cost
+from pyunictokens.models.costs import Cost
+from pyunictokens.utils.files import write_text_atomic
 
 FILE = Path(__file__).parent.parent / "docs" / "cost-model.md"
 CONFIG, VQ, GRID = ShowoConfig(), MagvitConfig(), (32, 32)

@@ -61,7 +61,7 @@ def spread(values: list[float]) -> str:
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
     """The measures of the runs of one kind, a line each: mean ± deviation, then every seed's own change."""
-    from pyunictokens.demo import HEADLINES
+    from pyunictokens.runs.demo import HEADLINES
 
     keys = [key for key in HEADLINES if all(key in run["metrics"][name] for run in runs for name in NAMES)]
     lines = [

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pyunictokens.data import toyworld
 from pyunictokens.data.folder import load_concept
-from pyunictokens.data.toyconcept import write_toy_concept
-from pyunictokens.data.toyscene import SLOTS, Attributes, random_moment, random_scene
 from pyunictokens.rewards.base import RewardBatch, plain_text
-from pyunictokens.workbench import Sources, load_experts
+from pyunictokens.runs.bundle import Sources, load_experts
+from pyunictokens.toy import world as toyworld
+from pyunictokens.toy.concept import write_toy_concept
+from pyunictokens.toy.scene import SLOTS, Attributes, random_moment, random_scene
 
 DRAWINGS = 8
 """Scenes of each fact and of each way to be wrong."""

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from pyunictokens.io import write_text_atomic
+from pyunictokens.utils.files import write_text_atomic
 
 FILE = Path(__file__).parent.parent / "docs" / "kernels.md"
 MARKS = "<!-- {}: begin -->\n", "<!-- {}: end -->"
@@ -328,7 +328,7 @@ def renewed(text: str, name: str, content: str) -> str:
 
 def core_table() -> str:
     """The kernels of the compiled core, where it was built with CUDA."""
-    from pyunictokens.ops import _native
+    from pyunictokens.ops.backends import cpu as _native
 
     core, info = _native.core(), _native.build_info()
     if core is None or not info.get("cuda"):

@@ -25,10 +25,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from pyunictokens.data.images import from_pil
-from pyunictokens.data.toyscene import COLOURS, SLOTS
-from pyunictokens.evaluate import judging
-from pyunictokens.evaluate.metrics import normalise, read_attributes
-from pyunictokens.rewards.toy_nets import ToyExperts
+from pyunictokens.evaluate import judge_prompts as judging
+from pyunictokens.evaluate.metrics import normalise
+from pyunictokens.toy.networks import ToyExperts
+from pyunictokens.toy.scene import COLOURS, SLOTS
 
 BEST = 10.0
 _THINGS = ("shape", "wear", "item", "place")
@@ -90,7 +90,7 @@ class ToyJudge:
             return BEST, "the part names nothing that could be missing"
         data = base64.b64decode(url.partition(",")[2], validate=True)
         with Image.open(io.BytesIO(data)) as image, torch.no_grad():
-            seen = read_attributes(self.reader, from_pil(image)[None])[0]
+            seen = self.reader.attributes(from_pil(image)[None])[0]
         right = [slot for slot, word in slots.items() if seen[slot] == word]
         said = ", ".join(f"{slot} {seen[slot]}" for slot in slots)
         return BEST * len(right) / len(slots), f"seen: {said}"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pyunictokens.io import write_text_atomic
-from pyunictokens.train.config import PRESETS
-from pyunictokens.train.settings import describe
+from pyunictokens.config.settings import describe
+from pyunictokens.config.training import PRESETS
+from pyunictokens.utils.files import write_text_atomic
 
 FILE = Path(__file__).parent.parent / "docs" / "training.md"
 BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->"

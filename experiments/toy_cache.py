@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pyunictokens.data.toydraw import render
-from pyunictokens.data.toyscene import random_scene
+from pyunictokens.toy.drawing import render
+from pyunictokens.toy.scene import random_scene
 
 HOLD = 2000
 _CHUNK = 1000

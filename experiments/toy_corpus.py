@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from toy_cache import load_cache
 
-from pyunictokens.data import toygrammar as grammar
-from pyunictokens.data.toyscene import from_labels, random_scene
-from pyunictokens.data.toywords import build_tokenizer
-from pyunictokens.models import prompting
+from pyunictokens.models.showo import prompting
+from pyunictokens.toy import grammar as grammar
+from pyunictokens.toy.scene import from_labels, random_scene
+from pyunictokens.toy.words import build_tokenizer
 
 CAPTIONS, QUESTIONS = 3, 6
 END, CODE = 0, 1

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from toy_cache import HOLD, load_cache
 from toy_vq import degrade, log_line, slot_loss, to_pixels
 
-from pyunictokens.data import toygrammar as grammar
-from pyunictokens.data.toyscene import HAIR_STYLES, SLOTS, SUBJECT_SLOTS, Attributes, from_labels, random_scene
-from pyunictokens.data.toywords import words
-from pyunictokens.rewards.toy_nets import ImageText, ToyExperts
+from pyunictokens.toy import grammar as grammar
+from pyunictokens.toy.networks import ImageText, ToyExperts
+from pyunictokens.toy.scene import HAIR_STYLES, SLOTS, SUBJECT_SLOTS, Attributes, from_labels, random_scene
+from pyunictokens.toy.words import words
 
 _NAMES = list(SLOTS)
 _SUBJECT = [_NAMES.index(slot) for slot in SUBJECT_SLOTS]

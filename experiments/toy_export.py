@@ -16,8 +16,8 @@ from toy_experts import load_experts
 from toy_showo import load_showo
 from toy_vq import load_vq
 
-from pyunictokens.data.toywords import build_tokenizer, words
-from pyunictokens.io import save_safetensors_atomic, write_json, write_text_atomic
+from pyunictokens.toy.words import build_tokenizer, words
+from pyunictokens.utils.files import save_safetensors_atomic, write_json, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "pyunictokens" / "assets" / "toy"

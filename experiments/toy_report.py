@@ -16,12 +16,12 @@ from toy_export import ROOT
 from toy_vq import to_pixels
 
 from pyunictokens import MagvitV2, RolloutEngine, Showo, TextTokenizer
-from pyunictokens.data import toygrammar as grammar
 from pyunictokens.data.images import make_grid
-from pyunictokens.data.toyscene import SLOTS, Attributes, from_labels
-from pyunictokens.io import read_json, write_json, write_text_atomic
-from pyunictokens.models import prompting
-from pyunictokens.rewards.toy_nets import ToyExperts
+from pyunictokens.models.showo import prompting
+from pyunictokens.toy import grammar as grammar
+from pyunictokens.toy.networks import ToyExperts
+from pyunictokens.toy.scene import SLOTS, Attributes, from_labels
+from pyunictokens.utils.files import read_json, write_json, write_text_atomic
 
 _ASSETS = ROOT / "pyunictokens" / "assets" / "toy"
 _DOCS = ROOT / "docs"

@@ -20,9 +20,9 @@ from toy_cache import HOLD
 from toy_corpus import CAPTIONS, CODE, MAX_TEXT, QUESTIONS
 from toy_vq import load_vq, log_line
 
-from pyunictokens.data.toywords import words
-from pyunictokens.models.prompting import SpecialIds, attention_allowed, t2i_text
-from pyunictokens.models.showo import Showo, ShowoConfig
+from pyunictokens.models.showo.model import Showo, ShowoConfig
+from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, t2i_text
+from pyunictokens.toy.words import words
 
 N = 64
 TEXT_SIZE = len(words()) + 2

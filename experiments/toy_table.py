@@ -66,7 +66,7 @@ def write_docs(out: Path) -> None:
 
     import torch
 
-    from pyunictokens.io import read_json, write_json, write_text_atomic
+    from pyunictokens.utils.files import read_json, write_json, write_text_atomic
 
     results = read_json(out / "results.json")
     content = {

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from toy_cache import HOLD, load_cache
 
-from pyunictokens.data.toyscene import SLOTS
 from pyunictokens.models.magvit import MagvitConfig, MagvitV2
+from pyunictokens.toy.scene import SLOTS
 
 CONFIG = MagvitConfig(
     ch=32,

@@ -10,9 +10,9 @@ import csv
 import sys
 from pathlib import Path
 
-from pyunictokens.demo import HEADLINES
 from pyunictokens.evaluate.result import bootstrap
-from pyunictokens.io import write_text_atomic
+from pyunictokens.runs.demo import HEADLINES
+from pyunictokens.utils.files import write_text_atomic
 
 from .cost_tables import updated
 

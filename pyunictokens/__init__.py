@@ -16,22 +16,22 @@ MASK = -1
 
 _PARTS = ("data", "evaluate", "models", "ops", "rewards", "rollout", "train")
 _NAMES = {
-    "ConceptTokens": "models.concept",
+    "ConceptTokens": "models.concept_tokens",
     "DsogThreshold": "rollout.dsog",
     "MagvitV2": "models.magvit",
     "RolloutEngine": "rollout.engine",
-    "Showo": "models.showo",
-    "TextTokenizer": "models.text",
+    "Showo": "models.showo.model",
+    "TextTokenizer": "models.tokenizer",
     "prompting": "models",
 }
 
 if TYPE_CHECKING:
     from . import data, evaluate, models, ops, rewards, rollout, train
-    from .models import prompting
-    from .models.concept import ConceptTokens
+    from .models.concept_tokens import ConceptTokens
     from .models.magvit import MagvitV2
-    from .models.showo import Showo
-    from .models.text import TextTokenizer
+    from .models.showo import prompting
+    from .models.showo.model import Showo
+    from .models.tokenizer import TextTokenizer
     from .rollout.dsog import DsogThreshold
     from .rollout.engine import RolloutEngine
 
@@ -59,7 +59,7 @@ def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "prompting":
-        return importlib.import_module(f"{__name__}.models.prompting")
+        return importlib.import_module(f"{__name__}.models.showo.prompting")
     if name in _NAMES:
         return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import pyunictokens as uct
-from pyunictokens.ops import _native
+from pyunictokens.ops.backends import cpu as _native
 
 ROOT = Path(__file__).parent.parent
 CORE = _native.core()

@@ -38,13 +38,13 @@ SHORT = [
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyunictokens.toy.load_toy", tiny_toy)
-    monkeypatch.setattr("pyunictokens.rewards.toy.load_toy_experts", tiny_experts)
+    monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
+    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pyunictokens.data import write_toy_concept
+    from pyunictokens.toy.concept import write_toy_concept
 
     root = tmp_path_factory.mktemp("data")
     write_toy_concept(root, seed=5, kind="animal", name="bo")
@@ -56,8 +56,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, trained through the command line."""
     out = tmp_path_factory.mktemp("runs") / "bo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyunictokens.toy.load_toy", tiny_toy)
-        patch.setattr("pyunictokens.rewards.toy.load_toy_experts", tiny_experts)
+        patch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
+        patch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
         call("train", data, "bo", "--out", out, *SHORT)
     return out
 
@@ -131,7 +131,7 @@ def test_exit_codes(error: BaseException, code: int, says: str) -> None:
 def test_a_missing_extra_is_one_line() -> None:
     import typer
 
-    from pyunictokens.errors import require
+    from pyunictokens.utils.errors import require
 
     small = typer.Typer()
     small.command()(guarded(lambda: require("no_such_module_at_all", "rewards")))

@@ -10,9 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import showo_plain
-from pyunictokens import MASK, cost
-from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, image_hidden, prefill_t2i, prompting
-from pyunictokens.models.attention import DecodeAttention
+from pyunictokens import MASK
+from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, image_hidden, prefill_t2i
+from pyunictokens.models import costs as cost
+from pyunictokens.models.showo import prompting
+from pyunictokens.models.showo.attention import DecodeAttention
 from pyunictokens.train.update import LossSettings, streamed_backward
 from tests.rollout.tiny import CONFIG, MAX_TEXT, tiny_model
 from tests.train.test_update import fake_images

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pyunictokens import doctor
+from pyunictokens.runs import doctor
 
 
 def _render(report: dict[str, Any]) -> str:
@@ -85,7 +85,7 @@ def test_toy_checksums(harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).write_bytes(content)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
     (tmp_path / "provenance.json").write_text(json.dumps({"sha256": digests}))
-    monkeypatch.setattr("pyunictokens.toy.toy_folder", lambda: tmp_path)
+    monkeypatch.setattr("pyunictokens.toy.model.toy_folder", lambda: tmp_path)
     if harm == "changed":
         (tmp_path / "experts.json").write_bytes(b"[]")
     elif harm == "missing":

@@ -30,7 +30,7 @@ def test_the_loop_of_ones_own_learns(capsys: pytest.CaptureFixture[str]) -> None
 def test_the_toy_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.tiny import tiny_toy
 
-    monkeypatch.setattr("pyunictokens.toy.load_toy", tiny_toy)
+    monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
     out = load("generate_with_the_toy").main(tmp_path / "toy.png", samples=2)
     assert Image.open(out).width > 2 * 160
     assert "the model says" in capsys.readouterr().out

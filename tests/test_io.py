@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pyunictokens import io
-from pyunictokens.errors import MissingExtra, UserError, require
+from pyunictokens.utils import files as io
+from pyunictokens.utils.errors import MissingExtra, UserError, require
 
 
 def test_text_and_bytes_arrive_whole_in_new_folders(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from pyunictokens.cluster import run_on_ray
-from pyunictokens.errors import MissingExtra, UserError
-from pyunictokens.many import Job, Status, choose, finished, plan, run_local, work
-from pyunictokens.many_results import collect, summary, write_results
+from pyunictokens.runs.ray_jobs import run_on_ray
+from pyunictokens.runs.sweep import Job, Status, choose, finished, plan, run_local, work
+from pyunictokens.runs.sweep_results import collect, summary, write_results
+from pyunictokens.utils.errors import MissingExtra, UserError
 
 FAKE = """
 import json, os, pathlib, signal, sys, time
@@ -250,9 +250,9 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Options become arguments of the jobs; failures end with code 2 and name the logs."""
     from typer.testing import CliRunner
 
-    from pyunictokens import many
     from pyunictokens.cli import app
-    from pyunictokens.data import write_toy_concept
+    from pyunictokens.runs import sweep as many
+    from pyunictokens.toy.concept import write_toy_concept
 
     for seed, name in enumerate(("fine", "wrong")):
         write_toy_concept(tmp_path / "data", seed=seed, kind="object", name=name)

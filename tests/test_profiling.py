@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyunictokens import cost, profiling
-from pyunictokens.errors import UserError
-from pyunictokens.profiling import PhaseReport, PhaseTotal, Recorder, count, phase, step_done, trace
+from pyunictokens.models import costs as cost
+from pyunictokens.utils import profiling
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.profiling import PhaseReport, PhaseTotal, Recorder, count, phase, step_done, trace
 from tests.rollout.tiny import CONFIG, tiny_engine, tiny_model
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyunictokens.runs import RunConfig
+from pyunictokens.runs.run_dir import RunConfig
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "recipes"
 RECIPES = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])

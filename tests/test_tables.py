@@ -15,8 +15,8 @@ from experiments.tables import figures, page, runner, stats
 from experiments.tables.arms import ARMS, COLUMNS, CURVES, PAPER, SCALES, TABLES
 from experiments.tables.lab import InWords, Unit, about_of, cell_file, config_of, read_cell, row_steps, run_unit, units
 from experiments.tables.page import write_page
-from pyunictokens.errors import UserError
-from pyunictokens.io import folder_lock
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.files import folder_lock
 
 
 class FakeLab:

@@ -9,9 +9,9 @@ import torch
 
 def tiny_toy(*_: Any, **__: Any) -> Any:
     """A random model of the toy's kind, small enough for tests: 16 codes, 32 pixels."""
-    from pyunictokens.data.toyworld import build_tokenizer
     from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, TextTokenizer
-    from pyunictokens.toy import Toy
+    from pyunictokens.toy.model import Toy
+    from pyunictokens.toy.world import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = TextTokenizer(build_tokenizer(), "<|endoftext|>", "<|endoftext|>")
@@ -35,9 +35,9 @@ def tiny_toy(*_: Any, **__: Any) -> Any:
 
 def tiny_experts(*_: Any, **__: Any) -> Any:
     """The toy's reward experts with random weights."""
-    from pyunictokens.data.toyworld import words
-    from pyunictokens.rewards.toy import toy_rewards
-    from pyunictokens.rewards.toy_nets import ToyExperts
+    from pyunictokens.toy.networks import ToyExperts
+    from pyunictokens.toy.rewards import toy_rewards
+    from pyunictokens.toy.world import words
 
     torch.manual_seed(1)
     return toy_rewards(ToyExperts(words()).requires_grad_(False).eval())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyunictokens.models import Showo
-from pyunictokens.models.prompting import SpecialIds, attention_allowed, mmu_prefix, t2i
+from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, mmu_prefix, t2i
 
 GumbelNoise = Callable[[int], tuple[Tensor, Tensor]]
 """Step → (token Gumbel [R, N, K], rank Gumbel [R, N]): the noise to use instead of torch's generator."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
-from pyunictokens.ops import _dispatch
+from pyunictokens.ops import registry as _dispatch
+from pyunictokens.utils.errors import UserError
 
 from . import plain
 from .cases import ALPHA, BETA, CLIP, Case, Inputs

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyunictokens.io import write_json, write_text_atomic
+from pyunictokens.utils.files import write_json, write_text_atomic
 
 from .arms import ARMS, SCALES
 from .page import write_page

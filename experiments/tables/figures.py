@@ -9,7 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyunictokens.io import write_bytes_atomic
+from pyunictokens.utils.files import write_bytes_atomic
 
 from .arms import Curve
 from .stats import Cell, common, compare, curve

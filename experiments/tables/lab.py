@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pyunictokens.errors import UserError
-from pyunictokens.io import folder_lock, read_json, write_json
-from pyunictokens.runs import RunConfig
-from pyunictokens.train.settings import filled, to_mapping
+from pyunictokens.config.settings import filled, to_mapping
+from pyunictokens.runs.run_dir import RunConfig
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.files import folder_lock, read_json, write_json
 
 from .arms import ARMS, CURVES, SCALES, TABLES, Arm, Scale
 
@@ -135,9 +135,9 @@ class ToyLab:
 
     def make(self, arm: Arm, unit: Unit, scale: Scale, config: RunConfig) -> dict[str, Any]:
         from pyunictokens.data.folder import load_concept
-        from pyunictokens.data.toyconcept import write_toy_concept
-        from pyunictokens.pipeline import measure
-        from pyunictokens.workbench import Sources, load_experts, open_workbench
+        from pyunictokens.runs.bundle import Sources, load_experts, open_workbench
+        from pyunictokens.runs.pipeline import measure
+        from pyunictokens.toy.concept import write_toy_concept
 
         root = self.work / scale.name / "data" / unit.name
         if not (root / "concepts_list.json").exists():  # the file written last
@@ -169,7 +169,7 @@ class ToyLab:
         self, bench: Any, concept: Any, experts: Any, start: str, unit: Unit, scale: Scale, config: RunConfig
     ) -> tuple[Any, float]:
         """Tokens of a start, learned once a unit; and the seconds that took when it was done."""
-        from pyunictokens.models.concept import ConceptTokens
+        from pyunictokens.models.concept_tokens import ConceptTokens
         from pyunictokens.train import train_concept_tokens
 
         stages = config.stages

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 from .arms import ARMS, SCALES
 from .lab import ToyLab, Unit, about_of, cell_file, config_of, read_cell, run_unit, units

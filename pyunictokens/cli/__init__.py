@@ -11,7 +11,8 @@ import sys
 
 import typer
 
-from . import bench, data, demo, doctor, evaluate, experts, generate, train
+from . import bench, data, demo, doctor, evaluate, generate, train
+from . import rewards_server as experts
 from .shell import guarded, show_warnings_briefly
 
 app = typer.Typer(

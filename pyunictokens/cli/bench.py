@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 SUITES = {
     "rollout": "benchmarks.run_cpu",

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .shell import USER_ERROR, Bars, SeedOption, console, guarded
 
 app = typer.Typer(
@@ -167,7 +167,7 @@ def toy(
         pyunictokens data toy toydata/ ann --kind human --seed 3
     """
     from ..data.concept import KINDS, concept_name
-    from ..data.toyconcept import write_toy_concept
+    from ..toy.concept import write_toy_concept
 
     if kind not in KINDS:
         raise UserError(f"--kind {kind}: must be one of {', '.join(KINDS)}")

@@ -38,7 +38,7 @@ def demo(
 
         pyunictokens demo grpo.steps=10 evaluation.samples=2
     """
-    from ..demo import run_demo
+    from ..runs.demo import run_demo
 
     started = time.monotonic()
     with Bars() as bars:
@@ -52,7 +52,7 @@ def show_results(results: Mapping[str, EvalResult]) -> None:
     """The table of headline measures, one column an evaluation."""
     from rich.table import Table
 
-    from ..demo import headline_rows
+    from ..runs.demo import headline_rows
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("")

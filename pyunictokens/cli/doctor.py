@@ -34,7 +34,7 @@ def doctor(
 
         pyunictokens doctor --weights --config runs/bo/config.yaml
     """
-    from ..doctor import examine, render
+    from ..runs.doctor import examine, render
 
     if weights:
         return _weights(config, as_json)
@@ -48,10 +48,10 @@ def doctor(
 
 
 def _weights(config: Path | None, as_json: bool) -> None:
-    from ..doctor import render_weights
-    from ..rewards.load import RewardConfig
+    from ..rewards.registry import RewardConfig
     from ..rewards.weights import status
-    from ..workbench import read_rewards
+    from ..runs.bundle import read_rewards
+    from ..runs.doctor import render_weights
 
     chosen = read_rewards(str(config)) if config is not None else None
     findings = status(RewardConfig.from_mapping(chosen).paths() if isinstance(chosen, Mapping) else None)

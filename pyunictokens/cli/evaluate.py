@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from . import evaluate_table
 from .demo import show_results
 from .generate import ConceptOption, NameOption, RunArgument
@@ -81,12 +81,12 @@ def evaluate(
     """
     from dataclasses import replace
 
+    from ..config.settings import from_mapping, load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..evaluate.result import EvalResult
-    from ..pipeline import measure
-    from ..runs import EvaluationConfig, Run, RunConfig
-    from ..train.settings import from_mapping, load_yaml, with_overrides
-    from ..workbench import Sources, load_experts, read_rewards
+    from ..runs.bundle import Sources, load_experts, read_rewards
+    from ..runs.pipeline import measure
+    from ..runs.run_dir import EvaluationConfig, Run, RunConfig
 
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
     root, concept_name = place.concept_folder(concept)

@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
-from .shell import (
-    Bars,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    OverridesArgument,
-    TokenizerOption,
-    VqOption,
-    console,
-)
+from ..utils.errors import UserError
+from .shell import Bars, ConfigOption, DeviceOption, DtypeOption, OverridesArgument, TokenizerOption, VqOption, console
 
 if TYPE_CHECKING:
     from ..evaluate.result import Metric
@@ -92,14 +83,14 @@ def table(
 
         pyunictokens evaluate table dreambench:dreambooth -m diffusers:sd,lora=bo_lora --clip local_clip samples=4
     """
-    from ..candidates import TOY_CLIP, Place, TableConfig, make_scorer
-    from ..evaluate.gallery import write_gallery
+    from ..config.settings import from_mapping, load_yaml, to_mapping, with_overrides
+    from ..evaluate.report.gallery import write_gallery
     from ..evaluate.runner import fill
     from ..evaluate.suites import open_suite
     from ..evaluate.table_files import Table, told
-    from ..runs import CONFIG, Run
-    from ..train.settings import from_mapping, load_yaml, to_mapping, with_overrides
-    from ..workbench import Sources
+    from ..runs.baselines import TOY_CLIP, Place, TableConfig, make_scorer
+    from ..runs.bundle import Sources
+    from ..runs.run_dir import CONFIG, Run
 
     run = Run.find(suite) if (Path(suite) / CONFIG).is_file() else Run(None)
     names = list(name or [])
@@ -162,7 +153,7 @@ def compare(
     from ..evaluate import tables
     from ..evaluate.result import EvalResult
     from ..evaluate.table_files import Table
-    from ..io import read_json
+    from ..utils.files import read_json
 
     content = read_json(first) if first.is_file() else None
     if isinstance(content, dict) and "records" in content:

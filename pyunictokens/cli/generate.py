@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .shell import (
     Bars,
     ConfigOption,
@@ -31,8 +31,8 @@ from .shell import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..runs import Run
-    from ..workbench import Workbench
+    from ..runs.bundle import Workbench
+    from ..runs.run_dir import Run
 
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run of `train`, a folder of concept tokens, or `base`.")
@@ -68,7 +68,7 @@ class SamplingConfig:
 
 def sampling(is_toy: bool, config: Path | None, words: list[str] | None) -> SamplingConfig:
     """Defaults of the toy or of the published model, then the file, then the words."""
-    from ..train.settings import from_mapping, load_yaml, with_overrides
+    from ..config.settings import from_mapping, load_yaml, with_overrides
 
     base = SamplingConfig(timesteps=12, guidance_scale=3.0, max_new_tokens=24) if is_toy else SamplingConfig()
     if config is not None:
@@ -106,7 +106,7 @@ def reason(
 ) -> tuple[str, str]:
     """(answer, prompt + answer): the fact the model takes the prompt to mean, and what to draw (equations 2 and 4)."""
     from ..data.images import black_image
-    from ..models.prompting import compound_prompt, first_sentence, text_only_question
+    from ..models.showo.prompting import compound_prompt, first_sentence, text_only_question
 
     question = text_only_question(facts, prompt)
     concept = bench.concept
@@ -169,9 +169,9 @@ def generate(
 
         pyunictokens generate base "A photo of a red cat wearing a blue hat in the snow." timesteps=18 guidance_scale=4
     """
-    from ..profiling import Recorder, trace
-    from ..runs import Run
-    from ..workbench import Sources
+    from ..runs.bundle import Sources
+    from ..runs.run_dir import Run
+    from ..utils.profiling import Recorder, trace
 
     if out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
         raise UserError(f"--out {out}: the name must end in .png, .jpg, .jpeg or .webp")
@@ -232,8 +232,8 @@ def understand(
         pyunictokens understand base photo.png "What is in the picture?" -n 3 answer_temperature=0.7
     """
     from ..data.images import load_pixels
-    from ..runs import Run
-    from ..workbench import Sources
+    from ..runs.bundle import Sources
+    from ..runs.run_dir import Run
 
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
     settings = sampling(place.sources(flags).is_toy, config, overrides)

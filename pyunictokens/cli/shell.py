@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ..errors import MissingExtra, RankLost, UserError
+from ..utils.errors import MissingExtra, RankLost, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..profiling import PhaseReport
+    from ..utils.profiling import PhaseReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

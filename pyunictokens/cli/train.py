@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .demo import show_results
 from .shell import (
     Bars,
@@ -26,8 +26,8 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from ..train.distributed import Ranks
-    from ..workbench import Sources
+    from ..runs.bundle import Sources
+    from ..train.distributed.ranks import Ranks
 
 
 class Stages(str, Enum):
@@ -130,8 +130,8 @@ def train(
 
         torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --out runs/bo
     """
-    from ..train.distributed import Ranks
-    from ..workbench import Sources
+    from ..runs.bundle import Sources
+    from ..train.distributed.ranks import Ranks
 
     words = list(overrides or [])
     root, name, words = _separate(root, name, words)
@@ -140,7 +140,7 @@ def train(
             raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("--concepts starts its own processes: run it without torchrun (--workers, --ray)")
-        from .many import train_many
+        from .sweep import train_many
 
         given = {
             "--stages": stages and stages.value,
@@ -219,14 +219,14 @@ def _train_one(
     """One concept, by this process among its ranks."""
     from dataclasses import replace
 
+    from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
-    from ..pipeline import check_request, run_concept
-    from ..profiling import PhaseReport, trace
-    from ..runs import CONFIG, Run, RunConfig
-    from ..stopping import Stopped, stop_on_signals
+    from ..runs.bundle import Sources, load_experts, open_workbench, read_rewards
+    from ..runs.pipeline import check_request, run_concept
+    from ..runs.run_dir import CONFIG, Run, RunConfig
     from ..train.grpo import PHASES
-    from ..train.settings import load_yaml, with_overrides
-    from ..workbench import Sources, load_experts, open_workbench, read_rewards
+    from ..utils.profiling import PhaseReport, trace
+    from ..utils.signals import Stopped, stop_on_signals
 
     if resume and config is None and out is not None and (out / CONFIG).is_file():
         config = out / CONFIG  # what the run was started with

@@ -38,7 +38,6 @@ _NAMES = {
     "text_only_items": "batches",
     "understanding_items": "batches",
     "visual_items": "batches",
-    "write_toy_concept": "toyconcept",
 }
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
     from .images import black_image, load_batch, load_pixels, make_grid, read_picture, save_image
     from .new import NewConcept, new_concept
     from .parse import Problem
-    from .toyconcept import write_toy_concept
 
 __all__ = [
     "QA",
@@ -90,7 +88,6 @@ __all__ = [
     "text_only_items",
     "understanding_items",
     "visual_items",
-    "write_toy_concept",
 ]
 
 

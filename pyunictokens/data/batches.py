@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .concept import Concept
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .concept import Concept, concept_name
 from .folder import data_root, list_concepts, read_concept
 from .images import read_picture

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..io import safe_name
+from ..utils.errors import UserError
+from ..utils.files import safe_name
 
 KINDS = ("human", "animal", "object")
 FACT_PROMPTS = "personalized_driven_generation"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .parse import Ledger, TextFix, kind_of, show, text_of
 
 _SIZE_LIMIT = 1_000_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .concept import FACT_PROMPTS, KINDS, QA, Concept, Recognition, concept_name
 from .parse import ERROR, Problem, natural_key
 from .reader import ConceptReader

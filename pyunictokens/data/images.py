@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..errors import UserError
-from ..io import write_bytes_atomic
+from ..utils.errors import UserError
+from ..utils.files import write_bytes_atomic
 
 PIXEL_LIMIT = 120_000_000
 """Largest picture that is decoded, in pixels; a file of a few kilobytes can claim a thousand times that."""

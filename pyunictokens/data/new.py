@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..errors import UserError
-from ..io import read_json, write_bytes_atomic, write_json
+from ..utils.errors import UserError
+from ..utils.files import read_json, write_bytes_atomic, write_json
 from . import wording
 from .check import SMALLEST_SIDE, check_folder
 from .concept import FACT_PROMPTS, KINDS, Concept, concept_name

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..io import read_json
+from ..utils.errors import UserError
+from ..utils.files import read_json
 
 ERROR, WARNING = "error", "warning"
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .benchmark import SPLITS, unifybench
     from .clip import Embeddings, OpenClip
     from .model import Candidate, Unsupported
-    from .report import write_report
+    from .report.page import write_report
     from .result import EvalResult, Metric, bootstrap
     from .runner import TableSettings, fill
     from .scoring import Scorer
@@ -24,7 +24,7 @@ _NAMES = {
     "bootstrap": "result",
     "SPLITS": "benchmark",
     "unifybench": "benchmark",
-    "write_report": "report",
+    "write_report": "report.page",
     "Embeddings": "clip",
     "OpenClip": "clip",
     "Candidate": "model",

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from ..data.concept import Concept
 from ..data.images import black_image, load_batch
-from ..errors import UserError
-from ..io import read_json
-from ..models import prompting
+from ..models.showo import prompting
 from ..rewards.base import RewardBatch, plain_text
 from ..rewards.ensemble import Ensemble
+from ..utils.errors import UserError
+from ..utils.files import read_json
 from . import metrics as m
 from .items import drawing_prompts, recognition_pairs
 from .result import EvalResult, to_bytes
@@ -339,7 +339,7 @@ class _Judge:
             result |= {name: part.tolist() for name, part in score.parts.items()}
         if self.reader is None or self.truth is None:
             return result, []
-        seen = m.read_attributes(self.reader, pixels)
+        seen = self.reader.attributes(pixels)
         subject, prompted = self.truth["subject"], self.truth["prompts"].get(prompt)
         result["subject"] = [m.attribute_accuracy(one, subject) for one in seen]
         if prompted:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.images import load_pixels, to_pil
-from ..errors import UserError, require
+from ..utils.errors import UserError, require
 
 
 class Encoder(Protocol):

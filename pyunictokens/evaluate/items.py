@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.concept import FACT_PROMPTS, Concept
-from ..models import prompting
+from ..models.showo import prompting
 from . import metrics as m
 
 DRAWING = {"pure": "pure_generation", "dense": "dense_generation", "dense_reasoning": "personalized_dense_generation"}

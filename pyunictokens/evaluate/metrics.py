@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 PUBLISHED_WEIGHTS = (0.7, 0.3)
 """Weights of single characters and pairs in the published evaluation's BLEU."""
@@ -47,10 +47,10 @@ class ImageTextNet(Protocol):
 
 
 class AttributeNet(Protocol):
-    """What attribute accuracy asks of a network that reads drawings of the toy world."""
+    """What attribute accuracy asks of a network that reads images of a world whose truth is known."""
 
-    def read(self, pixels: Tensor) -> Tensor:
-        """The most likely codes, int [B, slots], in the order of `data.toyscene.SLOTS`."""
+    def attributes(self, pixels: Tensor) -> list[dict[str, str]]:
+        """What is seen in each image [B, 3, H, W], as words by slot."""
         ...
 
 
@@ -181,15 +181,6 @@ def _similarity(net: ImageTextNet, drawings: Tensor, texts: Sequence[str]) -> Te
     image_SD = F.normalize(net.encode_image(drawings).float(), dim=-1)
     text_TD = F.normalize(net.encode_text(texts).float(), dim=-1)
     return image_SD @ text_TD.to(image_SD.device).T
-
-
-@torch.no_grad()
-def read_attributes(reader: AttributeNet, drawings: Tensor) -> list[dict[str, str]]:
-    """What a reader of the toy world sees in each drawing, as words by slot."""
-    from ..data.toyscene import SLOTS
-
-    codes = reader.read(drawings).tolist()
-    return [{slot: SLOTS[slot][code] for slot, code in zip(SLOTS, row, strict=True)} for row in codes]
 
 
 def attribute_accuracy(seen: Mapping[str, str], wanted: Mapping[str, str]) -> float:

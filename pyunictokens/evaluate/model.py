@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .subject import Subject
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..io import read_json, write_json
+from ..utils.errors import UserError
+from ..utils.files import read_json, write_json
 
 FORMAT = 1
 POOLED = ("attributes", "subject", "prompted", "clip_t", "clip_i")

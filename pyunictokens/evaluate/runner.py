@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..data.images import fit_within, read_picture
-from ..errors import UserError
-from ..models.prompting import compound_prompt, first_sentence, text_only_question
-from .cells import Cell, Cells
+from ..models.showo.prompting import compound_prompt, first_sentence, text_only_question
+from ..utils.errors import UserError
 from .metrics import clean
 from .model import Candidate, Model, Unsupported
 from .result import to_bytes
+from .sample_cache import Cell, Cells
 from .scoring import Failure, Scorer
 from .subject import DRAWING, TASKS, Item, Subject
 

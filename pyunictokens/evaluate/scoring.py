@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import MissingExtra, UserError
 from ..rewards.base import plain_text
-from . import judging
+from ..utils.errors import MissingExtra, UserError
+from . import judge_prompts as judging
 from . import metrics as m
-from .cells import Cell
 from .clip import Embeddings
+from .sample_cache import Cell
 from .subject import DRAWING, Item, Subject
 
 METRICS: dict[str, tuple[str, ...]] = {

@@ -18,7 +18,7 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 ANSWERING = ("rec", "rea", "dense_rea", "vqa", "qa")
 DRAWING = ("pure", "dense", "rea_gen", "dense_rea_gen")

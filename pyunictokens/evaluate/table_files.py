@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..io import read_json, write_json, write_text_atomic
-from .cells import Cell
+from ..utils.errors import UserError
+from ..utils.files import read_json, write_json, write_text_atomic
 from .result import Metric
+from .sample_cache import Cell
 from .scoring import Failure
 from .tables import TABLES, Column, Row, rows, seed_means
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import UserError
-from .cells import Cell
+from ..utils.errors import UserError
 from .result import Metric, balanced_bootstrap
+from .sample_cache import Cell
 
 
 @dataclass(frozen=True)

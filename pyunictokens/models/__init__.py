@@ -3,13 +3,13 @@
 Nothing here knows rollouts, rewards or training.
 """
 
-from . import prompting
-from .attention import PromptKV
-from .cached import answer_hidden, image_hidden, prefill_mmu, prefill_mmu_clip, prefill_t2i
-from .concept import ConceptTokens
+from .concept_tokens import ConceptTokens
 from .magvit import MagvitConfig, MagvitV2
-from .showo import Showo, ShowoConfig
-from .text import TextTokenizer
+from .showo import prompting
+from .showo.attention import PromptKV
+from .showo.model import Showo, ShowoConfig
+from .showo.prefill import answer_hidden, image_hidden, prefill_mmu, prefill_mmu_clip, prefill_t2i
+from .tokenizer import TextTokenizer
 
 __all__ = [
     "ConceptTokens",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..io import read_json
+from ..utils.errors import UserError
+from ..utils.files import read_json
 
 WEIGHT_FILES = (
     "model.safetensors",

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..io import save_safetensors_atomic, write_json
+from ..utils.errors import UserError
+from ..utils.files import save_safetensors_atomic, write_json
 from .checkpoint import assign, load_state_dict, read_config, resolve, whole_number
 
 

@@ -7,20 +7,18 @@ it. This package needs torch alone and knows nothing of models. API page: docs/o
 
 from __future__ import annotations
 
-from . import _native, philox, reference
-from . import _native_cuda as _native_cuda
-from . import _native_head as _native_head
-from . import _triton as _triton
-from ._dispatch import capabilities
-from ._grpo import grpo_loss, maskgit_grpo_loss
-from ._logprob import selected_logprob
-from ._step import maskgit_step, sample_categorical
-from ._triton import set_deterministic
-from ._types import GrpoStats, MaskgitStep
+from . import philox, reference
+from .backends import cpu
+from .backends.triton import set_deterministic
+from .grpo import grpo_loss, maskgit_grpo_loss
+from .logprob import selected_logprob
 from .objectives import lowest_kept, remasked_logprob, sequence_logprob, token_mask, transition_logprob
+from .registry import capabilities
 from .schedule import mask_len, mask_rate, mask_schedule
+from .step import maskgit_step, sample_categorical
+from .types import GrpoStats, MaskgitStep
 
-build_info = _native.build_info
+build_info = cpu.build_info
 
 __all__ = [
     "GrpoStats",

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
-from . import _validate as check
-from ._logprob import head_arguments
-from ._transforms import autocast_inputs, no_autocast
+from ..utils.errors import UserError
+from . import validate as check
+from .logprob import head_arguments
 from .reference import CHUNK_ELEMENTS, working_dtype
+from .transforms import autocast_inputs, no_autocast
 
 SCOPES = ("all", "masked", "newly_unmasked")
 _MASK = -1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import philox
-from ._dispatch import Entry, offer
+from .registry import Entry, offer
 
 CHUNK_ELEMENTS = 1 << 22
 """Most logits formed at once. A few temporaries of this size exist together: about 16 MiB each in float32."""

@@ -1,24 +1,16 @@
-"""Rewards: four experts, their weighted sum, and the batch they score. docs/rewards.md says how to add one.
-
-`load_toy_experts` is looked up when asked for: the toy's networks are needed by the toy alone.
-"""
+"""Rewards: four experts, their weighted sum, and the batch they score. docs/rewards.md says how to add one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from .base import Expert, RewardBatch, plain_text
-from .ber import Ber
-from .der import Der
 from .ensemble import PAPER_WEIGHTS, Ensemble, EnsembleScore
-from .fer import Fer
+from .experts.ber import Ber
+from .experts.der import Der
+from .experts.fer import Fer
+from .experts.tier import Tier
 from .judge import Judge, JudgeConfig, JudgeExpert, JudgeItem, JudgeScore
-from .load import RewardConfig, load_rewards
-from .remote import RemoteExperts
-from .tier import Tier
-
-if TYPE_CHECKING:
-    from .toy import ToyRewards, load_toy_experts
+from .registry import RewardConfig, load_rewards
+from .served.client import RemoteExperts
 
 __all__ = [
     "PAPER_WEIGHTS",
@@ -37,16 +29,6 @@ __all__ = [
     "RewardBatch",
     "RewardConfig",
     "Tier",
-    "ToyRewards",
     "load_rewards",
-    "load_toy_experts",
     "plain_text",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in {"ToyRewards", "load_toy_experts"}:
-        from . import toy
-
-        return getattr(toy, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 KINDS = ("human", "animal", "object")
 """The kinds of concepts; the paper weighs the experts by kind (equation 13)."""

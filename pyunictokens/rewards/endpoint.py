@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..errors import UserError, require
+from ..utils.errors import UserError, require
 
 T = TypeVar("T")
 R = TypeVar("R")

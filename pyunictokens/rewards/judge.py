@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
-from ..io import write_json
+from ..utils.errors import UserError
+from ..utils.files import write_json
 from .base import RewardBatch, check_pixels
 from .endpoint import Counters, Endpoint, EndpointConfig, EndpointError
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, require
+from ..utils.errors import UserError, require
 from .base import check_pixels
 from .weights import find
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 R = TypeVar("R")
 

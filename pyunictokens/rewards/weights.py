@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..models.checkpoint import WEIGHT_FILES, resolve
+from ..utils.errors import UserError
 
 _WEIGHTS = (*WEIGHT_FILES, *(f"{name}.index.json" for name in WEIGHT_FILES))
 _TOKENIZER = ("tokenizer.json", "vocab.txt")

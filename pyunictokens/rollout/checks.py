@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import MASK, ops
-from ..errors import UserError
 from ..models import Showo, TextTokenizer
+from ..utils.errors import UserError
 
 MAX_SAMPLE_ID = 2**63 - 1
 MAX_DSOG_ID = 2**32 - 1

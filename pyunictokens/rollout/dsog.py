@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .scheduler import Candidate, Judging, Scheduler
 from .types import DsogReport
 

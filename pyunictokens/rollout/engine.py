@@ -19,29 +19,21 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .. import cost, profiling
-from ..errors import UserError
-from ..models import (
-    ConceptTokens,
-    MagvitV2,
-    PromptKV,
-    Showo,
-    TextTokenizer,
-    prefill_mmu,
-    prefill_mmu_clip,
-    prefill_t2i,
-    prompting,
-)
-from ..models.vocabulary import TextVocabulary
+from ..models import ConceptTokens, MagvitV2, PromptKV, Showo, TextTokenizer, prefill_mmu, prefill_mmu_clip, prefill_t2i
+from ..models import costs as cost
+from ..models.showo import prompting
+from ..models.showo.vocabulary import TextVocabulary
+from ..utils import profiling
+from ..utils.errors import UserError
+from ..utils.memory import RowLimit
 from . import checks
-from .capture import MODES, CaptureCache
-from .captured import Bucket, CapturedSlots
+from .cuda_graphs.capture import MODES, CaptureCache
+from .cuda_graphs.slots import Bucket, CapturedSlots
 from .dsog import Dsog, settle
-from .images import EagerSlots, LoopSettings, Noise
 from .loop import ImageLoop
-from .memory import RowLimit
 from .previews import Previews
-from .residents import Residents
+from .resident_concepts import Residents
+from .sampler import EagerSlots, LoopSettings, Noise
 from .scheduler import Scheduler
 from .text import TextSettings, decode
 from .types import ImageRollout, RolloutInterrupted, TextRollout

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import profiling
-from .images import EagerSlots, Trajectory, empty_records
+from ..utils import profiling
 from .previews import Previews, Verdict
+from .sampler import EagerSlots, Trajectory, empty_records
 from .scheduler import Candidate, Scheduler
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .. import profiling
+from ..utils import profiling
 
 Verdict = Callable[[], list[float]]
 """Waits for the scores of one batch of previews; NaN where the scorer failed."""

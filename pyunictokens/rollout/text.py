@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .. import ops
 from ..models import PromptKV, Showo
-from ..models.attention import DecodeAttention
-from ..models.vocabulary import TextVocabulary
-from .capture import CapturedSteps
+from ..models.showo.attention import DecodeAttention
+from ..models.showo.vocabulary import TextVocabulary
+from .cuda_graphs.capture import CapturedSteps
 
 PADDING = -1
 

@@ -9,28 +9,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {
-    "DsogConfig": "config",
-    "GrpoConfig": "config",
-    "GrpoResult": "grpo",
-    "LoraConfig": "config",
-    "Policy": "policy",
-    "StageConfig": "config",
-    "TrainConfig": "config",
-    "as_prompt": "prompts",
-    "as_question": "prompts",
-    "load_policy": "policy",
-    "read_metrics": "logs",
-    "train_concept_tokens": "stages",
-    "train_grpo": "grpo",
+    "DsogConfig": "..config.training",
+    "GrpoConfig": "..config.training",
+    "GrpoResult": ".grpo",
+    "LoraConfig": "..config.training",
+    "Policy": ".policy",
+    "StageConfig": "..config.training",
+    "TrainConfig": "..config.training",
+    "as_prompt": ".prompts",
+    "as_question": ".prompts",
+    "load_policy": ".policy",
+    "read_metrics": ".metrics",
+    "train_concept_tokens": ".concept_tokens.stages",
+    "train_grpo": ".grpo",
 }
 
 if TYPE_CHECKING:
-    from .config import DsogConfig, GrpoConfig, LoraConfig, StageConfig, TrainConfig
+    from ..config.training import DsogConfig, GrpoConfig, LoraConfig, StageConfig, TrainConfig
+    from .concept_tokens.stages import train_concept_tokens
     from .grpo import GrpoResult, train_grpo
-    from .logs import read_metrics
+    from .metrics import read_metrics
     from .policy import Policy, load_policy
     from .prompts import as_prompt, as_question
-    from .stages import train_concept_tokens
 
 __all__ = [
     "DsogConfig",
@@ -51,7 +51,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        return getattr(importlib.import_module(_NAMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -23,22 +23,23 @@ from typing import Any
 
 import torch
 
-from .. import cost, profiling
-from ..errors import UserError
+from ..config.settings import save_yaml, to_mapping
+from ..config.training import GrpoConfig
 from ..models import ConceptTokens, MagvitV2, Showo, TextTokenizer
+from ..models import costs as cost
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
-from ..stopping import Stop, Stopped, never
-from .config import GrpoConfig
-from .distributed import Ranks
-from .experience import Collector, Experience, Own, PreviewScorer, summary, trajectories
-from .logs import MetricsLog, save_samples
-from .optim import Optimiser, learning_rate
-from .pictures import Pictures
+from ..utils import profiling
+from ..utils.errors import UserError
+from ..utils.signals import Stop, Stopped, never
+from .checkpoint.run_state import RunFolder, identity, random_state, restore_random_state
+from .checkpoint.writer import Saver, on_host
+from .collector import Collector, Experience, Own, PreviewScorer, summary, trajectories
+from .distributed.ranks import Ranks
+from .images import Pictures
+from .metrics import MetricsLog, save_samples
+from .optimizer import Optimiser, learning_rate
 from .policy import Policy
-from .saving import Saver, on_host
-from .settings import save_yaml, to_mapping
-from .state import RunFolder, identity, random_state, restore_random_state
 from .tasks import TaskSampler
 from .update import (
     AnswerTrajectories,
@@ -219,7 +220,7 @@ class _Run:
         }
         wanted = config.shard_optimiser == "always" or (config.shard_optimiser == "auto" and config.trainable == "full")
         if wanted and self.ranks.world > 1:
-            from .sharded import ShardedOptimiser
+            from .distributed.sharded_optimizer import ShardedOptimiser
 
             return ShardedOptimiser(named, **settings)
         return Optimiser(named, **settings)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..io import read_json, write_json
+from ..config.settings import from_mapping
+from ..config.training import LoraConfig
 from ..models import ConceptTokens, Showo
-from .config import LoraConfig
-from .settings import from_mapping
-from .tensors import read_tensors, write_tensors
+from ..utils.errors import UserError
+from ..utils.files import read_json, write_json
+from .checkpoint.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 

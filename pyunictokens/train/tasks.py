@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..models import prompting
+from ..models.showo import prompting
+from ..utils.errors import UserError
 
 VISUAL, TEXT_ONLY = "visual", "text_only"
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from .. import ops
 from ..models import PromptKV, Showo, answer_hidden, image_hidden, prefill_mmu, prefill_t2i
 from ..ops.objectives import token_mask as token_mask
-from .heads import Leaves, PromptLeaves, text_logprob, text_parts
-from .pieces import Pieces, add_gradients, learning
+from .logprobs import Leaves, PromptLeaves, text_logprob, text_parts
+from .microbatch import Pieces, add_gradients, learning
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pyunictokens.data import (
     understanding_items,
     visual_items,
 )
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyunictokens.data import Problem, check_folder, render_problems
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 
 def found(folder, name="bo") -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from pyunictokens.data import concept_name, list_concepts, load_concept, read_co
 from pyunictokens.data.concept import Concept
 from pyunictokens.data.parse import Problem, natural_key
 from pyunictokens.data.reader import images_for_key
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 
 def problems_of(folder, severity: str | None = None) -> list[Problem]:

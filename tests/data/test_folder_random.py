@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pyunictokens.data import load_concept, read_concept
 from pyunictokens.data.parse import Problem
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

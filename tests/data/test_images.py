@@ -16,7 +16,7 @@ from PIL import Image
 
 from pyunictokens.data import black_image, load_batch, load_pixels, make_grid, read_picture, save_image
 from pyunictokens.data.images import PIXEL_LIMIT, fit_within, from_pil, to_pil
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 RED, BLUE = (200, 30, 10), (20, 40, 220)
 

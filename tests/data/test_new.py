@@ -17,7 +17,7 @@ from PIL import Image
 
 from pyunictokens.data import check_folder, facts_template, load_concept, new, new_concept, read_facts, text_only_items
 from pyunictokens.data.new import drawn_negatives
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 SHEET = """\
 info: <bo> is a small brown dog.

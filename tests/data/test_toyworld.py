@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyunictokens.data import toygrammar as grammar
-from pyunictokens.data import toyworld as toy
 from pyunictokens.data.check import check_folder
 from pyunictokens.data.folder import load_concept
-from pyunictokens.data.toyconcept import expected_slots, write_toy_concept
-from pyunictokens.errors import UserError
-from pyunictokens.models import prompting
+from pyunictokens.models.showo import prompting
+from pyunictokens.toy import grammar as grammar
+from pyunictokens.toy import world as toy
+from pyunictokens.toy.concept import expected_slots, write_toy_concept
+from pyunictokens.utils.errors import UserError
 
 SEEDS = st.integers(0, 2**31 - 1)
 

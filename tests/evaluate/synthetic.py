@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pyunictokens.data.images import from_pil, make_grid, save_image
-from pyunictokens.data.toydraw import render
-from pyunictokens.data.toyscene import Attributes, random_moment, random_scene
 from pyunictokens.evaluate.result import EvalResult, to_bytes
+from pyunictokens.toy.drawing import render
+from pyunictokens.toy.scene import Attributes, random_moment, random_scene
 
 FACTS = ["its favourite toy is a red ball", "it sleeps in the snow", "it loves to wear a blue hat"]
 
@@ -165,6 +165,6 @@ def write_run(folder: Path, steps: int = 60, lift: float = 0.08) -> Path:
 
 
 if __name__ == "__main__":
-    from pyunictokens.evaluate.report import write_report
+    from pyunictokens.evaluate.report.page import write_report
 
     print(write_report(write_run(Path(sys.argv[1]))))

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 from pyunictokens.data.images import black_image, from_pil, load_pixels, square
-from pyunictokens.errors import UserError
-from pyunictokens.evaluate.adapters import Spec, candidate, parse
-from pyunictokens.evaluate.adapters.ours import Ours, Sampling
-from pyunictokens.evaluate.adapters.prompts import described, told
-from pyunictokens.evaluate.adapters.real import RealImages
-from pyunictokens.evaluate.adapters.showo import ShowoImage, ShowoText
+from pyunictokens.evaluate.baselines import Spec, candidate, parse
+from pyunictokens.evaluate.baselines.ours import Ours, Sampling
+from pyunictokens.evaluate.baselines.prompts import described, told
+from pyunictokens.evaluate.baselines.real import RealImages
+from pyunictokens.evaluate.baselines.showo import ShowoImage, ShowoText
 from pyunictokens.evaluate.model import Unsupported
 from pyunictokens.evaluate.subject import Subject
+from pyunictokens.utils.errors import UserError
 from tests.judge_server import JudgeServer, images_of, question_of
 from tests.tiny import tiny_toy
 

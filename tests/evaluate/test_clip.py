@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pyunictokens.data.images import from_pil
-from pyunictokens.errors import UserError
 from pyunictokens.evaluate.clip import Embeddings, OpenClip, resized
+from pyunictokens.utils.errors import UserError
 
 CONFIG = {
     "model_cfg": {
@@ -160,7 +160,7 @@ def test_each_text_and_each_photo_is_encoded_once(tmp_path: Path) -> None:
 
 
 def test_a_photo_is_known_again_at_another_size_and_crop(tmp_path: Path) -> None:
-    from pyunictokens.evaluate.adapters.real import RealImages
+    from pyunictokens.evaluate.baselines.real import RealImages
     from pyunictokens.evaluate.result import to_bytes
     from pyunictokens.evaluate.subject import Subject
 

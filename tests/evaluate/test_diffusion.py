@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
-from pyunictokens.evaluate.adapters import candidate, parse
-from pyunictokens.evaluate.adapters.diffusion import Diffusion, DiffusionSource, Pipeline, parse_source
+from pyunictokens.evaluate.baselines import candidate, parse
+from pyunictokens.evaluate.baselines.diffusion import Diffusion, DiffusionSource, Pipeline, parse_source
 from pyunictokens.evaluate.model import Unsupported
 from pyunictokens.evaluate.subject import Subject
+from pyunictokens.utils.errors import UserError
 
 BO = Subject("bo", "dog")
 WORDS = ["a</w>", "photo</w>", "of</w>", "dog</w>", "sks</w>", "snow</w>", "in</w>", "the</w>"]

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyunictokens.errors import UserError
 from pyunictokens.evaluate import metrics as m
+from pyunictokens.utils.errors import UserError
 
 # nltk.translate.bleu_score.sentence_bleu([list(r)], list(c), weights=(0.7, 0.3), smoothing_function=method1)
 NLTK = [
@@ -147,13 +147,3 @@ def test_attribute_accuracy() -> None:
     assert m.attribute_accuracy(seen, {"item": "ball", "item_colour": "red", "shape": "cat"}) == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="no attribute is wanted"):
         m.attribute_accuracy(seen, {"hair": "none"})
-
-
-def test_reading_attributes() -> None:
-    class Reader:
-        def read(self, pixels: torch.Tensor) -> torch.Tensor:
-            return torch.tensor([[3, 1, 0, 0, 1, 2, 0, 0, 5]])
-
-    (seen,) = m.read_attributes(Reader(), torch.zeros(1, 3, 4, 4))
-    assert seen["shape"] == "cat" and seen["colour"] == "orange" and seen["wear"] == "hat"
-    assert seen["wear_colour"] == "orange" and seen["item"] == "none" and seen["place"] == "desert"

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pyunictokens.errors import UserError
-from pyunictokens.evaluate import plots, write_report
-from pyunictokens.evaluate.run_files import read_run
-from pyunictokens.evaluate.verdict import health, verdict
+from pyunictokens.evaluate import write_report
+from pyunictokens.evaluate.report import plots
+from pyunictokens.evaluate.report.run_files import read_run
+from pyunictokens.evaluate.report.summary import health, verdict
+from pyunictokens.utils.errors import UserError
 
 from .synthetic import metrics, result, write_run
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
 from pyunictokens.evaluate import EvalResult, bootstrap
 from pyunictokens.evaluate.metrics import recognition_weight
 from pyunictokens.evaluate.result import balanced_bootstrap
+from pyunictokens.utils.errors import UserError
 
 
 def scored(*values: float, **more: object) -> dict:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pyunictokens.errors import UserError
-from pyunictokens.evaluate.cells import Cell, Cells, fingerprint
 from pyunictokens.evaluate.clip import Embeddings
 from pyunictokens.evaluate.model import Candidate, Nothing, Unsupported
 from pyunictokens.evaluate.runner import TableSettings, fill, noise_seed
+from pyunictokens.evaluate.sample_cache import Cell, Cells, fingerprint
 from pyunictokens.evaluate.scoring import Scorer
 from pyunictokens.evaluate.subject import Item, Subject
-from pyunictokens.models.prompting import text_only_question
+from pyunictokens.models.showo.prompting import text_only_question
+from pyunictokens.utils.errors import UserError
 
 FACTS = ("its toy is a ball", "it sleeps in the snow")
 

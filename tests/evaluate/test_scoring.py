@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pyunictokens.errors import UserError
-from pyunictokens.evaluate import judging
-from pyunictokens.evaluate.cells import Cell, Cells
+from pyunictokens.evaluate import judge_prompts as judging
 from pyunictokens.evaluate.clip import Embeddings
+from pyunictokens.evaluate.sample_cache import Cell, Cells
 from pyunictokens.evaluate.scoring import METRICS, Scorer, picked
 from pyunictokens.evaluate.subject import DRAWING, TASKS, Item, Subject
+from pyunictokens.utils.errors import UserError
 
 FACTS = ("its toy is a red ball", "it sleeps in the snow")
 

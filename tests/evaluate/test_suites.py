@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pyunictokens.data import load_concept, write_toy_concept
-from pyunictokens.errors import UserError
+from pyunictokens.data import load_concept
 from pyunictokens.evaluate.subject import TASKS, Item, Subject
 from pyunictokens.evaluate.suites import open_suite
 from pyunictokens.evaluate.suites.dreambooth import is_live, templates
-from pyunictokens.evaluate.suites.pictures import inline_options
-from pyunictokens.models.prompting import text_only_question
+from pyunictokens.evaluate.suites.files import inline_options
+from pyunictokens.models.showo.prompting import text_only_question
+from pyunictokens.toy.concept import write_toy_concept
+from pyunictokens.utils.errors import UserError
 
 
 def pictures(folder: Path, *names: str) -> None:

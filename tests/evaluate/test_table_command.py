@@ -16,12 +16,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyunictokens.data import write_toy_concept
 from pyunictokens.data.images import to_pil
-from pyunictokens.data.toydraw import render
-from pyunictokens.data.toyscene import random_scene
-from pyunictokens.evaluate import judging
+from pyunictokens.evaluate import judge_prompts as judging
 from pyunictokens.evaluate.subject import DRAWING
+from pyunictokens.toy.concept import write_toy_concept
+from pyunictokens.toy.drawing import render
+from pyunictokens.toy.scene import random_scene
 from tests.tiny import tiny_experts, tiny_toy
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,8 +47,8 @@ def call(*words: object, code: int = 0) -> str:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyunictokens.toy.load_toy", tiny_toy)
-    monkeypatch.setattr("pyunictokens.rewards.toy.load_toy_experts", tiny_experts)
+    monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
+    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
-from pyunictokens.evaluate.cells import Cell, Cells
-from pyunictokens.evaluate.gallery import write_gallery
+from pyunictokens.evaluate.report.gallery import write_gallery
+from pyunictokens.evaluate.sample_cache import Cell, Cells
 from pyunictokens.evaluate.scoring import METRICS, Failure
 from pyunictokens.evaluate.subject import DRAWING, TASKS
 from pyunictokens.evaluate.table_files import Table, told
 from pyunictokens.evaluate.tables import TABLE_1, TABLES, compare, metric_of, rows, seed_means
+from pyunictokens.utils.errors import UserError
 
 
 def cells(model: str, lift: float = 0.0, concepts: int = 3, seeds: int = 2, samples: int = 3) -> list[Cell]:

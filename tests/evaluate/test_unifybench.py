@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyunictokens.data import load_batch, load_concept, write_toy_concept
+from pyunictokens.data import load_batch, load_concept
 from pyunictokens.data.concept import Concept
-from pyunictokens.data.toyscene import SLOTS, code
-from pyunictokens.errors import UserError
 from pyunictokens.evaluate import SPLITS, EvalResult, unifybench
-from pyunictokens.io import read_json
-from pyunictokens.models import prompting
+from pyunictokens.models.showo import prompting
 from pyunictokens.rewards import Ensemble, RewardBatch
+from pyunictokens.toy.concept import write_toy_concept
+from pyunictokens.toy.scene import SLOTS, code
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +91,9 @@ class Rule:
 
 
 class Reader:
-    def read(self, pixels: Tensor) -> Tensor:
-        return (pixels[:, 0, 0] * 16).round().long()
+    def attributes(self, pixels: Tensor) -> list[dict[str, str]]:
+        codes = (pixels[:, 0, 0] * 16).round().long().tolist()
+        return [{slot: SLOTS[slot][code] for slot, code in zip(SLOTS, row, strict=True)} for row in codes]
 
 
 class Net:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pyunictokens.errors import UserError
-from pyunictokens.evaluate.adapters import candidate, parse
-from pyunictokens.evaluate.adapters.vlm import Backbone, Vlm
+from pyunictokens.evaluate.baselines import candidate, parse
+from pyunictokens.evaluate.baselines.vlm import Backbone, Vlm
 from pyunictokens.evaluate.model import Unsupported
 from pyunictokens.evaluate.subject import Subject
+from pyunictokens.utils.errors import UserError
 
 WORDS = [
     "a",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cost_tables import updated
-from pyunictokens.io import write_json, write_text_atomic
+from pyunictokens.utils.files import write_json, write_text_atomic
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 KEPT, PAGE = DOCS / "fuzz.json", DOCS / "reliability.md"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import yaml
 
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 Target = Callable[[bytes], None]
 
@@ -36,9 +36,9 @@ def _room() -> Path:
     """A folder of this process with one good file of each kind."""
     from safetensors.torch import save
 
+    from pyunictokens.config.settings import to_mapping
+    from pyunictokens.config.training import TrainConfig
     from pyunictokens.models import ConceptTokens
-    from pyunictokens.train.config import TrainConfig
-    from pyunictokens.train.settings import to_mapping
     from tests.data.conftest import Folder
     from tests.train.world import tiny_concept
 
@@ -52,7 +52,7 @@ def _room() -> Path:
         shutil.copytree(Path(__file__).parent.parent / "golden" / name, room / name)
     (room / "weights").mkdir()
     (room / "weights" / "a.safetensors").write_bytes(save({"x": torch.zeros(2)}))
-    from pyunictokens.train.state import RunFolder
+    from pyunictokens.train.checkpoint.run_state import RunFolder
 
     with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}) as run:
         run.save(1, {"x": torch.zeros(2)}, {"threshold": {"value": 0.5}, "reward": 0.5}, keep_last=1)
@@ -106,7 +106,7 @@ def picture(data: bytes) -> None:
 
 def safetensors(data: bytes) -> None:
     from pyunictokens.models.checkpoint import load_state_dict
-    from pyunictokens.train.tensors import read_tensors
+    from pyunictokens.train.checkpoint.tensors import read_tensors
 
     read_tensors(_put(data, "weights", "model.safetensors"))
     load_state_dict(_room() / "weights")
@@ -161,7 +161,7 @@ def tokens_published(data: bytes) -> None:
 
 
 def run_state(data: bytes) -> None:
-    from pyunictokens.train.state import RunFolder
+    from pyunictokens.train.checkpoint.run_state import RunFolder
 
     def read(room: Path) -> None:
         with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}, resume=True) as run:
@@ -171,7 +171,7 @@ def run_state(data: bytes) -> None:
 
 
 def run_json(data: bytes) -> None:
-    from pyunictokens.train.state import RunFolder
+    from pyunictokens.train.checkpoint.run_state import RunFolder
 
     def read(room: Path) -> None:
         with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}, resume=True):
@@ -181,7 +181,7 @@ def run_json(data: bytes) -> None:
 
 
 def run_tensors(data: bytes) -> None:
-    from pyunictokens.train.state import RunFolder
+    from pyunictokens.train.checkpoint.run_state import RunFolder
 
     def read(room: Path) -> None:
         with RunFolder(room / "run", {"a": 1}, {"b": [1, 2]}, resume=True) as run:
@@ -201,9 +201,9 @@ def policy(data: bytes) -> None:
 
 
 def settings(data: bytes) -> None:
-    from pyunictokens.runs import RunConfig
-    from pyunictokens.train.config import TrainConfig
-    from pyunictokens.train.settings import load_yaml
+    from pyunictokens.config.settings import load_yaml
+    from pyunictokens.config.training import TrainConfig
+    from pyunictokens.runs.run_dir import RunConfig
 
     file = _put(data, "given.yaml")
     values = load_yaml(file)
@@ -212,15 +212,15 @@ def settings(data: bytes) -> None:
 
 
 def overrides(data: bytes) -> None:
-    from pyunictokens.runs import RunConfig
+    from pyunictokens.runs.run_dir import RunConfig
 
     RunConfig.make("toy", words=data.decode("utf-8", errors="replace").split("\n")[:4])
 
 
 def run_config(data: bytes) -> None:
     """A run's config.yaml and about.json, as `generate` and `--resume` read them."""
-    from pyunictokens.runs import Run
-    from pyunictokens.workbench import Sources
+    from pyunictokens.runs.bundle import Sources
+    from pyunictokens.runs.run_dir import Run
 
     def read(room: Path) -> None:
         run = Run.find(str(room / "tokens"))
@@ -232,7 +232,7 @@ def run_config(data: bytes) -> None:
 
 
 def log(data: bytes) -> None:
-    from pyunictokens.train.logs import MetricsLog, read_metrics
+    from pyunictokens.train.metrics import MetricsLog, read_metrics
 
     file = _put(data, "log", "metrics.jsonl") if (_room() / "log").exists() else None
     if file is None:
@@ -256,8 +256,8 @@ def evaluation(data: bytes) -> None:
 
 
 def many(data: bytes) -> None:
-    from pyunictokens.many import JOBS, Status
-    from pyunictokens.many_results import collect, write_results
+    from pyunictokens.runs.sweep import JOBS, Status
+    from pyunictokens.runs.sweep_results import collect, write_results
 
     runs = _room() / "runs"
     (runs / JOBS).mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ def many(data: bytes) -> None:
 
 
 def plan(data: bytes) -> None:
-    from pyunictokens import many
+    from pyunictokens.runs import sweep as many
 
     runs = _room() / "planned"
     (runs / many.JOBS).mkdir(parents=True, exist_ok=True)
@@ -288,7 +288,7 @@ def judge(data: bytes) -> None:
 
 def experts(data: bytes) -> None:
     """What came over a connection to served experts, or from them."""
-    from pyunictokens.rewards.wire import decode, tensor, texts, unpack_batch
+    from pyunictokens.rewards.served.wire import decode, tensor, texts, unpack_batch
 
     message, tensors = decode(data)
     for read in (
@@ -379,7 +379,7 @@ def seeds(name: str) -> list[bytes]:
         return [buffer.getvalue()]
     if name == "experts":
         from pyunictokens.rewards import RewardBatch
-        from pyunictokens.rewards.wire import encode, pack_batch
+        from pyunictokens.rewards.served.wire import encode, pack_batch
 
         pixels = torch.zeros(2, 3, 2, 2)
         batch = RewardBatch(pixels, ["a", "b"], ["c", "d"], ["c", "e"], 1, pixels[:1], "human")

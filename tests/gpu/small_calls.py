@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from pyunictokens.errors import UserError
-from pyunictokens.ops import _dispatch
+from pyunictokens.ops import registry as _dispatch
+from pyunictokens.utils.errors import UserError
 from tests.gpu import support
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
-from pyunictokens.ops import _dispatch
+from pyunictokens.ops import registry as _dispatch
+from pyunictokens.utils.errors import UserError
 from tests.ops import naive
 
 CLIP_LOW, CLIP_HIGH, BETA, ALPHA = 0.2, 0.3, 0.05, 0.6

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyunictokens.ops import _dispatch, reference
+from pyunictokens.ops import reference
+from pyunictokens.ops import registry as _dispatch
 
 from . import support
 from .support import VARIANTS, Head

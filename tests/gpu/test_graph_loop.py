@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pyunictokens import MASK
-from pyunictokens.errors import UserError
 from pyunictokens.models import Showo
-from pyunictokens.ops import _native
-from pyunictokens.rollout.capture import CaptureCache, CapturedSteps, GraphPool, best_mode
-from pyunictokens.rollout.device_step import DeviceLoop, GuidedHidden, StepState, image_head, read_by
-from pyunictokens.rollout.images import LoopSettings
+from pyunictokens.ops.backends import cpu as _native
+from pyunictokens.rollout.cuda_graphs.capture import CaptureCache, CapturedSteps, GraphPool, best_mode
+from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop, GuidedHidden, StepState, image_head, read_by
+from pyunictokens.rollout.sampler import LoopSettings
+from pyunictokens.utils.errors import UserError
 from tests.rollout.test_device_step import prefixes
 from tests.rollout.tiny import CONFIG, tiny_model
 

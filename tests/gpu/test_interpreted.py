@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyunictokens.ops import _dispatch
+from pyunictokens.ops import registry as _dispatch
 
 FILES = ("test_values.py", "test_gradients.py", "test_determinism.py", "test_capture.py")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyunictokens.rewards import RewardBatch
-from pyunictokens.rewards.load import load_rewards
+from pyunictokens.rewards.registry import load_rewards
 
 from ..rewards.checkpoints import SENTENCES, Folders, save_blip2, save_dinov2, save_ernie, save_facenet
 
@@ -49,7 +49,7 @@ def test_lean_leaves_nothing_on_the_device(saved: Folders, device: str) -> None:
 
 def test_faces_are_found_on_the_device(saved: Folders, device: str) -> None:
     skimage_data = pytest.importorskip("skimage.data")
-    from pyunictokens.rewards.facenet import FerConfig, MtcnnFaceNet
+    from pyunictokens.rewards.experts.facenet import FerConfig, MtcnnFaceNet
 
     from ..rewards.checkpoints import pixels_of
 

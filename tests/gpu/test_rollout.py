@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyunictokens import DsogThreshold, RolloutEngine
 from pyunictokens.models import PromptKV
-from pyunictokens.models.attention import CausalAfterPrompt, PromptAttention
+from pyunictokens.models.showo.attention import CausalAfterPrompt, PromptAttention
 from pyunictokens.rollout import Dsog
 
 from ..rollout.tiny import MAX_TEXT, CodesAsPixels, tiny_model

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens.models import Showo, prompting
-from pyunictokens.ops import _dispatch
+from pyunictokens.models import Showo
+from pyunictokens.models.showo import prompting
+from pyunictokens.ops import registry as _dispatch
 from pyunictokens.train.update import ImageTrajectories, LossSettings, image_logprobs, streamed_backward
 
 from . import support
@@ -23,7 +24,7 @@ RATE = 2e-5
 
 def _model(device: str) -> Showo:
     if device == "cuda":
-        from pyunictokens.toy import load_toy
+        from pyunictokens.toy.model import load_toy
 
         return load_toy(device=device).model
     from tests.tiny import tiny_toy

@@ -160,8 +160,8 @@ def test_every_backend_chooses_the_same(device: str) -> None:
 
 
 def _offered(device: str) -> list[str]:
-    from pyunictokens.errors import UserError
-    from pyunictokens.ops import _dispatch
+    from pyunictokens.ops import registry as _dispatch
+    from pyunictokens.utils.errors import UserError
 
     found = []
     for name in ("cpu", "triton", "cuda"):

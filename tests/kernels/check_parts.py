@@ -7,7 +7,7 @@ import torch
 
 import pyunictokens as uct
 from pyunictokens.kernels import head, rows
-from pyunictokens.ops import _logprob
+from pyunictokens.ops import logprob as _logprob
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 1024, 1500])

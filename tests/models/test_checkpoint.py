@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyunictokens.errors import UserError
 from pyunictokens.models.checkpoint import load_state_dict, read_config, resolve
-from pyunictokens.models.showo import Showo
+from pyunictokens.models.showo.model import Showo
+from pyunictokens.utils.errors import UserError
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
-from pyunictokens.models.concept import ConceptTokens
+from pyunictokens.models.concept_tokens import ConceptTokens
+from pyunictokens.utils.errors import UserError
 
 
 def test_tokens_and_groups():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyunictokens.models import PromptKV
-from pyunictokens.models.attention import DecodeAttention
+from pyunictokens.models.showo.attention import DecodeAttention
 
 
 @pytest.mark.parametrize("sliced", [True, False])

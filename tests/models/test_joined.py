@@ -7,10 +7,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyunictokens.errors import UserError
 from pyunictokens.models import PromptKV
-from pyunictokens.models.attention import CausalAfterPrompt, PromptAttention
-from pyunictokens.models.joined import CpuKernel, CudaKernel, FlashAttnKernel, _flash_attn, joined_attention, kernel_for
+from pyunictokens.models.showo.attention import CausalAfterPrompt, PromptAttention
+from pyunictokens.models.showo.shared_prefix import (
+    CpuKernel,
+    CudaKernel,
+    FlashAttnKernel,
+    _flash_attn,
+    joined_attention,
+    kernel_for,
+)
+from pyunictokens.utils.errors import UserError
 
 
 def problem(seed, lengths, prompt_of_row, heads=3, new=7, width=16, dtype=torch.float64):
@@ -111,7 +118,7 @@ def test_flash_attn_is_used_where_installed_and_no_gradient_is_wanted(monkeypatc
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     _flash_attn.cache_clear()
-    monkeypatch.setattr("pyunictokens.models.joined.kernel_for", lambda q: FlashAttnKernel())
+    monkeypatch.setattr("pyunictokens.models.showo.shared_prefix.kernel_for", lambda q: FlashAttnKernel())
     q, k, v, prompts = problem(3, [5], [0, 0])
     with torch.no_grad():
         ours = PromptAttention(prompts, [0, 0], joined=True)(0, q, k, v)

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
 from pyunictokens.models.magvit import MagvitConfig, MagvitV2
+from pyunictokens.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_weights_of_another_shape_are_named(tiny, tmp_path):
     weights = tiny.state_dict()
     weights["encoder.mid.attn_1.q.weight"] = torch.zeros(2, 2, 1, 1)
     del weights["decoder.norm_out.bias"]
-    from pyunictokens.io import save_safetensors_atomic
+    from pyunictokens.utils.files import save_safetensors_atomic
 
     save_safetensors_atomic(tmp_path / "model.safetensors", weights)
     with pytest.raises(UserError, match=r"1 missing \(decoder.norm_out.bias\).*1 of another shape.*attn_1.q.weight"):

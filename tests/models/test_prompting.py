@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyunictokens.errors import UserError
-from pyunictokens.models import prompting
-from pyunictokens.models.prompting import SpecialIds, attention_allowed, mmu, t2i, t2i_text
-from pyunictokens.models.showo import ShowoConfig
+from pyunictokens.models.showo import prompting
+from pyunictokens.models.showo.model import ShowoConfig
+from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, mmu, t2i, t2i_text
+from pyunictokens.utils.errors import UserError
 
 IDS = SpecialIds.from_config(ShowoConfig(), num_new=25)
 

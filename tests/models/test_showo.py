@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
 from pyunictokens.models import (
     ConceptTokens,
     PromptKV,
@@ -20,8 +19,9 @@ from pyunictokens.models import (
     prefill_mmu_clip,
     prefill_t2i,
 )
-from pyunictokens.models.attention import DecodeAttention
-from pyunictokens.models.prompting import SpecialIds, attention_allowed, mmu, mmu_clip_allowed, t2i, t2i_text
+from pyunictokens.models.showo.attention import DecodeAttention
+from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, mmu, mmu_clip_allowed, t2i, t2i_text
+from pyunictokens.utils.errors import UserError
 
 SMALL = ShowoConfig(
     vocab_size=50 + 10 + 24 + 1,

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pyunictokens.errors import UserError
-from pyunictokens.models.prompting import SPECIAL_TOKENS
-from pyunictokens.models.text import TextTokenizer
+from pyunictokens.models.showo.prompting import SPECIAL_TOKENS
+from pyunictokens.models.tokenizer import TextTokenizer
+from pyunictokens.utils.errors import UserError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 META = torch.device("meta")
 NAN, INF = float("nan"), float("inf")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import pyunictokens as uct
-from pyunictokens.ops import _native, _native_head
+from pyunictokens.ops.backends import cpu as _native
+from pyunictokens.ops.backends import cpu_head as _native_head
 
 from . import naive
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import pyunictokens as uct
-from pyunictokens.ops import MaskgitStep, _native, _native_cuda, philox
+from pyunictokens.ops import MaskgitStep, philox
+from pyunictokens.ops.backends import cpu as _native
+from pyunictokens.ops.backends import cuda as _native_cuda
 
 from .test_maskgit_step import SHAPES, _arguments, _hold_against_float64, _noise
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
-from pyunictokens.ops import _dispatch
-from pyunictokens.ops._dispatch import Entry, choose
+from pyunictokens.ops import registry as _dispatch
+from pyunictokens.ops.registry import Entry, choose
+from pyunictokens.utils.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

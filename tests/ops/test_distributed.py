@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 WORLD, R, T, N, D, K = 2, 4, 2, 3, 8, 11
 

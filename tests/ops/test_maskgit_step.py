@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import pyunictokens as uct
-from pyunictokens.ops import MaskgitStep, _native, philox
+from pyunictokens.ops import MaskgitStep, philox
+from pyunictokens.ops.backends import cpu as _native
 
 CORE = _native.core()
 LEVELS = CORE.cpu_levels() if CORE is not None else []

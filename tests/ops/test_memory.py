@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyunictokens as uct
-from pyunictokens.ops import _dispatch, reference
+from pyunictokens.ops import reference
+from pyunictokens.ops import registry as _dispatch
 
 TOKENS, WIDTH, ENTRIES, CHUNK = (4, 3, 64), 8, 512, 1 << 14
 

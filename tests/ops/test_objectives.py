@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
 from pyunictokens.ops import objectives
+from pyunictokens.utils.errors import UserError
 
 from . import naive
 

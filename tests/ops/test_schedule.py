@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 NAMES = ["cosine", "linear", "sigmoid", "pow2", "pow0.5", "pow3.25"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import pyunictokens as uct
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 
 R, N, D, K = 2, 5, 6, 11
 OFFERED = [name for name, what in uct.ops.capabilities().items() if what["available"] and name != "cuda"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import rewards_batch as bench
-from pyunictokens.rewards.load import load_rewards
+from pyunictokens.rewards.registry import load_rewards
 
 from .checkpoints import Folders
 

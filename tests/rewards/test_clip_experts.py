@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyunictokens.errors import UserError
 from pyunictokens.rewards import RewardBatch
-from pyunictokens.rewards.load import load_rewards
 from pyunictokens.rewards.networks import resized_and_cropped
+from pyunictokens.rewards.registry import load_rewards
+from pyunictokens.utils.errors import UserError
 
 from .checkpoints import pil
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyunictokens.rewards import cost
+from pyunictokens.rewards import costs as cost
 
 from .checkpoints import Folders, pixels_of, save_dinov2
 
@@ -50,7 +50,7 @@ def test_dinov2_with_a_gated_mlp() -> None:
 
 
 def test_blip2(saved: Folders) -> None:
-    from pyunictokens.rewards.ber import BerConfig, Blip2
+    from pyunictokens.rewards.experts.ber import BerConfig, Blip2
 
     net = Blip2(BerConfig(str(saved.blip2)))
     net._modules = (open_plain(saved.blip2, transformers.Blip2ForImageTextRetrieval),)
@@ -62,7 +62,7 @@ def test_blip2(saved: Folders) -> None:
 def test_faces(saved: Folders) -> None:
     """The whole search of a photograph, with as many boxes as its second and third network saw."""
     skimage_data = pytest.importorskip("skimage.data")
-    from pyunictokens.rewards.facenet import FerConfig, MtcnnFaceNet
+    from pyunictokens.rewards.experts.facenet import FerConfig, MtcnnFaceNet
 
     net = MtcnnFaceNet(FerConfig(str(saved.facenet)))
     finder: Any = net.load()[0]
@@ -102,4 +102,4 @@ def test_the_page_shows_the_table() -> None:
     from pathlib import Path
 
     page = Path(__file__).parents[2] / "docs" / "rewards.md"
-    assert cost.markdown() in page.read_text(encoding="utf-8"), "python -m pyunictokens.rewards.cost prints it"
+    assert cost.markdown() in page.read_text(encoding="utf-8"), "python -m pyunictokens.rewards.costs prints it"

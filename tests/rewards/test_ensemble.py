@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyunictokens.errors import UserError
 from pyunictokens.rewards import PAPER_WEIGHTS, Ensemble, Fer, RewardBatch, plain_text
+from pyunictokens.utils.errors import UserError
 
 from .fakes import ColourFace, flat
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyunictokens.errors import UserError
 from pyunictokens.rewards import Ber, Der, Expert, Fer, RewardBatch, Tier
-from pyunictokens.rewards.tier import tier_score
+from pyunictokens.rewards.experts.tier import tier_score
+from pyunictokens.utils.errors import UserError
 
 from .fakes import ColourFace, HandText, MeanColour, flat
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
 from pyunictokens.rewards import Fer, RewardBatch
-from pyunictokens.rewards.facenet import Face, FerConfig, MtcnnFaceNet
+from pyunictokens.rewards.experts.facenet import Face, FerConfig, MtcnnFaceNet
 from pyunictokens.rewards.networks import to_bytes
+from pyunictokens.utils.errors import UserError
 
 from .checkpoints import Folders, pixels_of
 
@@ -94,7 +94,7 @@ def test_turning_by_hand(net: MtcnnFaceNet) -> None:
     """A quarter turn moves the mark on the right of the face's middle to where `angle` says it came from."""
     image = torch.zeros(1, 3, 41, 41)
     image[..., 30, 20] = 1.0  # below the middle
-    from pyunictokens.rewards.facenet import _turned
+    from pyunictokens.rewards.experts.facenet import _turned
 
     turned = _turned(image, Face((10.0, 10.0, 31.0, 31.0), math.pi / 2))
     where = divmod(int(turned[0, 0].argmax()), 41)

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyunictokens.errors import UserError
 from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.rewards.endpoint import Endpoint, EndpointConfig, EndpointError
 from pyunictokens.rewards.judge import Judge, JudgeConfig, JudgeExpert, JudgeItem, data_url, parse_score
+from pyunictokens.utils.errors import UserError
 
 from ..judge_server import JudgeServer, images_of, question_of
 from .fakes import flat

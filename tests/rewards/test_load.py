@@ -13,11 +13,11 @@ import yaml
 from typer.testing import CliRunner
 
 from pyunictokens.cli import app
-from pyunictokens.errors import UserError
 from pyunictokens.rewards import Ber, Der, Fer, JudgeExpert, RewardBatch, Tier
-from pyunictokens.rewards.load import RewardConfig, load_rewards
+from pyunictokens.rewards.registry import RewardConfig, load_rewards
 from pyunictokens.rewards.weights import WANTED, status
-from pyunictokens.workbench import Sources, load_experts, read_rewards
+from pyunictokens.runs.bundle import Sources, load_experts, read_rewards
+from pyunictokens.utils.errors import UserError
 
 from .checkpoints import SENTENCES, Folders
 
@@ -85,7 +85,7 @@ def test_settings_from_a_file_and_from_a_run(saved: Folders, tmp_path: Path) -> 
 def test_a_run_keeps_its_rewards(saved: Folders, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from pyunictokens.runs import RunConfig, write_description
+    from pyunictokens.runs.run_dir import RunConfig, write_description
 
     concept: Any = SimpleNamespace(root=tmp_path, name="bo", kind="animal", class_word="dog", info="", extra_info=[])
     settings = {"experts": saved.settings("der"), "weights": {"der": 1.0}}

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 
-from pyunictokens.errors import UserError
 from pyunictokens.rewards import Ber, Der, RewardBatch, Tier
-from pyunictokens.rewards.ber import BerConfig, Blip2
-from pyunictokens.rewards.der import DerConfig, Dinov2, best_match
+from pyunictokens.rewards.experts.ber import BerConfig, Blip2
+from pyunictokens.rewards.experts.der import DerConfig, Dinov2, best_match
+from pyunictokens.rewards.experts.tier import SentenceEncoder, TierConfig, tier_score
 from pyunictokens.rewards.networks import ImageNetwork
-from pyunictokens.rewards.tier import SentenceEncoder, TierConfig, tier_score
+from pyunictokens.utils.errors import UserError
 
 from .checkpoints import SENTENCES, Folders, pil, save_blip2, save_dinov2
 
@@ -267,7 +267,7 @@ def test_networks_are_read_late_and_frozen(saved: Folders) -> None:
 
 def test_references_facts_and_prompts_are_computed_once(saved: Folders) -> None:
     """Rows that go through each network over three steps of a group of 5, counted at the network itself."""
-    from pyunictokens.rewards.load import load_rewards
+    from pyunictokens.rewards.registry import load_rewards
 
     ensemble = load_rewards({"experts": saved.settings("tier", "ber", "der")}).ensemble
     seen: dict[str, int] = {}

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
-from pyunictokens.rewards import Ensemble, RewardBatch, load_toy_experts
-from pyunictokens.rewards.load import load_rewards
+from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.rewards.placement import Placement, Throughput, fits
+from pyunictokens.rewards.registry import load_rewards
+from pyunictokens.toy.rewards import load_toy_experts
+from pyunictokens.utils.errors import UserError
 
 from .checkpoints import SENTENCES, Folders
 from .fakes import flat

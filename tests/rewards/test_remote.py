@@ -19,13 +19,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyunictokens.errors import UserError
-from pyunictokens.rewards import Ensemble, EnsembleScore, RewardBatch, load_toy_experts
-from pyunictokens.rewards.load import Rewards
-from pyunictokens.rewards.remote import RemoteExperts, parse_addresses
-from pyunictokens.rewards.serve import ExpertServer
-from pyunictokens.rewards.wire import KEY, KEY_FILE, decode, encode, pack_batch, read_key, shake_hands, unpack_batch
-from pyunictokens.workbench import Sources, load_experts
+from pyunictokens.rewards import Ensemble, EnsembleScore, RewardBatch
+from pyunictokens.rewards.registry import Rewards
+from pyunictokens.rewards.served.client import RemoteExperts, parse_addresses
+from pyunictokens.rewards.served.server import ExpertServer
+from pyunictokens.rewards.served.wire import (
+    KEY,
+    KEY_FILE,
+    decode,
+    encode,
+    pack_batch,
+    read_key,
+    shake_hands,
+    unpack_batch,
+)
+from pyunictokens.runs.bundle import Sources, load_experts
+from pyunictokens.toy.rewards import load_toy_experts
+from pyunictokens.utils.errors import UserError
 
 from .test_toy import human_batch
 

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pyunictokens.cli import app
-from pyunictokens.data import write_toy_concept
+from pyunictokens.toy.concept import write_toy_concept
 from tests.tiny import tiny_toy
 
 from .checkpoints import Folders
@@ -28,7 +28,7 @@ def call(*words: object, code: int = 0) -> str:
 
 
 def test_train_with_rewards_from_a_file(saved: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyunictokens.toy.load_toy", tiny_toy)
+    monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
     write_toy_concept(tmp_path / "data", seed=5, kind="animal", name="bo")
     settings = {"rewards": {"experts": saved.settings("tier", "ber", "der"), "memory": "lean", "offline": True}}
     file = tmp_path / "rewards.yaml"

@@ -11,12 +11,12 @@ from PIL import Image
 
 import pyunictokens
 from pyunictokens.data.images import from_pil
-from pyunictokens.data.toydraw import render
-from pyunictokens.data.toyscene import Attributes, random_moment, random_scene
-from pyunictokens.errors import UserError
-from pyunictokens.rewards import RewardBatch, load_toy_experts
-from pyunictokens.rewards.toy import ToyRewards, toy_rewards
-from pyunictokens.rewards.toy_nets import ToyExperts
+from pyunictokens.rewards import RewardBatch
+from pyunictokens.toy.drawing import render
+from pyunictokens.toy.networks import ToyExperts
+from pyunictokens.toy.rewards import ToyRewards, load_toy_experts, toy_rewards
+from pyunictokens.toy.scene import Attributes, random_moment, random_scene
+from pyunictokens.utils.errors import UserError
 
 WORDS = ["a", "photo", "of", "red", "blue", "cat", "person", "its", "favourite", "toy", "is", "ball", "hat"]
 SHIPPED = Path(pyunictokens.__file__).parent / "assets" / "toy" / "experts.safetensors"
@@ -126,3 +126,11 @@ def test_shipped_experts_prefer_what_is_right(kind: str) -> None:
     assert float(good["tier"].min()) > float(wrong_fact.max()) + 0.1
     if kind == "human":
         assert float((good["fer"] > 0).float().mean()) > 0.9
+
+
+def test_reading_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = untrained().nets.reader
+    monkeypatch.setattr(reader, "read", lambda pixels: torch.tensor([[3, 1, 0, 0, 1, 2, 0, 0, 5]]))
+    (seen,) = reader.attributes(torch.zeros(1, 3, 64, 64))
+    assert seen["shape"] == "cat" and seen["colour"] == "orange" and seen["wear"] == "hat"
+    assert seen["wear_colour"] == "orange" and seen["item"] == "none" and seen["place"] == "desert"

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pyunictokens import DsogThreshold, RolloutEngine, ops
-from pyunictokens.errors import UserError
 from pyunictokens.models import image_hidden
 from pyunictokens.rollout import Dsog, RolloutInterrupted
-from pyunictokens.rollout.memory import free_bytes
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.memory import free_bytes
 
 from .tiny import MAX_TEXT, CodesAsPixels, tiny_engine, tiny_model
 
@@ -108,7 +108,7 @@ def test_log_probs_that_are_not_finite_are_reported_where_the_op_cannot_look(mon
         out = real(*args, **options)
         return out._replace(logp=torch.full_like(out.logp, float("nan")))
 
-    monkeypatch.setattr("pyunictokens.rollout.images.ops.maskgit_step", blind)
+    monkeypatch.setattr("pyunictokens.rollout.sampler.ops.maskgit_step", blind)
     with pytest.raises(UserError, match="log-probs that are not finite"):
         tiny_engine().generate_images([[1]], steps=2)
 
@@ -127,7 +127,7 @@ def test_more_rows_than_memory_are_split_and_said_once(monkeypatch):
         ran.append(len(codes))
         return real(model, codes, prompts, prompt_of_row)
 
-    monkeypatch.setattr("pyunictokens.rollout.images.image_hidden", small_device)
+    monkeypatch.setattr("pyunictokens.rollout.sampler.image_hidden", small_device)
     engine = tiny_engine()
     with pytest.warns(UserWarning, match="12 rows need more memory than is free: they are run 6 at a time") as said:
         split = engine.generate_images([[1, 2], [3]], samples=3, steps=3)
@@ -139,10 +139,11 @@ def test_more_rows_than_memory_are_split_and_said_once(monkeypatch):
 def test_rows_are_split_by_what_is_free_before_memory_runs_out(monkeypatch):
     ran, real = [], image_hidden
     monkeypatch.setattr(
-        "pyunictokens.rollout.images.image_hidden", lambda m, codes, *a: (ran.append(len(codes)), real(m, codes, *a))[1]
+        "pyunictokens.rollout.sampler.image_hidden",
+        lambda m, codes, *a: (ran.append(len(codes)), real(m, codes, *a))[1],
     )
     row_bytes = 11 * (10 * 32 + 3 * 48) * 8
-    monkeypatch.setattr("pyunictokens.rollout.memory.free_bytes", lambda device: 2 * 5 * row_bytes)
+    monkeypatch.setattr("pyunictokens.utils.memory.free_bytes", lambda device: 2 * 5 * row_bytes)
     with pytest.warns(UserWarning, match="12 rows need more memory than is free: they are run 5 at a time"):
         tiny_engine().generate_images([[1, 2], [3]], samples=3, steps=3)
     assert ran == [3, 5, 5, 2, 5, 5, 2]  # step 0: two prompts and the empty one, each once
@@ -153,7 +154,7 @@ def test_a_row_that_fits_nowhere_is_an_error_and_other_errors_pass(monkeypatch):
         def hidden(*_):
             raise error
 
-        monkeypatch.setattr("pyunictokens.rollout.images.image_hidden", hidden)
+        monkeypatch.setattr("pyunictokens.rollout.sampler.image_hidden", hidden)
 
     raising(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(UserError, match="one row alone needs more memory"), pytest.warns(UserWarning):
@@ -178,7 +179,7 @@ def interrupting(monkeypatch, after):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("pyunictokens.rollout.images.image_hidden", hidden)
+    monkeypatch.setattr("pyunictokens.rollout.sampler.image_hidden", hidden)
 
 
 def test_ctrl_c_keeps_the_finished_images(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.baselines import showo_plain
 from pyunictokens import MASK
-from pyunictokens.models.prompting import SpecialIds
+from pyunictokens.models.showo.prompting import SpecialIds
 
 
 @pytest.mark.parametrize("prefix", ["gen.", "inpaint."])

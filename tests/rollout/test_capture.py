@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyunictokens.errors import UserError
-from pyunictokens.ops import _native
-from pyunictokens.rollout import capture
-from pyunictokens.rollout.capture import CaptureCache, CapturedSteps, best_mode, bucket, signature
+from pyunictokens.ops.backends import cpu as _native
+from pyunictokens.rollout.cuda_graphs import capture
+from pyunictokens.rollout.cuda_graphs.capture import CaptureCache, CapturedSteps, best_mode, bucket, signature
+from pyunictokens.utils.errors import UserError
 
 
 class Counter:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunictokens import MASK
-from pyunictokens.errors import UserError
-from pyunictokens.rollout import Dsog, DsogThreshold, captured
-from pyunictokens.rollout.device_step import DeviceLoop as Plain
+from pyunictokens.rollout import Dsog, DsogThreshold
+from pyunictokens.rollout.cuda_graphs import slots as captured
+from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop as Plain
 from pyunictokens.rollout.types import ImageRollout
+from pyunictokens.utils.errors import UserError
 
 from .tiny import CONFIG, tiny_engine, tiny_model
 

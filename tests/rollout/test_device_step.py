@@ -13,13 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyunictokens import MASK, ConceptTokens
-from pyunictokens.errors import UserError
-from pyunictokens.models import PromptKV, Showo, prefill_t2i, prompting
-from pyunictokens.models.attention import FullAttention
-from pyunictokens.rollout.device_step import DeviceLoop, GuidedHidden, StepState, advance, image_head, read_by
-from pyunictokens.rollout.images import EagerSlots, LoopSettings
+from pyunictokens.models import PromptKV, Showo, prefill_t2i
+from pyunictokens.models.showo import prompting
+from pyunictokens.models.showo.attention import FullAttention
+from pyunictokens.rollout.cuda_graphs.device_step import (
+    DeviceLoop,
+    GuidedHidden,
+    StepState,
+    advance,
+    image_head,
+    read_by,
+)
 from pyunictokens.rollout.loop import ImageLoop
+from pyunictokens.rollout.sampler import EagerSlots, LoopSettings
 from pyunictokens.rollout.scheduler import Scheduler
+from pyunictokens.utils.errors import UserError
 
 from .tiny import CONFIG, MAX_TEXT, tiny_model
 
@@ -138,7 +146,7 @@ def test_rows_taken_through_the_head_in_parts_are_the_same(monkeypatch):
     known = torch.full((5, 9), MASK)
     of_row, ids = [0, 1, 2, 3, 0], [1, 2, 3, 4, 5]
     host = on_host(model, of_row, known, ids, n, PROMPTS)
-    monkeypatch.setattr("pyunictokens.rollout.device_step.LOGITS_BYTES", 2 * 9 * 24 * 4)
+    monkeypatch.setattr("pyunictokens.rollout.cuda_graphs.device_step.LOGITS_BYTES", 2 * 9 * 24 * 4)
     loop = on_device(model, of_row, 9, n, PROMPTS)
     loop.state.start(list(range(5)), known, ids, stop_at=4, urgent=False)
     loop.run()

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from benchmarks import rollout_cases
 from pyunictokens import MASK, DsogThreshold
-from pyunictokens.errors import UserError
 from pyunictokens.rollout import Dsog
-from pyunictokens.rollout.images import EagerSlots
 from pyunictokens.rollout.previews import Previews
+from pyunictokens.rollout.sampler import EagerSlots
+from pyunictokens.utils.errors import UserError
 
 from .tiny import tiny_engine, tiny_model
 

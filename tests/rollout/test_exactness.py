@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.baselines import showo_plain
 from pyunictokens import MASK, DsogThreshold
-from pyunictokens.models.attention import PromptAttention
+from pyunictokens.models.showo.attention import PromptAttention
 from pyunictokens.rollout import Dsog
 
 from .tiny import CONFIG, MAX_TEXT, philox_noise, tiny_engine, tiny_model
@@ -118,7 +118,7 @@ def test_fp64_equals_the_plain_loop_code_for_code(monkeypatch):
     for number, batch in enumerate(rounds()):
         # Every other batch by the attention that a GPU takes: prompts apart, joined by log-sum-exp.
         attention = partial(PromptAttention, joined=bool(number % 2))
-        monkeypatch.setattr("pyunictokens.models.cached.PromptAttention", attention)
+        monkeypatch.setattr("pyunictokens.models.showo.prefill.PromptAttention", attention)
         ours = batch.rollout(model)
         final, inputs, chosen, logp = batch.plain(model, ours)
         assert torch.equal(ours.codes, final)

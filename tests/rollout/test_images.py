@@ -114,7 +114,7 @@ def test_more_rows_than_fit_wait_their_turn(max_rows):
 
 def test_rows_taken_through_the_head_in_parts_are_the_same(monkeypatch):
     whole = tiny_engine().generate_images([[1, 2], [3]], samples=3, steps=4)
-    monkeypatch.setattr("pyunictokens.rollout.images.LOGITS_BYTES", 2 * 9 * 24 * 4)
+    monkeypatch.setattr("pyunictokens.rollout.sampler.LOGITS_BYTES", 2 * 9 * 24 * 4)
     rows_equal(whole, tiny_engine().generate_images([[1, 2], [3]], samples=3, steps=4), list(range(6)))
 
 
@@ -129,7 +129,7 @@ def test_without_guidance_the_empty_prompt_is_never_computed(monkeypatch):
         prefixes.append(len(prompts))
         return prefill_t2i(model, prompts, max_text)
 
-    monkeypatch.setattr("pyunictokens.rollout.images.image_hidden", counted)
+    monkeypatch.setattr("pyunictokens.rollout.sampler.image_hidden", counted)
     monkeypatch.setattr("pyunictokens.rollout.engine.prefill_t2i", prefixed)
     engine = tiny_engine()
     engine.generate_images([[1, 2], [3], [1, 2]], samples=2, steps=3, guidance_scale=0)

@@ -7,9 +7,9 @@ import torch
 
 import pyunictokens
 from pyunictokens import ConceptTokens, RolloutEngine, TextTokenizer
-from pyunictokens.errors import UserError
 from pyunictokens.models import ShowoConfig
-from pyunictokens.models.vocabulary import TextVocabulary
+from pyunictokens.models.showo.vocabulary import TextVocabulary
+from pyunictokens.utils.errors import UserError
 
 from .tiny import CONFIG, MAX_TEXT, CodesAsPixels, tiny_model
 

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 
 from benchmarks.baselines import showo_plain
 from pyunictokens import RolloutEngine, ops
-from pyunictokens.errors import UserError
-from pyunictokens.models import Showo, prefill_mmu, prompting
-from pyunictokens.models.attention import DecodeAttention
-from pyunictokens.models.prompting import SpecialIds
-from pyunictokens.models.vocabulary import TextVocabulary
+from pyunictokens.models import Showo, prefill_mmu
+from pyunictokens.models.showo import prompting
+from pyunictokens.models.showo.attention import DecodeAttention
+from pyunictokens.models.showo.prompting import SpecialIds
+from pyunictokens.models.showo.vocabulary import TextVocabulary
 from pyunictokens.rollout.text import AnswerStep, TextSettings, decode
+from pyunictokens.utils.errors import UserError
 
 from .tiny import MAX_TEXT, CodesAsPixels, tiny_engine, tiny_model
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from pytest import MonkeyPatch
 
-from pyunictokens.io import read_json
-from pyunictokens.pipeline import _Run, run_concept
-from pyunictokens.runs import CONFIG, EvaluationConfig, RunConfig
-from pyunictokens.stopping import Stopped, stop_on_signals
+from pyunictokens.runs.bundle import Experts, Workbench
+from pyunictokens.runs.pipeline import _Run, run_concept
+from pyunictokens.runs.run_dir import CONFIG, EvaluationConfig, RunConfig
 from pyunictokens.train import read_metrics
-from pyunictokens.train.tensors import read_tensors
-from pyunictokens.workbench import Experts, Workbench
+from pyunictokens.train.checkpoint.tensors import read_tensors
+from pyunictokens.utils.files import read_json
+from pyunictokens.utils.signals import Stopped, stop_on_signals
 from tests.train.world import World, experts, grpo_config, red_preview, stage_config, tiny_model
 
 OPERATIONS = ("fsync", "replace", "rename")

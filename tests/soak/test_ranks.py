@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pyunictokens.data.toyconcept import write_toy_concept
+from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.train import read_metrics
 
 pytestmark = pytest.mark.soak

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from pyunictokens.data.toyconcept import write_toy_concept
+from pyunictokens.toy.concept import write_toy_concept
 
 pytestmark = pytest.mark.soak
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pyunictokens.errors import UserError
+from pyunictokens.utils.errors import UserError
 from tests.soak import chaos
 from tests.train.world import World, world
 

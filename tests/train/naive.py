@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyunictokens.models import Showo, prompting
+from pyunictokens.models import Showo
+from pyunictokens.models.showo import prompting
 from pyunictokens.train.update import AnswerTrajectories, ImageTrajectories, LossSettings
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-import pyunictokens.train.sharded  # noqa: F401  loaded before the fork: it takes seconds
-from pyunictokens.train.distributed import Ranks
+from pyunictokens.train.distributed.ranks import Ranks
 
 
 def together(

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyunictokens.errors import UserError
+from pyunictokens.config.settings import leaves
+from pyunictokens.config.training import PRESETS
 from pyunictokens.train import GrpoConfig, StageConfig, TrainConfig
-from pyunictokens.train.config import PRESETS
-from pyunictokens.train.optim import learning_rate
-from pyunictokens.train.settings import leaves
+from pyunictokens.train.optimizer import learning_rate
+from pyunictokens.utils.errors import UserError
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -109,7 +109,7 @@ def test_words_set_what_they_say(group: int, lr: float, flag: bool, kind: str) -
 
 def test_every_field_says_what_it_is() -> None:
     """A docstring stands under each field; `leaves` names them all, so documentation can be held against it."""
-    source = Path(__import__("pyunictokens.train.config", fromlist=["x"]).__file__).read_text()
+    source = Path(__import__("pyunictokens.config.training", fromlist=["x"]).__file__).read_text()
     for cls in (StageConfig, GrpoConfig):
         body = source[source.index(f"class {cls.__name__}") :]
         for each in fields(cls):

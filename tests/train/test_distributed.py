@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from pyunictokens.cli.train import train
-from pyunictokens.errors import RankLost, UserError
-from pyunictokens.stopping import Stopped
-from pyunictokens.train import grpo, read_metrics, state, train_grpo, watch
-from pyunictokens.train.distributed import Ranks
-from pyunictokens.train.saving import Saver
+from pyunictokens.train import grpo, read_metrics, train_grpo
+from pyunictokens.train.checkpoint import run_state as state
+from pyunictokens.train.checkpoint.writer import Saver
+from pyunictokens.train.distributed import heartbeat as watch
+from pyunictokens.train.distributed.ranks import Ranks
+from pyunictokens.utils.errors import RankLost, UserError
+from pyunictokens.utils.signals import Stopped
 from tests.train.ranks import together
 from tests.train.world import World, experts, grpo_config, world
 

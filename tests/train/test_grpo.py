@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
-from pyunictokens.models import ConceptTokens, prompting
-from pyunictokens.profiling import PHASES, PhaseReport
+from pyunictokens.models import ConceptTokens
+from pyunictokens.models.showo import prompting
 from pyunictokens.rewards import Ensemble
-from pyunictokens.train import grpo, read_metrics, state, train_grpo
-from pyunictokens.train.experience import Collector, trajectories
+from pyunictokens.train import grpo, read_metrics, train_grpo
+from pyunictokens.train.checkpoint import run_state as state
+from pyunictokens.train.collector import Collector, trajectories
 from pyunictokens.train.tasks import TaskSampler
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.profiling import PHASES, PhaseReport
 from tests.train import naive
 from tests.train.world import World, experts, grpo_config, tiny_concept, tiny_model, world
 

@@ -11,18 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyunictokens.cost import activation_bytes
-from pyunictokens.errors import UserError
 from pyunictokens.models import Showo, image_hidden
-from pyunictokens.train import pieces, update
-from pyunictokens.train.pieces import Pieces, add_gradients
-from pyunictokens.train.update import (
-    LossSettings,
-    PieceSizes,
-    image_logprobs,
-    some_timesteps,
-    streamed_backward,
-)
+from pyunictokens.models.costs import activation_bytes
+from pyunictokens.train import microbatch as pieces
+from pyunictokens.train import update
+from pyunictokens.train.microbatch import Pieces, add_gradients
+from pyunictokens.train.update import LossSettings, PieceSizes, image_logprobs, some_timesteps, streamed_backward
+from pyunictokens.utils.errors import UserError
 
 from .test_update import fake_answers, fake_images
 from .world import tiny_concept, tiny_model

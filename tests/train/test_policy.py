@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
-from pyunictokens.models import Showo, prompting
+from pyunictokens.models import Showo
+from pyunictokens.models.showo import prompting
 from pyunictokens.train import LoraConfig, Policy, load_policy
-from pyunictokens.train.heads import Leaves
-from pyunictokens.train.optim import Optimiser
+from pyunictokens.train.logprobs import Leaves
+from pyunictokens.train.optimizer import Optimiser
+from pyunictokens.utils.errors import UserError
 from tests.train.world import tiny_concept, tiny_model
 
 KINDS = ("concept", "lora", "full")

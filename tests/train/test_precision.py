@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pyunictokens import RolloutEngine
-from pyunictokens.models import Showo, prompting
+from pyunictokens.models import Showo
+from pyunictokens.models.showo import prompting
 from pyunictokens.rollout.types import ImageRollout, TextRollout
 from pyunictokens.train.update import (
     AnswerTrajectories,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pyunictokens.errors import UserError
 from pyunictokens.rewards.base import RewardBatch
 from pyunictokens.rewards.ensemble import EnsembleScore
-from pyunictokens.rewards.load import Rewards
-from pyunictokens.rewards.remote import RemoteExperts
-from pyunictokens.rewards.serve import ExpertServer
+from pyunictokens.rewards.registry import Rewards
+from pyunictokens.rewards.served.client import RemoteExperts
+from pyunictokens.rewards.served.server import ExpertServer
 from pyunictokens.train import read_metrics, train_grpo
+from pyunictokens.utils.errors import UserError
 from tests.train.world import experts, grpo_config, red_preview, world
 
 KEY = b"sixteen letters or more"

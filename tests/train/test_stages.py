@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens.errors import UserError
-from pyunictokens.models import ConceptTokens, PromptKV, prompting
+from pyunictokens.models import ConceptTokens, PromptKV
+from pyunictokens.models.showo import prompting
 from pyunictokens.ops import mask_rate
-from pyunictokens.train import as_prompt, as_question, read_metrics, rows, train_concept_tokens
-from pyunictokens.train.pictures import Pictures
-from pyunictokens.train.stage_loss import generation_loss, random_mask, text_row, understanding_loss
+from pyunictokens.train import as_prompt, as_question, read_metrics, train_concept_tokens
+from pyunictokens.train.concept_tokens import token_init as rows
+from pyunictokens.train.concept_tokens.losses import generation_loss, random_mask, text_row, understanding_loss
+from pyunictokens.train.images import Pictures
+from pyunictokens.utils.errors import UserError
 from tests.train.world import World, stage_config, tiny_concept, tiny_model, world
 
 ALL = ("understanding", "generation", "deepening", "joint")

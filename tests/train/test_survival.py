@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens import io
-from pyunictokens.errors import UserError
 from pyunictokens.evaluate.result import EvalResult
-from pyunictokens.io import folder_lock
 from pyunictokens.models import ConceptTokens
-from pyunictokens.stopping import Stopped, stop_on_signals
 from pyunictokens.train import read_metrics, train_concept_tokens, train_grpo
-from pyunictokens.train.logs import MetricsLog
-from pyunictokens.train.state import RunFolder
+from pyunictokens.train.checkpoint.run_state import RunFolder
+from pyunictokens.train.metrics import MetricsLog
+from pyunictokens.utils import files as io
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.files import folder_lock
+from pyunictokens.utils.signals import Stopped, stop_on_signals
 from tests.soak import chaos
 from tests.train.world import World, experts, grpo_config, stage_config, tiny_concept, tiny_model, world
 
@@ -311,7 +311,7 @@ def test_two_runs_on_one_folder(here: World, tmp_path: Path) -> None:
         with folder_lock(folder, name), pytest.raises(UserError, match="another process is working in this folder"):
             chaos.run(here, config, out)
     holder = (
-        "import sys, time\nfrom pyunictokens.io import folder_lock\n"
+        "import sys, time\nfrom pyunictokens.utils.files import folder_lock\n"
         f"with folder_lock({str(out)!r}, '.pipeline.lock'):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as other:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pyunictokens.errors import UserError
-from pyunictokens.train import tensors
+from pyunictokens.train.checkpoint import tensors
+from pyunictokens.utils.errors import UserError
 
 EVERY = {
     "double": torch.randn(3, dtype=torch.float64),

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens.models import Showo, prompting
+from pyunictokens.models import Showo
+from pyunictokens.models.showo import prompting
 from pyunictokens.train import Policy
-from pyunictokens.train.heads import text_logprob
+from pyunictokens.train.logprobs import text_logprob
 from pyunictokens.train.update import (
     AnswerTrajectories,
     ImageTrajectories,

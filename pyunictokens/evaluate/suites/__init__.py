@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import UserError
+from ...utils.errors import UserError
 from ..subject import Subject
 
 LAYOUTS = {"unify": "unify", "yollava": "yollava", "mcllava": "mcllava", "dreambench": "dreambench"}

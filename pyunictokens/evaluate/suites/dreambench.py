@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ...errors import UserError
+from ...utils.errors import UserError
 from ..subject import Item, Subject
 from .dreambooth import is_live, templates
-from .pictures import folders, optional_json, pictures, words
+from .files import folders, optional_json, pictures, words
 
 CLASSES, PROMPTS = "prompts_and_classes.txt", "prompts.json"
 _LINE = re.compile(r"^\s*([\w-]+)\s*,\s*([\w \-]+?)\s*$")

@@ -14,9 +14,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...utils.errors import UserError
 from ..subject import Item, Subject
-from .pictures import LETTERS, folders, here, inline_options, optional_json, pictures, words
+from .files import LETTERS, folders, here, inline_options, optional_json, pictures, words
 
 NEGATIVES = 50
 _HALVES = ("two_concept", "three_concept")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...data.concept import Concept
 from ...data.folder import list_concepts, load_concept
-from ...models.prompting import text_only_question
+from ...models.showo.prompting import text_only_question
 from ..items import drawing_prompts, recognition_pairs
 from ..subject import TASKS, Item, Subject
 

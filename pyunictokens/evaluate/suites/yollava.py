@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...utils.errors import UserError
 from ..subject import Item, Subject
-from .pictures import folders, here, lettered, optional_json, pictures, with_options, words
+from .files import folders, here, lettered, optional_json, pictures, with_options, words
 
 VISUAL, TEXT, CLASSES = "yollava-visual-qa.json", "yollava-text-qa.json", "classes.json"
 

@@ -1,0 +1,70 @@
+"""`pyunictokens experts serve`: reward experts in a process of their own, for any number of trainers.
+
+Reads the same settings as `train --rewards`; serving is done by `pyunictokens.rewards.served.server`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .shell import DeviceOption, console, guarded
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Reward experts in a process of their own.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Reward experts in a process of their own, which trainers ask over the network."""
+
+
+def serve(
+    rewards: Annotated[
+        str | None,
+        typer.Option(
+            "--rewards", metavar="FILE.yaml", help="Experts as for train, or MODULE:FUNCTION. Default: the toy's."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen; 127.0.0.1 is this machine alone, 0.0.0.0 every network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 7000,
+    device: DeviceOption = "auto",
+) -> None:
+    """Score for trainers until Ctrl-C or SIGTERM. Their side: `--rewards tcp://HOST:PORT`.
+
+    Both sides need one key in PYUNICTOKENS_EXPERTS_KEY, or in a file that PYUNICTOKENS_EXPERTS_KEY_FILE names. What
+    travels is not encrypted: use a network you trust, or a tunnel.
+
+    Examples:
+
+        pyunictokens experts serve --device cuda:1
+
+        pyunictokens experts serve --rewards rewards.yaml --host 0.0.0.0 --port 7000 --device cuda
+    """
+    from ..rewards.registry import Rewards
+    from ..rewards.served.server import ExpertServer
+    from ..rewards.served.wire import read_key
+    from ..runs.bundle import Sources, load_experts, read_rewards
+    from ..utils.devices import pick_device
+    from ..utils.signals import stop_on_signals
+
+    key, place = read_key(), pick_device(device)
+    experts = load_experts(Sources(), place, read_rewards(rewards))
+    assert experts is not None
+    served = Rewards(experts.ensemble, experts.preview_scorer, experts.face_embedding)
+    server = ExpertServer(served, key, host=host, port=port, device=place)
+    names = ", ".join(server.names) or "experts"
+    say = console()
+    with stop_on_signals(lambda text: say.print("ending when all who have asked are answered")) as stop:
+        say.print(f"{server.address}: {names} on {place}; Ctrl-C ends", markup=False, soft_wrap=True)
+        server.serve(stop)
+
+
+app.command("serve")(guarded(serve))

@@ -1,0 +1,1 @@
+"""Settings as frozen dataclasses that check themselves, one reader for YAML and ``key=value`` words."""

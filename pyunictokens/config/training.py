@@ -1,0 +1,369 @@
+"""What can be set in training, with the paper's values as defaults (section 4.1, appendix F) and a `toy` preset.
+
+Each dataclass is frozen and checks itself, so a bad value stops a run before it starts. How settings are read from
+files and words is settings.py's business; what they do is told in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..utils.errors import UserError
+from .settings import from_mapping, load_yaml, save_yaml, with_overrides
+
+Stage = Literal["understanding", "generation", "deepening", "joint"]
+
+
+def _at_least(low: float, **values: float) -> None:
+    for name, value in values.items():
+        if not low <= value < math.inf:  # a NaN fails too
+            raise UserError(f"{name}={value}: must be ≥ {low:g}")
+
+
+def _above(low: float, **values: float) -> None:
+    for name, value in values.items():
+        if not low < value < math.inf:
+            raise UserError(f"{name}={value}: must be > {low:g}")
+
+
+def _within(low: float, high: float, **values: float) -> None:
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise UserError(f"{name}={value}: must be between {low:g} and {high:g}")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The stages in which a concept's tokens are learned, before any reinforcement."""
+
+    stages: tuple[Stage, ...] = ("understanding", "generation")
+    """Which stages run, in order. UniCTokens-R1 uses the first two; "deepening" is UniCTokens' third, "joint" is one
+    stage of both tasks on all tokens."""
+    num_understanding: int = 16
+    """K: helper tokens learned from understanding."""
+    num_generation: int = 8
+    """M: helper tokens learned from generation."""
+    num_extra: int = 8
+    """Helper tokens that the deepening stage adds."""
+    epochs: int = 15
+    """Passes over the concept's data in each stage."""
+    max_steps: int = 0
+    """Upper limit of optimiser steps in each stage; 0 lets `epochs` decide."""
+    lr: float = 1e-3
+    """AdamW's learning rate in the understanding and deepening stages."""
+    lr_generation: float = 1e-3
+    """AdamW's learning rate in the generation and joint stages."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from zero."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up of each stage."""
+    weight_decay: float = 1e-3
+    """AdamW's weight decay."""
+    batch_understanding: int = 4
+    """Questions a step in the understanding stage."""
+    batch_generation: int = 1
+    """Images a step in the stages that draw."""
+    batch_mixed: int = 1
+    """Questions a step in the stages that draw."""
+    weight_generation: float = 0.8
+    """Weight of the drawing loss where both tasks are trained; answering has the rest."""
+    question_form: Literal["expand", "prefix", "both"] = "both"
+    """How a question names the concept: helper tokens before `<name>` (as everywhere after the stages), the published
+    sentence "<name> is <token_0>…." before the question, or now one and now the other."""
+    negatives_per_positive: float = 1.0
+    """No-questions kept for each yes-question about pictures."""
+    l2_pull: float = 0.01
+    """Strength of the pull that keeps the rows of `<name>` near where the generation stage found them."""
+    condition_dropout: float = 0.1
+    """Probability that a drawing prompt is replaced by the empty one, so that guidance keeps working."""
+    mask_schedule: str = "cosine"
+    """Schedule from which the masking rate of a training image is drawn."""
+    crop: float = 1.1
+    """Training images are enlarged by this factor and cropped at random; 1 turns it off."""
+    flip: bool = True
+    """Mirror training images at random."""
+    generated_images: int = 20
+    """Images drawn by the model between generation and deepening."""
+    generated_timesteps: int = 50
+    """Timesteps of those images."""
+    generated_guidance: float = 5.0
+    """Guidance scale of those images."""
+    compare_step: float = 0.7
+    """Where, as a part of all timesteps, an image is compared with its final codes; codes that still change after it
+    are
+    blanked (published: step 35 of 50)."""
+    max_text: int | None = None
+    """Text positions of a drawing prompt; by default the model's own."""
+    cache_mb: int = 512
+    """Memory for keys and values of pictures, which never change while only concept rows are trained."""
+    seed: int = 0
+    """Seed of initial rows, order of data, masks and augmentation."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("stages=[]: name at least one of understanding, generation, deepening, joint")
+        if len(set(self.stages)) != len(self.stages):
+            raise UserError(f"stages={list(self.stages)}: each stage runs once")
+        _at_least(1, num_understanding=self.num_understanding, epochs=self.epochs)
+        _at_least(0, num_generation=self.num_generation, num_extra=self.num_extra, max_steps=self.max_steps)
+        _at_least(1, batch_understanding=self.batch_understanding, batch_generation=self.batch_generation)
+        _at_least(1, batch_mixed=self.batch_mixed, crop=self.crop, generated_images=self.generated_images)
+        _at_least(2, generated_timesteps=self.generated_timesteps)
+        _at_least(0, generated_guidance=self.generated_guidance, weight_decay=self.weight_decay, warmup=self.warmup)
+        _at_least(0, l2_pull=self.l2_pull, cache_mb=self.cache_mb, negatives_per_positive=self.negatives_per_positive)
+        _above(0, lr=self.lr, lr_generation=self.lr_generation)
+        _within(0, 1, weight_generation=self.weight_generation, condition_dropout=self.condition_dropout)
+        _within(0, 1, compare_step=self.compare_step)
+        _check_max_text(self.max_text)
+
+
+@dataclass(frozen=True)
+class DsogConfig:
+    """Dynamic scaling of the group: previews that score below a moving threshold are drawn anew (equations 9, 10)."""
+
+    enabled: bool = True
+    """Whether previews are judged at all."""
+    initial: float = 0.5
+    """The threshold of the first step."""
+    target_pass_rate: float = 0.25
+    """TPR: the part of previews that should pass."""
+    mu: float = 0.12
+    """How strongly the gap to the target moves the threshold."""
+    eta: float = 0.8
+    """How long the threshold's trend remembers."""
+    epsilon0: float = 2.0
+    """How strongly the trend works against a turn."""
+    preview_step: int = 0
+    """Timestep of the preview; 0 takes a fifth of all timesteps."""
+    max_candidates: int = 8
+    """Candidates for each image of the group; past it the best rejected one takes the image's place."""
+
+    def __post_init__(self) -> None:
+        _within(0.01, 0.99, initial=self.initial)
+        _within(0, 1, target_pass_rate=self.target_pass_rate)
+        if not 0 < self.eta < 1:
+            raise UserError(f"eta={self.eta}: must be between 0 and 1, both left out")
+        _at_least(0, mu=self.mu, epsilon0=self.epsilon0, preview_step=self.preview_step)
+        _at_least(1, max_candidates=self.max_candidates)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the transformer's linear layers (peft)."""
+
+    rank: int = 8
+    """Width of the adapters."""
+    alpha: float = 16.0
+    """Their scale: the adapter's output is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+    """Which linear layers get one."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, rank=self.rank)
+        _above(0, alpha=self.alpha)
+        known = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+        wrong = [name for name in self.targets if name not in known]
+        if wrong or not self.targets:
+            raise UserError(f"targets={list(self.targets)}: must be some of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """UniCTask-GRPO: answers and images of one rollout share one reward and one advantage (equation 7)."""
+
+    steps: int = 100
+    """Optimiser steps."""
+    group_size: int = 9
+    """G: rollouts of one question."""
+    groups: int = 1
+    """Questions in one optimiser step; each has its group of G rollouts, and the gradient is their mean."""
+    lr: float = 1e-6
+    """AdamW's learning rate."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 1e-3
+    """AdamW's weight decay. Concept rows are never decayed: their scale carries meaning."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are shortened to it."""
+    beta: float = 0.01
+    """Weight of the divergence from the reference policy; 0 leaves the reference pass out."""
+    clip_low: float = 0.2
+    """The ratio counts down to 1 − clip_low."""
+    clip_high: float = 0.2
+    """The ratio counts up to 1 + clip_high."""
+    alpha_answer: float = 0.4
+    """Weight of the answer's tokens."""
+    alpha_image: float = 0.6
+    """Weight of the image's tokens."""
+    token_scope: Literal["all", "masked", "newly_unmasked"] = "all"
+    """Which image tokens of each timestep count: all, those unknown before it, or those it made known."""
+    inner_updates: int = 1
+    """Optimiser steps on one set of rollouts; the first has ratio 1, so clipping acts from the second on."""
+    visual_ratio: float = 0.5
+    """Part of the steps that ask about a picture; the others ask for a fact in text alone."""
+    reasoning: bool = True
+    """Whether the model answers before it draws. Without it images are drawn from the prompts alone, the reward takes
+    the true answer for each, and nothing but drawing is trained (paper, table 2)."""
+    judged_prompt: Literal["compound", "truth"] = "compound"
+    """What the image is judged against: the prompt it was drawn from (the paper), or the same with the true answer."""
+    judged_as: Literal["class", "info"] = "class"
+    """What the judges of images read for the concept's token: the class word, or what info says it is. A text encoder
+    that is told "a cat" may score another cat above this one."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance s: (1 + s)·cond − s·uncond; 0 turns it off."""
+    timesteps: int = 50
+    """T: MaskGIT timesteps of an image."""
+    temperature: float = 1.0
+    """Temperature of the re-masking noise."""
+    max_new_tokens: int = 100
+    """Longest answer."""
+    answer_temperature: float = 1.0
+    """Temperature answers are sampled at."""
+    top_k: int = 0
+    """Answers are drawn from the k likeliest tokens; 0 takes the full distribution, for which the ratios are exact."""
+    max_text: int | None = None
+    """Text positions of a drawing prompt; by default the model's own."""
+    trainable: Literal["concept", "lora", "full"] = "concept"
+    """What learns: the concept's rows, adapters, or all weights."""
+    train_concept: bool = True
+    """Whether the concept's rows learn as well when `trainable` is lora or full."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, used when `trainable` is lora."""
+    dsog: DsogConfig = field(default_factory=DsogConfig)
+    """Previews and their threshold."""
+    timestep_fraction: float = 1.0
+    """Part of an image's timesteps that the update looks at, drawn anew each step; those taken count the more."""
+    micro_rows: int = 4
+    """Rollouts in one piece of the update; memory grows with micro_rows · micro_timesteps, never with T. 0 takes what
+    fits."""
+    micro_timesteps: int = 1
+    """Timesteps in one piece of the update; 0 takes what fits."""
+    checkpoint_layers: bool = False
+    """Recompute all layers in the backward pass instead of keeping their activations. Where a size above is 0, some are
+    recomputed when memory is short."""
+    checkpoint_every: int = 10
+    """Steps between checkpoints; 0 writes one at the end only."""
+    keep_last: int = 2
+    """Newest checkpoints that stay on disk."""
+    keep_best: int = 0
+    """Checkpoints that stay beside them: those whose steps since the checkpoint before had the highest mean reward."""
+    save_in_background: bool = False
+    """Write checkpoints beside the steps that follow, from copies in the host's memory."""
+    shard_optimiser: Literal["auto", "always", "never"] = "auto"
+    """Whether several ranks share the optimiser's state out (docs/distributed.md); auto does with trainable=full."""
+    sample_every: int = 10
+    """Steps between pictures in samples/; 0 turns them off."""
+    max_bad_steps: int = 3
+    """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
+    expert_timeout: float = 0.0
+    """Seconds that the experts may take for a group before the run ends with an error; 0 waits for ever."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the transformer; sums, softmax, loss and optimiser stay in float32."""
+    seed: int = 0
+    """Seed of every draw of the run: questions, answers, images."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise UserError(f"group_size={self.group_size}: must be ≥ 2: an advantage needs a group")
+        if not self.guidance_scale >= 0:
+            raise UserError(f"guidance_scale={self.guidance_scale}: must be ≥ 0 (0 turns guidance off)")
+        _at_least(1, groups=self.groups, steps=self.steps, timesteps=self.timesteps, inner_updates=self.inner_updates)
+        _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
+        _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
+        _above(0, timestep_fraction=self.timestep_fraction)
+        _within(0, 1, timestep_fraction=self.timestep_fraction)
+        _above(0, lr=self.lr, max_grad_norm=self.max_grad_norm, answer_temperature=self.answer_temperature)
+        _at_least(0, warmup=self.warmup, weight_decay=self.weight_decay, beta=self.beta, temperature=self.temperature)
+        _at_least(0, alpha_answer=self.alpha_answer, alpha_image=self.alpha_image, top_k=self.top_k)
+        _at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
+        _at_least(0, keep_best=self.keep_best, expert_timeout=self.expert_timeout)
+        _within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
+        _at_least(0, clip_high=self.clip_high)
+        if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
+            raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")
+        _check_max_text(self.max_text)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `pyunictokens train` can be told."""
+
+    stages: StageConfig = field(default_factory=StageConfig)
+    """Learning the concept's tokens."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """Reinforcement."""
+
+    @classmethod
+    def preset(cls, name: str) -> TrainConfig:
+        """ "paper" (the defaults), "fast", "quality", or "toy" (the shipped toy world on two CPU cores)."""
+        if name not in PRESETS:
+            raise UserError(f"preset {name!r}: must be one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainConfig:
+        """Read a YAML file (its key ``preset`` says what it starts from, or the paper), apply ``key=value`` words."""
+        values = load_yaml(path)
+        base = cls.preset(str(values.pop("preset", "paper")))
+        return from_mapping(cls, values, base=base, origin=str(path)).override(overrides)
+
+    def override(self, words: Iterable[str]) -> TrainConfig:
+        """A copy with ``key=value`` words applied, e.g. ``grpo.steps=20`` or, where it is clear, ``group_size=4``."""
+        return with_overrides(self, words)
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Write all settings as YAML, whole or not at all."""
+        save_yaml(path, self)
+
+
+def _check_max_text(max_text: int | None) -> None:
+    if max_text is not None:
+        _at_least(3, max_text=max_text)
+
+
+_KEPT = GrpoConfig(token_scope="newly_unmasked", micro_rows=0, micro_timesteps=0)
+"""The paper's settings, but only codes that a step keeps are learned from (docs/experiments.md)."""
+
+PRESETS = {
+    "paper": TrainConfig(),
+    "fast": TrainConfig(grpo=replace(_KEPT, timestep_fraction=0.2)),
+    "quality": TrainConfig(grpo=replace(_KEPT, group_size=18)),
+    "toy": TrainConfig(
+        stages=StageConfig(
+            num_understanding=8,
+            num_generation=4,
+            epochs=20,
+            max_steps=150,
+            batch_generation=8,
+            batch_mixed=2,
+            crop=1.0,
+            flip=False,
+            question_form="expand",
+            generated_images=8,
+            generated_timesteps=12,
+            generated_guidance=3.0,
+            max_text=48,
+        ),
+        grpo=GrpoConfig(
+            steps=45,
+            lr=2e-5,
+            guidance_scale=3.0,
+            timesteps=12,
+            max_new_tokens=24,
+            judged_as="info",
+            token_scope="newly_unmasked",
+            trainable="full",
+            max_text=48,
+            micro_rows=9,
+            checkpoint_every=10,
+            dsog=DsogConfig(max_candidates=2),
+        ),
+    ),
+}
+"""The presets by name."""

@@ -1,0 +1,144 @@
+"""Models behind the two methods of `evaluate.model`, one file each, and the words that name them on a command line.
+
+    ours[:RUN]                      what a run learned; {name} in RUN is the concept
+    showo-tp, showo-ip              the bare model, told about the concept in words, by a photo
+    transformers:PATH[+ip]          an image-text-to-text model of transformers
+    diffusers:PATH[,KEY=VALUE]…     a pipeline of diffusers with its DreamBooth or textual-inversion weights
+    endpoint:URL,model=NAME[,KEY=VALUE]…[+ip]
+    real                            real images
+
+This file parses those words and makes the candidates that need no engine; those that do are made by whoever owns one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...utils.errors import UserError
+from ..model import Candidate, Model
+from ..sample_cache import fingerprint
+from ..subject import Subject
+
+KINDS = ("ours", "showo-tp", "showo-ip", "transformers", "diffusers", "endpoint", "real")
+_NEED = {"transformers": "a folder or hub id", "diffusers": "a folder or hub id", "endpoint": "a URL up to /v1"}
+_PLAIN = ("showo-tp", "showo-ip", "real")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model as it was named."""
+
+    kind: str
+    where: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+    image: bool = False
+    """An image prompt instead of a text prompt."""
+
+    @property
+    def name(self) -> str:
+        """What its row is called."""
+        last = self.where.rstrip("/").rpartition("/")[2] or self.where
+        if self.kind == "ours":
+            return "ours" if not self.where else f"ours ({self.where})"
+        if self.kind == "endpoint":
+            last = self.options.get("model", last)
+        if self.kind == "diffusers":
+            more = [
+                f"{key} {value.rstrip('/').rpartition('/')[2]}" for key, value in self.options.items() if key != "token"
+            ]
+            return " ".join([last, *([f"({', '.join(more)})"] if more else [])])
+        if self.kind in ("transformers", "endpoint"):
+            return f"{last} + {'IP' if self.image else 'TP'}"
+        return {"showo-tp": "Show-o + TP", "showo-ip": "Show-o + IP", "real": "Real images"}[self.kind]
+
+
+def parse(text: str) -> Spec:
+    """A model's name as it stands on a command line. Raises UserError naming what is wrong with it."""
+    kind, colon, rest = text.strip().partition(":")
+    if kind not in KINDS:
+        raise UserError(f"model {text!r}: must begin with one of {', '.join(KINDS)}")
+    if kind in _PLAIN and colon:
+        raise UserError(f"model {text!r}: {kind} takes nothing after it")
+    if kind in _NEED and not rest:
+        raise UserError(f"model {text!r}: needs {_NEED[kind]}, as in {kind}:…")
+    image = rest.endswith("+ip") and kind in ("transformers", "endpoint")
+    rest = rest.removesuffix("+ip").removesuffix("+tp") if kind in ("transformers", "endpoint") else rest
+    if kind in ("ours", "transformers"):
+        return Spec(kind, rest, image=image)
+    where, *words = rest.split(",")
+    options = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not value:
+            raise UserError(f"model {text!r}: {word!r} must be KEY=VALUE")
+        options[key.strip()] = value
+    return Spec(kind, where, options, image)
+
+
+def candidate(spec: Spec, device: Any = "cpu", dtype: Any = None, max_new_tokens: int = 100) -> Candidate:
+    """The candidate of a spec that needs no engine. Raises UserError for an option it does not know."""
+    import torch
+
+    dtype = dtype or torch.float32
+    weights = " ".join(fingerprint(place) for place in (spec.where, *spec.options.values()))
+    identity = (
+        f"{spec.kind} {spec.where} {weights} {sorted(spec.options.items())} image={spec.image} {dtype} {max_new_tokens}"
+    )
+    if spec.kind == "real":
+        from .real import RealImages
+
+        return Candidate(spec.name, identity, RealImages)
+    if spec.kind == "transformers":
+        from .vlm import Backbone, Vlm
+
+        backbone = functools.cache(lambda: Backbone(spec.where, device, dtype))
+        return Candidate(
+            spec.name,
+            identity,
+            lambda subject: Vlm(backbone(), subject, int(spec.image), max_new_tokens),
+            release=backbone.cache_clear,
+        )
+    if spec.kind == "diffusers":
+        from .diffusion import Diffusion, Pipeline, parse_source
+
+        source = parse_source([spec.where, *(f"{key}={value}" for key, value in spec.options.items())])
+        pipeline = functools.cache(lambda: Pipeline(source, device, dtype))
+        return Candidate(
+            spec.name, identity, lambda subject: Diffusion(pipeline(), subject), release=pipeline.cache_clear
+        )
+    if spec.kind == "endpoint":
+        return Candidate(spec.name, identity, _remote(spec, max_new_tokens))
+    raise UserError(f"model {spec.kind!r}: needs an engine")
+
+
+def _remote(spec: Spec, max_new_tokens: int) -> Any:
+    from ...rewards.endpoint import Endpoint
+    from .endpoint import Remote, RemoteConfig
+
+    known = {"model", "draw", "key", "photos"}
+    unknown = [key for key in spec.options if key not in known]
+    if unknown or "model" not in spec.options:
+        raise UserError(
+            f"endpoint {spec.where}: needs model=NAME and knows {', '.join(sorted(known))}; "
+            f"got {', '.join(spec.options) or 'nothing'}"
+        )
+    key = spec.options.get("key", "OPENAI_API_KEY")
+    photos = spec.options.get("photos", "1")
+    if not photos.isdigit() or not 1 <= int(photos) <= 20:
+        raise UserError(f"endpoint {spec.where}: photos={photos}: must be from 1 to 20")
+    config = RemoteConfig(
+        spec.options["model"],
+        spec.where,
+        None if key == "none" else key,
+        max_tokens=max_new_tokens,
+        drawing_model=spec.options.get("draw", ""),
+        shown=int(photos) if spec.image else 0,
+    )
+    endpoint = Endpoint(config)
+
+    def load(subject: Subject) -> Model:
+        return Remote(endpoint, config, subject)
+
+    return load

@@ -1,0 +1,1 @@
+"""The page about a run: its files, figures, gallery and summary in words."""

@@ -1,0 +1,56 @@
+"""Pictures as data URIs, so that a page needs no other file: small ones as PNG, photos as JPEG, large ones shrunk.
+
+Knows bytes and sizes; does not know what the pictures show. Needs Pillow.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from typing import Any
+
+from torch import Tensor
+
+from ...data.images import fit_within, read_picture
+
+_TILE, _SHEET = 256, 1400  # longest sides on the page: of one drawing, of a whole grid
+_PNG_UP_TO = 160  # drawings of the toy stay crisp as PNG and small; photos are smaller as JPEG
+
+
+def each(drawings: Tensor) -> list[str]:
+    """A data URI for each of uint8 [S, 3, H, W]."""
+    from PIL import Image
+
+    return [_uri(fit_within(Image.fromarray(one.permute(1, 2, 0).contiguous().numpy()), _TILE)) for one in drawings]
+
+
+def file_uri(path: str | os.PathLike[str]) -> str:
+    """A picture file, shrunk where it is larger than a page shows. Raises UserError when it cannot be read."""
+    return _uri(fit_within(read_picture(path), _SHEET))
+
+
+def png_uri(data: bytes) -> str:
+    """PNG bytes as they are."""
+    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+
+
+def on_white(data: bytes) -> bytes:
+    """A transparent PNG laid on white, for viewers with a dark background."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        sheet = Image.new("RGBA", image.size, "white")
+        sheet.alpha_composite(image.convert("RGBA"))
+    buffer = io.BytesIO()
+    sheet.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _uri(image: Any) -> str:
+    buffer = io.BytesIO()
+    if max(image.size) <= _PNG_UP_TO:
+        image.save(buffer, "PNG", optimize=True)
+        return png_uri(buffer.getvalue())
+    image.convert("RGB").save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,91 @@
+"""What a run's folder holds for its report: evaluations, the log, the configuration, the sample pictures.
+
+Reads and checks; computes nothing. A folder may be unfinished: what is missing is simply absent here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...utils.errors import UserError
+from ...utils.files import read_json
+from ..result import EvalResult
+
+STAGES = {"base": "Base model", "before": "Before", "after": "After"}
+"""Evaluations by file name, in order, and their column in the tables. "Before" is before reinforcement."""
+
+
+@dataclass
+class RunFiles:
+    """What was found in a run's folder."""
+
+    folder: Path
+    results: dict[str, EvalResult] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Steps of reinforcement."""
+    stage_rows: list[dict[str, Any]] = field(default_factory=list)
+    """Steps of the stages before it."""
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+    samples: list[int] = field(default_factory=list)
+
+    @property
+    def pair(self) -> tuple[EvalResult, EvalResult] | None:
+        """Before and after, when both were measured."""
+        if "before" in self.results and "after" in self.results:
+            return self.results["before"], self.results["after"]
+        return None
+
+
+def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
+    """Everything a report is made of. Raises UserError when the folder holds neither a log nor an evaluation."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: give the folder of a run")
+    files = RunFiles(folder, rows=_read_rows(folder / "metrics.jsonl"))
+    files.stage_rows = _read_rows(folder / "stages" / "stages.jsonl") or _read_rows(folder / "stages.jsonl")
+    for stage in STAGES:
+        if (folder / f"{stage}.json").exists():
+            files.results[stage] = EvalResult.load(folder / f"{stage}.json")
+    if not (files.rows or files.stage_rows or files.results):
+        raise UserError(f"{folder}: holds no metrics.jsonl, before.json or after.json: is this the folder of a run?")
+    for name in ("config.yaml", "grpo.yaml"):
+        if (folder / name).exists():
+            files.config_text = (folder / name).read_text(encoding="utf-8")
+            files.config = _read_yaml(folder / name, files.config_text)
+            break
+    if (folder / "about.json").exists():
+        files.about = read_json(folder / "about.json")
+    steps = (path.name[5:-10] for path in (folder / "samples").glob("step_*_final.png"))
+    files.samples = sorted(int(step) for step in steps if step.isdigit())
+    return files
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; one that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def _read_yaml(path: Path, text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    return found if isinstance(found, dict) else {}

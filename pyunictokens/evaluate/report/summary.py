@@ -1,0 +1,75 @@
+"""What a run's numbers say, in sentences: did it improve, how sure is that, did training go well.
+
+Every word is chosen by a number; nothing is claimed whose interval includes zero. Knows evaluations and the log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from ..result import Metric
+from . import plots
+from .run_files import RunFiles
+
+HEADLINE = ("reasoning_generation.reward", "drawings.attributes", "reasoning.accuracy", "recognition.weight")
+"""What the tiles at the top show, as far as it was measured."""
+
+_SUBJECTS = {
+    "reasoning_generation.reward": "The mean reward of drawings of held-out prompts",
+    "drawings.attributes": "Attribute accuracy of all drawings",
+    "reasoning.accuracy": "The share of right facts chosen",
+    "recognition.weight": "Recognition",
+}
+_SMALL_SPREAD = 0.005
+
+
+def verdict(files: RunFiles) -> tuple[str, list[str]]:
+    """("better" | "worse" | "unclear" | "unmeasured", sentences) about the run as a whole."""
+    if files.pair is None:
+        missing = " and ".join(f"{stage}.json" for stage in ("before", "after") if stage not in files.results)
+        return "unmeasured", [f"Nothing can be said about improvement: {missing} missing.", *health(files)]
+    before, after = files.pair
+    changes = before.compare(after)
+    measured = [key for key in HEADLINE if key in changes]
+    if not measured:
+        return "unmeasured", ["Before and after share no measured item, so nothing can be compared.", *health(files)]
+    sentences = []
+    for key in measured:
+        change, first, second = changes[key], before.metrics[key].mean, after.metrics[key].mean
+        verb = {"better": "rose", "worse": "fell"}.get(outcome(change), "did not change clearly:")
+        interval = f"{change.mean:+.3f}, 95 % interval {change.low:+.3f} to {change.high:+.3f}, {change.n} pairs"
+        sentences.append(f"{_SUBJECTS[key]} {verb} from {first:.3f} to {second:.3f} ({interval}).")
+    result = outcome(changes[measured[0]])
+    opening = {"better": "It improved: ", "worse": "It got worse: ", "unclear": "No clear change: "}[result]
+    sentences[0] = opening + sentences[0][0].lower() + sentences[0][1:]
+    return result, sentences + health(files)
+
+
+def health(files: RunFiles) -> list[str]:
+    """What the log says about how the training went."""
+    if not files.rows:
+        return []
+    spread = _mean(plots.numbers(files.rows, "within_group_std"))
+    sentences = []
+    if spread is not None and spread < _SMALL_SPREAD:
+        sentences.append(
+            f"Rewards hardly differed inside a group (spread {spread:.4f}): there was little to learn from."
+        )
+    skipped = sum(1 for row in files.rows if row.get("skipped"))
+    if skipped:
+        sentences.append(f"{skipped} of {len(files.rows)} steps were left out because a number was not finite.")
+    faceless = sum(value for value in plots.numbers(files.rows, "no_face") if math.isfinite(value))
+    if faceless and files.about.get("kind", "human") == "human":
+        sentences.append(f"No face was found in {faceless:.0f} training drawings; their FER is 0.")
+    return sentences
+
+
+def outcome(change: Metric) -> str:
+    """ "better" or "worse" when the interval leaves zero out, else "unclear"."""
+    return "better" if change.low > 0 else "worse" if change.high < 0 else "unclear"
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None

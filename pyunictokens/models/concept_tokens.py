@@ -1,0 +1,204 @@
+"""A concept's learned tokens: `<name>` and its K + M (+ extra) helpers, as rows of embedding, head weight and bias.
+
+They are the only new parameters of a personalised model: 25 rows against two matrices of 58 k × 2048. Reads and writes
+the published files ``epoch_*_{embed,lm_head_weight,lm_head_bias}.pt`` and one safetensors file of our own. It knows
+token strings and rows; how rows are trained is the business of `train`, where they sit among the ids that of `showo`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.errors import UserError
+from ..utils.files import read_json, safe_name, save_safetensors_atomic, verify_safetensors, write_json
+
+_PARTS = ("embed", "head_weight", "head_bias")
+_PUBLISHED = {"embed": "embed", "head_weight": "lm_head_weight", "head_bias": "lm_head_bias"}
+
+
+class ConceptTokens(nn.Module):
+    """Rows of one concept: `<name>`, then `num_understanding` (K), `num_generation` (M) and `num_extra` helper tokens.
+
+    Parameters (float32): embed [n, D], head_weight [n, D], head_bias [n], with n = 1 + K + M + extra. Without `rows`
+    they start from N(0, 0.02), the head's too, and a zero bias.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        num_understanding: int = 16,
+        num_generation: int = 8,
+        num_extra: int = 0,
+        *,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.name = safe_name(name, "concept name")
+        if width < 1 or min(num_understanding, num_generation, num_extra) < 0:
+            raise UserError(
+                f"width={width}, K={num_understanding}, M={num_generation}, extra={num_extra}: "
+                "width must be ≥ 1 and the numbers of tokens ≥ 0"
+            )
+        self.width = width
+        self.num_understanding, self.num_generation, self.num_extra = num_understanding, num_generation, num_extra
+        generator = torch.Generator().manual_seed(seed)
+        self.embed = nn.Parameter(torch.randn(self.num_tokens, width, generator=generator) * 0.02)
+        self.head_weight = nn.Parameter(torch.randn(self.num_tokens, width, generator=generator) * 0.02)
+        self.head_bias = nn.Parameter(torch.zeros(self.num_tokens))
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 + self.num_understanding + self.num_generation + self.num_extra
+
+    @property
+    def sks(self) -> str:
+        """The concept's own token, `<name>`: row 0."""
+        return f"<{self.name}>"
+
+    @property
+    def tokens(self) -> list[str]:
+        """Token strings in the order of the rows: `<name>`, `<token_0>`, `<token_1>`, …"""
+        return [self.sks] + [f"<token_{i}>" for i in range(self.num_tokens - 1)]
+
+    def rows(self, group: str) -> slice:
+        """The rows of one group: "sks", "understanding", "generation" or "extra"."""
+        ends = [0, 1, self.num_understanding, self.num_generation, self.num_extra]
+        names = ["sks", "understanding", "generation", "extra"]
+        if group not in names:
+            raise ValueError(f"group {group!r}: must be one of {', '.join(names)}")
+        index = names.index(group)
+        start = sum(ends[: index + 1])
+        return slice(start, start + ends[index + 1])
+
+    def expand(self, text: str, groups: Sequence[str] = ("understanding", "generation", "extra")) -> str:
+        """`text` with the first `<name>` preceded by the helper tokens of the given groups (paper, appendix D).
+
+        Later mentions stay short: the helpers say the same thing each time and only use up positions.
+        """
+        tokens = self.tokens
+        helpers = "".join("".join(tokens[self.rows(group)]) for group in groups)
+        return text.replace(self.sks, helpers + self.sks, 1)
+
+    def grown(self, num_extra: int, *, seed: int = 0) -> ConceptTokens:
+        """A copy with `num_extra` more tokens behind the present ones (stage 3)."""
+        new = ConceptTokens(
+            self.name,
+            self.width,
+            self.num_understanding,
+            self.num_generation,
+            self.num_extra + num_extra,
+            seed=seed,
+        )
+        with torch.no_grad():
+            for part in _PARTS:
+                getattr(new, part)[: self.num_tokens] = getattr(self, part)
+        return new.to(self.embed.device)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write concept.safetensors and concept.json into `folder`; returns it."""
+        folder = Path(folder)
+        save_safetensors_atomic(folder / "concept.safetensors", dict(self.named_parameters()))
+        write_json(
+            folder / "concept.json",
+            {
+                "name": self.name,
+                "width": self.width,
+                "num_understanding": self.num_understanding,
+                "num_generation": self.num_generation,
+                "num_extra": self.num_extra,
+            },
+        )
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ConceptTokens:
+        """Read what :meth:`save` wrote. Raises UserError when a file is missing, cut short, damaged or of another
+        shape."""
+        from .checkpoint import _load_file
+
+        folder = Path(folder)
+        about = read_json(folder / "concept.json")
+        tensors = _load_file(folder / "concept.safetensors")
+        verify_safetensors(folder / "concept.safetensors", tensors)
+        try:
+            sizes = [about.get(f"num_{group}", 0) for group in ("understanding", "generation", "extra")]
+            found, wanted = tuple(tensors["embed"].shape), (1 + sum(sizes), about["width"])
+            if found != wanted:  # ahead of making rows: the file may ask for any number
+                raise UserError(f"{folder}: embed of shape {found}: must be {wanted}")
+            concept = cls(**about)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"{folder / 'concept.json'}: {type(error).__name__}: {error}") from None
+        concept._put(tensors, folder)
+        return concept
+
+    @classmethod
+    def load_published(
+        cls,
+        folder: str | os.PathLike[str],
+        name: str,
+        epoch: int | None = None,
+        num_understanding: int = 16,
+        num_generation: int | None = None,
+    ) -> ConceptTokens:
+        """Read `epoch_<n>_{embed,lm_head_weight,lm_head_bias}.pt`, the newest epoch unless one is named.
+
+        Row 0 is `<name>`; M is what is left after K unless given; rows beyond K and M count as extra.
+        """
+        folder = Path(folder)
+        epochs = sorted(int(file.name.split("_")[1]) for file in folder.glob("epoch_*_embed.pt"))
+        if not epochs or (epoch is not None and epoch not in epochs):
+            raise UserError(
+                f"{folder}: no epoch_{'*' if epoch is None else epoch}_embed.pt; present: {epochs or 'none'}"
+            )
+        epoch = epochs[-1] if epoch is None else epoch
+        parts: dict[str, Tensor] = {}
+        for part, published in _PUBLISHED.items():
+            file = folder / f"epoch_{epoch}_{published}.pt"
+            try:
+                parts[part] = torch.load(file, map_location="cpu", weights_only=True)
+            except FileNotFoundError:
+                raise UserError(f"{file}: no such file") from None
+            except Exception as error:
+                raise UserError(f"{file}: cannot be read as a tensor: {error}") from error
+            if not isinstance(parts[part], Tensor):
+                raise UserError(f"{file}: must hold one tensor, holds {type(parts[part]).__name__}")
+        rows = parts["embed"].shape[0] - 1
+        if parts["embed"].ndim != 2 or rows < num_understanding + (num_generation or 0):
+            raise UserError(
+                f"{folder}: embedding of shape {tuple(parts['embed'].shape)}: must be [1 + K + M, D] with K="
+                f"{num_understanding}" + (f", M={num_generation}" if num_generation is not None else "")
+            )
+        generation = rows - num_understanding if num_generation is None else num_generation
+        extra = rows - num_understanding - generation
+        concept = cls(name, parts["embed"].shape[1], num_understanding, generation, extra)
+        concept._put(parts, folder)
+        return concept
+
+    def save_published(self, folder: str | os.PathLike[str], epoch: int) -> None:
+        """Write the three published files for `epoch`."""
+        import io
+
+        from ..utils.files import write_bytes_atomic
+
+        for part, published in _PUBLISHED.items():
+            buffer = io.BytesIO()
+            torch.save(getattr(self, part).detach().cpu().clone(), buffer)
+            write_bytes_atomic(Path(folder) / f"epoch_{epoch}_{published}.pt", buffer.getvalue())
+
+    def _put(self, parts: dict[str, Tensor], origin: object) -> None:
+        for part in _PARTS:
+            mine = getattr(self, part)
+            if part not in parts or parts[part].shape != mine.shape:
+                found = tuple(parts[part].shape) if part in parts else "nothing"
+                raise UserError(f"{origin}: {part} of shape {found}: must be {tuple(mine.shape)}")
+        with torch.no_grad():
+            for part in _PARTS:
+                getattr(self, part).copy_(parts[part].float())

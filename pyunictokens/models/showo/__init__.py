@@ -1,0 +1,1 @@
+"""Show-o: the transformer, its sequences and masks, and its cached paths."""

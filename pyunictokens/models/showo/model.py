@@ -1,0 +1,391 @@
+"""The Show-o transformer: a Phi decoder over one vocabulary of text, task tokens and image codes.
+
+Module names are those of the published checkpoint, so its state dict loads key by key. A concept's learned rows are
+attached beside the weights, never written into them: ids after the special ids are theirs, and code ids and the mask id
+move up by their number. This file knows embeddings, blocks and heads; it does not know sequences (prompting.py), caches
+(attention.py, prefill.py) or sampling.
+
+Shape suffixes: B batch, L sequence, D width, H heads, E head width, V vocabulary, K codebook, N image codes.
+Source: Xie et al., 2024, "Show-o"; layer norm on q and k, partial rotary, parallel attention and MLP, tanh-GELU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...utils.errors import UserError
+from ...utils.files import save_safetensors_atomic, write_json
+from ..checkpoint import assign, load_state_dict, read_config, real_number, resolve, whole_number
+from ..concept_tokens import ConceptTokens
+from .attention import Attention, FullAttention
+
+NUM_SPECIAL = 10
+"""Special ids after the text ids: pad, soi, eoi, sov, eov, t2i, mmu, t2v, v2v, lvg."""
+
+_PHI_1_5 = {"num_attention_heads": 32, "max_position_embeddings": 2048, "bos_token_id": 50256, "eos_token_id": 50256}
+
+
+@dataclass(frozen=True)
+class ShowoConfig:
+    """Sizes and ids, without a concept. Defaults are those of Show-o 512×512 on Phi-1.5."""
+
+    vocab_size: int = 58498
+    llm_vocab_size: int = 50295
+    codebook_size: int = 8192
+    num_vq_tokens: int = 1024
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    partial_rotary_factor: float = 0.5
+    max_position_embeddings: int = 2048
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    qk_layernorm: bool = True
+    w_clip_vit: bool = False
+    bos_token_id: int = 50256
+    eos_token_id: int = 50256
+
+    def __post_init__(self) -> None:
+        if self.vocab_size != self.llm_vocab_size + NUM_SPECIAL + self.codebook_size + 1:
+            raise UserError(
+                f"vocab_size={self.vocab_size}: must be llm_vocab_size + {NUM_SPECIAL} special ids + codebook_size + "
+                f"mask = {self.llm_vocab_size + NUM_SPECIAL + self.codebook_size + 1}"
+            )
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UserError(f"partial_rotary_factor={self.partial_rotary_factor}: must be above 0 and at most 1")
+        if self.hidden_size < 1 or self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size={self.hidden_size}: must be a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.partial_rotary_factor * self.head_dim)
+
+    @property
+    def first_code_id(self) -> int:
+        """Id of code 0 when no concept is attached."""
+        return self.llm_vocab_size + NUM_SPECIAL
+
+    @classmethod
+    def from_checkpoint(
+        cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path
+    ) -> ShowoConfig:
+        """Sizes from the weights' shapes; what shapes cannot say from config.json and the language model's config."""
+        norm = shapes.get("showo.model.layers.0.self_attn.q_layernorm.weight")
+        try:
+            vocab, hidden = shapes["showo.model.embed_tokens.weight"]
+            inner = shapes["showo.model.layers.0.mlp.fc1.weight"][0]
+            layers = 1 + max(int(key.split(".")[3]) for key in shapes if key.startswith("showo.model.layers."))
+            heads = hidden // norm[0] if norm is not None else 0
+        except KeyError as error:
+            raise UserError(f"{folder}: not a Show-o checkpoint: the weight {error} is missing") from None
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise UserError(f"{folder}: not a Show-o checkpoint: its weights have other shapes ({error})") from None
+        phi = {**_PHI_1_5, **_language_config(config, folder)}
+        codebook = whole_number(config, "codebook_size", 8192, folder)
+        stated = whole_number(config, "vocab_size", vocab, folder)
+        if stated != vocab:
+            raise UserError(f"{folder}: config.json says vocab_size={stated}, the embedding has {vocab} rows")
+        return cls(
+            vocab_size=vocab,
+            llm_vocab_size=whole_number(config, "llm_vocab_size", vocab - NUM_SPECIAL - codebook - 1, folder),
+            codebook_size=codebook,
+            num_vq_tokens=whole_number(config, "num_vq_tokens", 1024, folder),
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads or whole_number(phi, "num_attention_heads", 32, folder),
+            partial_rotary_factor=real_number(phi, "partial_rotary_factor", 0.5, folder),
+            max_position_embeddings=whole_number(phi, "max_position_embeddings", 2048, folder),
+            layer_norm_eps=real_number(phi, "layer_norm_eps", 1e-5, folder),
+            rope_theta=real_number(phi, "rope_theta", 10000.0, folder),
+            qk_layernorm=norm is not None,
+            w_clip_vit="mm_projector.0.weight" in shapes,
+            bos_token_id=whole_number(phi, "bos_token_id", 50256, folder, least=0),
+            eos_token_id=whole_number(phi, "eos_token_id", 50256, folder, least=0),
+        )
+
+
+def _language_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the language model's own config says: its keys in config.json, else `llm_model_path` beside it."""
+    known = set(ShowoConfig.__dataclass_fields__) - {"vocab_size"}
+    found = {key: value for key, value in config.items() if key in known}
+    name = config.get("llm_model_path")
+    if isinstance(name, str) and name:
+        for place in (folder / name, folder.parent / Path(name).name, Path(name)):
+            if (place / "config.json").is_file():
+                content = read_config(place)
+                found = {**{k: v for k, v in content.items() if k in known}, **found}
+                break
+    return {key: value for key, value in found.items() if value is not None}
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        width, head = config.hidden_size, config.head_dim
+        self.heads, self.rotary_dim = config.num_attention_heads, config.rotary_dim
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width)
+        if config.qk_layernorm:
+            self.q_layernorm = nn.LayerNorm(head, eps=config.layer_norm_eps)
+            self.k_layernorm = nn.LayerNorm(head, eps=config.layer_norm_eps)
+        self.normalise = config.qk_layernorm
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attention) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.normalise:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        return self.dense(attend(layer, q, k, v).transpose(1, 2).flatten(2))
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        first, second = turned.chunk(2, dim=-1)
+        return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class _Block(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = _SelfAttention(config)
+        self.mlp = _Mlp(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attention) -> Tensor:
+        h = self.input_layernorm(x)
+        return self.self_attn(h, cos, sin, layer, attend) + self.mlp(h) + x
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([_Block(config) for _ in range(config.num_hidden_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class _CausalLM(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.model = _Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+
+
+class Showo(nn.Module):
+    """The unified model. Weights are the published ones; at most one concept is attached beside them.
+
+    ``model(input_ids, attention_allowed)`` is the plain full-sequence definition. Faster paths use :meth:`embed`,
+    :meth:`encode` with a strategy of attention.py, and the heads.
+    """
+
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.config = config
+        self.showo = _CausalLM(config)
+        if config.w_clip_vit:
+            clip_width = 1024
+            self.mm_projector = nn.Sequential(
+                nn.Linear(clip_width, config.hidden_size),
+                nn.GELU(),
+                nn.Linear(config.hidden_size, config.hidden_size),
+            )
+        self.concept: ConceptTokens | None = None
+        self.checkpoint_layers: bool | int = False
+        """Layers, counted from the first, that are recomputed in the backward pass; True means all."""
+        self._rotary: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    # --- concept ---------------------------------------------------------------------------------------------------
+
+    def attach(self, concept: ConceptTokens) -> Showo:
+        """Use `concept`'s rows for the ids after the special ids. Its tensors stay its own: only they need training."""
+        if concept.width != self.config.hidden_size:
+            raise UserError(f"concept of width {concept.width}: this model has width {self.config.hidden_size}")
+        self.__dict__["concept"] = concept  # not a submodule: the model's own weights stay the published ones
+        return self
+
+    def detach(self) -> ConceptTokens | None:
+        """Take the attached concept off and return it."""
+        concept = self.concept
+        self.__dict__["concept"] = None
+        return concept
+
+    @contextmanager
+    def using(self, concept: ConceptTokens | None) -> Iterator[Showo]:
+        """Inside this context `concept` is the attached one (None: none is)."""
+        before = self.concept
+        self.__dict__["concept"] = None
+        try:
+            yield self if concept is None else self.attach(concept)
+        finally:
+            self.__dict__["concept"] = before
+
+    @property
+    def num_new(self) -> int:
+        """Rows of the attached concept, 0 without one."""
+        return 0 if self.concept is None else self.concept.num_tokens
+
+    @property
+    def first_code_id(self) -> int:
+        """Id of code 0, moved up by the attached concept's rows."""
+        return self.config.first_code_id + self.num_new
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of an unknown code: the last id of all."""
+        return self.config.vocab_size - 1 + self.num_new
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.showo.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.showo.lm_head.weight.device
+
+    # --- embeddings and heads --------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [...] to embeddings [..., D], the concept's rows included."""
+        table = self.showo.model.embed_tokens
+        if self.concept is None:
+            return table(ids)
+        first, count = self.config.first_code_id, self.num_new
+        x = table(torch.where(ids >= first + count, ids - count, ids.clamp(max=first - 1)))
+        rows = F.embedding((ids - first).clamp(0, count - 1), self.concept.embed).to(x.dtype)
+        new = (ids >= first) & (ids < first + count)
+        return torch.where(new[..., None], rows, x)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Image codes int [...], −1 where unknown, to embeddings [..., D]."""
+        base = self.config.first_code_id
+        return self.showo.model.embed_tokens(torch.where(codes < 0, self.config.vocab_size - 1, codes + base).long())
+
+    def image_head(self) -> tuple[Tensor, Tensor]:
+        """(weight [K, D], bias [K]): the columns of the codes alone, as views of the published head."""
+        head, first = self.showo.lm_head, self.config.first_code_id
+        last = first + self.config.codebook_size
+        return head.weight[first:last], head.bias[first:last]
+
+    def text_head(self) -> tuple[Tensor, Tensor]:
+        """(weight [V, D], bias [V]) of the whole vocabulary, the concept's rows in their place."""
+        head = self.showo.lm_head
+        if self.concept is None:
+            return head.weight, head.bias
+        first = self.config.first_code_id
+        weight = [head.weight[:first], self.concept.head_weight.to(head.weight.dtype), head.weight[first:]]
+        bias = [head.bias[:first], self.concept.head_bias.to(head.bias.dtype), head.bias[first:]]
+        return torch.cat(weight), torch.cat(bias)
+
+    # --- transformer -----------------------------------------------------------------------------------------------
+
+    def encode(self, x_BLD: Tensor, positions: Tensor, attend: Attention) -> Tensor:
+        """Embeddings [B, L, D] at absolute positions int64 [L] or [B, L] to final hidden states [B, L, D]."""
+        cos, sin = self._angles(x_BLD.device, x_BLD.dtype)
+        cos, sin = cos[positions], sin[positions]
+        cos, sin = (t.unsqueeze(1) if t.ndim == 3 else t for t in (cos, sin))
+        x = x_BLD
+        again = len(self.showo.model.layers) if self.checkpoint_layers is True else int(self.checkpoint_layers)
+        for index, layer in enumerate(self.showo.model.layers):
+            if index < again and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, index, attend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, index, attend)
+        return self.showo.model.final_layernorm(x)
+
+    def forward(
+        self, input_ids: Tensor | None, attention_allowed: Tensor | None = None, *, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """The plain full-sequence path. input_ids int64 [B, L] (or inputs_embeds [B, L, D]) and a boolean mask
+        [B, L, L] (or [1, L, L]; True = may look) to logits [B, L, V]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give either input_ids or inputs_embeds")
+        x = self.embed(input_ids) if input_ids is not None else inputs_embeds
+        assert x is not None
+        if x.shape[1] > self.config.max_position_embeddings:
+            raise UserError(
+                f"a sequence of {x.shape[1]} positions: this model has {self.config.max_position_embeddings}"
+            )
+        if attention_allowed is not None and attention_allowed.shape[-2:] != (x.shape[1], x.shape[1]):
+            raise UserError(
+                f"attention_allowed of shape {tuple(attention_allowed.shape)}: must be [B, {x.shape[1]}, {x.shape[1]}]"
+            )
+        hidden = self.encode(x, torch.arange(x.shape[1], device=x.device), FullAttention(attention_allowed))
+        weight, bias = self.text_head()
+        return F.linear(hidden, weight, bias)
+
+    def project_clip(self, features: Tensor) -> Tensor:
+        """CLIP-ViT patch features [B, patches, 1024] to embeddings [B, patches, D] (the w_clip_vit variant)."""
+        if not self.config.w_clip_vit:
+            raise UserError("this checkpoint has no mm_projector: use a w_clip_vit variant, or image codes")
+        return self.mm_projector(features.to(self.dtype))
+
+    def _angles(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        table = self._rotary.get((device, dtype))
+        if table is None:
+            dim = self.config.rotary_dim
+            inverse = 1.0 / self.config.rope_theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
+            angle = torch.arange(self.config.max_position_embeddings, device=device).float()[:, None] * inverse
+            angle = torch.cat([angle, angle], dim=-1)
+            table = self._rotary[(device, dtype)] = (angle.cos().to(dtype), angle.sin().to(dtype))
+        return table
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Showo:
+        """Load a published checkpoint: a folder or hub id with config.json and .safetensors or .bin, whole or sharded.
+
+        The language model's config is looked for under `llm_model_path` beside the weights; without it Phi-1.5's
+        numbers are taken. Raises UserError naming every weight that is missing, left over or of another shape.
+        """
+        folder = resolve(path)
+        weights = load_state_dict(folder)
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
+        config = ShowoConfig.from_checkpoint(read_config(folder), shapes, folder)
+        with torch.device("meta"):
+            model = cls(config)
+        assign(model, {key: value.to(device=device, dtype=dtype) for key, value in weights.items()}, folder)
+        return model.requires_grad_(False).eval()
+
+    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write config.json (all sizes in one file) and model.safetensors. An attached concept is saved on its own."""
+        weights = {key: value.to(dtype) if dtype else value for key, value in self.state_dict().items()}
+        save_safetensors_atomic(Path(path) / "model.safetensors", weights)
+        config = {"_class_name": "Showo", **asdict(self.config), "mask_token_id": self.config.vocab_size - 1}
+        write_json(Path(path) / "config.json", config)

@@ -1,0 +1,100 @@
+"""Which implementation of an operation runs: a table operation → backend → entry, filled by the modules that implement.
+
+Knows names, devices and dtypes; not what an operation computes. A new backend adds its entries with :func:`offer`, and
+a line in `_BACKENDS` that says whether it can run on this machine at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..utils.errors import UserError
+
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_NAMES = ("reference", "cpu", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One implementation of one operation."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    """For operations whose gradient is a second call."""
+    devices: tuple[str, ...] = ()
+    """Device types it takes; empty: all."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    """Dtypes of its main input that it takes."""
+
+
+_table: dict[str, dict[str, Entry]] = {}
+_unavailable: dict[str, str] = {}
+
+
+def offer(operation: str, backend: str, entry: Entry) -> None:
+    """Enter one implementation into the table."""
+    _table.setdefault(operation, {})[backend] = entry
+
+
+def mark_unavailable(backend: str, reason: str) -> None:
+    """Say why nothing of `backend` can run here."""
+    _unavailable[backend] = reason
+
+
+def entry(operation: str, backend: str) -> Entry:
+    """The implementation chosen before by :func:`choose`."""
+    return _table[operation][backend]
+
+
+def choose(operation: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend to run: the best that takes this device and dtype, or the one asked for if it does.
+
+    Raises:
+        UserError: the backend asked for is unknown, cannot run here, is not offered for the operation, or does not take
+            the device or dtype.
+    """
+    offered = _table[operation]
+    if backend is None:
+        for name in _PREFERENCE.get(device.type, ("reference",)):
+            if name in offered and name not in _unavailable and not _objection(offered[name], device, dtype):
+                return name
+        return "reference"
+    if backend not in _NAMES:
+        raise UserError(f"backend={backend!r}: must be None (the best that can run) or one of {', '.join(_NAMES)}")
+    if backend in _unavailable:
+        raise UserError(f"backend {backend!r} cannot run here: {_unavailable[backend]}; use backend='reference'")
+    if backend not in offered:
+        raise UserError(f"backend {backend!r} is not offered for {operation}; use backend='reference'")
+    objection = _objection(offered[backend], device, dtype)
+    if objection:
+        raise UserError(f"backend {backend!r} of {operation} {objection}; use backend='reference'")
+    return backend
+
+
+def _objection(candidate: Entry, device: torch.device, dtype: torch.dtype) -> str:
+    if candidate.devices and device.type not in candidate.devices:
+        return f"does not take tensors on {device.type}, only on {' and '.join(candidate.devices)}"
+    if dtype not in candidate.dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in candidate.dtypes)
+        return f"does not take {str(dtype).removeprefix('torch.')}, only {names}"
+    return ""
+
+
+def capabilities() -> dict[str, dict[str, Any]]:
+    """Which backends can run here, and why the others cannot.
+
+    Returns {backend: {"available": bool, "ops": [names], "reason": str}} for reference, cpu, triton and cuda. `reason`
+    is empty for an available backend.
+    """
+    report = {}
+    for backend in _NAMES:
+        operations = sorted(operation for operation, offered in _table.items() if backend in offered)
+        reason = _unavailable.get(backend, "")
+        if not reason and not operations:
+            reason = f"this version has no {backend} implementation of any operation"
+        report[backend] = {"available": not reason, "ops": [] if reason else operations, "reason": reason}
+    return report

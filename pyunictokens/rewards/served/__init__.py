@@ -1,0 +1,1 @@
+"""Reward models in a process of their own: messages, server, client."""

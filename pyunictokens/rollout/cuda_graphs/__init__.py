@@ -1,0 +1,1 @@
+"""Image steps without the host: captured steps, and slots that run them."""

@@ -1,0 +1,164 @@
+"""Slots whose steps run without the host: the state of device_step.py behind the interface of `EagerSlots`.
+
+A stretch of steps (to the next preview, or until a candidate is done) is one run of captured steps. What a capture has
+fixed is kept between calls and used again where it fits: the number of slots, the settings, and which slots share a
+prompt of which length; keys and values of other prompts are copied in. In mode "auto" prompts of lengths that were not
+met before are left to the host: a capture costs about three steps, and in training no two groups are alike. Numbers
+equal those of `EagerSlots` up to the rounding of sums. It knows slots and captures; who runs in which slot is loop.py's
+business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ...models import PromptKV, Showo
+from ..sampler import EagerSlots, LoopSettings
+from ..scheduler import Candidate
+from .capture import CaptureCache, GraphPool, Mode
+from .device_step import DeviceLoop, GuidedHidden, StepState, image_head, read_by
+
+log = logging.getLogger(__name__)
+
+STRUCTURES = 4
+"""Captures of one bucket that are kept: by which slots share a prompt, and how long the prompts are."""
+
+SEEN = 256
+"""Structures of one bucket that are remembered without a capture."""
+
+Structure = tuple[tuple[int, ...], tuple[int, ...], int]
+"""(prompt number of each slot, in order of appearance; lengths of these prompts; position behind them)."""
+
+
+class Bucket:
+    """The state of a number of slots, and a captured loop over it for each structure of prompts met so far."""
+
+    def __init__(self, model: Showo, slots: int, count: int, settings: LoopSettings, mode: str, pool: GraphPool | None):
+        self.model, self.count, self.settings, self.mode, self.pool = model, count, settings, mode, pool
+        self.state = StepState.make(slots, count, model.config.codebook_size, settings, model.device)
+        self._loops: OrderedDict[Structure, DeviceLoop] = OrderedDict()
+        self._seen: OrderedDict[Structure, None] = OrderedDict()
+
+    def loop(self, prompts: PromptKV, of_slot: Sequence[int]) -> DeviceLoop | None:
+        """The loop for slots that read the distinct `prompts` (with guidance the empty one last), loaded with them.
+
+        None in mode "auto" at first sight: it is not certain that a capture would be earned back.
+        """
+        structure = (tuple(of_slot), tuple(prompts.lengths), prompts.next_position[0])
+        found = self._loops.pop(structure, None)
+        if found is None and self.mode == "auto" and structure not in self._seen:
+            self._seen[structure] = None
+            while len(self._seen) > SEEN:
+                self._seen.popitem(last=False)
+            return None
+        if found is None:
+            while len(self._loops) >= STRUCTURES:
+                self._loops.popitem(last=False)[1].close()
+            hidden = GuidedHidden(self.model, prompts, of_slot, self.settings.guidance_scale, self.count)
+            settings, head = self.settings, image_head(self.model)
+            found = DeviceLoop(
+                hidden,
+                head,
+                self.state,
+                settings.seed,
+                mode=cast(Mode, self.mode),
+                pool=self.pool,
+                backend=settings.backend,
+            )
+            log.info("steps of %d slots: %s", len(of_slot), found.steps.report())
+        else:
+            assert isinstance(found.hidden_of, GuidedHidden)
+            found.hidden_of.load(prompts)
+        self._loops[structure] = found
+        return found
+
+    def close(self) -> None:
+        """Give all captures back."""
+        while self._loops:
+            self._loops.popitem()[1].close()
+
+
+class CapturedSlots(EagerSlots):
+    """Slots that run whole stretches. Takes what `EagerSlots` takes, the cache of captures, and a mode."""
+
+    def __init__(
+        self,
+        model: Showo,
+        prompts: PromptKV,
+        prompt_of_row: Sequence[int],
+        look_of_row: Sequence[int],
+        slots: int,
+        count: int,
+        settings: LoopSettings,
+        cache: CaptureCache[Bucket],
+        mode: str = "auto",
+        **more: Any,
+    ):
+        super().__init__(
+            model, prompts, prompt_of_row, look_of_row, slots, count, replace(settings, record=False), **more
+        )
+        self.settings = settings
+        self._bucket = cache.get(
+            (mode, slots, count, replace(settings, max_rows=0)),
+            read_by(model),
+            model.device,
+            lambda pool: Bucket(model, slots, count, settings, mode, pool),
+        )
+        state = self._bucket.state
+        state.stop_at.zero_()
+        state.broken.zero_()
+        self.codes, self.chosen, self._broken = state.codes, state.chosen, state.broken
+        if state.inputs is not None and state.picked is not None and state.logp is not None:
+            self.records = (state.inputs, state.picked, state.logp)
+        self._prompt_of_slot = [self._prompt_of_row[0]] * slots
+        self._loop: tuple[tuple[int, ...], DeviceLoop | None] | None = None
+        self._by_the_host = False
+
+    @property
+    def stretch(self) -> int:  # type: ignore[override]
+        """Steps that one call of :meth:`run` may take: all there are, or one where the host runs them."""
+        return 1 if self._loop_now() is None else 1 << 16
+
+    def place(self, candidate: Candidate, known: Tensor) -> None:
+        super().place(candidate, known)
+        self._prompt_of_slot[candidate.slot] = self._prompt_of_row[candidate.row]
+
+    def run(self, active: Sequence[Candidate], steps: int = 1) -> None:
+        loop = self._loop_now()
+        if loop is None:
+            super().run(active, steps)
+            return
+        state, device = self._bucket.state, self.codes.device
+        rows = [[0, 0, 0] for _ in self._prompt_of_slot]
+        for candidate in active:
+            rows[candidate.slot] = [candidate.sample_id, candidate.step, candidate.step + steps]
+        host = torch.tensor(rows).to(device)
+        state.sample_ids.copy_(host[:, 0])
+        state.step.copy_(host[:, 1])
+        state.stop_at.copy_(host[:, 2])
+        loop.run()
+
+    def _loop_now(self) -> DeviceLoop | None:
+        """The loop for the prompts that the slots read now, or None where the host runs the steps."""
+        now = tuple(self._prompt_of_slot)
+        if self._by_the_host:
+            return None
+        if self._loop is None or self._loop[0] != now:
+            distinct = list(dict.fromkeys(now))
+            of_slot = [distinct.index(prompt) for prompt in now]
+            if self.settings.guidance_scale > 0:
+                distinct.append(len(self.prompts) - 1)
+            try:
+                self._loop = now, self._bucket.loop(self.prompts.select(distinct), of_slot)
+            except torch.OutOfMemoryError:
+                log.warning("no memory for captured steps of %d slots: the host runs them", len(now))
+                self._by_the_host = True
+                return None
+        return self._loop[1]

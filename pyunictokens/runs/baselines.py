@@ -1,0 +1,138 @@
+"""Rows of a table by the words of a command line: the models that need an engine; a CLIP model and a judge.
+
+It joins runs and workbenches (which know engines) with `evaluate` (which is handed one). It knows no flags and no files
+of tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..evaluate.baselines import Spec, candidate, parse
+from ..evaluate.clip import Embeddings, OpenClip
+from ..evaluate.model import Candidate, Model
+from ..evaluate.runner import TableSettings
+from ..evaluate.sample_cache import fingerprint
+from ..evaluate.scoring import Scorer
+from ..evaluate.subject import Subject
+from ..toy.model import toy_folder
+from ..utils.devices import pick_device, pick_dtype
+from ..utils.errors import UserError
+from .bundle import Sources, Workbench, load_experts, open_workbench
+from .run_dir import BASE, Run, RunConfig
+
+TOY_CLIP = "toy"
+"""The toy's own image–text encoder, as a value of --clip."""
+
+
+@dataclass(frozen=True)
+class TableConfig(TableSettings):
+    """How much is asked, and how this project's own models draw and answer."""
+
+    timesteps: int = 50
+    """MaskGIT timesteps of a drawing (ours, showo-tp, showo-ip)."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance of the drawings (ours, showo-tp, showo-ip)."""
+    max_new_tokens: int = 100
+    """Longest answer (all but diffusers and real)."""
+
+    @classmethod
+    def of(cls, run: Run, is_toy: bool) -> TableConfig:
+        """The settings a run is measured with, or those of the toy or the paper where there is no run."""
+        base = RunConfig.make("toy" if is_toy else "paper", run.config, f"{run.path}/config.yaml").evaluation
+        return cls(
+            base.samples,
+            timesteps=base.timesteps,
+            guidance_scale=base.guidance_scale,
+            max_new_tokens=base.max_new_tokens,
+        )
+
+
+@dataclass
+class Place:
+    """Where engines come from: the run asked about, the parts of the bare model, device and precision."""
+
+    run: Run
+    sources: Sources
+    config: TableConfig
+    device: str = "auto"
+    dtype: str = "float32"
+    _bare: list[Workbench] = field(default_factory=list)
+
+    def candidates(self, texts: Sequence[str]) -> list[Candidate]:
+        """One candidate a text, as `evaluate.adapters` reads them. Raises UserError for one that is no model."""
+        return [self._candidate(parse(text)) for text in texts]
+
+    def _candidate(self, spec: Spec) -> Candidate:
+        if spec.kind not in ("ours", "showo-tp", "showo-ip"):
+            return candidate(spec, pick_device(self.device), pick_dtype(self.dtype), self.config.max_new_tokens)
+        settings = f"{self.config.timesteps} {self.config.guidance_scale} {self.config.max_new_tokens} {self.dtype}"
+        weights = f"{self.sources} {fingerprint(self.sources.model or toy_folder())}"
+        if spec.kind == "ours":
+            where = spec.where or (str(self.run.path) if self.run.path is not None else BASE)
+            identity = f"ours {where} {fingerprint(where.partition('{name}')[0])} {weights} {settings}"
+            return Candidate(spec.name, identity, lambda subject: self._ours(where, subject), reasons=True)
+        from ..evaluate.baselines.showo import ShowoImage, ShowoText
+
+        kind = ShowoText if spec.kind == "showo-tp" else ShowoImage
+
+        def load(subject: Subject) -> Model:
+            engine: Any = self._bare_bench().engine()
+            return kind(engine, subject, self._sampling())
+
+        return Candidate(spec.name, f"{spec.kind} {weights} {settings}", load, release=self._bare.clear)
+
+    def _ours(self, where: str, subject: Subject) -> Model:
+        from ..evaluate.baselines.ours import Ours
+
+        run = Run.find(where.replace("{name}", subject.name))
+        bench = run.open(self.sources, self.device, self.dtype)
+        if bench.concept is not None and bench.concept.name != subject.name:
+            raise UserError(f"{run.path}: learned <{bench.concept.name}>, is asked about {subject.sks}")
+        engine: Any = bench.engine()
+        return Ours(engine, bench.concept, subject, self._sampling())
+
+    def _bare_bench(self) -> Workbench:
+        if not self._bare:
+            self._bare.append(open_workbench(self.sources, self.device, self.dtype))
+        return self._bare[0]
+
+    def _sampling(self) -> Any:
+        from ..evaluate.baselines.ours import Sampling
+
+        return Sampling(self.config.timesteps, self.config.guidance_scale, self.config.max_new_tokens)
+
+
+def make_scorer(
+    clip: str | None,
+    judge_url: str | None,
+    judge_model: str | None,
+    key_env: str | None,
+    cache: Path,
+    device: str = "auto",
+    concurrency: int = 8,
+) -> Scorer:
+    """A scorer from a CLIP model ("toy", or what `OpenClip` takes) and a judge; None leaves either out."""
+    place = pick_device(device)
+    embeddings = None
+    if clip == TOY_CLIP:
+        embeddings = Embeddings(lambda: _toy_encoder(place), "toy", size=64)
+    elif clip is not None:
+        embeddings = Embeddings(OpenClip(clip, place), f"open_clip {clip}")
+    if judge_url is None and judge_model is None:
+        return Scorer(embeddings)
+    from ..rewards.judge import Judge, JudgeConfig
+
+    if judge_model is None:
+        raise UserError("--judge-url needs --judge-model, the model's name at the endpoint")
+    config = JudgeConfig(judge_model, judge_url, key_env, cache=str(cache), concurrency=concurrency)
+    return Scorer(embeddings, Judge(config), f"{judge_model} at {judge_url or 'the default endpoint'}")
+
+
+def _toy_encoder(device: Any) -> Any:
+    experts = load_experts(Sources(), device)
+    assert experts is not None
+    return experts.image_text

@@ -1,0 +1,302 @@
+"""What is installed here, what works, and the exact command that adds what is missing.
+
+`examine()` looks and returns plain values; `render()` writes them for people. It knows package names, files and ops
+backends. It repairs nothing, downloads nothing, and no finding of its own is ever an exception.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REQUIRED = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "huggingface_hub",
+    "peft",
+    "pillow",
+    "pyyaml",
+    "typer",
+    "rich",
+    "scikit-learn",
+    "matplotlib",
+    "jinja2",
+    "tensorboard",
+    "sacrebleu",
+)
+"""Distributions that pyproject.toml asks for."""
+
+OPTIONAL = {
+    "triton": ("", "Triton kernels on a GPU; comes with torch on Linux"),
+    "facenet-pytorch": ("rewards", "FER: faces in pictures of people"),
+    "open_clip_torch": ("rewards", "CLIP scores of real pictures"),
+    "torchvision": ("rewards", "pictures resized on their device"),
+    "openai": ("judge", "the remote judge"),
+    "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
+    "ray": ("cluster", "runs over several machines"),
+    "nvtx": ("profile", "named ranges in GPU profiles"),
+    "flash-attn": ("flash", "another attention kernel"),
+    "gradio": ("web", "a page in the browser"),
+    "pytest": ("dev", "the test suite"),
+}
+"""Distributions that nothing needs at import, with the extra that adds each and what it is for."""
+
+_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+
+def examine() -> dict[str, Any]:
+    """Everything the doctor looks at, as values JSON can hold. `ok` says whether the essential parts work."""
+    report: dict[str, Any] = {
+        "pyunictokens": _own_version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in REQUIRED},
+        "optional": {
+            name: {"version": _version(name), "for": purpose, "add": _add(extra)}
+            for name, (extra, purpose) in OPTIONAL.items()
+        },
+        "cpu": _cpu(),
+        "core": _core(),
+        "gpu": _gpu(),
+        "backends": _backends(),
+        "steps": _steps(),
+        "toy": toy_status(),
+    }
+    report["problems"] = _problems(report)
+    report["ok"] = not report["problems"]
+    return report
+
+
+def _own_version() -> str:
+    from .. import __version__
+
+    return __version__
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _add(extra: str) -> str:
+    return f"pip install 'pyunictokens[{extra}]'" if extra else "pip install triton"
+
+
+def _cpu() -> dict[str, Any]:
+    flags: set[str] = set()
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in {"flags", "Features"}:
+                flags = set(value.split())
+            elif key.strip() == "model name":
+                model = value.strip()
+            elif not line.strip():  # the first core is enough
+                break
+    except OSError:
+        pass  # no Linux: the name of the machine is what there is
+    result: dict[str, Any] = {
+        "model": model,
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "features": [flag for flag in _CPU_FLAGS if flag in flags],
+    }
+    try:
+        import torch
+
+        result["torch_threads"] = torch.get_num_threads()
+        result["torch_instructions"] = torch.backends.cpu.get_cpu_capability()
+    except ImportError:
+        pass
+    return result
+
+
+def _core() -> dict[str, Any]:
+    """The compiled core: whether it loads, and whether it was built with CUDA."""
+    try:
+        core = importlib.import_module("pyunictokens._core")
+    except ImportError as error:
+        return {
+            "loads": False,
+            "why": str(error),
+            "add": "pip install --force-reinstall --no-deps . (in the source folder, with a C++ compiler)",
+        }
+    info = dict(core.build_info())
+    info["has_cuda"] = bool(info.get("cuda"))
+    return {"loads": True, **info}
+
+
+def _gpu() -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        return {"present": False, "why": "torch is missing"}
+    result: dict[str, Any] = {"torch_cuda": torch.version.cuda, "nvcc": shutil.which("nvcc") is not None}
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable GPU here"
+        return {"present": False, "why": why, **result}
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": facts.name,
+                "memory_gib": round(facts.total_memory / 2**30, 1),
+                "capability": f"{facts.major}.{facts.minor}",
+            }
+        )
+    return {"present": True, "devices": devices, **result}
+
+
+def _steps() -> dict[str, str]:
+    """How the rollout's steps run on the GPU, or why there is nothing to choose."""
+    try:
+        import torch
+
+        from ..rollout.cuda_graphs.capture import best_mode
+
+        mode, why = best_mode(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as error:  # a finding, like any other
+        return {"mode": "unknown", "why": str(error)}
+    return {"mode": mode, "why": why}
+
+
+def _backends() -> dict[str, Any]:
+    try:
+        from .. import ops
+
+        return dict(ops.capabilities())
+    except Exception as error:  # whatever is wrong with the ops is a finding, not a crash of the doctor
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def toy_status() -> dict[str, Any]:
+    """Whether the embedded toy's files are there and have the checksums they were shipped with."""
+    import hashlib
+    import json
+
+    from ..toy.model import toy_folder
+
+    folder = toy_folder()
+    listing = folder / "provenance.json"
+    try:
+        wanted = json.loads(listing.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"ok": False, "why": f"{listing.name} cannot be read ({error}); install pyunictokens again"}
+    wrong = []
+    for name, digest in wanted.items():
+        file = folder / name
+        if not file.is_file():
+            wrong.append(f"{name} is missing")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            wrong.append(f"{name} has another checksum")
+    size = sum((folder / name).stat().st_size for name in wanted if (folder / name).is_file())
+    if wrong:
+        return {"ok": False, "why": f"{'; '.join(wrong)}: install pyunictokens again"}
+    return {"ok": True, "files": len(wanted), "mib": round(size / 2**20, 1)}
+
+
+def _problems(report: dict[str, Any]) -> list[dict[str, str]]:
+    """What keeps the essential parts from working, each with what to do."""
+    found = []
+    for name, version in report["packages"].items():
+        if version is None:
+            found.append({"what": f"{name} is missing", "do": f"pip install {name}"})
+    if not report["core"]["loads"]:
+        found.append(
+            {"what": f"the compiled core does not load ({report['core']['why']})", "do": report["core"]["add"]}
+        )
+    if "error" in report["backends"]:
+        found.append({"what": f"the ops cannot be used: {report['backends']['error']}", "do": "see the line before"})
+    if not report["toy"]["ok"]:
+        found.append({"what": f"the embedded toy: {report['toy']['why']}", "do": "or pass --model, --vq, --tokenizer"})
+    return found
+
+
+def render(report: dict[str, Any], console: Console) -> None:
+    """Write the findings as tables."""
+    from rich.table import Table
+
+    cpu, gpu, core = report["cpu"], report["gpu"], report["core"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("pyunictokens", report["pyunictokens"])
+    table.add_row("python", f"{report['python']} on {report['platform']}")
+    features = " ".join(cpu["features"]) or "no vector features known"
+    table.add_row("cpu", f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores usable; {features}")
+    if "torch_threads" in cpu:
+        table.add_row("", f"torch: {cpu['torch_threads']} threads, {cpu['torch_instructions']}")
+    if core["loads"]:
+        cuda = f"with CUDA for {core['cuda']['architectures']}" if core["has_cuda"] else "without CUDA"
+        table.add_row("compiled core", f"{core['version']}, {core['compiler']}, {core['cpu_level']}, {cuda}")
+    else:
+        table.add_row("compiled core", f"[red]does not load[/red]: {core['why']}")
+    if gpu["present"]:
+        for device in gpu["devices"]:
+            table.add_row("gpu", f"{device['name']}, {device['memory_gib']} GiB, sm_{device['capability']}")
+    else:
+        table.add_row("gpu", f"none: {gpu['why']}; nvcc {'found' if gpu.get('nvcc') else 'not found'}")
+    table.add_row("rollout steps", f"{report['steps']['mode']}: {report['steps']['why']}")
+    toy = report["toy"]
+    table.add_row(
+        "embedded toy", f"{toy['files']} files, {toy['mib']} MiB, checksums agree" if toy["ok"] else toy["why"]
+    )
+    console.print(table)
+
+    backends = Table(title="ops", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for title in ("backend", "runs here"):
+        backends.add_column(title, overflow="fold")
+    for name, facts in report["backends"].items() if "error" not in report["backends"] else ():
+        backends.add_row(name, ", ".join(facts["ops"]) if facts["available"] else _plain(f"no: {facts['reason']}"))
+    console.print(backends)
+
+    packages = Table(title="packages", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for title in ("package", "version", "for", "add with"):
+        packages.add_column(title, overflow="fold")
+    for name, version in report["packages"].items():
+        packages.add_row(name, version or "[red]missing[/red]", "required", "" if version else f"pip install {name}")
+    for name, facts in report["optional"].items():
+        missing = facts["version"] is None
+        packages.add_row(name, facts["version"] or "not here", facts["for"], _plain(facts["add"]) if missing else "")
+    console.print(packages)
+
+    for problem in report["problems"]:
+        console.print(f"[red]{_plain(problem['what'])}[/red]\n  {_plain(problem['do'])}")
+    if report["ok"]:
+        console.print("The essential parts work.")
+
+
+def render_weights(findings: list[dict[str, Any]], console: Console) -> None:
+    """Write what `rewards.weights.status` found."""
+    for finding in findings:
+        mark = "[green]here[/green]" if finding["ok"] else "[red]missing[/red]"
+        console.print(f"[bold]{finding['expert']}[/bold]  {_plain(finding['network'])}: {mark}")
+        places = finding["found"] or " and ".join(finding["looked_in"])
+        console.print(f"  {'found in' if finding['found'] else 'looked in'} {_plain(places)}")
+        if finding["missing"]:
+            console.print(f"  wants {_plain(', '.join(finding['missing']))} from {_plain(finding['source'])}")
+            console.print(f"  {_plain(finding['get'])}", soft_wrap=True)
+        console.print(f"  licence: {_plain(finding['licence'])}")
+
+
+def _plain(text: str) -> str:
+    """`text` with its square brackets kept from rich's markup."""
+    from rich.markup import escape
+
+    return escape(text)

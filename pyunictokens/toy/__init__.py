@@ -1,0 +1,31 @@
+"""The toy world: scenes, drawings, sentences, facts, a concept on disk, its small networks and the shipped model.
+
+Names are looked up when they are first asked for, so importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+_NAMES = {
+    "Toy": "model",
+    "ToyRewards": "rewards",
+    "load_toy": "model",
+    "load_toy_experts": "rewards",
+    "toy_folder": "model",
+    "write_toy_concept": "concept",
+}
+
+if TYPE_CHECKING:
+    from .concept import write_toy_concept
+    from .model import Toy, load_toy, toy_folder
+    from .rewards import ToyRewards, load_toy_experts
+
+__all__ = ["Toy", "ToyRewards", "load_toy", "load_toy_experts", "toy_folder", "write_toy_concept"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

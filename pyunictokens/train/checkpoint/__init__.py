@@ -1,0 +1,1 @@
+"""A run's state on disk: checkpoints, tensors, shards, and who writes them when."""

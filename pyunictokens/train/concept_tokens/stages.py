@@ -1,0 +1,308 @@
+"""The concept stages: what the tokens of a concept learn before any reinforcement (UniCTokens, An et al., 2025).
+
+    understanding   <name> and K helpers learn to answer about the pictures
+    generation      M more helpers; 0.8·drawing + 0.2·answering, and an L2 pull on <name>
+    deepening       extra helpers, started from what stands still in the model's own drawings; answering again
+    joint           all rows and both tasks at once
+
+Only the concept's rows are parameters here; the model's weights have no gradient. The losses are in stage_loss.py, the
+starting rows in rows.py, pictures in pictures.py. It knows stages and their order; it does not know rewards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config.settings import save_yaml, to_mapping
+from ...config.training import StageConfig
+from ...data.batches import EpochSampler, GenerationItem, UnderstandingItem, generation_items, understanding_items
+from ...models import ConceptTokens, MagvitV2, PromptKV, Showo, TextTokenizer
+from ...models.showo import prompting
+from ...models.showo.prompting import SpecialIds
+from ...rollout.engine import DEFAULT_MAX_TEXT, RolloutEngine
+from ...utils.errors import UserError
+from ...utils.files import folder_lock, read_json, write_json
+from ...utils.signals import Stop, Stopped, never
+from ..images import Pictures
+from ..metrics import MetricsLog, read_metrics
+from ..optimizer import Optimiser, learning_rate
+from ..prompts import as_prompt, as_question
+from . import token_init as rows
+from .losses import generation_loss, random_mask, text_row, understanding_loss
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+"""Called after every step: (stage, steps done, steps wanted, numbers of this step)."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage does."""
+
+    draws: bool
+    """Whether it learns to draw."""
+    mixed: bool
+    """Whether both tasks share a step."""
+    question_groups: tuple[str, ...]
+    """Helper tokens that questions mention."""
+    learning: tuple[str, ...]
+    """Groups of rows that change."""
+
+
+PLANS = {
+    "understanding": StagePlan(False, False, ("understanding",), ("sks", "understanding")),
+    "generation": StagePlan(True, True, ("understanding", "generation"), ("sks", "understanding", "generation")),
+    "deepening": StagePlan(True, True, ("understanding", "generation", "extra"), ("sks", "extra")),
+    "joint": StagePlan(
+        True, True, ("understanding", "generation", "extra"), ("sks", "understanding", "generation", "extra")
+    ),
+}
+
+
+def train_concept_tokens(
+    model: Showo,
+    vq: MagvitV2,
+    tokenizer: TextTokenizer,
+    concept_data: Any,
+    config: StageConfig | None = None,
+    out_dir: str | os.PathLike[str] = "runs/concept",
+    *,
+    start: ConceptTokens | None = None,
+    face_embedding: rows.FaceEmbedding | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: Stop = never,
+) -> ConceptTokens:
+    """Learn the tokens of a concept from its folder; returns them attached to `model`.
+
+    Args:
+        tokenizer: the plain one; it must not know the concept yet.
+        concept_data: a `data.Concept`.
+        out_dir: gets stages.jsonl, a folder per stage, and concept/ with the final rows.
+        start: rows to go on from, in place of new ones.
+        face_embedding: for humans, pixels [M, 3, H, W] to face embeddings; starts the generation rows.
+        resume: take finished stages from `out_dir` instead of running them again.
+        stop: asked after every step; where it says so, Stopped is raised. Finished stages stay, the one at hand is
+            begun anew on resume.
+
+    Raises:
+        UserError: for data that cannot be learned from, and when a loss is not finite.
+        Stopped: `stop` said so.
+    """
+    config = config or StageConfig()
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        trainer = _Stages(model, vq, tokenizer, concept_data, config, out, face_embedding, progress, stop)
+        return trainer.run(start, resume)
+
+
+class _Stages:
+    def __init__(
+        self,
+        model: Showo,
+        vq: MagvitV2,
+        tokenizer: TextTokenizer,
+        concept_data: Any,
+        config: StageConfig,
+        out: Path,
+        face_embedding: rows.FaceEmbedding | None,
+        progress: Progress | None,
+        stop: Stop,
+    ):
+        self.stop = stop
+        self.model, self.vq, self.plain, self.data, self.config = model, vq, tokenizer, concept_data, config
+        self.out, self.face_embedding, self.progress = out, face_embedding, progress
+        self.max_text = config.max_text or DEFAULT_MAX_TEXT
+        self.pictures = Pictures(model, vq, crop=config.crop, flip=config.flip, cache_mb=config.cache_mb)
+        if not concept_data.train_images:
+            raise UserError(f"concept {concept_data.name!r} has no training images: add some to {concept_data.root}")
+        self.steps_done = 0
+
+    def run(self, start: ConceptTokens | None, resume: bool) -> ConceptTokens:
+        about = self.out / "stages.json"
+        settings = {"concept": self.data.name, "width": self.model.config.hidden_size, **to_mapping(self.config)}
+        if about.exists() and not resume:
+            raise UserError(
+                f"{self.out}: already holds concept stages: go on with them (--resume) or choose another folder"
+            )
+        if about.exists() and read_json(about) != settings:
+            raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
+        write_json(about, settings)
+        save_yaml(self.out / "stages.yaml", self.config)
+        self.model.requires_grad_(False)
+        finished = self._finished() if resume else []
+        concept = (
+            ConceptTokens.load(self.out / finished[-1]).to(self.model.device) if finished else start or self._new()
+        )
+        if finished:
+            self.steps_done = sum(line["stage"] in finished for line in read_metrics(self.out, "stages.jsonl"))
+        with MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl") as metrics:
+            for number, stage in enumerate(self.config.stages):
+                if stage not in finished:
+                    concept = self._prepare(stage, concept)
+                    self._learn(stage, number, concept, metrics)
+                    concept.save(self.out / stage)
+        self.model.attach(concept.requires_grad_(False))
+        concept.save(self.out / "concept")
+        return concept
+
+    def _finished(self) -> list[str]:
+        """The stages whose rows are on disk, up to the first that is not."""
+        stages = self.config.stages
+        missing = [place for place, stage in enumerate(stages) if not (self.out / stage / "concept.json").exists()]
+        return list(stages[: missing[0]] if missing else stages)
+
+    # --- starting rows ---------------------------------------------------------------------------------------------
+
+    def _new(self) -> ConceptTokens:
+        config = self.config
+        concept = ConceptTokens(
+            self.data.name,
+            self.model.config.hidden_size,
+            config.num_understanding,
+            config.num_generation,
+            seed=config.seed,
+        ).to(self.model.device)
+        rows.from_class_word(concept, self.model, self.plain, self.data.class_word)
+        codes = torch.stack([self.pictures.codes(path) for path in self.data.train_images])
+        rows.from_codes(concept, self.model, codes, "understanding", config.seed)
+        rows.from_noise(concept, "generation", config.seed + 1)
+        return concept
+
+    def _prepare(self, stage: str, concept: ConceptTokens) -> ConceptTokens:
+        """Starting rows of a stage, and the concept attached."""
+        if stage in ("generation", "joint") and self.data.kind == "human" and self.face_embedding is not None:
+            pixels = torch.stack([self.pictures.pixels(path) for path in self.data.train_images])
+            rows.from_face(concept, pixels.to(self.model.device), self.face_embedding)
+        if stage == "deepening" and self.config.num_extra:
+            still = self._still_codes(concept)
+            concept = concept.grown(self.config.num_extra, seed=self.config.seed + 2)
+            rows.from_codes(concept, self.model, still, "extra", self.config.seed)
+        concept.requires_grad_(True)
+        self.model.attach(concept)
+        return concept
+
+    def _still_codes(self, concept: ConceptTokens) -> Tensor:
+        """Codes int64 [M] of the model's own drawings that no longer change after `compare_step` of the timesteps."""
+        config = self.config
+        self.model.attach(concept)
+        engine = RolloutEngine(self.model, None, self.plain.with_concept(concept.tokens), max_text=self.max_text)
+        drawn = engine.generate_images(
+            [as_prompt(concept, prompting.base_prompt(concept.sks))],
+            samples=config.generated_images,
+            steps=config.generated_timesteps,
+            guidance_scale=config.generated_guidance,
+            seed=config.seed,
+            decode=False,
+        )
+        assert drawn.chosen is not None
+        at = min(config.generated_timesteps - 1, max(0, round(config.compare_step * config.generated_timesteps) - 1))
+        final = drawn.codes.long().cpu()
+        still = drawn.chosen[:, at].long().cpu() == final
+        return final[still] if bool(still.any()) else final.flatten()
+
+    # --- learning --------------------------------------------------------------------------------------------------
+
+    def _learn(self, stage: str, number: int, concept: ConceptTokens, metrics: MetricsLog) -> None:
+        config, plan = self.config, PLANS[stage]
+        batch = config.batch_mixed if plan.mixed else config.batch_understanding
+        questions = EpochSampler(self._questions(), batch, seed=config.seed + number)
+        drawings = EpochSampler(generation_items(self.data), config.batch_generation, seed=config.seed + 100 + number)
+        epoch = max(len(questions), len(drawings)) if plan.mixed else len(questions)
+        steps = epoch * config.epochs
+        steps = min(steps, config.max_steps) if config.max_steps else steps
+        lr = config.lr_generation if stage in ("generation", "joint") else config.lr
+        generator = torch.Generator().manual_seed(config.seed * 1000 + number)
+        named = dict(concept.named_parameters())
+        optimiser = Optimiser(named, lr=lr, weight_decay=config.weight_decay)
+        begin = {name: value.detach().clone() for name, value in named.items()}
+        frozen = _frozen_rows(concept, plan.learning)
+        tokenizer = self.plain.with_concept(concept.tokens)
+        for step in range(steps):
+            optimiser.zero_grad()
+            losses = {"understanding": self._understanding(questions.next(), concept, tokenizer, plan, generator)}
+            weight = 1.0
+            if plan.mixed:
+                losses["generation"] = self._generation(drawings.next(), concept, tokenizer, generator)
+                weight = 1.0 - config.weight_generation
+            loss = weight * losses["understanding"] + (1.0 - weight) * losses.get("generation", 0.0)
+            pulled = loss + self._pull(stage, concept, begin)
+            if not bool(torch.isfinite(pulled)):
+                raise UserError(
+                    f"stage {stage}, step {step}: the loss is {float(pulled.detach())}: lower lr, or use float32"
+                )
+            pulled.backward()
+            rate = learning_rate(step, lr=lr, steps=steps, warmup=config.warmup, schedule=config.schedule)
+            norm = optimiser.step(rate)
+            with torch.no_grad():
+                for name, value in named.items():
+                    value[frozen] = begin[name][frozen]
+            values: dict[str, Any] = {"step": self.steps_done, "stage": stage, "loss": float(loss.detach())}
+            values.update({f"loss_{name}": float(value.detach()) for name, value in losses.items()})
+            values.update(grad_norm=norm, lr=rate)
+            metrics.write(values)
+            self.steps_done += 1
+            if self.progress is not None:
+                self.progress(stage, step + 1, steps, values)
+            if self.stop() and step + 1 < steps:
+                raise Stopped(f"stopped in stage {stage} at step {step + 1} of {steps}; the stage is begun anew")
+
+    def _questions(self) -> list[UnderstandingItem]:
+        return understanding_items(
+            self.data, negatives_per_positive=self.config.negatives_per_positive, seed=self.config.seed
+        )
+
+    def _understanding(
+        self,
+        items: list[UnderstandingItem],
+        concept: ConceptTokens,
+        tokenizer: TextTokenizer,
+        plan: StagePlan,
+        generator: torch.Generator,
+    ) -> Tensor:
+        ids, asked, prefixes = SpecialIds.of(self.model), [], PromptKV([], [], [])
+        for item in items:
+            form = self.config.question_form
+            if form == "both":
+                form = "prefix" if bool(torch.rand((), generator=generator) < 0.5) else "expand"
+            question = as_question(concept, item.question, plan.question_groups, form)
+            asked.append(text_row(tokenizer, ids, question, item.answer))
+            prefixes = prefixes + self.pictures.prefix(item.image)
+        return understanding_loss(self.model, prefixes, asked)
+
+    def _generation(
+        self, items: list[GenerationItem], concept: ConceptTokens, tokenizer: TextTokenizer, generator: torch.Generator
+    ) -> Tensor:
+        ids, prompts = SpecialIds.of(self.model), []
+        for item in items:
+            dropped = bool(torch.rand((), generator=generator) < self.config.condition_dropout)
+            text = [] if dropped else tokenizer.encode(as_prompt(concept, item.prompt))
+            prompts.append(prompting.t2i_text(text, ids, self.max_text))
+        codes = self.pictures.augmented([item.image for item in items], generator)
+        return generation_loss(
+            self.model, codes, random_mask(codes, self.config.mask_schedule, generator), prompts, self.max_text
+        )
+
+    def _pull(self, stage: str, concept: ConceptTokens, begin: dict[str, Tensor]) -> Tensor | float:
+        """L2 distance of the rows of `<name>` from where the stage found them, in stages that draw."""
+        if not PLANS[stage].draws or self.config.l2_pull == 0:
+            return 0.0
+        parts = [
+            (value[concept.rows("sks")] - begin[name][concept.rows("sks")]).square().sum()
+            for name, value in concept.named_parameters()
+        ]
+        return self.config.l2_pull * torch.stack(parts).sum()
+
+
+def _frozen_rows(concept: ConceptTokens, learning: tuple[str, ...]) -> Tensor:
+    frozen = torch.ones(concept.num_tokens, dtype=torch.bool)
+    for group in learning:
+        frozen[concept.rows(group)] = False
+    return frozen.to(concept.embed.device)

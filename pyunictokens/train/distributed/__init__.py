@@ -1,0 +1,1 @@
+"""The processes of one run: ranks, the optimizer spread over them, heartbeats."""

@@ -1,0 +1,134 @@
+"""AdamW whose state is spread over ranks: what full weights need on several GPUs.
+
+Every rank keeps whole weights in the model's precision, because a rollout runs the forward pass 2·T times a step and
+would gather them each time; spread are the float32 masters and AdamW's two moments, as DTensors cut along their first
+dimension. A step is a reduce-scatter of gradients, AdamW on the own part, an all-gather of new weights. Gradients of a
+step are summed over its pieces in a whole float32 tensor a parameter first, so ranks speak once a step.
+
+How that state lies on disk is shards.py's business. docs/distributed.md holds all this against FSDP2. It does not know
+losses, nor what else a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+from ...utils import profiling
+from ...utils.errors import UserError
+from ..checkpoint.shards import read_parts, shapes
+from ..optimizer import PARTS, Optimiser, fitting
+from .ranks import Ranks
+
+
+class ShardedOptimiser(Optimiser):
+    """:class:`Optimiser` with masters and moments spread over its ranks; the same numbers but for the order of sums."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], *, ranks: Ranks, **settings: Any):
+        self._mesh = ranks.mesh()
+        # float32 parameters gather their gradients themselves, others here
+        self._sums = {n: v if v.dtype == torch.float32 else SimpleNamespace(grad=None) for n, v in named.items()}
+        super().__init__(named, ranks=ranks, **settings)
+
+    def _spread(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor that all ranks have; nothing is sent."""
+        if whole.dim() == 0:
+            raise UserError("a parameter without dimensions cannot be spread: set grpo.shard_optimiser=never")
+        return distribute_tensor(whole.detach().float(), self._mesh, [Shard(0)], src_data_rank=None)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        return self._spread(parameter).clone()
+
+    def _gathering(self, name: str) -> Any:
+        return self._sums[name]
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for each in self._sums.values():
+            each.grad = None
+
+    def _sum_gradients(self) -> None:
+        for name in self.ranks.learned(self._sums):
+            own, self._sums[name].grad = self._sums[name].grad, None
+            if own is None:
+                own = torch.zeros_like(self.named[name], dtype=torch.float32)
+            with profiling.phase("synchronisation"), self.ranks.noticing():
+                gradient = DTensor.from_local(own, self._mesh, [Partial("sum")], run_check=False)
+                self._masters[name].grad = gradient.redistribute(placements=[Shard(0)])
+
+    def grad_norm(self) -> float:
+        device = next(iter(self.named.values())).device
+        parts = [_local(master.grad) for master in self._masters.values() if master.grad is not None]
+        squares = [torch.linalg.vector_norm(part).square() for part in parts]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+        return math.sqrt(float(self.ranks.sum(total)))
+
+    def _hand_back(self) -> None:
+        for name, parameter in self.named.items():
+            with profiling.phase("synchronisation"), self.ranks.noticing():
+                parameter.copy_(self._masters[name].to(parameter.dtype).full_tensor())  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: all of it is in :meth:`shards`."""
+        return {}
+
+    def shards(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for name, master in self._masters.items():
+            state[f"master.{name}"] = master.detach()
+            for part, value in self.adam.state.get(master, {}).items():
+                state[f"optim.{name}.{part}"] = value
+        return state
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], shards: Path | None, origin: object = "checkpoint") -> None:
+        """Put back what any number of ranks saved; parameters are taken as they are now, so load them first."""
+        held = self._read(shards, origin) if shards is not None else None
+        for name, parameter in self.named.items():
+            master = self._masters[name]
+            if held is not None:
+                master.copy_(held[f"master.{name}"])
+            elif parameter.dtype == torch.float32:
+                master.copy_(self._spread(parameter))
+            else:
+                master.copy_(self._spread(fitting(tensors, f"master.{name}", parameter.shape, origin)))
+            keys = {part: f"optim.{name}.{part}" for part in PARTS}
+            if not any(key in (tensors if held is None else held) for key in keys.values()):
+                continue
+            self.adam.state[master] = {
+                part: held[key]
+                if held is not None
+                else fitting(tensors, key, torch.Size(), origin).clone()
+                if part == "step"
+                else self._spread(fitting(tensors, key, parameter.shape, origin).to(parameter.device)).clone()
+                for part, key in keys.items()
+            }
+
+    def _read(self, folder: Path, origin: object) -> dict[str, Any]:
+        """This rank's part of all tensors in `folder`, cut for the ranks of now."""
+        known = shapes(folder)
+        state: dict[str, Any] = {}
+        for name, parameter in self.named.items():
+            for key in (f"master.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
+                if key in known:
+                    state[key] = torch.zeros_like(self._masters[name])
+                if known.get(key, parameter.shape) != parameter.shape or (
+                    key.startswith("master.") and key not in known
+                ):
+                    found = f"of shape {tuple(known[key])}" if key in known else "missing"
+                    raise UserError(f"{origin}: {key} is {found}, this run needs {tuple(parameter.shape)}")
+            if f"optim.{name}.step" in known:
+                state[f"optim.{name}.step"] = torch.zeros(())
+        read_parts(folder, state, self.ranks)
+        return state
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local()

@@ -1,0 +1,160 @@
+"""What a run leaves to read: metrics.jsonl (one line a step), TensorBoard events, and pictures with their prompts.
+
+A resumed run first takes back the lines after its checkpoint, so the log reads as if the run had never stopped. It
+knows files and numbers; what they mean is told in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from ..utils.errors import UserError
+from ..utils.files import write_json, write_text_atomic
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Lines of ``metrics.jsonl`` in a run's folder, and with `events` the same numbers for TensorBoard where it is
+    installed."""
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, from_step: int = 0, name: str = "metrics.jsonl", events: bool = True
+    ):
+        self.folder = Path(folder)
+        self.file = self.folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.file.exists():
+            kept = [line for line in _lines(self.file) if _before(line, from_step)]
+            write_text_atomic(self.file, "".join(line + "\n" for line in kept))
+        self._handle = self.file.open("ab", buffering=0)  # nothing waits in a buffer to fail once more on closing
+        self._events: Any = _events(self.folder / "tensorboard", from_step) if events else None
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Add one line; `values` holds at least `step`. Numbers that are not finite become null."""
+        try:
+            line = (json.dumps(_plain(values)) + "\n").encode()  # ASCII: no character that a kill can cut in two
+            while line:
+                line = line[self._handle.write(line) :]
+        except OSError as error:
+            raise UserError(
+                f"{self.file}: cannot be written ({error.strerror}): make room and go on with --resume"
+            ) from error
+        events = self._events
+        try:
+            for key, value in _flat(values) if events is not None else []:
+                if key != "step":
+                    events.add_scalar(key, value, values["step"])
+        except OSError as error:
+            self._without_events(error)
+
+    def sync(self) -> None:
+        """Have the lines on disk before a checkpoint counts on them."""
+        os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        self._handle.close()
+        try:
+            if self._events is not None:
+                self._events.close()
+        except OSError as error:
+            self._without_events(error)
+
+    def _without_events(self, error: OSError) -> None:
+        log.warning("TensorBoard's events cannot be written (%s) and end here; %s goes on", error.strerror, self.file)
+        self._events = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """All lines of a run's log; a last line that was cut off by a kill is left out."""
+    file = Path(folder) / name
+    if not file.exists():
+        raise UserError(f"{file}: no such file: is this the folder of a run?")
+    lines = []
+    for line in _lines(file):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def save_samples(
+    folder: str | os.PathLike[str],
+    step: int,
+    *,
+    final: Tensor,
+    preview: Tensor | None,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    rewards: Sequence[float],
+) -> None:
+    """Write samples/step_NNNN_final.png (and _preview.png) as grids and their texts as JSON."""
+    from ..data.images import make_grid, save_image
+
+    base = Path(folder) / "samples"
+    base.mkdir(parents=True, exist_ok=True)
+    columns = math.ceil(math.sqrt(len(final)))
+    captions = [f"{reward:.3f} {prompt}" for reward, prompt in zip(rewards, prompts, strict=True)]
+    save_image(make_grid(final, columns, captions), base / f"step_{step:04d}_final.png")
+    if preview is not None:
+        save_image(make_grid(preview, columns), base / f"step_{step:04d}_preview.png")
+    texts = {"step": step, "prompts": list(prompts), "answers": list(answers), "rewards": list(rewards)}
+    write_json(base / f"step_{step:04d}.json", texts)
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a log; bytes that are no text, as damage leaves them, make a line that is no JSON."""
+    return file.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
+def _events(folder: Path, from_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=from_step or None)
+
+
+def _before(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] < step
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((prefix + key, float(value)))
+    return found

@@ -1,0 +1,180 @@
+"""AdamW over the trained parameters with clipping and a schedule, in float32 whatever the model's precision.
+
+Parameters of lower precision get a float32 twin that the optimiser works on and that gathers their gradients: a step of
+1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients that are added up. With several ranks
+gradients are summed over them once a step, and every rank does the same step. It knows parameters by name, so its state
+can be saved beside them; it does not know losses or files. sharded.py spreads its state over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.errors import UserError
+from .distributed.ranks import Ranks
+
+PARTS = ("exp_avg", "exp_avg_sq", "step")
+"""AdamW's state of one tensor."""
+
+
+def learning_rate(step: int, *, lr: float, steps: int, warmup: int = 0, schedule: str = "constant") -> float:
+    """The learning rate of step `step` (from 0) of `steps`: a linear warm-up, then constant or a half cosine to 0."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return lr
+    if schedule != "cosine":
+        raise ValueError(f"schedule={schedule!r}: must be constant or cosine")
+    return lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+class Optimiser:
+    """AdamW over `named` parameters; those in `undecayed` get no weight decay."""
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        undecayed: frozenset[str] = frozenset(),
+        ranks: Ranks | None = None,
+    ):
+        if not named:
+            raise UserError("nothing to train: no parameter requires a gradient")
+        self.named = dict(named)
+        self.max_grad_norm = max_grad_norm
+        self.ranks = ranks or Ranks()
+        self._masters: dict[str, Tensor] = {name: self._master(value) for name, value in self.named.items()}
+        self._hooks = [
+            value.register_post_accumulate_grad_hook(_into(self._gathering(name)))
+            for name, value in self.named.items()
+            if self._gathering(name) is not value
+        ]
+        groups = [
+            {"params": [self._masters[n] for n in self.named if (n in undecayed) == bare], "weight_decay": decay}
+            for bare, decay in ((False, weight_decay), (True, 0.0))
+        ]
+        self.adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.999))
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        """What AdamW works on in place of `parameter`."""
+        return parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
+
+    def _gathering(self, name: str) -> Any:
+        """Whose `grad` gathers a parameter's gradients in float32."""
+        return self._masters[name]
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for name, value in self.named.items():
+            value.grad = self._masters[name].grad = None
+
+    def release(self) -> None:
+        """Forget all gradients and let go of the parameters; another optimiser may then take them."""
+        self.zero_grad()
+        for hook in self._hooks:
+            hook.remove()
+
+    def grad_norm(self) -> float:
+        """The length of the whole gradient, in float32."""
+        norms = [torch.linalg.vector_norm(p.grad.detach()) for p in self._masters.values() if p.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+    def _sum_gradients(self) -> None:
+        """Bring the sum over ranks into the masters' gradients."""
+        self.ranks.sum_gradients(self._masters)
+
+    def step(self, lr: float) -> float:
+        """Sum the gradient over ranks, clip it and take one step, all ranks alike. Returns the gradient's length before
+        clipping; one that is not finite leaves everything as it was."""
+        self._sum_gradients()
+        norm = self.grad_norm()
+        if not math.isfinite(norm):
+            return norm
+        scale = 1.0
+        if self.max_grad_norm is not None and norm > self.max_grad_norm:
+            scale = self.max_grad_norm / (norm + 1e-6)
+        for master in self._masters.values():
+            if master.grad is not None and scale != 1.0:
+                master.grad.mul_(scale)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        with torch.no_grad():
+            self._hand_back()
+        return norm
+
+    def _hand_back(self) -> None:
+        """Bring the masters' new numbers into the parameters."""
+        for name, parameter in self.named.items():
+            if self._masters[name] is not parameter:
+                parameter.copy_(self._masters[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments, step counts and float32 twins as a flat table of tensors."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
+            master = self._masters[name]
+            if master is not parameter:
+                tensors[f"master.{name}"] = master
+            for part, value in self.adam.state.get(master, {}).items():
+                tensors[f"optim.{name}.{part}"] = torch.as_tensor(value)
+        return tensors
+
+    def shards(self) -> dict[str, Any]:
+        """State that is spread over ranks, by the same names; empty here, where every rank has all."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor], shards: Path | None, origin: object = "checkpoint") -> None:
+        """Put back what any number of ranks saved: `tensors`, and the folder of what was spread over them."""
+        if shards is not None:
+            from .checkpoint.shards import read_whole
+
+            tensors = {**tensors, **read_whole(shards)}
+        self.load_state_dict(tensors, origin)
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], origin: object = "checkpoint") -> None:
+        """Put what :meth:`state_dict` gave back. Raises UserError for a tensor of another shape."""
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                master = self._masters[name]
+                if master is not parameter:
+                    master.copy_(fitting(tensors, f"master.{name}", master.shape, origin))
+                state = {part: tensors.get(f"optim.{name}.{part}") for part in PARTS}
+                if all(value is None for value in state.values()):
+                    continue
+                self.adam.state[master] = {
+                    part: fitting(
+                        tensors, f"optim.{name}.{part}", torch.Size() if part == "step" else master.shape, origin
+                    ).to("cpu" if part == "step" else master.device, copy=True)
+                    for part in PARTS
+                }
+
+
+def _into(master: Any) -> Callable[[Tensor], None]:
+    """A hook that moves a parameter's new gradient to its float32 twin, or to whatever has a `grad`."""
+
+    def gather(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return gather
+
+
+def fitting(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, origin: object) -> Tensor:
+    """The tensor `name`. Raises UserError where it is missing or of another shape."""
+    value = tensors.get(name)
+    if value is None or value.shape != shape:
+        found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+        raise UserError(f"{origin}: {name} is {found}, this run needs {tuple(shape)}")
+    return value

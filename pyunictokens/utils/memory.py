@@ -1,0 +1,83 @@
+"""How many rows go through the transformer at once: all of them, or as many as memory holds.
+
+The number follows from an estimate of what a row needs and from what is free; where the estimate was too bold and the
+device runs out, it is halved and the call repeated. The split is said once. It knows bytes; it does not know models.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had on `device`; None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if not _MEMINFO.exists():
+        return None
+    for line in _MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+class RowLimit:
+    """The limit of one engine. What it learned by running out of memory it keeps."""
+
+    def __init__(self) -> None:
+        self._most: int | None = None
+        self._proven = 0
+        """Bytes, as estimated, that went well at once."""
+        self._said = False
+
+    def split(self, count: int, row_bytes: int, device: torch.device, call: Callable[[slice], Tensor]) -> Tensor:
+        """``call(slice)`` over all of `count` rows, in as few parts as fit, joined in their order.
+
+        Raises:
+            UserError: not even one row fits.
+        """
+        while True:
+            part = self._part(count, row_bytes, device)
+            try:
+                parts = [call(slice(start, min(start + part, count))) for start in range(0, count, part)]
+                self._proven = max(self._proven, part * row_bytes)
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except RuntimeError as error:
+                if not _ran_out(error):
+                    raise
+                if part == 1:
+                    raise UserError(
+                        "one row alone needs more memory than the device has: use a smaller grid, a smaller dtype, or "
+                        "another device"
+                    ) from error
+            self._most = part // 2
+            self._say(self._most, count)
+
+    def _part(self, count: int, row_bytes: int, device: torch.device) -> int:
+        most = count if self._most is None else min(count, self._most)
+        if most * row_bytes <= self._proven:
+            return most
+        free = free_bytes(device)
+        if free is not None and most * row_bytes > free // 2:
+            most = max(1, free // 2 // row_bytes)
+            self._say(most, count)
+        return most
+
+    def _say(self, part: int, count: int) -> None:
+        if not self._said:
+            warnings.warn(f"{count} rows need more memory than is free: they are run {part} at a time", stacklevel=6)
+        self._said = True
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

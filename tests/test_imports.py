@@ -1,0 +1,70 @@
+"""Who may import whom: an arrow never runs back, and the doors of the library need torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pyunictokens
+
+PACKAGE = Path(pyunictokens.__file__).parent
+
+MAY_IMPORT = {
+    "utils": set(),
+    "config": {"utils"},
+    "ops": {"utils", "config"},
+    "models": {"utils", "config", "ops"},
+    "data": {"utils", "config", "models"},
+    "rollout": {"utils", "config", "ops", "models"},
+    "rewards": {"utils", "config", "models", "data"},
+    "evaluate": {"utils", "config", "models", "data", "rollout", "rewards"},
+    "train": {"utils", "config", "ops", "models", "data", "rollout", "rewards"},
+    "toy": {"utils", "config", "models", "data", "rewards"},
+    "runs": {"utils", "config", "ops", "models", "data", "rollout", "rewards", "evaluate", "train", "toy"},
+    "cli": {"utils", "config", "ops", "models", "data", "rollout", "rewards", "evaluate", "train", "toy", "runs"},
+}
+"""Rooms by the rooms they may know. A room that is not here fails the test: give it its line."""
+
+
+def imports(file: Path) -> set[str]:
+    """Rooms of this package that `file` imports, wherever in the file it does."""
+    base = ["pyunictokens", *file.relative_to(PACKAGE).parts[:-1]]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            start = base[: len(base) - node.level + 1] if node.level else []
+            target = [*start, *(node.module or "").split(".")] if node.module else start
+            if target[:1] == ["pyunictokens"]:
+                names = [target[1]] if len(target) > 1 else [alias.name for alias in node.names]
+                found |= set(names)
+        elif isinstance(node, ast.Import):
+            parts = [alias.name.split(".") for alias in node.names]
+            found |= {part[1] for part in parts if part[0] == "pyunictokens" and len(part) > 1}
+    return {name for name in found if (PACKAGE / name).is_dir() or name in MAY_IMPORT}
+
+
+def test_no_arrow_runs_back():
+    wrong = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        inside = file.relative_to(PACKAGE)
+        if len(inside.parts) == 1:  # the doors: __init__ and __main__
+            continue
+        room = inside.parts[0]
+        wrong += [f"{inside} imports {other}" for other in sorted(imports(file) - MAY_IMPORT[room] - {room, "kernels"})]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_stands_beside_the_rooms():
+    loose = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert not loose, f"give them a room: {sorted(loose)}"
+
+
+def test_the_package_and_its_operations_need_torch_alone():
+    code = (
+        "import sys; import pyunictokens, pyunictokens.ops;"
+        "heavy = {'transformers', 'safetensors', 'tokenizers', 'PIL', 'yaml', 'typer', 'rich', 'sklearn', 'matplotlib',"
+        " 'jinja2', 'peft', 'huggingface_hub', 'tensorboard', 'sacrebleu', 'pydantic', 'triton', 'uvicorn', 'httpx'};"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
