@@ -7,7 +7,7 @@
 
 There is no other state: every job writes its own files alone, so any number of processes or machines can share a
 folder, and whatever is done is not done again. It knows processes and files; what `train` does is its own business,
-tables and the page are many_results.py's, a Ray cluster is cluster.py's.
+tables and the page are sweep_results.py's, a Ray cluster is ray_jobs.py's.
 """
 
 from __future__ import annotations
