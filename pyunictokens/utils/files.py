@@ -141,6 +141,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: not usable JSON: {error}") from None
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The tables of a log, one a line; a line that a kill cut off, or that damage left, is passed over."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
 def safe_name(name: str, what: str = "name") -> str:
     """Return `name` if it can be one part of a path, else raise UserError. Letters of any script are fine."""
     bad = (
