@@ -72,7 +72,7 @@ def test_settings_from_a_file_and_from_a_run(saved: Folders, tmp_path: Path) -> 
     for name, content in (("run.yaml", {"model": "m", "rewards": settings}), ("alone.yml", settings)):
         (tmp_path / name).write_text(yaml.safe_dump(content))
         assert read_rewards(str(tmp_path / name)) == settings
-    assert read_rewards("my:load") == "my:load" and read_rewards(None) is None and read_rewards(settings) is settings
+    assert read_rewards("my:load") == "my:load" and read_rewards(None) is None and read_rewards(settings) == settings
     (tmp_path / "none.yaml").write_text("model: m\n")
     with pytest.raises(UserError, match=r"none\.yaml: holds no experts"):
         read_rewards(str(tmp_path / "none.yaml"))
