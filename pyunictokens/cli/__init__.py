@@ -11,6 +11,7 @@ import sys
 
 import typer
 
+from ..utils.signals import ENDS_WITH_STDIN, end_with_parent
 from . import bench, data, demo, doctor, evaluate, generate, train
 from . import rewards_server as experts
 from .shell import guarded, show_warnings_briefly
@@ -54,6 +55,8 @@ def main() -> None:
     """Entry point of the console script."""
     if os.environ.get("WORLD_SIZE", "1") != "1":  # a lost rank is told in one line, not by stacks of C++ frames
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if os.environ.pop(ENDS_WITH_STDIN, ""):  # a job of a sweep
+        end_with_parent()
     show_warnings_briefly()
     try:
         app()

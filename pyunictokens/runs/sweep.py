@@ -17,16 +17,16 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
-from ..utils.signals import Stop, never
+from ..utils.signals import ENDS_WITH_STDIN, Stop, never
 from ..utils.text import read_text
 from .run_dir import CONCEPT, CONFIG, FINAL
 
@@ -34,6 +34,8 @@ JOBS = ".jobs"  # no concept's name begins with a dot
 PLAN = "plan.yaml"
 USER_ERROR = 2
 """The exit code of `train` for something the user gave; trying again would not help."""
+ASKED = (-signal.SIGTERM, -signal.SIGINT, 130)
+"""Exit codes of a process that somebody has asked to end, which is no failure."""
 LOCKED = "another process is working in this folder"
 
 
@@ -152,26 +154,40 @@ def finished(job: Job) -> bool:
     return all((job.out / file).is_file() for file in job.files)
 
 
-def work(job: Job, environment: dict[str, str] | None = None, started: Callable[[Any], None] | None = None) -> Status:
-    """Do one job to its end, with retries; returns and writes its status. `started` is told of each process."""
+def work(
+    job: Job,
+    environment: dict[str, str] | None = None,
+    started: Callable[[subprocess.Popen[bytes]], None] | None = None,
+    stop: Stop = never,
+) -> Status:
+    """Do one job to its end, with retries; returns and writes its status. `started` is told of each process.
+
+    Once `stop` says so, or somebody else has asked the job to end, it is not taken up again.
+    """
     status = Status.read(job.runs, job.name)
     if status.state == "done" and finished(job):
         return status
     begun = time.monotonic()
     before = status.seconds
     for _ in range(job.retries + 1):
+        if stop():
+            break
         status.state, status.message, status.tries = "running", "", status.tries + 1
         status.write(job.runs)
         code = _once(job, environment, started)
         status.seconds = round(before + time.monotonic() - begun, 1)
-        status.state, status.message = _judge(job, code)
+        status.state, status.message = _judge(job, code, stop())
         if status.state != "failed" or code == USER_ERROR:
             break
     status.write(job.runs)
     return status
 
 
-def _once(job: Job, environment: dict[str, str] | None, started: Callable[[Any], None] | None) -> int:
+def _once(
+    job: Job, environment: dict[str, str] | None, started: Callable[[subprocess.Popen[bytes]], None] | None
+) -> int:
+    """Start the job's process and wait for it. It has a session of its own, so that a Ctrl-C or a scheduler's signal to
+    our group reaches it through us alone, and its stdin ends with us: nothing is left behind, however we end."""
     command = [sys.executable, *job.program, "train", *job.arguments, "--out", str(job.out)]
     if (job.out / CONFIG).is_file():
         command.append("--resume")
@@ -179,22 +195,27 @@ def _once(job: Job, environment: dict[str, str] | None, started: Callable[[Any],
     with job.log.open("ab") as log:
         process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, ENDS_WITH_STDIN: "1", **(environment or {})},
+            start_new_session=True,
         )
+    assert process.stdin is not None
+    try:
         if started is not None:
             started(process)
         return process.wait()
+    finally:
+        process.stdin.close()
 
 
-def _judge(job: Job, code: int) -> tuple[str, str]:
-    """(state, message) of a process that ended with `code`."""
+def _judge(job: Job, code: int, asked: bool) -> tuple[str, str]:
+    """(state, message) of a process that ended with `code`. `asked`: we have told it to end."""
     if code == 0 and finished(job):
         return "done", ""
-    said = job.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1][-500:]
-    if code == 0:
+    said = read_log(job.log).strip().split("\n")[-1][-500:]
+    if code == 0 or code in ASKED or (asked and code != USER_ERROR):
         return "stopped", said
     if LOCKED in said:
         return "elsewhere", said
@@ -202,15 +223,25 @@ def _judge(job: Job, code: int) -> tuple[str, str]:
     return "failed", f"{ended}: {said}" if said else ended
 
 
+def read_log(file: Path) -> str:
+    """What a job said, whatever bytes it left."""
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
 def run_local(jobs: Sequence[Job], workers: int, *, gpus: int = 0, stop: Stop = never) -> Iterator[Status]:
     """Do `jobs` with `workers` processes at a time, statuses as they end. Each worker gets its share of the cores, and
-    of `gpus` one in turn. When `stop` says so, running jobs are asked to end and no new ones begin."""
+    of `gpus` one in turn.
+
+    When `stop` says so, running jobs are asked to end (their checkpoints are written) and no new ones begin. When the
+    caller leaves early, as by a second Ctrl-C, they are killed.
+    """
     if workers < 1:
         raise UserError(f"workers={workers}: must be ≥ 1")
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(workers):
         slots.put(slot)
-    running: dict[int, Any] = {}
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    asked, killed = threading.Event(), threading.Event()
     threads = str(max(1, (os.cpu_count() or 1) // workers))
 
     def do(job: Job) -> Status:
@@ -218,8 +249,16 @@ def run_local(jobs: Sequence[Job], workers: int, *, gpus: int = 0, stop: Stop = 
         environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+
+        def started(process: subprocess.Popen[bytes]) -> None:
+            running[slot] = process  # first: whoever asks from now on finds it
+            if killed.is_set():
+                _kill(process)
+            elif asked.is_set():
+                process.terminate()
+
         try:
-            return work(job, environment, lambda process: running.__setitem__(slot, process))
+            return work(job, environment, started, asked.is_set)
         finally:
             running.pop(slot, None)
             slots.put(slot)
@@ -227,16 +266,30 @@ def run_local(jobs: Sequence[Job], workers: int, *, gpus: int = 0, stop: Stop = 
     waiting = iter(jobs)
     with ThreadPoolExecutor(workers) as pool:
         pending: set[Future[Status]] = set()
-        asked = False
-        while True:
-            if stop() and not asked:
-                asked = True
-                for process in list(running.values()):
-                    process.send_signal(signal.SIGTERM)
-            while not asked and len(pending) < workers and (job := next(waiting, None)) is not None:
-                pending.add(pool.submit(do, job))
-            if not pending:
-                return
-            ended, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            for future in ended:
-                yield future.result()
+        try:
+            while True:
+                if stop() and not asked.is_set():
+                    asked.set()
+                    for process in list(running.values()):
+                        process.terminate()
+                while not asked.is_set() and len(pending) < workers and (job := next(waiting, None)) is not None:
+                    pending.add(pool.submit(do, job))
+                if not pending:
+                    return
+                ended, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield future.result()
+        except BaseException:  # the caller is leaving: the pool waits for its threads, and they for their processes
+            asked.set()
+            killed.set()
+            for process in list(running.values()):
+                _kill(process)
+            raise
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the process and those it has started, at once."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (AttributeError, ProcessLookupError, PermissionError):  # no groups here, or it has ended already
+        process.kill()

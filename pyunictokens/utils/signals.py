@@ -6,14 +6,23 @@ saved, and where, is the business of whoever asks.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 Stop = Callable[[], bool]
 """Whether to end at the next good moment."""
+
+
+ENDS_WITH_STDIN = "PYUNICTOKENS_ENDS_WITH_STDIN"
+"""Environment variable: this process was started by one that holds its stdin, and ends when that one is gone."""
+
+GRACE = 600.0
+"""Seconds that a process whose parent is gone has for its checkpoint."""
 
 
 class Stopped(Exception):
@@ -35,7 +44,7 @@ def stop_on_signals(say: Callable[[str], None] = lambda text: None, patient: boo
     """
     came: list[int] = []
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if came and patient:
             return
         if came:
@@ -53,3 +62,24 @@ def stop_on_signals(say: Callable[[str], None] = lambda text: None, patient: boo
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """End when stdin closes, which is when the process at its other end is gone, however it went.
+
+    It is as if SIGTERM had come: a run writes its checkpoint. What is left after GRACE seconds is killed.
+    """
+
+    def watch() -> None:
+        try:
+            while os.read(0, 1024):
+                pass
+        except OSError:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()

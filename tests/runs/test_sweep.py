@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,9 +20,12 @@ from pyunictokens.runs.ray_jobs import run_on_ray
 from pyunictokens.runs.sweep import Job, Status, choose, finished, plan, run_local, work
 from pyunictokens.runs.sweep_results import collect, summary, write_results
 from pyunictokens.utils.errors import MissingExtra, UserError
+from pyunictokens.utils.signals import ENDS_WITH_STDIN
 
 FAKE = """
 import json, os, pathlib, signal, sys, time
+from pyunictokens.utils.signals import end_with_parent
+end_with_parent()
 words = sys.argv[1:]
 assert words[0] == "train" and words[2] == pathlib.Path(words[words.index("--out") + 1]).name
 out = pathlib.Path(words[words.index("--out") + 1])
@@ -38,6 +43,8 @@ if name.startswith("shaky") and lives < 3:
     os.kill(os.getpid(), signal.SIGKILL)
 if name.startswith("taken"):
     print(f"error: {out}: another process is working in this folder"); sys.exit(2)
+if name.startswith(("slow", "kept")):
+    (out / "pid").write_text(f"{os.getpid()} {os.getsid(0)}"); time.sleep(60)
 if name.startswith("long"):
     signal.signal(signal.SIGTERM, lambda *_: (print("stopped after step 3"), sys.exit(0)))
     (out / "began").touch(); time.sleep(60)
@@ -144,6 +151,87 @@ def test_asked_to_stop(jobs: Any) -> None:
         "long2",
     }
     assert statuses[0].message == "stopped after step 3" and not made[2].out.exists()
+
+
+def pids(job: Job) -> list[int]:
+    """(process, session) of a job, as soon as it has written them."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (job.out / "pid").exists() and (words := (job.out / "pid").read_text().split()):
+            return [int(word) for word in words]
+        time.sleep(0.01)
+    raise AssertionError(f"{job.name} did not begin")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid: int, seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def test_a_job_that_dies_of_being_asked_is_stopped_and_not_taken_up_again(jobs: Any) -> None:
+    """A job that is still loading has no way to end in good order: SIGTERM kills it, and that is no failure."""
+    (job,) = jobs("slow", retries=3)
+    statuses = list(run_local([job], workers=1, stop=lambda: (job.out / "pid").exists()))
+    assert [(status.state, status.tries) for status in statuses] == [("stopped", 1)] and lives(job) == ["begun"]
+    assert gone(pids(job)[0])
+
+
+def test_a_scheduler_that_ends_a_job_itself_is_not_taken_for_a_failure(jobs: Any) -> None:
+    (job,) = jobs("slow", retries=3)
+    threading.Thread(target=lambda: os.kill(pids(job)[0], signal.SIGTERM)).start()
+    assert [status.state for status in run_local([job], workers=1)] == ["stopped"] and lives(job) == ["begun"]
+
+
+def test_jobs_have_a_session_of_their_own(jobs: Any) -> None:
+    """So a Ctrl-C in the terminal reaches them through us alone."""
+    (job,) = jobs("slow")
+    list(run_local([job], workers=1, stop=lambda: (job.out / "pid").exists()))
+    assert pids(job)[1] == pids(job)[0] != os.getsid(0)
+
+
+def test_a_second_ctrl_c_kills_what_runs(jobs: Any) -> None:
+    made = jobs("kept1", "kept2", retries=3)
+
+    def stop() -> bool:
+        if all((job.out / "pid").exists() for job in made):
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_local(made, workers=2, stop=stop))
+    assert all(gone(pids(job)[0]) and lives(job) == ["begun"] for job in made)
+
+
+def test_nothing_outlives_a_sweep_that_is_killed(jobs: Any, tmp_path: Path) -> None:
+    (job,) = jobs("kept", retries=3)
+    code = f"from pyunictokens.runs.sweep import Job, run_local; list(run_local([{job!r}], workers=1))"
+    sweep = subprocess.Popen([sys.executable, "-c", code])
+    pid = pids(job)[0]
+    assert alive(pid)
+    sweep.kill()
+    sweep.wait()
+    assert gone(pid) and lives(job) == ["begun"]
+
+
+def test_a_command_that_a_sweep_started_ends_with_it() -> None:
+    code = "import time, pyunictokens.cli as cli; cli.app = lambda: (print('ready', flush=True), time.sleep(60)); cli.main()"
+    environment = {**os.environ, ENDS_WITH_STDIN: "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.stdin.close()
+        assert process.wait(20) == -signal.SIGTERM
 
 
 def test_another_command_in_the_same_folder_is_refused(jobs: Any, tmp_path: Path) -> None:
