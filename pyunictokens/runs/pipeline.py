@@ -250,7 +250,7 @@ class _Run:
 
     def train(self, config: GrpoConfig, resume: bool) -> ConceptTokens:
         """Reinforcement, from the tokens attached, on every rank alike."""
-        from ..train.grpo import train_grpo
+        from ..train.reinforce import train_grpo
 
         assert self.experts is not None
         result = train_grpo(
