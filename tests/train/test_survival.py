@@ -357,9 +357,7 @@ def test_an_expert_that_hangs_ends_the_run_with_its_place(here: World, tmp_path:
     hanging = Hanging(at=2)
     arguments = {**here.fresh(), "rewards": hanging}
     started = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"scoring by the reward models gave no answer in 0\.5 s; .*wait\)"
-    ):
+    with pytest.raises(UserError, match=r"scoring by the reward models gave no answer in 0\.5 s; .*wait\)"):
         train_grpo(**arguments, config=grpo_config(reward_timeout=0.5, checkpoint_every=1), out_dir=tmp_path / "run")
     hanging.wake.set()
     assert time.monotonic() - started < 15
