@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import write_json, write_text_atomic
+from ..utils.files import read_json_lines, write_json, write_text_atomic
 
 if TYPE_CHECKING:
     from .collector import RolloutSummary
@@ -90,13 +90,7 @@ def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") ->
     file = Path(folder) / name
     if not file.exists():
         raise UserError(f"{file}: no such file: is this the folder of a run?")
-    lines = []
-    for line in _lines(file):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    return read_json_lines(file)
 
 
 def save_samples(folder: str | os.PathLike[str], step: int, rollouts: RolloutSummary) -> None:
