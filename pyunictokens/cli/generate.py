@@ -136,7 +136,7 @@ def save_pictures(pixels: Tensor, out: Path, caption: str) -> list[Path]:
 
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Argument(help='What to draw, as in "A photo of <bo> on the beach."')],
+    prompt: Annotated[str, typer.Argument(help='What to draw, as in "A photo of `<bo>` on the beach."')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many pictures.")] = 1,
     out: Annotated[
@@ -208,7 +208,7 @@ def generate(
 def understand(
     run: RunArgument,
     image: Annotated[Path, typer.Argument(help="A picture file.")],
-    question: Annotated[str, typer.Argument(help='As in "What colour is <bo>?"')],
+    question: Annotated[str, typer.Argument(help='As in "What colour is `<bo>`?"')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many answers to sample.")] = 1,
     name: NameOption = None,

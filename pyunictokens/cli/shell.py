@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
+import io
+import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
     from ..utils.profiling import PhaseReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_LOOKALIKE = "pyunictokens.lookalike"
+_ASCII = {"→": "->", "−": "-", "–": "-", "×": "x", "…": "...", "≥": ">=", "≤": "<=", "≈": "~", "·": "*", "±": "+-"}
+_ASCII |= {"⟨": "<", "⟩": ">", "“": '"', "”": '"', "‘": "'", "’": "'", "━": "-", "─": "-", "╸": "-", "╺": "-", "•": "*"}
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
@@ -52,6 +60,30 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+def print_anything() -> None:
+    """From here on printing never ends a command: what the terminal's encoding lacks is written in signs it has.
+
+    An arrow becomes `->`, a minus `-`; letters become their escape (`\\xfc`), so that two names stay two names.
+    """
+    codecs.register_error(_LOOKALIKE, _lookalike)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_LOOKALIKE)
+
+
+def _lookalike(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    said = "".join(_ASCII.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in text)
+    return said, error.end
+
+
+def command_line(*words: str | os.PathLike[str]) -> str:
+    """`pyunictokens` with `words`, each quoted where a shell would take it apart: to be copied and run."""
+    return shlex.join(["pyunictokens", *(os.fspath(word) for word in words)])
 
 
 def show_phases(report: PhaseReport) -> None:

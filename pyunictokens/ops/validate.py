@@ -40,7 +40,7 @@ def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: Tensor
 
 
 def codes(name: str, value: object, like: Tensor) -> Tensor:
-    """`value`, if it is a tensor of any integer type on the device of `like`, as int64: codes and ids are kept small."""
+    """`value`, a tensor of any integer type on the device of `like`, as int64: who stores codes keeps them small."""
     return tensor(name, value, (*INTEGERS, torch.uint16, torch.uint32), like).to(torch.int64)
 
 
