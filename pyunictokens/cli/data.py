@@ -57,7 +57,7 @@ def check(
     errors = sum(problem.severity == ERROR for problem in problems)
     if as_json:
         rows = [{"severity": p.severity, "file": p.file, "field": p.field, "message": p.message} for p in problems]
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(rows, indent=1))
     elif problems:
         from rich.markup import escape
         from rich.table import Table

@@ -77,9 +77,22 @@ def sampling(is_toy: bool, config: Path | None, words: list[str] | None) -> Samp
 
 
 def check_prompt(prompt: str, bench: Workbench) -> str:
-    """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's."""
-    import re
+    """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's.
 
+    Warns where the prompt names the concept without its token.
+    """
+    import re
+    import warnings
+
+    from ..data.parse import TextFix
+
+    if bench.concept is not None and bench.concept.sks not in prompt:
+        name = bench.concept.name
+        meant = TextFix(name).strange(prompt) or re.search(
+            rf"(?<![\w<]){re.escape(name)}(?![\w>])", prompt, re.IGNORECASE
+        )
+        if meant:
+            warnings.warn(f"{prompt!r} holds no {bench.concept.sks}: did you mean {bench.concept.sks}?", stacklevel=2)
     known = set(bench.concept.tokens) if bench.concept is not None else set()
     strange = [token for token in re.findall(r"<[^<>|\s]+>", prompt) if token not in known]
     if strange:
