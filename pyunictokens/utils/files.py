@@ -165,6 +165,19 @@ def loose(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The tables of a log, one a line; a line that a kill cut off, or that damage left, is passed over."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
 def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:
     """Raise UserError where `path` is what Git leaves of a large file that Git LFS has not fetched; else do nothing."""
     try:
