@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import UserError
-from .shell import USER_ERROR, Bars, SeedOption, command_line, console, guarded
+from .shell import USER_ERROR, Bars, SeedOption, command, console, guarded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +49,7 @@ def check(
 
         def step(current: str) -> None:
             nonlocal seen
-            bars("checking", seen, max(len(names), 1), current)
+            bars("checking", seen, max(len(names), 1), {"note": current})
             seen += 1
 
         problems = check_folder(root, name, progress=step)
@@ -131,7 +131,7 @@ def new(
         def step(current: str) -> None:
             nonlocal done
             done += 1
-            bars("reading photos", done, max(done, len(photos)), current)
+            bars("reading photos", done, max(done, len(photos)), {"note": current})
 
         made = new_concept(
             root,
@@ -155,7 +155,7 @@ def new(
     )
     for note in made.notes:
         out.print(f"note: {note}", markup=False)
-    out.print(f"next: {_train(root, name)}", markup=False, soft_wrap=True)
+    out.print(f"next: {command('train', root, name, '--out', f'runs/{name}')}", markup=False, soft_wrap=True)
 
 
 def toy(
@@ -181,12 +181,8 @@ def toy(
     if (root / "concept" / "train" / name).exists():
         raise UserError(f"{root / 'concept' / 'train' / name}: is there already: choose another name or folder")
     write_toy_concept(root, seed=seed, kind=kind, name=name)
-    console().print(f"{name} written to {root}; next: {_train(root, name)}", markup=False, soft_wrap=True)
-
-
-def _train(root: Path, name: str) -> str:
-    """The command that trains the concept."""
-    return command_line("train", root, name, "--out", f"runs/{name}")
+    following = command("train", root, name, "--out", f"runs/{name}")
+    console().print(f"{name} written to {root}; next: {following}", markup=False, soft_wrap=True)
 
 
 def list_(root: RootArgument) -> None:

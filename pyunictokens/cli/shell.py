@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import functools
 import io
-import os
 import re
 import shlex
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..utils.errors import MissingExtra, RankLost, UserError
+from ..utils.progress import NO_NUMBERS, Numbers, note_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,9 +81,9 @@ def _lookalike(error: UnicodeError) -> tuple[str | bytes, int]:
     return said, error.end
 
 
-def command_line(*words: str | os.PathLike[str]) -> str:
-    """`pyunictokens` with `words`, each quoted where a shell would take it apart: to be copied and run."""
-    return shlex.join(["pyunictokens", *(os.fspath(word) for word in words)])
+def command(*words: object) -> str:
+    """A command of this program as it can be pasted into a shell, names with spaces and the like in quotes."""
+    return shlex.join(["pyunictokens", *map(str, words)])
 
 
 def show_phases(report: PhaseReport) -> None:
@@ -202,7 +202,8 @@ class Bars:
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
 
-    def __call__(self, name: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, name: str, done: int, total: int, numbers: Numbers = NO_NUMBERS, /) -> None:
+        note = note_of(numbers)
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)

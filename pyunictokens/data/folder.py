@@ -82,7 +82,7 @@ def read_concept(root: str | os.PathLike[str], name: str) -> tuple[Concept, list
     """What can be understood of a concept, and all its problems. Raises UserError for a bad name or no such folder."""
     name = concept_name(name)
     path = data_root(root)
-    present = list_concepts(path)
+    present = folders_in(path / "concept" / "train")[0]
     fits = [name] if name in present else [each for each in present if loose(each) == loose(name)]
     if len(fits) != 1:
         there = ", ".join(present[:10]) or "none"

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from pyunictokens.cli import app
 from pyunictokens.cli.generate import check_prompt
-from pyunictokens.cli.shell import command_line
 from pyunictokens.models.concept_tokens import ConceptTokens
 
 
@@ -77,7 +76,7 @@ def test_next_commands_can_be_copied_into_a_shell(tmp_path: Path) -> None:
         text = CliRunner().invoke(app, [str(word) for word in words]).output
         command = text.rpartition("next: ")[2]
         assert shlex.split(command) == ["pyunictokens", "train", str(root), words[3], "--out", f"runs/{words[3]}"]
-    assert command_line("train", Path("D"), "bo") == "pyunictokens train D bo"
+    assert command("train", Path("D"), "bo") == "pyunictokens train D bo"
 
 
 def commands(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
