@@ -14,7 +14,7 @@ import typer
 from ..utils.signals import ENDS_WITH_STDIN, end_with_parent
 from . import bench, data, demo, doctor, evaluate, generate, train
 from . import rewards_server as experts
-from .shell import guarded, show_warnings_briefly
+from .shell import guarded, print_anything, show_warnings_briefly
 
 app = typer.Typer(
     name="pyunictokens",
@@ -57,6 +57,7 @@ def main() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if os.environ.pop(ENDS_WITH_STDIN, ""):  # a job of a sweep
         end_with_parent()
+    print_anything()
     show_warnings_briefly()
     try:
         app()
