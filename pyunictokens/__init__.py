@@ -7,7 +7,7 @@ is first asked for, so that ``import pyunictokens`` needs torch alone. It does n
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -55,13 +55,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "prompting":
         return importlib.import_module(f"{__name__}.models.showo.prompting")
     if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        found: object = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,6 +31,7 @@ from .shell import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..rollout.engine import RolloutEngine
     from ..runs.bundle import Workbench
     from ..runs.run_dir import Run
 
@@ -115,7 +116,7 @@ def facts_of(run: Run, concept: tuple[Path, str] | None) -> list[str]:
 
 
 def reason(
-    bench: Workbench, engine: Any, facts: list[str], prompt: str, settings: SamplingConfig, seed: int
+    bench: Workbench, engine: RolloutEngine, facts: list[str], prompt: str, settings: SamplingConfig, seed: int
 ) -> tuple[str, str]:
     """(answer, prompt + answer): the fact the model takes the prompt to mean, and what to draw (equations 2 and 4)."""
     from ..data.images import black_image

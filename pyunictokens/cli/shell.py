@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
 
@@ -22,10 +22,12 @@ from ..utils.progress import NO_NUMBERS, Numbers, note_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
     from ..utils.profiling import PhaseReport
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LOOKALIKE = "pyunictokens.lookalike"
 _ASCII = {"→": "->", "−": "-", "–": "-", "×": "x", "…": "...", "≥": ">=", "≤": "<=", "≈": "~", "·": "*", "±": "+-"}
@@ -112,11 +114,11 @@ def show_phases(report: PhaseReport) -> None:
     console().print(table)
 
 
-def guarded(command: Function) -> Function:
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """Give `command` the exit codes of this program: a mistake of the user is one message, never a traceback."""
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
         except RankLost as error:  # nobody's mistake: the launcher may start anew
@@ -133,22 +135,22 @@ def guarded(command: Function) -> Function:
             raise
         except OSError as error:
             if error.filename is None:
-                return _unexpected()
+                _unexpected()
             _say(f"{error.filename}: {error.strerror}")  # no space, no permission, not a folder: the user's to change
             raise typer.Exit(USER_ERROR) from None
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception:
-            return _unexpected()
+            _unexpected()
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 def show_warnings_briefly() -> None:
     """Print a warning as one line, and one that only differs in its numbers not again."""
     seen: set[str] = set()
 
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         text = str(message)
         kind = re.sub(r"[0-9.]+", "#", text)
         if kind not in seen:
@@ -166,7 +168,7 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _unexpected() -> None:
+def _unexpected() -> NoReturn:
     traceback.print_exc()
     _say("this was not expected; the traceback above says where. `pyunictokens doctor` tells what is installed.")
     raise typer.Exit(UNEXPECTED)
@@ -196,15 +198,15 @@ class Bars:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._tasks: dict[str, Any] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Bars:
-        self._progress.__enter__()
+        self._progress.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._progress.__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
 
     def __call__(self, name: str, done: int, total: int, numbers: Numbers = NO_NUMBERS, /) -> None:
         note = note_of(numbers)

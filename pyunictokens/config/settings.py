@@ -19,12 +19,12 @@ import types
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ..utils.errors import UserError
-from ..utils.files import write_text_atomic
+from ..utils.files import Json, write_text_atomic
 from ..utils.yaml_text import Plain, dump_yaml, meant, parse_yaml, read_yaml, settled
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def from_mapping(cls: type[T], values: Mapping[str, object], *, base: T | None =
     if not isinstance(values, Mapping):
         raise UserError(f"{origin}: must be a table of settings, is {_kind(values)}")
     hints = _hints(cls)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Json] = {}
     for key, value in renamed(cls, values, origin).items():
         if key not in hints:
             raise UserError(f"{origin}: {_unknown(str(key), hints)}")
@@ -62,7 +62,7 @@ def from_mapping(cls: type[T], values: Mapping[str, object], *, base: T | None =
         else:
             changes[key] = convert(value, hints[key], where)
     if base is None:
-        needed = [each.name for each in fields(cast(Any, cls)) if each.default is each.default_factory is MISSING]
+        needed = [each.name for each in _fields(cls) if each.default is each.default_factory is MISSING]
         missing = [name for name in needed if name not in changes]
         if missing:
             raise UserError(f"{origin}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
@@ -74,7 +74,7 @@ def from_mapping(cls: type[T], values: Mapping[str, object], *, base: T | None =
 
 def old_names(cls: type) -> dict[str, str]:
     """Settings of a dataclass by the names they had in older versions (``field(metadata={"was": …})``)."""
-    return {each.metadata["was"]: each.name for each in fields(cast(Any, cls)) if "was" in each.metadata}
+    return {each.metadata["was"]: each.name for each in _fields(cls) if "was" in each.metadata}
 
 
 def renamed(cls: type, values: Mapping[str, object], origin: str = "") -> Table:
@@ -144,10 +144,15 @@ def _former(cls: type, prefix: str = "") -> list[str]:
     return names
 
 
+def _fields(settings: object) -> tuple[Field[object], ...]:
+    """Fields of a dataclass or an instance of one."""
+    return fields(cast(Any, settings))
+
+
 def _hints(cls: type) -> dict[str, object]:
     """Types of the fields of dataclass `cls`."""
     hints = typing.get_type_hints(cls)
-    return {each.name: hints[each.name] for each in fields(cast(Any, cls))}
+    return {each.name: hints[each.name] for each in _fields(cls)}
 
 
 def _is_section(hint: object) -> bool:
@@ -227,9 +232,9 @@ def _number(text: str) -> int | float | None:
         return None
 
 
-def to_mapping(settings: object) -> dict[str, Any]:
+def to_mapping(settings: object) -> dict[str, Json]:
     """A settings dataclass as plain dicts and lists, in the order of its fields."""
-    return {each.name: _as_plain(getattr(settings, each.name)) for each in fields(cast(Any, settings))}
+    return {each.name: _as_plain(getattr(settings, each.name)) for each in _fields(settings)}
 
 
 def _as_plain(value: object) -> object:
@@ -312,7 +317,7 @@ def describe(settings: object, prefix: str = "") -> list[Setting]:
             assert isinstance(text.value, ast.Constant)
             about[field.target.id] = " ".join(str(text.value.value).split())
     found: list[Setting] = []
-    for each in fields(cast(Any, settings)):
+    for each in _fields(settings):
         value = getattr(settings, each.name)
         if is_dataclass(value):
             found += describe(value, f"{prefix}{each.name}.")

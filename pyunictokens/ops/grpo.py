@@ -11,8 +11,6 @@ Gradients go to the policy only: old_logp, ref_logp, advantages and alpha are co
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -23,7 +21,7 @@ from .logprob import fake_gradients, head_arguments, needed, placed
 from .reference import working_dtype
 from .registry import choose, entry
 from .transforms import autocast_inputs, no_autocast, refuse_transforms
-from .types import GrpoStats
+from .types import Argument, Context, GrpoStats
 
 
 def grpo_loss(
@@ -228,24 +226,24 @@ _BIAS, _UNCOND = 7, 8
 
 
 @torch.library.custom_op("pyunictokens::grpo_loss", mutates_args=(), schema=f"({_SMALL}) -> (Tensor, Tensor, Tensor)")
-def _grpo_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _grpo_loss(*arguments: Argument) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
     with no_autocast(inputs[0]):
         return entry("grpo_loss", backend).forward(*inputs)
 
 
 @_grpo_loss.register_fake
-def _(logp: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(logp: Tensor, *_: Argument) -> tuple[Tensor, Tensor, Tensor]:
     dtype = working_dtype(logp)
     return logp.new_empty((), dtype=dtype), logp.new_empty(4, dtype=dtype), torch.empty_like(logp)
 
 
-def _grpo_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _grpo_setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[2])
 
 
 @once_differentiable
-def _grpo_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _grpo_backward(ctx: Context, grad_loss: Tensor, *_: Argument) -> tuple[Tensor | None, ...]:
     (d_logp,) = ctx.saved_tensors
     return (grad_loss.to(d_logp.dtype) * d_logp, *[None] * (len(ctx.needs_input_grad) - 1))
 
@@ -258,7 +256,7 @@ _grpo_loss.register_autograd(_grpo_backward, setup_context=_grpo_setup)
     mutates_args=(),
     schema=f"({_FUSED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _maskgit_grpo_loss(*arguments: Any) -> tuple[Tensor, ...]:
+def _maskgit_grpo_loss(*arguments: Argument) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
     hidden, weight, target, *_ = inputs
     check.value_range("target", target, 0, weight.shape[0] - 1)
@@ -267,7 +265,7 @@ def _maskgit_grpo_loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @_maskgit_grpo_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Argument) -> tuple[Tensor, ...]:
     bias, needs = rest[_BIAS - 3], rest[-3]
     dtype = working_dtype(hidden)
     return (
@@ -278,12 +276,12 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tenso
     )
 
 
-def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _fused_setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[3:])
 
 
 @once_differentiable
-def _fused_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _fused_backward(ctx: Context, grad_loss: Tensor, *_: Argument) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
     here = wanted[0], wanted[_UNCOND], wanted[1], wanted[_BIAS]
     scaled = [

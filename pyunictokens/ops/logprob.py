@@ -6,8 +6,6 @@ Equation: log_softmax((W·h + b)/τ)[target] with classifier-free guidance befor
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from . import validate as check
 from .reference import NEEDS_BIAS, NEEDS_HIDDEN, NEEDS_UNCOND, NEEDS_WEIGHT, working_dtype
 from .registry import choose, entry
 from .transforms import autocast_inputs, no_autocast, refuse_transforms
+from .types import Argument, Context
 
 
 def selected_logprob(
@@ -57,7 +56,9 @@ def selected_logprob(
     )
     hidden, hidden_uncond, weight = autocast_inputs(hidden, hidden_uncond, weight)
     backend = choose("selected_logprob", backend, hidden.device, hidden.dtype)
-    return _selected_logprob(hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature, backend)[0]
+    logp: Tensor
+    logp, _ = _selected_logprob(hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature, backend)
+    return logp
 
 
 def head_arguments(
@@ -139,7 +140,7 @@ _BACKWARD = f"Tensor grad, Tensor lse, {_FORWARD}, int needs, str backend"
 @torch.library.custom_op(
     "pyunictokens::selected_logprob", mutates_args=(), schema=f"({_FORWARD}, str backend) -> (Tensor, Tensor)"
 )
-def _selected_logprob(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _selected_logprob(*arguments: Argument) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
     hidden, weight, target, *_ = inputs
     check.value_range("target", target, 0, weight.shape[0] - 1)
@@ -148,7 +149,7 @@ def _selected_logprob(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @_selected_logprob.register_fake
-def _(hidden: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *_: Argument) -> tuple[Tensor, Tensor]:
     logp = hidden.new_empty(target.shape, dtype=working_dtype(hidden))
     return logp, torch.empty_like(logp)
 
@@ -158,7 +159,7 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, 
     mutates_args=(),
     schema=f"({_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _selected_logprob_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _selected_logprob_backward(*arguments: Argument) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
     backward = entry("selected_logprob", backend).backward
     assert backward is not None
@@ -168,20 +169,20 @@ def _selected_logprob_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor,
 
 @_selected_logprob_backward.register_fake
 def _(
-    grad: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
+    grad: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Argument
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs = rest[-2]
     return fake_gradients(hidden, weight, bias, needs)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, guidance_scale, temperature, backend = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.settings = guidance_scale, temperature
     ctx.backend = backend
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = NEEDS_HIDDEN * wanted[0] + NEEDS_WEIGHT * wanted[1] + NEEDS_BIAS * wanted[3] + NEEDS_UNCOND * wanted[4]

@@ -6,13 +6,13 @@ a line in `_BACKENDS` that says whether it can run on this machine at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from ..utils.errors import UserError
+from .types import Implementation
 
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _NAMES = ("reference", "cpu", "triton", "cuda")
@@ -22,8 +22,8 @@ _NAMES = ("reference", "cpu", "triton", "cuda")
 class Entry:
     """One implementation of one operation."""
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
+    forward: Implementation
+    backward: Implementation | None = None
     """For operations whose gradient is a second call."""
     devices: tuple[str, ...] = ()
     """Device types it takes; empty: all."""
@@ -84,13 +84,22 @@ def _objection(candidate: Entry, device: torch.device, dtype: torch.dtype) -> st
     return ""
 
 
-def capabilities() -> dict[str, dict[str, Any]]:
+class Capability(TypedDict):
+    """What one backend can do here."""
+
+    available: bool
+    ops: list[str]
+    reason: str
+    """Why it cannot run; empty where it can."""
+
+
+def capabilities() -> dict[str, Capability]:
     """Which backends can run here, and why the others cannot.
 
     Returns {backend: {"available": bool, "ops": [names], "reason": str}} for reference, cpu, triton and cuda. `reason`
     is empty for an available backend.
     """
-    report = {}
+    report: dict[str, Capability] = {}
     for backend in _NAMES:
         operations = sorted(operation for operation, offered in _table.items() if backend in offered)
         reason = _unavailable.get(backend, "")

@@ -7,8 +7,6 @@ to mask and this step's re-masking temperature.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from . import philox
 from . import validate as check
 from .registry import choose, entry
 from .transforms import no_autocast, refuse_transforms
-from .types import MaskgitStep
+from .types import Argument, MaskgitStep
 
 _MASK = -1
 _SEED_MAX = (1 << 63) - 1
@@ -194,7 +192,7 @@ def _per_sample(name: str, value: Tensor | float, logits: Tensor, dtype: torch.d
     "Tensor step, Tensor? token_gumbel, Tensor? rank_gumbel, int stream, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _maskgit_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _maskgit_step(*arguments: Argument) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
     logits, codes, mask_len, temperature, _, sample_ids, step, token_gumbel, rank_gumbel, _ = inputs
     check.value_range("codes", codes, _MASK, logits.shape[-1] - 1, "-1 is MASK")
@@ -217,7 +215,7 @@ def _maskgit_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_maskgit_step.register_fake
-def _(logits: Tensor, codes: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, codes: Tensor, *_: Argument) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     new = codes.new_empty(codes.shape)
     return new, torch.empty_like(new), torch.empty_like(new, dtype=dtype), torch.empty_like(new, dtype=torch.bool)

@@ -8,7 +8,6 @@ forward mode are refused.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ def autocast_inputs(
     return hidden.to(dtype), None if hidden_uncond is None else hidden_uncond.to(dtype), weight.to(dtype)
 
 
-def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Autocast off on the device of `like`: the products of an implementation keep the dtypes it chose."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()

@@ -1,10 +1,34 @@
-"""The two records that operations return. They hold tensors on the device of the inputs and never force a transfer."""
+"""The two records that operations return, and the types of what stands between an operation and its implementations.
+
+Records hold tensors on the device of the inputs and never force a transfer.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
+
+Argument: TypeAlias = Any
+"""One argument of a registered operation: a tensor, a number or a name, as its schema says."""
+
+
+class Context(Protocol):
+    """What torch.autograd keeps between an operation and its gradient."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    settings: tuple[float, float]
+    """Guidance scale and temperature."""
+    backend: str
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+class Implementation(Protocol):
+    """A backend's function for an operation: the arguments of its schema, without the backend's name."""
+
+    def __call__(self, *arguments: Argument) -> tuple[Tensor, ...]: ...
 
 
 class MaskgitStep(NamedTuple):

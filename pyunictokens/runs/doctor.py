@@ -14,12 +14,17 @@ import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..utils.files import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..rewards.weights import WeightStatus
+
+Findings = dict[str, Json]
+"""What was found, by name; values that JSON can hold."""
 
 REQUIRED = (
     "torch",
@@ -59,9 +64,9 @@ OPTIONAL = {
 _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
-def examine() -> dict[str, Any]:
+def examine() -> Findings:
     """Everything the doctor looks at, as values JSON can hold. `ok` says whether the essential parts work."""
-    report: dict[str, Any] = {
+    report: Findings = {
         "pyunictokens": _own_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -99,7 +104,7 @@ def _add(extra: str) -> str:
     return f"pip install 'pyunictokens[{extra}]'" if extra else "pip install triton"
 
 
-def _cpu() -> dict[str, Any]:
+def _cpu() -> Findings:
     flags: set[str] = set()
     model = platform.processor() or platform.machine()
     try:
@@ -113,7 +118,7 @@ def _cpu() -> dict[str, Any]:
                 break
     except OSError:
         pass  # no Linux: the name of the machine is what there is
-    result: dict[str, Any] = {
+    result: Findings = {
         "model": model,
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -129,7 +134,7 @@ def _cpu() -> dict[str, Any]:
     return result
 
 
-def _core() -> dict[str, Any]:
+def _core() -> Findings:
     """The compiled core: whether it loads, and whether it was built with CUDA."""
     try:
         core = importlib.import_module("pyunictokens._core")
@@ -144,12 +149,12 @@ def _core() -> dict[str, Any]:
     return {"loads": True, **info}
 
 
-def _gpu() -> dict[str, Any]:
+def _gpu() -> Findings:
     try:
         import torch
     except ImportError:
         return {"present": False, "why": "torch is missing"}
-    result: dict[str, Any] = {"torch_cuda": torch.version.cuda, "nvcc": shutil.which("nvcc") is not None}
+    result: Findings = {"torch_cuda": torch.version.cuda, "nvcc": shutil.which("nvcc") is not None}
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable GPU here"
         return {"present": False, "why": why, **result}
@@ -179,7 +184,7 @@ def _steps() -> dict[str, str]:
     return {"mode": mode, "why": why}
 
 
-def _backends() -> dict[str, Any]:
+def _backends() -> Findings:
     try:
         from .. import ops
 
@@ -188,7 +193,7 @@ def _backends() -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def toy_status() -> dict[str, Any]:
+def toy_status() -> Findings:
     """Whether the embedded toy's files are there and have the checksums they were shipped with."""
     import hashlib
     import json
@@ -214,7 +219,7 @@ def toy_status() -> dict[str, Any]:
     return {"ok": True, "files": len(wanted), "mib": round(size / 2**20, 1)}
 
 
-def _problems(report: dict[str, Any]) -> list[dict[str, str]]:
+def _problems(report: Findings) -> list[dict[str, str]]:
     """What keeps the essential parts from working, each with what to do."""
     found = []
     for name, version in report["packages"].items():
@@ -231,7 +236,7 @@ def _problems(report: dict[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def render(report: dict[str, Any], console: Console) -> None:
+def render(report: Findings, console: Console) -> None:
     """Write the findings as tables."""
     from rich.table import Table
 

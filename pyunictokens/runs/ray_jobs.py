@@ -6,6 +6,7 @@ Runs, data and this package must be where every machine finds them (a shared fil
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from ..utils.errors import UserError, require
 from ..utils.signals import Stop, never
@@ -49,10 +50,11 @@ def run_on_ray(
         ray.shutdown()
 
 
-def _result(ray: object, future: object, job: Job) -> Status:
+def _result(ray: ModuleType, future: object, job: Job) -> Status:
     """The status of a job that ended; one whose machine was lost is failed, and so written."""
     try:
-        return ray.get(future)  # type: ignore[attr-defined]
+        status: Status = ray.get(future)
+        return status
     except Exception as error:  # ray's errors share no base that is public
         lines = str(error).strip().split("\n")
         status = Status.read(job.runs, job.name)

@@ -15,13 +15,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ..evaluate.result import Metric, bootstrap
-from ..utils.files import read_json, write_json, write_text_atomic
+from ..utils.files import Json, read_json, write_json, write_text_atomic
 from .demo import HEADLINES
 from .sweep import Status
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PARTS = ("before", "after")
 
@@ -89,7 +92,7 @@ def write_results(runs: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
     return page
 
 
-def _flat(row: Row, keys: Sequence[str]) -> dict[str, Any]:
+def _flat(row: Row, keys: Sequence[str]) -> dict[str, Json]:
     status = row.status
     numbers = {f"{key}.{part}": row.means.get(key, {}).get(part) for key in keys for part in PARTS}
     return {
@@ -107,7 +110,7 @@ def _numbers(rows: Sequence[Row]) -> list[tuple[str, Metric, Metric, Metric]]:
     return [(key, before, after, change) for key, _, before, after, change in summary(rows)]
 
 
-def _plain(metrics: Sequence[Metric]) -> dict[str, Any]:
+def _plain(metrics: Sequence[Metric]) -> dict[str, Json]:
     names = ("before", "after", "change")
     return {
         name: {"mean": m.mean, "low": m.low, "high": m.high, "n": m.n} for name, m in zip(names, metrics, strict=True)
@@ -128,7 +131,7 @@ def _page(rows: Sequence[Row]) -> str:
 
 
 @functools.cache
-def _template() -> Any:
+def _template() -> Template:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

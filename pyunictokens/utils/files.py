@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -24,6 +24,9 @@ from .errors import UserError
 from .text import read_text
 
 log = logging.getLogger(__name__)
+
+Json: TypeAlias = Any
+"""What JSON can hold: whoever reads a file looks at what it is."""
 
 _NAME_LIMIT = 64
 _CHECKSUM = "tensors_sha256"
@@ -57,7 +60,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Json) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -130,7 +133,7 @@ def folder_lock(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator
         os.close(descriptor)
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Json:
     """Read a JSON file. Raises UserError naming the file, and for bad JSON the line and column."""
     text = read_text(path)
     try:
@@ -165,7 +168,7 @@ def loose(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Json]]:
     """The tables of a log, one a line; a line that a kill cut off, or that damage left, is passed over."""
     rows = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):

@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,10 @@ TRACED_STEPS = 2
 
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 _trace: ContextVar[_Trace | None] = ContextVar("trace", default=None)
+
+
+Mark = float | torch.cuda.Event
+"""A moment: of the clock, or on a GPU."""
 
 
 @functools.cache
@@ -101,10 +105,10 @@ class Recorder:
         self.device = torch.device(device)
         self._totals: dict[str, PhaseTotal] = {}
         self._open: list[str] = []
-        self._mark: Any = None
-        self._intervals: list[tuple[str, Any, Any]] = []
+        self._mark: Mark = 0.0
+        self._intervals: list[tuple[str, Mark, Mark]] = []
         self._started = 0.0
-        self._token: Any = None
+        self._token: Token[Recorder | None] | None = None
 
     def __enter__(self) -> Recorder:
         self._started = time.perf_counter()
@@ -112,10 +116,11 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self._token is not None
         _recorder.reset(self._token)
         self.settle()
 
-    def _now(self) -> Any:
+    def _now(self) -> Mark:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -148,7 +153,7 @@ class Recorder:
     def _total(self, name: str) -> PhaseTotal:
         return self._totals.setdefault(name, PhaseTotal(name))
 
-    def _close_interval(self, now: Any) -> None:
+    def _close_interval(self, now: Mark) -> None:
         if self._open:
             self._intervals.append((self._open[-1], self._mark, now))
             if self.device.type != "cuda":
@@ -156,11 +161,13 @@ class Recorder:
 
     def settle(self) -> None:
         """Turn what was marked into seconds. On a GPU this waits for it, so it is called where one waits anyway."""
-        if self._intervals and self.device.type == "cuda":
-            self._intervals[-1][2].synchronize()
+        if self._intervals and isinstance(last := self._intervals[-1][2], torch.cuda.Event):
+            last.synchronize()
         for name, start, end in self._intervals:
-            taken = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
-            self._total(name).seconds += taken
+            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+                self._total(name).seconds += start.elapsed_time(end) / 1e3
+            elif isinstance(start, float) and isinstance(end, float):
+                self._total(name).seconds += end - start
         self._intervals.clear()
 
     def report(self, dtype: torch.dtype) -> PhaseReport:
@@ -246,7 +253,7 @@ class _Trace:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profile: Any = torch.profiler.profile(activities=activities)
+        self._profile: torch.profiler.profile | None = torch.profiler.profile(activities=activities)
         self._profile.start()
 
     def step(self) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ class NoAnswer(UserError):
     """A call was not back in its time."""
 
 
-def ask(what: str, function: Callable[..., T], *arguments: Any, seconds: float = 0.0) -> T:
+def ask(what: str, function: Callable[..., T], *arguments: object, seconds: float = 0.0) -> T:
     """``function(*arguments)``; `seconds` is the longest it may take, 0 waits for ever.
 
     Raises UserError when it raises (its own UserErrors pass), and NoAnswer when it is not back in time; the message
@@ -37,7 +37,7 @@ def ask(what: str, function: Callable[..., T], *arguments: Any, seconds: float =
         raise UserError(f"{what} failed: {type(error).__name__}: {error}") from error
 
 
-def _limited(what: str, function: Callable[..., T], arguments: tuple[Any, ...], seconds: float) -> T:
+def _limited(what: str, function: Callable[..., T], arguments: tuple[object, ...], seconds: float) -> T:
     answers: list[T] = []
     errors: list[BaseException] = []
     gradients = torch.is_grad_enabled()  # a thread begins with its own

@@ -91,7 +91,7 @@ def dump_yaml(value: object) -> str:
     require("yaml", "train")
     import yaml
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # no stubs
         def ignore_aliases(self, data: object) -> bool:
             return True
 

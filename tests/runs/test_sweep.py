@@ -223,7 +223,8 @@ def test_nothing_outlives_a_sweep_that_is_killed(jobs: Any, tmp_path: Path) -> N
 
 
 def test_a_command_that_a_sweep_started_ends_with_it() -> None:
-    code = "import time, pyunictokens.cli as cli\ncli.app = lambda: (print('ready', flush=True), time.sleep(60))\ncli.main()"
+    code = "import time, pyunictokens.cli as cli; cli.app = lambda: print('ready', flush=True) or time.sleep(60); "
+    code += "cli.main()"
     environment = {**os.environ, ENDS_WITH_STDIN: "1"}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment

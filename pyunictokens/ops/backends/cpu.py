@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -35,9 +35,22 @@ def core() -> ModuleType | None:
     return _core
 
 
-def build_info() -> dict[str, Any]:
-    """What the compiled core contains and finds (compiler, CPU level, CUDA part); empty without a core."""
-    return {} if _core is None else dict(_core.build_info())
+class CudaInfo(TypedDict):
+    """The CUDA part of the core."""
+
+    device_count: int
+    error: str
+
+
+class BuildInfo(TypedDict):
+    """What is asked of the core's own description."""
+
+    cuda: CudaInfo | None
+
+
+def build_info() -> BuildInfo | None:
+    """What the compiled core contains and finds (compiler, CPU level, CUDA part); None without a core."""
+    return None if _core is None else cast(BuildInfo, dict(_core.build_info()))
 
 
 def maskgit_step(
@@ -182,7 +195,8 @@ def _readable(values: Tensor) -> Tensor:
 def head_padded(count: int) -> int:
     """`count` tokens or columns rounded up to whole panels, as csrc/include/head.h wants its workspaces."""
     assert _core is not None
-    return -(-count // _core.HEAD_PANEL) * int(_core.HEAD_PANEL)
+    panel = int(_core.HEAD_PANEL)
+    return -(-count // panel) * panel
 
 
 class HeadChunk:

@@ -7,8 +7,6 @@ CUDA part or no device is there, the backend is marked unavailable, with the rea
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ _counters: dict[tuple[int, int], Tensor] = {}
 """Per device and stream: zeros that a launch counts up and leaves as zeros. Launches on one stream never overlap."""
 
 
-def objection(build: dict[str, Any]) -> str:
+def objection(build: _native.BuildInfo | None) -> str:
     """Why the core described by `build` (:func:`_native.build_info`) cannot run on a GPU here; empty if it can."""
     if not build:
         return "the compiled core is not there; build it: pip install -e ."

@@ -9,20 +9,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..registry import Entry, mark_unavailable, offer
+from ..types import Argument, Implementation
 
 _interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _deterministic = os.environ.get("PYUNICTOKENS_DETERMINISTIC", "1") != "0"
-_engine: Any = None
+_engine: ModuleType | None = None
 
 
-def engine() -> Any:
+def engine() -> ModuleType:
     """The module `pyunictokens.kernels.engine`; the first call imports Triton."""
     global _engine
     if _engine is None:
@@ -43,12 +43,12 @@ def set_deterministic(flag: bool) -> None:
         _engine.settings.deterministic = _deterministic
 
 
-def _call(name: str, device_of: int) -> Callable[..., Any]:
+def _call(name: str, device_of: int) -> Implementation:
     """The function `name` of the engine, with the device of its argument number `device_of` made current."""
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Argument) -> tuple[Tensor, ...]:
         tensor: Tensor = arguments[device_of]
-        function = getattr(engine(), name)
+        function: Implementation = getattr(engine(), name)
         if not tensor.is_cuda:
             return function(*arguments)
         with torch.cuda.device(tensor.device):
