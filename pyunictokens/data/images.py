@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import write_bytes_atomic
+
+with needs("data"):
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PIXEL_LIMIT = 120_000_000
 """Largest picture that is decoded, in pixels; a file of a few kilobytes can claim a thousand times that."""

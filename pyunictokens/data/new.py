@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_bytes_atomic, write_json
 from . import wording
 from .check import SMALLEST_SIDE, check_folder
@@ -28,6 +27,9 @@ from .facts import REASONING_DENSE, FactSheet, read_facts
 from .folder import load_concept
 from .images import fit_within, read_picture, save_image
 from .parse import ERROR, is_file, list_images, natural_key
+
+with needs("data"):
+    from PIL import Image, ImageDraw, ImageFilter
 
 LONGEST_SIDE = 512
 _GENERATED = 12

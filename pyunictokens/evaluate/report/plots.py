@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...utils.errors import needs
+
 Rows = Sequence[Mapping[str, Any]]
 
 EXPERTS = {"tier": "TIER: the answer", "ber": "BER: the prompt", "der": "DER: the subject", "fer": "FER: the face"}
@@ -143,8 +145,9 @@ def dsog(rows: Rows, theme: Theme, target: float | None = None) -> bytes:
 
 
 def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("evaluate"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
