@@ -169,6 +169,8 @@ def test_every_import_of_an_optional_package_names_an_extra_that_brings_it() -> 
     def visit(node: ast.AST, extra: str | None, where: str) -> None:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
+        if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(each.type or node) for each in node.handlers):
+            return  # does without
         if isinstance(node, ast.With):
             found = re.match(r"needs\('(\w+)'\)", ast.unparse(node.items[0].context_expr))
             extra = found[1] if found else extra
@@ -184,9 +186,7 @@ def test_every_import_of_an_optional_package_names_an_extra_that_brings_it() -> 
             visit(child, extra, where)
 
     for file in package.rglob("*.py"):
-        where = file.relative_to(package).as_posix()
-        if where != "train/metrics.py":  # logs without tensorboard where that is absent
-            visit(ast.parse(file.read_text(encoding="utf-8")), None, where)
+        visit(ast.parse(file.read_text(encoding="utf-8")), None, file.relative_to(package).as_posix())
 
 
 def test_type_checkers_see_the_package_from_elsewhere(tmp_path: Path) -> None:

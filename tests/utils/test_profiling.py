@@ -75,9 +75,9 @@ def test_nvtx_ranges_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("end"))
     monkeypatch.setattr(profiling, "_has_nvtx", lambda: True)
-    with phase("update"), phase("optimiser"):
+    with phase("update"), phase("optimizer"):
         pass
-    assert seen == ["update", "optimiser", "end", "end"]
+    assert seen == ["update", "optimizer", "end", "end"]
     monkeypatch.setattr(profiling, "_has_nvtx", lambda: False)
     with phase("update"):
         pass

@@ -147,7 +147,9 @@ def dsog(rows: Rows, theme: Theme, target: float | None = None) -> bytes:
 def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
     with needs("evaluate"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+
+        with needs("evaluate"):
+            from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

@@ -70,7 +70,9 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(message, tensors) of bytes. Raises UserError where they are no message."""
     with needs("rewards"):
         from safetensors import SafetensorError
-        from safetensors.torch import load
+
+        with needs("rewards"):
+            from safetensors.torch import load
 
     if len(data) < 4:
         raise UserError(f"a message of {len(data)} bytes: must begin with the length of its JSON (4 bytes)")
