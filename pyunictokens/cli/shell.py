@@ -44,6 +44,10 @@ TokenizerOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust", help="Let the settings of this run or --config import code and ask servers for rewards."),
+]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", metavar="FILE.yaml")]
 ProfileOption = Annotated[
     Path | None,
