@@ -17,6 +17,7 @@ from ..config.settings import to_mapping
 from ..data.concept import Concept
 from ..evaluate.result import EvalResult
 from ..models.concept_tokens import ConceptTokens
+from ..utils import fingerprint
 from ..utils.errors import UserError
 from ..utils.files import folder_lock, read_json, sweep, write_json
 from ..utils.signals import Stop, Stopped, never
@@ -174,13 +175,12 @@ def measure(
     """UnifyBench++ of the model as it is, on the held-out half of the concept's folder."""
     from ..evaluate.benchmark import SPLITS, unifybench
 
-    def step(split: str, done: int, wanted: int) -> None:
+    def step(task: str, done: int, wanted: int) -> None:
         if progress is not None:
-            progress(f"{name}: {split.replace('_', ' ')}", done, wanted, "")
+            progress(f"{name}: {task.replace('_', ' ')}", done, wanted, "")
 
-    engine: Any = bench.engine()  # evaluate asks for less than the engine's full signature
     return unifybench(
-        engine,
+        bench.engine(),
         concept,
         bench.concept,
         image_text=experts.image_text if experts else None,
@@ -287,12 +287,10 @@ class _Run:
 
     def _subject(self) -> dict[str, Any]:
         """What an evaluation is of: weights and rows by fingerprint, and its settings. No clock has a part in it."""
-        from ..train.checkpoint.run_state import fingerprint
-
         rows = self.bench.concept
         return {
-            "weights": fingerprint(self.bench.model.state_dict()),
-            "concept": fingerprint(dict(rows.named_parameters())) if rows is not None else None,
+            "weights": fingerprint.of_tensors(self.bench.model.state_dict()),
+            "concept": fingerprint.of_tensors(dict(rows.named_parameters())) if rows is not None else None,
             "settings": to_mapping(self.config.evaluation),
         }
 

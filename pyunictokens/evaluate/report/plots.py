@@ -9,12 +9,18 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-Rows = Sequence[Mapping[str, Any]]
+from ...utils.json import Json
+from ..tasks import MEASURES
 
-EXPERTS = {"tier": "TIER: the answer", "ber": "BER: the prompt", "der": "DER: the subject", "fer": "FER: the face"}
-"""What each expert looks at, in a word."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Json]]
+
+REWARDS = ("tier", "ber", "der", "fer")
 
 _MODES = {"text_only": "text-only step", "visual": "visual step"}
 
@@ -38,11 +44,13 @@ def numbers(rows: Rows, *path: str) -> list[float]:
     """One value a row, NaN where it is missing or null; `path` leads into nested tables."""
     found = []
     for row in rows:
-        value: Any = row
+        value: Json = row
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-        found.append(float(value) if usable else math.nan)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append(float(value))
+        else:
+            found.append(math.nan)
     return found
 
 
@@ -94,10 +102,10 @@ def reward(rows: Rows, theme: Theme) -> bytes:
     return _png(figure)
 
 
-def experts(rows: Rows, theme: Theme) -> bytes:
-    """Each expert's mean with the spread inside the group."""
-    names = [name for name in EXPERTS if any(map(math.isfinite, numbers(rows, "parts", name)))]
-    names += sorted({name for row in rows for name in row.get("parts") or {}} - set(EXPERTS))
+def rewards(rows: Rows, theme: Theme) -> bytes:
+    """Each reward model's mean with the spread inside the group."""
+    names = [name for name in REWARDS if any(map(math.isfinite, numbers(rows, "parts", name)))]
+    names += sorted({name for row in rows for name in _parts(row)} - set(REWARDS))
     figure, axes = _figure(max(1, len(names)), theme, height=2.6)
     steps = numbers(rows, "step")
     for axis, name, colour in zip(axes, names, (theme.lines * len(names)), strict=False):
@@ -105,8 +113,13 @@ def experts(rows: Rows, theme: Theme) -> bytes:
         _band(axis, steps, mean, numbers(rows, "parts_std", name), colour)
         axis.plot(steps, mean, color=colour, linewidth=0.8, alpha=0.6)
         _average(axis, steps, mean, colour)
-        _title(axis, theme, EXPERTS.get(name, name))
+        _title(axis, theme, MEASURES.get(name, name))
     return _png(figure)
+
+
+def _parts(row: Mapping[str, Json]) -> list[str]:
+    parts = row.get("parts")
+    return list(parts) if isinstance(parts, Mapping) else []
 
 
 def policy(rows: Rows, theme: Theme) -> bytes:
@@ -142,7 +155,7 @@ def dsog(rows: Rows, theme: Theme, target: float | None = None) -> bytes:
     return _png(figure)
 
 
-def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
+def _figure(panels: int, theme: Theme, height: float) -> tuple[Figure, list[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -164,23 +177,23 @@ def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _title(axis: Any, theme: Theme, text: str) -> None:
+def _title(axis: Axes, theme: Theme, text: str) -> None:
     axis.set_title(text, loc="left", color=theme.ink, fontsize=9.5, fontweight="bold", pad=8)
 
 
-def _band(axis: Any, steps: Sequence[float], mean: Sequence[float], spread: Sequence[float], colour: str) -> None:
+def _band(axis: Axes, steps: Sequence[float], mean: Sequence[float], spread: Sequence[float], colour: str) -> None:
     low = [m - s for m, s in zip(mean, spread, strict=True)]
     high = [m + s for m, s in zip(mean, spread, strict=True)]
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0, label="spread in the group")
 
 
-def _average(axis: Any, steps: Sequence[float], values: Sequence[float], colour: str) -> None:
+def _average(axis: Axes, steps: Sequence[float], values: Sequence[float], colour: str) -> None:
     span = max(3, len(values) // 6)
     axis.plot(steps, smooth(values, span), color=colour, linewidth=2.2, label=f"average (span {span})", zorder=4)
 
 
 def _curve(
-    axis: Any, steps: Sequence[float], values: Sequence[float], colour: str, theme: Theme, *, noisy: bool
+    axis: Axes, steps: Sequence[float], values: Sequence[float], colour: str, theme: Theme, *, noisy: bool
 ) -> None:
     """Values as a line, or where they are noisy as dots with their moving average; a note where there are none."""
     if not any(map(math.isfinite, values)):
@@ -193,7 +206,7 @@ def _curve(
         axis.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=2.2)
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

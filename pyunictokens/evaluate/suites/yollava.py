@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import UserError
-from ..subject import Item, Subject
+from ..tasks import Item, Subject
 from .files import folders, here, lettered, optional_json, pictures, with_options, words
 
 VISUAL, TEXT, CLASSES = "yollava-visual-qa.json", "yollava-text-qa.json", "classes.json"
@@ -33,15 +33,15 @@ def names(root: Path) -> list[str]:
 def read(root: Path, name: str) -> Subject:
     """Concept `name`. Raises UserError naming file and field for an entry that cannot be used."""
     classes = optional_json(root / CLASSES) or {}
-    subject = Subject(name, str(classes.get(name, "subject")), photos=pictures(root / "train" / name))
-    subject.test_photos = pictures(root / "test" / name)
+    subject = Subject(name, str(classes.get(name, "subject")), references=pictures(root / "train" / name))
+    subject.test_images = pictures(root / "test" / name)
     others = [path for other in folders(root / "test") if other != name for path in pictures(root / "test" / other)]
     question = f"Can you see {subject.sks} in this picture? Answer with yes or no."
-    if subject.test_photos and others:
-        subject.items += [Item("rec", question, "yes", path, "positive") for path in subject.test_photos]
-        subject.items += [Item("rec", question, "no", path, "negative") for path in others]
+    if subject.test_images and others:
+        subject.items += [Item("recognition", question, "yes", path, "positive") for path in subject.test_images]
+        subject.items += [Item("recognition", question, "no", path, "negative") for path in others]
     else:
-        subject.notes.append("rec: needs test photos of this concept and of others: not measured")
+        subject.notes.append("recognition: needs test photos of this concept and of others: not measured")
     for where, image, entry in _visual(root, name):
         path = here(image, root / "test" / name)
         if path is None:
