@@ -14,11 +14,11 @@ What is trained and measured is the business of pipeline.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ..config.settings import from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
+from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
 from ..models.concept_tokens import ConceptTokens, published_epochs
@@ -32,7 +32,33 @@ BASE = "base"
 CONFIG, ABOUT, FINAL, CONCEPT, STAGES = "config.yaml", "about.json", "final", "concept", "stages"
 EXPERTS, MEASURED = "experts.json", "measured.json"
 
-OWN_KEYS = ("version", "model", "vq", "tokenizer", "rewards", "root", "name", "max_text", "preset")
+
+@dataclass(frozen=True)
+class Origin:
+    """What a config.yaml says beside the settings: of which model and which concept the run is."""
+
+    version: str | None = None
+    """Of this library, which wrote it."""
+    model: str | None = None
+    vq: str | None = None
+    tokenizer: str | None = None
+    rewards: str | Mapping[str, object] | None = None
+    root: Path | None = None
+    """The data folder."""
+    name: str | None = None
+    """The concept."""
+    max_text: int | None = None
+    """Text positions of the model's drawing prompts."""
+    preset: str | None = None
+    """Which preset the settings stand over."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, object], origin: str) -> Origin:
+        """The part of a config.yaml that is not settings. Raises UserError naming what cannot be used."""
+        return from_mapping(cls, {key: values[key] for key in OWN_KEYS if key in values}, origin=origin)
+
+
+OWN_KEYS = tuple(each.name for each in fields(Origin))
 """Keys of config.yaml beside the settings."""
 
 
@@ -69,7 +95,7 @@ class RunConfig:
     def make(
         cls,
         preset: str,
-        values: Mapping[str, Any] | None = None,
+        values: Mapping[str, object] | None = None,
         origin: str = "settings",
         words: Iterable[str] = (),
         seed: int | None = None,
@@ -104,8 +130,10 @@ class Run:
     """A folder that `train` wrote, or anything else that a concept can be read from. `path` None is the bare model."""
 
     path: Path | None
-    config: dict[str, Any] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    """The table in its config.yaml."""
+    facts: tuple[str, ...] = ()
+    """The concept's facts, as the run was told them."""
 
     @classmethod
     def find(cls, given: str) -> Run:
@@ -121,8 +149,16 @@ class Run:
             hint = "not finished, go on with `train … --resume`" if started else "nothing was learned here"
             raise UserError(f"{path}: {hint} (no policy.json, no concept.json, no epoch_*_embed.pt)")
         run.config = load_yaml(path / CONFIG) if (path / CONFIG).is_file() else {}
-        run.about = read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
+        about = read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
+        if not isinstance(about, dict):
+            raise UserError(f"{path / ABOUT}: must be a table, is {type(about).__name__}")
+        run.facts = convert(about.get("extra_info", []), tuple[str, ...], f"{path / ABOUT}: extra_info")
         return run
+
+    @property
+    def origin(self) -> Origin:
+        """Of which model and concept the run is."""
+        return Origin.of(self.config, f"{self.path or BASE}/{CONFIG}")
 
     def _learned(self) -> Path | None:
         """The folder that holds what was learned, the furthest first."""
@@ -134,12 +170,11 @@ class Run:
 
     def sources(self, flags: Sources) -> Sources:
         """The models that flags name, else those the run was made with."""
-        return Sources.choose(flags, self.config)
+        return Sources.choose(flags, self.origin)
 
     def open(self, flags: Sources, device: str, dtype: str, name: str | None = None) -> Workbench:
         """The model, brought to what the run learned. `name` is needed for published tokens."""
-        max_text = self.config.get("max_text")
-        bench = open_workbench(self.sources(flags), device, dtype, int(max_text) if max_text else None)
+        bench = open_workbench(self.sources(flags), device, dtype, self.origin.max_text)
         folder = self._learned() if self.path is not None else None
         if folder is not None and (folder / "policy.json").is_file():
             from ..train.policy import load_policy
@@ -165,15 +200,16 @@ class Run:
         """The concept folder named, else the one the run was made from. Raises UserError when there is none."""
         if given is not None:
             return given
-        if "root" in self.config and "name" in self.config:
-            return Path(str(self.config["root"])), str(self.config["name"])
+        origin = self.origin
+        if origin.root is not None and origin.name is not None:
+            return origin.root, origin.name
         raise UserError("which concept? Name its folder with --concept ROOT NAME")
 
 
 def write_description(
     out: Path,
     sources: Sources,
-    rewards: str | Mapping[str, Any] | None,
+    rewards: str | Mapping[str, object] | None,
     max_text: int,
     concept: Concept,
     config: RunConfig,

@@ -17,6 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models import Showo
+from ..models.showo import prompting
+from ..rollout.types import ImageRollout, TextRollout
+from ..utils.errors import UserError
+
 
 @dataclass
 class ImageTrajectories:
@@ -41,6 +46,29 @@ class ImageTrajectories:
 
     def __len__(self) -> int:
         return self.inputs_RTN.shape[0]
+
+    @classmethod
+    def of(cls, model: Showo, rollout: ImageRollout, mask_RTN: Tensor | None = None) -> ImageTrajectories:
+        """What the update needs of a recorded rollout of `model`, and nothing else."""
+        if rollout.inputs is None or rollout.chosen is None or rollout.logp is None:
+            raise UserError("this rollout was not recorded: draw it with record=True")
+        ids = prompting.SpecialIds.of(model)
+        distinct: dict[tuple[int, ...], int] = {}
+        of_prompt = [
+            distinct.setdefault(tuple(prompting.t2i_text(text, ids, rollout.max_text)), len(distinct))
+            for text in rollout.prompt_ids
+        ]
+        return cls(
+            prompts=[list(prompt) for prompt in distinct],
+            prompt_of_row=[of_prompt[index] for index in rollout.prompt_index.tolist()],
+            inputs_RTN=rollout.inputs,
+            chosen_RTN=rollout.chosen,
+            old_logp_RTN=rollout.logp,
+            empty_prompt=prompting.t2i_text([], ids, rollout.max_text),
+            max_text=rollout.max_text,
+            guidance_scale=rollout.guidance_scale,
+            mask_RTN=mask_RTN,
+        )
 
     @property
     def mask(self) -> Tensor | None:
@@ -83,6 +111,19 @@ class AnswerTrajectories:
 
     def __len__(self) -> int:
         return self.tokens_RL.shape[0]
+
+    @classmethod
+    def of(cls, rollout: TextRollout) -> AnswerTrajectories:
+        """What the update needs of answers to one question."""
+        if rollout.image_codes is None or len(rollout.question_ids) != 1:
+            raise UserError("answers must be to one question about an image given as codes or pixels")
+        return cls(
+            codes_N=rollout.image_codes[0],
+            question=rollout.question_ids[0],
+            tokens_RL=rollout.tokens,
+            old_logp_RL=rollout.logp,
+            temperature=rollout.temperature,
+        )
 
     @property
     def mask_RL(self) -> Tensor:
