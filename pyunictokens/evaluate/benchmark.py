@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from ..data.concept import Concept
-from ..data.images import load_batch, read_picture
+from ..data.images import load_batch, read_image
 from ..utils.errors import UserError
 from ..utils.files import read_json
 from .baselines.ours import Engine, EngineModel, Expander, Sampling
@@ -87,7 +87,7 @@ def unifybench(
         truth = read_json(file)
     subject = subject_of(concept, tasks)
     model = EngineModel(engine, tokens, subject, Sampling(steps, guidance_scale, max_new_tokens), size)
-    asker = Asker(lambda: model, lambda path: read_picture(path, at_least=model.size))
+    asker = Asker(lambda: model, lambda path: read_image(path, at_least=model.size))
     references = load_batch(concept.train_images, model.size)
     scorer = Scorer(
         Embeddings(image_text, "CLIP", model.size, model.device) if image_text else None,

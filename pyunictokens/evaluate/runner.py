@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.images import fit_within, read_picture
+from ..data.images import fit_within, read_image
 from ..utils.errors import UserError
 from .core import Asker, Baseline, Model, Unsupported, checked
 from .result import to_bytes
@@ -185,7 +185,7 @@ class _Row:
 
 
 def _shown(path: Path) -> Image:
-    return fit_within(read_picture(path), _SIDE)
+    return fit_within(read_image(path), _SIDE)
 
 
 def _first(items: Iterable[Item], limit: int) -> list[Item]:
@@ -201,7 +201,7 @@ def _usable(subject: Subject) -> Subject:
     good = []
     for path in subject.references:
         try:
-            read_picture(path, at_least=32)
+            read_image(path, at_least=32)
         except UserError as error:
             subject.notes.append(f"a reference image is left out: {error}")
         else:

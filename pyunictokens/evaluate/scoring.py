@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..rewards.base import RewardBatch, plain_text
+from ..rewards.base import EnsembleScore, RewardBatch, plain_text
 from ..rewards.judge import JudgeItem, JudgeScore
 from ..utils.errors import MissingExtra, UserError
 from . import judge_prompts as prompts
@@ -33,20 +33,10 @@ class Judge(Protocol):
         ...
 
 
-class RewardScores(Protocol):
-    """What a reward gives: [R] in total, and [R] by part."""
-
-    @property
-    def total(self) -> Tensor: ...
-
-    @property
-    def parts(self) -> Mapping[str, Tensor]: ...
-
-
 class Reward(Protocol):
     """What is asked of a reward (`rewards.Ensemble` has it)."""
 
-    def score(self, batch: RewardBatch) -> RewardScores:
+    def score(self, batch: RewardBatch) -> EnsembleScore:
         """The reward of every image of the batch."""
         ...
 
@@ -282,7 +272,7 @@ def _rewards(of: RewardOf, record: Record, item: Item, subject: Subject, pixels:
         of.references.to(pixels.device),
         subject.kind,
     )
-    score = of.reward.score(batch)
+    score = of.reward.score(batch).require_finite()
     return {"reward": score.total.tolist(), **{name: part.tolist() for name, part in score.parts.items()}}
 
 

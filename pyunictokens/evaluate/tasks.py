@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..rewards.registry import labels
 from ..utils.errors import UserError
 
 
@@ -78,12 +79,8 @@ MEASURES = {
     "subject": "attributes of the subject right",
     "prompted": "attributes of the prompt right",
     "reward": "reward",
-    "tier": "TIER, the answer",
-    "ber": "BER, the prompt",
-    "der": "DER, the subject",
-    "fer": "FER, the face",
 }
-"""Measures as tables and reports call them."""
+"""Measures as tables and reports call them; parts of the reward are called as their reward models are."""
 
 _OLD_TASKS = {task.key: name for name, task in TASKS.items() if task.key != name}
 _OLD_TASKS["dense_reasoning"] = "dense_reasoning_generation"
@@ -93,8 +90,9 @@ _OLD_PREFIXES = {**_OLD_TASKS, "drawings": ALL_SAMPLES}
 def label(key: str) -> str:
     """``task.measure`` in words: the one label of this number wherever it is shown."""
     task, _, measure = key.partition(".")
-    title = TASKS[task].title if task in TASKS else "All samples"
-    return f"{title}: {MEASURES.get(measure, measure)}"
+    title = TASKS[task].title if task in TASKS else "All images"
+    named = MEASURES.get(measure) or labels().get(measure, measure).replace(": ", ", ")
+    return f"{title}: {named}"
 
 
 def task_named(name: str) -> str:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pyunictokens.data.images import black_image, from_pil, load_pixels, read_picture, square
+from pyunictokens.data.images import black_image, from_pil, load_pixels, read_image, square
 from pyunictokens.evaluate.baselines import Spec, baseline, parse
 from pyunictokens.evaluate.baselines.ours import EngineModel, Sampling
 from pyunictokens.evaluate.baselines.prompts import described, told
@@ -130,7 +130,7 @@ def test_an_image_prompt_shares_the_grid_with_the_photo(engine: Any, subject: Su
     half = (32, 16)
     both = [
         F.interpolate(from_pil(square(one, 32))[None], half, mode="bicubic", antialias=True, align_corners=False)
-        for one in (read_picture(subject.references[0]), picture(7))
+        for one in (read_image(subject.references[0]), picture(7))
     ]
     assert torch.equal(codes, engine.vq.encode(torch.cat(both, dim=-1).clamp(-1, 1)))
     with pytest.raises(UserError, match="no references, so there is no image prompt"):

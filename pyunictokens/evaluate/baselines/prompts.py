@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ...data.images import fit_within, read_picture
+from ...data.images import fit_within, read_image
 from ...rewards.base import plain_text
 from ...utils.errors import UserError
 from ..tasks import Subject
@@ -51,7 +51,7 @@ def references(subject: Subject, number: int, side: int = 1024) -> list[Image]:
     """The first `number` references, upright RGB, no longer than `side`. Raises UserError where there is none."""
     if number and not subject.references:
         raise UserError(f"{subject.name}: no references, so there is no image prompt")
-    return [fit_within(read_picture(path), side) for path in subject.references[:number]]
+    return [fit_within(read_image(path), side) for path in subject.references[:number]]
 
 
 def pointed(subject: Subject, shown: int, asked_about: bool, question: str, last: str = "the last picture") -> str:

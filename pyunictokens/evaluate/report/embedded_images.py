@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...data.images import fit_within, read_picture
+from ...data.images import fit_within, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +29,7 @@ def each(images: Tensor) -> list[str]:
 
 def file_uri(path: str | os.PathLike[str]) -> str:
     """An image file, shrunk where it is larger than a page shows. Raises UserError when it cannot be read."""
-    return _uri(fit_within(read_picture(path), _SHEET))
+    return _uri(fit_within(read_image(path), _SHEET))
 
 
 def png_uri(data: bytes) -> str:

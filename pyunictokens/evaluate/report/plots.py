@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...rewards.registry import labels
 from ...utils.json import Json
-from ..tasks import MEASURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Json]]
 
-REWARDS = ("tier", "ber", "der", "fer")
 
 _MODES = {"text_only": "text-only step", "visual": "visual step"}
 
@@ -104,8 +103,9 @@ def reward(rows: Rows, theme: Theme) -> bytes:
 
 def rewards(rows: Rows, theme: Theme) -> bytes:
     """Each reward model's mean with the spread inside the group."""
-    names = [name for name in REWARDS if any(map(math.isfinite, numbers(rows, "parts", name)))]
-    names += sorted({name for row in rows for name in _parts(row)} - set(REWARDS))
+    known = labels()
+    names = [name for name in known if any(map(math.isfinite, numbers(rows, "parts", name)))]
+    names += sorted({name for row in rows for name in _parts(row)} - set(known))
     figure, axes = _figure(max(1, len(names)), theme, height=2.6)
     steps = numbers(rows, "step")
     for axis, name, colour in zip(axes, names, (theme.lines * len(names)), strict=False):
@@ -113,7 +113,7 @@ def rewards(rows: Rows, theme: Theme) -> bytes:
         _band(axis, steps, mean, numbers(rows, "parts_std", name), colour)
         axis.plot(steps, mean, color=colour, linewidth=0.8, alpha=0.6)
         _average(axis, steps, mean, colour)
-        _title(axis, theme, MEASURES.get(name, name))
+        _title(axis, theme, known.get(name, name))
     return _png(figure)
 
 
