@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
@@ -64,14 +64,16 @@ def word_bleu(reference: str, candidate: str) -> float:
 
 @lru_cache
 def _ngrams(longest: int) -> BLEU:
-    from sacrebleu.metrics.bleu import BLEU
+    with needs("evaluate"):
+        from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(tokenize="none", max_ngram_order=longest, smooth_method="none", effective_order=True)
 
 
 @lru_cache
 def _sentence_bleu() -> BLEU:
-    from sacrebleu.metrics.bleu import BLEU
+    with needs("evaluate"):
+        from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(effective_order=True)
 

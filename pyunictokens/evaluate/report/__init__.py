@@ -6,6 +6,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...utils.errors import needs
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
 @functools.cache
 def environment() -> Environment:
     """The templates of this folder; texts are escaped, a name that is not there is an error."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    with needs("evaluate"):
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),

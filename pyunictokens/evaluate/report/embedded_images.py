@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...data.images import fit_within, read_image
+from ...utils.errors import needs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +23,8 @@ _PNG_UP_TO = 160  # images of the toy stay crisp as PNG and small; photos are sm
 
 def each(images: Tensor) -> list[str]:
     """A data URI for each of uint8 [S, 3, H, W]."""
-    from PIL import Image
+    with needs("evaluate"):
+        from PIL import Image
 
     return [_uri(fit_within(Image.fromarray(one.permute(1, 2, 0).contiguous().numpy()), _TILE)) for one in images]
 
@@ -39,7 +41,8 @@ def png_uri(data: bytes) -> str:
 
 def on_white(data: bytes) -> bytes:
     """A transparent PNG laid on white, for viewers with a dark background."""
-    from PIL import Image
+    with needs("evaluate"):
+        from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
         sheet = Image.new("RGBA", image.size, "white")

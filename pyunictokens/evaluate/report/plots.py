@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...rewards.registry import labels
+from ...utils.errors import needs
 from ...utils.json import Json
 
 if TYPE_CHECKING:
@@ -156,8 +157,9 @@ def dsog(rows: Rows, theme: Theme, target: float | None = None) -> bytes:
 
 
 def _figure(panels: int, theme: Theme, height: float) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("evaluate"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
