@@ -223,7 +223,7 @@ def _train_one(
     from ..data.folder import load_concept
     from ..runs.bundle import Sources, load_experts, open_workbench, read_rewards
     from ..runs.pipeline import check_request, run_concept
-    from ..runs.run_dir import CONFIG, Run, RunConfig
+    from ..runs.run_dir import CONFIG, Run, RunConfig, stored_max_text
     from ..train.grpo import PHASES
     from ..utils.profiling import PhaseReport, trace
     from ..utils.signals import Stopped, stop_on_signals
@@ -244,7 +244,6 @@ def _train_one(
         settings = replace(settings, stages=replace(settings.stages, stages=("joint",)))
     if dtype is not None:
         settings = replace(settings, grpo=with_overrides(settings.grpo, [f"dtype={dtype}"]))
-    max_text = values.get("max_text")
     out = out or Path("runs") / concept.name
     if ranks.attempt and (out / CONFIG).is_file():
         resume = True  # torchrun starts anew what it has started before
@@ -253,7 +252,7 @@ def _train_one(
     with_stages = stages is not Stages.none
     if ranks.first:
         check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
-    bench = open_workbench(sources, str(ranks.device), settings.grpo.dtype, int(max_text) if max_text else None)
+    bench = open_workbench(sources, str(ranks.device), settings.grpo.dtype, stored_max_text(values))
     try:
         with (
             Bars(quiet=not ranks.first) as bars,

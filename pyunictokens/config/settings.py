@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import logging
 import os
 import textwrap
 import typing
@@ -22,15 +23,24 @@ from ..utils.errors import UserError
 from ..utils.files import write_text_atomic
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, origin: str = "settings") -> T:
-    """An instance of dataclass `cls` with `values` put over `base` (or the defaults); `origin` opens each error."""
+    """An instance of dataclass `cls` with `values` put over `base` (or the defaults); `origin` opens each error.
+
+    A setting in ``cls.RETIRED = ((name, why), …)`` is left out with a warning: files of older versions hold it.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{origin}: must be a table of settings, is {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     changes: dict[str, Any] = {}
+    gone = dict(vars(cls).get("RETIRED", ()))
     for key, value in values.items():
+        if key in gone:
+            if value is not None:
+                log.warning("%s: %s is left out: %s", origin, key, gone[key])
+            continue
         if key not in hints:
             raise UserError(f"{origin}: {_unknown(str(key), hints)}")
         where = f"{origin}: {key}"
@@ -58,7 +68,7 @@ def with_overrides(settings: T, words: Iterable[str]) -> T:
 
 def find_key(cls: type, key: str) -> list[str]:
     """The path of a dotted or bare key in dataclass `cls`. Raises UserError with the nearest name, or all that fit."""
-    paths = leaves(cls)
+    paths = leaves(cls) + retired(cls)
     if key in paths:
         return key.split(".")
     found = [path for path in paths if path.endswith("." + key)]
@@ -67,6 +77,14 @@ def find_key(cls: type, key: str) -> list[str]:
     if found:
         raise UserError(f"override: {key!r} is a setting of several sections: write one of {', '.join(found)}")
     raise UserError(f"override: {_unknown(key, paths)}")
+
+
+def retired(cls: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings that dataclass `cls` had in older versions."""
+    names = [prefix + name for name, _ in vars(cls).get("RETIRED", ())]
+    for name, hint in typing.get_type_hints(cls).items():
+        names += retired(hint, f"{prefix}{name}.") if is_dataclass(hint) else []
+    return names
 
 
 def leaves(cls: Any, prefix: str = "") -> list[str]:

@@ -88,11 +88,10 @@ def run_concept(
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, ".pipeline.lock"):
         check_request(out, experts, started=start is not None, stages=stages, grpo=grpo, resume=resume)
-        config = config.with_max_text(bench.max_text)
         if resume:
             sweep(out)
         else:
-            write_description(out, bench.sources, rewards, bench.max_text, concept, config)
+            write_description(out, bench.sources, rewards, bench.model.max_text, concept, config)
         run = _Run(bench, concept, config, out, experts, resume, progress or (lambda *_: None), stop, ranks)
         try:
             return _parts(run, start, stages=stages, grpo=grpo, evaluate=evaluate, evaluate_base=evaluate_base)

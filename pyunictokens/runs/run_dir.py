@@ -93,11 +93,6 @@ class RunConfig:
             made = replace(made, stages=replace(made.stages, seed=seed), grpo=replace(made.grpo, seed=seed))
         return with_overrides(made, words)
 
-    def with_max_text(self, max_text: int) -> RunConfig:
-        """This, with the model's own `max_text` where none is set."""
-        stages = replace(self.stages, max_text=self.stages.max_text or max_text)
-        return replace(self, stages=stages, grpo=replace(self.grpo, max_text=self.grpo.max_text or max_text))
-
 
 @dataclass
 class Run:
@@ -138,8 +133,7 @@ class Run:
 
     def open(self, flags: Sources, device: str, dtype: str, name: str | None = None) -> Workbench:
         """The model, brought to what the run learned. `name` is needed for published tokens."""
-        max_text = self.config.get("max_text")
-        bench = open_workbench(self.sources(flags), device, dtype, int(max_text) if max_text else None)
+        bench = open_workbench(self.sources(flags), device, dtype, stored_max_text(self.config))
         folder = self._learned() if self.path is not None else None
         if folder is not None and (folder / "policy.json").is_file():
             from ..train.policy import load_policy
@@ -168,6 +162,13 @@ class Run:
         if "root" in self.config and "name" in self.config:
             return Path(str(self.config["root"])), str(self.config["name"])
         raise UserError("which concept? Name its folder with --concept ROOT NAME")
+
+
+def stored_max_text(values: Mapping[str, Any]) -> int | None:
+    """The `max_text` that a run's or a user's settings hold: at the top, or where older versions kept it."""
+    sections = [values, *(values.get(name) or {} for name in ("grpo", "stages"))]
+    found = [section["max_text"] for section in sections if section.get("max_text")]
+    return int(found[0]) if found else None
 
 
 def write_description(

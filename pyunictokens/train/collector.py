@@ -271,25 +271,9 @@ class Collector:
 def trajectories(own: Own, engine: RolloutEngine, scope: str) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
     """What the update needs of a group, and nothing else; no answers where there were none."""
     images, answers = own.images, own.answers
-    assert images.inputs is not None and images.chosen is not None and images.logp is not None
-    ids = prompting.SpecialIds.of(engine.model)
-    distinct: dict[tuple[int, ...], int] = {}
-    of_prompt = [
-        distinct.setdefault(tuple(prompting.t2i_text(text, ids, images.max_text)), len(distinct))
-        for text in images.prompt_ids
-    ]
+    assert images.inputs is not None
     return (
-        ImageTrajectories(
-            prompts=[list(prompt) for prompt in distinct],
-            prompt_of_row=[of_prompt[index] for index in images.prompt_index.tolist()],
-            inputs_RTN=images.inputs,
-            chosen_RTN=images.chosen,
-            old_logp_RTN=images.logp,
-            empty_prompt=prompting.t2i_text([], ids, images.max_text),
-            max_text=images.max_text,
-            guidance_scale=images.guidance_scale,
-            mask_RTN=token_mask(images.inputs, scope),
-        ),
+        ImageTrajectories.of(engine.model, images, token_mask(images.inputs, scope)),
         _of_answers(answers) if answers is not None else None,
     )
 

@@ -25,8 +25,7 @@ import torch
 
 from ..config.settings import save_yaml, to_mapping
 from ..config.training import GrpoConfig
-from ..models import ConceptTokens, MagvitV2, Showo, TextTokenizer
-from ..models import costs as cost
+from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, answering, owning_rows
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
@@ -77,8 +76,8 @@ class GrpoResult:
 
 
 def train_grpo(
-    model: Showo,
-    vq: MagvitV2,
+    model: MaskedModel,
+    vq: ImageTokenizer,
     tokenizer: TextTokenizer,
     concept_data: Any,
     rewards: Any,
@@ -114,13 +113,13 @@ def train_grpo(
     """
     config = config or GrpoConfig()
     if concept is not None:
-        model.attach(concept)
+        owning_rows(model).attach(concept)
     if model.concept is None:
         raise UserError("this model has no concept attached: learn one first (train_concept_tokens), or pass concept=")
     out, ranks = Path(out_dir), ranks or Ranks()
     about: dict[str, Any] = {
         "identity": identity(model, model.concept),
-        "settings": to_mapping(config),
+        "settings": {**to_mapping(config), "max_text": model.max_text},
         "resume": resume,
     }
     if any(other != about for other in ranks.gather(about)):
@@ -144,8 +143,8 @@ def train_grpo(
 class _Run:
     def __init__(
         self,
-        model: Showo,
-        vq: MagvitV2,
+        model: MaskedModel,
+        vq: ImageTokenizer,
         tokenizer: TextTokenizer,
         concept_data: Any,
         rewards: Any,
@@ -157,9 +156,7 @@ class _Run:
         assert model.concept is not None
         self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
         known = tokenizer if tokenizer.token_id(model.concept.sks) is not None else None
-        self.engine = RolloutEngine(
-            model, vq, known or tokenizer.with_concept(model.concept.tokens), max_text=config.max_text
-        )
+        self.engine = RolloutEngine(model, vq, known or tokenizer.with_concept(model.concept.tokens))
         settings = config.dsog
         self.threshold = DsogThreshold(
             settings.initial, settings.target_pass_rate, settings.mu, settings.eta, settings.epsilon0
@@ -342,7 +339,7 @@ class _Run:
                         self.model, images, config.micro_rows, config.micro_timesteps, self.sizes
                     )
                 if config.alpha_answer > 0 and answers is not None:
-                    answers.ref_logp_RL = answer_logprobs(self.model, answers)
+                    answers.ref_logp_RL = answer_logprobs(answering(self.model), answers)
             profiling.count("reference", lambda: self._image_flops(images, update=False))
         return images, answers
 
@@ -351,11 +348,9 @@ class _Run:
         if self.config.alpha_image == 0:
             return 0.0
         rows, steps, count = images.inputs_RTN.shape
-        sizes = (self.model.config, rows, steps, max(len(prompt) for prompt in images.prompts), count)
-        guided = images.guidance_scale > 0
-        if not update:
-            return cost.reference(*sizes, guided=guided).flops
-        return cost.update(*sizes, guided=guided, trainable=self.config.trainable).flops
+        longest = max(len(prompt) for prompt in images.prompts)
+        sizes, costs = (rows, steps, longest, count, images.guidance_scale > 0), self.model.costs
+        return (costs.update(*sizes, self.config.trainable) if update else costs.reference(*sizes)).flops
 
     def _count(self, problem: str) -> None:
         if not problem:

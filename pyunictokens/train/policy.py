@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config.settings import from_mapping
 from ..config.training import LoraConfig
-from ..models import ConceptTokens, Showo
+from ..models import ConceptTokens, MaskedModel, owning_rows
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
@@ -38,7 +38,7 @@ class Policy:
 
     def __init__(
         self,
-        model: Showo,
+        model: MaskedModel,
         kind: str = "concept",
         *,
         train_concept: bool = True,
@@ -120,7 +120,7 @@ class Policy:
             for name, parameter in named.items():
                 parameter.copy_(tensors[name])
 
-    def merge(self) -> Showo:
+    def merge(self) -> MaskedModel:
         """Fold adapters into the weights and take them off; the model is then a plain one. Returns it."""
         if self._adapters:
             _merge_adapters(self.model)
@@ -139,7 +139,7 @@ class Policy:
         return folder
 
 
-def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
+def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedModel:
     """Bring `model` (the base) to the state that :meth:`Policy.export` wrote into `folder`: weights and concept."""
     folder = Path(folder)
     about = read_json(folder / "policy.json")
@@ -158,27 +158,40 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
                 named[name].copy_(value)
         _merge_adapters(model)
     elif kind == "full":
-        trained = Showo.from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
-        if trained.config != model.config:
-            raise UserError(f"{folder / 'model'}: {trained.config} does not fit the base model {model.config}")
+        trained = type(model).from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
+        if trained.identity() != model.identity():
+            raise UserError(f"{folder / 'model'}: {trained.identity()} does not fit the base model {model.identity()}")
         model.load_state_dict(trained.state_dict())
     elif kind != "concept":
         raise UserError(f"{folder / 'policy.json'}: trainable={kind!r}: must be concept, lora or full")
     model.requires_grad_(False)
-    return model.attach(concept.to(model.device).requires_grad_(False))
+    return owning_rows(model).attach(concept.to(model.device).requires_grad_(False))
 
 
-def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[Any]:
-    """Put fresh float32 adapters on the transformer's linear layers; returns the adapted layers."""
+def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[Any]:
+    """Put fresh float32 adapters on the model's linear layers; returns the adapted layers.
+
+    The targets are those of `config`; left at their default, the model's own. Raises UserError for one that names no
+    module of the model.
+    """
+    default = config.targets == LoraConfig().targets
+    targets = list(model.lora_targets if default else config.targets)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {name for name, _ in model.named_modules()}
+    unknown = [target for target in targets if target not in names]
+    if unknown or not targets:
+        raise UserError(
+            f"lora.targets={targets}: {', '.join(unknown) or 'none'} is no module of {model.family}; it takes adapters "
+            f"on {', '.join(model.lora_targets) or 'no module'}"
+        )
     from peft import LoraConfig as PeftLora
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft_config = PeftLora(r=config.rank, target_modules=list(config.targets))
+        peft_config = PeftLora(r=config.rank, target_modules=targets)
         peft_config.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
-        inject_adapter_in_model(peft_config, model.showo)
+        inject_adapter_in_model(peft_config, model)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for name, value in model.named_parameters():
         value.requires_grad_("lora_" in name)
@@ -187,7 +200,7 @@ def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[Any]:
     return layers
 
 
-def _merge_adapters(model: Showo) -> None:
+def _merge_adapters(model: MaskedModel) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parent in list(model.modules()):

@@ -5,7 +5,7 @@ The objective (equation 7) is a sum over answer tokens and over the image tokens
     loss = −1/R Σ_i Σ_j α_j·( min(D_ij·A_i, clip(D_ij)·A_i) − β·k3_ij ),   D = exp(logp − old_logp)
 
 so it is taken a few rollouts and timesteps at a time: forward, `ops.maskgit_grpo_loss`, backward, next. What the pieces
-share (keys and values of prompts, heads that learn) is computed once, cut into leaves that add up gradients, and sent
+share (prompts, heads that learn) is computed once, cut into leaves that add up gradients, and sent
 back once at the end. The sum equals the loss with all graphs alive, gradient by gradient. This file knows trajectories;
 it does not know how they were sampled, rewarded, or what the optimiser does with the gradient.
 
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..models import PromptKV, Showo, answer_hidden, image_hidden, prefill_mmu, prefill_t2i
+from ..models import AnsweringModel, MaskedModel, Prefix, answering
 from ..ops.objectives import token_mask as token_mask
-from .logprobs import Leaves, PromptLeaves, text_logprob, text_parts
+from ..rollout.types import ImageRollout
+from ..utils.errors import UserError
+from .logprobs import Leaves, PrefixLeaves
 from .microbatch import Pieces, add_gradients, learning
 
 
@@ -32,7 +34,7 @@ class ImageTrajectories:
     """R image rollouts as the update sees them. Codes may be of any integer type; −1 is unknown."""
 
     prompts: list[list[int]]
-    """Unpadded drawing prompts (`prompting.t2i_text`), each once."""
+    """Drawing prompts (`MaskedModel.prompt_ids`), each once."""
     prompt_of_row: list[int]
     """Which prompt each rollout was drawn from."""
     inputs_RTN: Tensor
@@ -40,16 +42,42 @@ class ImageTrajectories:
     old_logp_RTN: Tensor
     empty_prompt: list[int]
     """The prompt of the unconditional half."""
-    max_text: int
     guidance_scale: float
+    """s in (1 + s)·cond − s·uncond (`SamplingRule.strength`)."""
     ref_logp_RTN: Tensor | None = None
     mask_RTN: Tensor | None = None
     """Tokens that count; None counts all."""
     weight: float = 1.0
     """What each token's term counts for: above 1 where timesteps were left out (:func:`some_timesteps`)."""
+    timestep_RT: Tensor | None = None
+    """float32: the part of the steps that was done before each, as `MaskedModel.image_hidden` takes it. None: the T
+    timesteps are all there were, in their order."""
+
+    def __post_init__(self) -> None:
+        if self.timestep_RT is None:
+            rows, steps = self.inputs_RTN.shape[:2]
+            self.timestep_RT = (torch.arange(steps, device=self.inputs_RTN.device) / steps).expand(rows, steps)
 
     def __len__(self) -> int:
         return self.inputs_RTN.shape[0]
+
+    @classmethod
+    def of(cls, model: MaskedModel, rollout: ImageRollout, mask_RTN: Tensor | None = None) -> ImageTrajectories:
+        """What the update needs of a recorded rollout of `model`, and nothing else."""
+        if rollout.inputs is None or rollout.chosen is None or rollout.logp is None:
+            raise UserError("this rollout was not recorded: draw it with record=True")
+        distinct: dict[tuple[int, ...], int] = {}
+        of_prompt = [distinct.setdefault(tuple(model.prompt_ids(text)), len(distinct)) for text in rollout.prompt_ids]
+        return cls(
+            prompts=[list(prompt) for prompt in distinct],
+            prompt_of_row=[of_prompt[index] for index in rollout.prompt_index.tolist()],
+            inputs_RTN=rollout.inputs,
+            chosen_RTN=rollout.chosen,
+            old_logp_RTN=rollout.logp,
+            empty_prompt=model.prompt_ids([]),
+            guidance_scale=model.rule.strength(rollout.guidance_scale),
+            mask_RTN=mask_RTN,
+        )
 
 
 @dataclass
@@ -166,7 +194,7 @@ class _Tally:
 
 
 def streamed_backward(
-    model: Showo,
+    model: MaskedModel,
     advantages_R: Tensor,
     settings: LossSettings,
     images: ImageTrajectories | None = None,
@@ -184,7 +212,7 @@ def streamed_backward(
     tally, loss_image, loss_answer = _Tally(), torch.zeros(()), torch.zeros(())
     with torch.enable_grad():
         if answers is not None and settings.alpha_answer > 0:
-            loss_answer = _answers_backward(model, advantages_R, settings, answers, tally, sizes, total_rows)
+            loss_answer = _answers_backward(answering(model), advantages_R, settings, answers, tally, sizes, total_rows)
         if images is not None and settings.alpha_image > 0:
             loss_image = _images_backward(model, advantages_R, settings, images, tally, sizes, total_rows)
     return UpdateStats(
@@ -228,11 +256,12 @@ def some_timesteps(images: ImageTrajectories, fraction: float, seed: int) -> Ima
         old_logp_RTN=images.old_logp_RTN[:, order.to(images.old_logp_RTN.device)],
         ref_logp_RTN=part(images.ref_logp_RTN),
         mask_RTN=part(images.mask_RTN),
+        timestep_RT=part(images.timestep_RT),
         weight=images.weight * steps / kept,
     )
 
 
-def _sizes_for(model: Showo, images: ImageTrajectories, rows: int, timesteps: int, learn: bool) -> Pieces:
+def _sizes_for(model: MaskedModel, images: ImageTrajectories, rows: int, timesteps: int, learn: bool) -> Pieces:
     longest = max(len(prompt) for prompt in (*images.prompts, images.empty_prompt))
     return Pieces.choose(
         model,
@@ -245,45 +274,48 @@ def _sizes_for(model: Showo, images: ImageTrajectories, rows: int, timesteps: in
     )
 
 
-def _image_prompts(model: Showo, images: ImageTrajectories) -> PromptKV:
-    """The prompts' keys and values, with guidance the empty prompt's last."""
-    prompts = prefill_t2i(model, images.prompts, images.max_text)
+def _image_prompts(model: MaskedModel, images: ImageTrajectories) -> Prefix:
+    """The prompts computed, with guidance the empty one last."""
+    prompts = model.prefill(images.prompts)
     if images.guidance_scale == 0:
         return prompts
     with torch.set_grad_enabled(torch.is_grad_enabled() and not only_rows_learn(model)):
-        return prompts + prefill_t2i(model, [images.empty_prompt], images.max_text)
+        return prompts + model.prefill([images.empty_prompt])
 
 
 def _piece_hidden(
-    model: Showo, images: ImageTrajectories, prompts: PromptKV, rows: slice, steps: slice
+    model: MaskedModel, images: ImageTrajectories, prompts: Prefix, rows: slice, steps: slice
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states [r, t, N, D] of a piece, and its unconditional half.
 
     Where only concept rows learn, nothing in the unconditional half does: it is computed apart and without a graph.
     """
     codes = images.inputs_RTN[rows, steps].to(model.device)
+    assert images.timestep_RT is not None
+    at = images.timestep_RT[rows, steps].flatten().to(model.device)
     shape = codes.shape
     of_row = [prompt for prompt in images.prompt_of_row[rows] for _ in range(shape[1])]
     flat = codes.flatten(0, 1)
     if images.guidance_scale == 0:
-        return image_hidden(model, flat, prompts, of_row).unflatten(0, shape[:2]), None
+        return model.image_hidden(flat, prompts, of_row, at).unflatten(0, shape[:2]), None
     empty = [len(prompts) - 1] * len(of_row)
     if torch.is_grad_enabled() and only_rows_learn(model):
-        cond = image_hidden(model, flat, prompts, of_row)
+        cond = model.image_hidden(flat, prompts, of_row, at)
         with torch.no_grad():
-            uncond = image_hidden(model, flat, prompts, empty)
+            uncond = model.image_hidden(flat, prompts, empty, at)
     else:
-        cond, uncond = image_hidden(model, torch.cat([flat, flat]), prompts, of_row + empty).chunk(2)
+        both = torch.cat([flat, flat]), prompts, of_row + empty, torch.cat([at, at])
+        cond, uncond = model.image_hidden(*both).chunk(2)
     return cond.unflatten(0, shape[:2]), uncond.unflatten(0, shape[:2])
 
 
-def only_rows_learn(model: Showo) -> bool:
+def only_rows_learn(model: MaskedModel) -> bool:
     """Whether all weights of the model itself are frozen, so that only an attached concept can learn."""
     return not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _images_backward(
-    model: Showo,
+    model: MaskedModel,
     advantages: Tensor,
     settings: LossSettings,
     images: ImageTrajectories,
@@ -292,13 +324,14 @@ def _images_backward(
     total_rows: int | None,
 ) -> Tensor:
     prompts = _image_prompts(model, images)
-    shared, head = PromptLeaves(prompts), Leaves(*model.image_head())
+    weight, bias = model.image_head()
+    shared, head = PrefixLeaves(prompts), Leaves(weight, *(() if bias is None else (bias,)))
     params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
     total = torch.zeros((), device=model.device)
 
     def piece(rows: slice, steps: slice) -> None:
         hidden, uncond = _piece_hidden(model, images, shared()[0], rows, steps)
-        weight, bias = head()
+        weight, *bias = head()
         target = images.chosen_RTN[rows, steps].to(model.device, torch.int64)
         mask = None if images.mask_RTN is None else images.mask_RTN[rows, steps].to(model.device)
         loss, _, stats = ops.maskgit_grpo_loss(
@@ -308,7 +341,7 @@ def _images_backward(
             images.old_logp_RTN[rows, steps].to(model.device),
             None if images.ref_logp_RTN is None else images.ref_logp_RTN[rows, steps].to(model.device),
             advantages[rows].to(model.device),
-            bias,
+            bias[0] if bias else None,
             hidden_uncond=uncond,
             guidance_scale=images.guidance_scale,
             alpha=settings.alpha_image * images.weight,
@@ -337,7 +370,7 @@ def _images_backward(
 
 @torch.no_grad()
 def image_logprobs(
-    model: Showo,
+    model: MaskedModel,
     images: ImageTrajectories,
     micro_rows: int = 4,
     micro_timesteps: int = 1,
@@ -379,19 +412,24 @@ def image_logprobs(
 
 
 def _answer_logp(
-    model: Showo, answers: AnswerTrajectories, prompts: PromptKV, last: Tensor, rows: slice, head: Sequence[Tensor]
+    model: AnsweringModel,
+    answers: AnswerTrajectories,
+    prompts: Prefix,
+    last: Tensor,
+    rows: slice,
+    head: Sequence[Tensor],
 ) -> Tensor:
     tokens = answers.tokens_RL[rows].to(model.device)
-    hidden = answer_hidden(model, tokens, prompts, last, [0] * tokens.shape[0])
-    return text_logprob(model, hidden, tokens.clamp(min=0), temperature=answers.temperature, parts=tuple(head))
+    hidden = model.answer_hidden(tokens, prompts, last, [0] * tokens.shape[0])
+    return model.text_logprob(hidden, tokens.clamp(min=0), temperature=answers.temperature, parts=head)
 
 
-def _answer_prefix(model: Showo, answers: AnswerTrajectories) -> tuple[PromptKV, Tensor]:
-    return prefill_mmu(model, answers.codes_N[None].to(model.device), [answers.question])
+def _answer_prefix(model: AnsweringModel, answers: AnswerTrajectories) -> tuple[Prefix, Tensor]:
+    return model.prefill_questions(answers.codes_N[None].to(model.device), [answers.question])
 
 
 def _answers_backward(
-    model: Showo,
+    model: AnsweringModel,
     advantages: Tensor,
     settings: LossSettings,
     answers: AnswerTrajectories,
@@ -400,7 +438,7 @@ def _answers_backward(
     total_rows: int | None,
 ) -> Tensor:
     prompts, last = _answer_prefix(model, answers)
-    shared, head = PromptLeaves(prompts, last), Leaves(*text_parts(model))
+    shared, head = PrefixLeaves(prompts, last), Leaves(*model.text_parts())
     params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
     total = torch.zeros((), device=model.device)
 
@@ -434,8 +472,8 @@ def _answers_backward(
 
 
 @torch.no_grad()
-def answer_logprobs(model: Showo, answers: AnswerTrajectories) -> Tensor:
+def answer_logprobs(model: AnsweringModel, answers: AnswerTrajectories) -> Tensor:
     """log p of every answer token under the model as it is, fp32 [R, L]; 0 after the end."""
     prompts, last = _answer_prefix(model, answers)
-    logp = _answer_logp(model, answers, prompts, last, slice(None), text_parts(model))
+    logp = _answer_logp(model, answers, prompts, last, slice(None), model.text_parts())
     return torch.where(answers.mask_RL.to(model.device), logp.float(), 0.0)

@@ -46,7 +46,7 @@ def run(world: World, config: RunConfig, out: Path, stop: Any = None, report: bo
         with MonkeyPatch.context() as patch:
             patch.setattr(_Run, "report", lambda self: self.out / "report.html")
             return run(world, config, out, stop, report=True, ranks=ranks)
-    bench = Workbench(tiny_model(), world.vq, world.tokenizer, max_text=24)
+    bench = Workbench(tiny_model(), world.vq, world.tokenizer)
     arguments = {name: value for name, value in (("stop", stop), ("ranks", ranks)) if value is not None}
     run_concept(
         bench, world.data, config, out, Experts(experts(), red_preview), resume=(out / CONFIG).exists(), **arguments

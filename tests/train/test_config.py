@@ -37,10 +37,10 @@ def test_a_file_gives_back_what_was_written(name: str, tmp_path: Path) -> None:
 def test_a_file_starts_from_a_preset_and_words_come_last(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: toy\ngrpo:\n  lr: 3e-6\n  steps: 7\n  lora: {targets: [q_proj, fc1]}\n")
-    config = TrainConfig.from_yaml(file, ["grpo.steps=9", "group_size=4", "dsog.mu=0.3", "stages.max_text=none"])
+    config = TrainConfig.from_yaml(file, ["grpo.steps=9", "group_size=4", "dsog.mu=0.3", "stages.crop=1.2"])
     assert (config.grpo.lr, config.grpo.steps, config.grpo.group_size) == (3e-6, 9, 4)
     assert config.grpo.lora.targets == ("q_proj", "fc1") and config.grpo.dsog.mu == 0.3
-    assert config.stages.max_text is None
+    assert config.stages.crop == 1.2
     assert config.grpo.timesteps == TrainConfig.preset("toy").grpo.timesteps
 
 

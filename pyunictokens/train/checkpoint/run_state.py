@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...config.settings import filled, to_mapping
 from ...config.training import GrpoConfig
-from ...models import ConceptTokens, Showo
+from ...models import ConceptTokens, MaskedModel
 from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, safe_name, sweep, write_json
 from ..distributed.ranks import Ranks
@@ -70,17 +70,10 @@ class Checkpoint:
     """Where tensors are that were spread over ranks (sharded.py)."""
 
 
-def identity(model: Showo, concept: ConceptTokens) -> dict[str, Any]:
+def identity(model: MaskedModel, concept: ConceptTokens) -> dict[str, Any]:
     """What must agree before a checkpoint may be put into a model: sizes, vocabulary, concept, starting weights."""
-    config = model.config
     return {
-        "vocab_size": config.vocab_size,
-        "llm_vocab_size": config.llm_vocab_size,
-        "codebook_size": config.codebook_size,
-        "num_vq_tokens": config.num_vq_tokens,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
+        **model.identity(),
         "concept": concept.name,
         "concept_tokens": concept.num_tokens,
         "starting_weights": fingerprint(model.state_dict()),
@@ -158,6 +151,7 @@ class RunFolder:
             raise UserError(f"{self.path / 'run.json'}: is not the description of a run")
         defaults = to_mapping(GrpoConfig())
         there, here = (filled(each, defaults) for each in (found["settings"], settings))
+        there["max_text"] = there.get("max_text") or here.get("max_text")  # older runs: none meant the model's own
         wrong = [
             f"{key}: the run has {then!r}, this is {now!r}"
             for part, pair in (("identity", (found["identity"], identity)), ("settings", (there, here)))
