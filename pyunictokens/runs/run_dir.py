@@ -2,13 +2,13 @@
 
     config.yaml      every setting, the models, the concept folder; `--config` takes it to do the same again
     about.json       the concept in words, for when its folder is elsewhere
-    stages/          the concept stages (train/stages.py)
+    stages/          the concept stages (train/concept_tokens/stages.py)
     run.json, grpo.yaml, metrics.jsonl, checkpoints/, samples/, final/      reinforcement (train/grpo.py)
     experts.json     drawings a second that each reward expert scored
     concept/         the concept's rows as they are now
     base.json, before.json, after.json, report.html      evaluation; measured.json says of which weights
 
-It knows names of files; what is trained and measured is the business of pipeline.py.
+What is trained and measured is the business of pipeline.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from ..config.settings import from_mapping, load_yaml, to_mapping, with_overrides
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
-from ..models.concept_tokens import ConceptTokens
+from ..models.concept_tokens import ConceptTokens, published_epochs
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json, write_text_atomic
 from .bundle import Sources, Workbench, open_workbench
@@ -74,7 +74,7 @@ class RunConfig:
         words: Iterable[str] = (),
         seed: int | None = None,
     ) -> RunConfig:
-        """A preset (train/config.py: PRESETS), a mapping over it (a config.yaml), `key=value` words over that.
+        """A preset (config/training.py: PRESETS), a mapping over it (a config.yaml), `key=value` words over that.
 
         `seed`, when given, seeds stages and reinforcement where no word does.
         """
@@ -125,7 +125,7 @@ class Run:
         for folder in (self.path / FINAL, self.path, self.path / CONCEPT):
             if (folder / "policy.json").is_file() or (folder / "concept.json").is_file():
                 return folder
-        return self.path if any(self.path.glob("epoch_*_embed.pt")) else None
+        return self.path if published_epochs(self.path) else None
 
     def sources(self, flags: Sources) -> Sources:
         """The models that flags name, else those the run was made with."""

@@ -1,8 +1,8 @@
 """What learns, and what it is compared with: concept rows, LoRA adapters or all weights, and the reference policy.
 
-The reference is the policy with its trained part switched off, so no second model is held (DESIGN lever 6): concept
-rows are swapped for a copy of 25 rows, adapters are disabled, and full weights are read from a memory-mapped file
-written when the run begins. It knows parameters; it does not know losses, optimisers or checkpoints.
+The reference is the policy with its trained part switched off, so no second model is held: concept rows are swapped for
+a copy of 25 rows, adapters are disabled, and full weights are read from a memory-mapped file written when the run
+begins.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,14 @@ from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
 
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftLora
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
 log = logging.getLogger(__name__)
+
+_FREE = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version", "task_type"}
+"""What an adapter's configuration may say without changing what the adapter computes here."""
 
 
 class Policy:
@@ -58,9 +65,10 @@ class Policy:
         self.lora = lora or LoraConfig()
         model.requires_grad_(False)
         self.concept.requires_grad_(kind == "concept" or train_concept)
-        self._adapters: list[Any] = []
+        self._adapters: list[BaseTunerLayer] = []
         self._reference_file = Path(reference_file) if reference_file is not None else None
         if kind == "lora":
+            self.lora = _fitting(model, self.lora)
             self._adapters = add_adapters(model, self.lora, seed)
         elif kind == "full":
             model.requires_grad_(True)
@@ -88,17 +96,18 @@ class Policy:
             if self.trains_concept:
                 undo.enter_context(_swapped(dict(self.concept.named_parameters()), self._concept_start))
             if self.kind == "lora":
+                undo.callback(self._enable_adapters)
                 for layer in self._adapters:
                     layer.enable_adapters(False)
-                    undo.callback(self._enable, layer)
             elif self.kind == "full":
                 assert self._reference_file is not None
                 undo.enter_context(_swapped(dict(self.model.named_parameters()), read_tensors(self._reference_file)))
             yield
 
-    def _enable(self, layer: Any) -> None:
-        layer.enable_adapters(True)
-        for name, value in layer.named_parameters(recurse=True):
+    def _enable_adapters(self) -> None:
+        for layer in self._adapters:
+            layer.enable_adapters(True)
+        for name, value in self.model.named_parameters():
             if "lora_" in name:
                 value.requires_grad_(True)
 
@@ -128,14 +137,19 @@ class Policy:
         return self.model
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
-        """Write what was learned: concept/, and adapter.safetensors or a whole model/. :func:`load_policy` reads it."""
+        """Write what was learned: concept/, and an adapter or a whole model/. :func:`load_policy` reads it.
+
+        The adapter is PEFT's own: ``PeftModel.from_pretrained(model, folder)`` loads it onto the base model.
+        """
         folder = Path(folder)
         self.concept.save(folder / "concept")
         if self.kind == "lora":
-            write_tensors(folder / "adapter.safetensors", {k: v for k, v in self.state_dict().items() if "lora_" in k})
+            learned = {_peft_name(k): v for k, v in self.state_dict().items() if "lora_" in k}
+            write_tensors(folder / "adapter_model.safetensors", learned)
+            _peft_config(self.lora).save_pretrained(str(folder))
         elif self.kind == "full":
             self.model.save_pretrained(folder / "model")
-        write_json(folder / "policy.json", {"trainable": self.kind, "lora": asdict(self.lora)})
+        write_json(folder / "policy.json", {"trainable": self.kind})
         return folder
 
 
@@ -146,16 +160,16 @@ def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedMod
     kind = about.get("trainable") if isinstance(about, dict) else None
     concept = ConceptTokens.load(folder / "concept")
     if kind == "lora":
-        settings = from_mapping(LoraConfig, about.get("lora"), origin=f"{folder / 'policy.json'}: lora")
-        add_adapters(model, settings, seed=0)
-        named = dict(model.named_parameters())
-        tensors = read_tensors(folder / "adapter.safetensors")
-        wrong = [k for k, v in named.items() if "lora_" in k and (k not in tensors or tensors[k].shape != v.shape)]
+        settings, tensors = _read_adapter(folder, about)
+        add_adapters(model, _fitting(model, settings), seed=0)
+        named = {_peft_name(name): value for name, value in model.named_parameters() if "lora_" in name}
+        wrong = [k for k, v in named.items() if k not in tensors or tensors[k].shape != v.shape]
+        wrong += sorted(tensors.keys() - named.keys())
         if wrong or not tensors:
             raise UserError(f"{folder}: the adapter does not fit this model ({', '.join(wrong[:3]) or 'it is empty'})")
         with torch.no_grad():
-            for name, value in tensors.items():
-                named[name].copy_(value)
+            for name, value in named.items():
+                value.copy_(tensors[name])
         _merge_adapters(model)
     elif kind == "full":
         trained = type(model).from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
@@ -168,36 +182,70 @@ def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedMod
     return owning_rows(model).attach(concept.to(model.device).requires_grad_(False))
 
 
-def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[Any]:
-    """Put fresh float32 adapters on the model's linear layers; returns the adapted layers.
-
-    The targets are those of `config`; left at their default, the model's own. Raises UserError for one that names no
-    module of the model.
-    """
-    default = config.targets == LoraConfig().targets
-    targets = list(model.lora_targets if default else config.targets)
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {name for name, _ in model.named_modules()}
-    unknown = [target for target in targets if target not in names]
-    if unknown or not targets:
-        raise UserError(
-            f"lora.targets={targets}: {', '.join(unknown) or 'none'} is no module of {model.family}; it takes adapters "
-            f"on {', '.join(model.lora_targets) or 'no module'}"
-        )
-    from peft import LoraConfig as PeftLora
+def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
+    """Put fresh float32 adapters on the model's linear layers; returns the adapted layers."""
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft_config = PeftLora(r=config.rank, target_modules=targets)
-        peft_config.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
-        inject_adapter_in_model(peft_config, model)
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        inject_adapter_in_model(_peft_config(config), model)
+    layers: list[BaseTunerLayer] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for name, value in model.named_parameters():
         value.requires_grad_("lora_" in name)
         if "lora_" in name:
             value.data = value.data.float()
     return layers
+
+
+def _fitting(model: MaskedModel, config: LoraConfig) -> LoraConfig:
+    """`config` with the model's own targets where they are left at their default. Raises UserError for a target that is
+    no module of the model."""
+    targets = model.lora_targets if config.targets == LoraConfig().targets else config.targets
+    names = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
+    unknown = [target for target in targets if target not in names]
+    if unknown or not targets:
+        raise UserError(
+            f"lora.targets={list(targets)}: {', '.join(unknown) or 'none'} is no module of {model.family}; adapters "
+            f"go to {', '.join(model.lora_targets) or 'no module'}"
+        )
+    return replace(config, targets=tuple(targets))
+
+
+def _peft_config(config: LoraConfig) -> PeftLora:
+    from peft import LoraConfig as PeftLora
+
+    made = PeftLora(r=config.rank, target_modules=list(config.targets))
+    made.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
+    return made
+
+
+def _peft_name(name: str) -> str:
+    """What PEFT calls a parameter of an adapter in its files."""
+    return "base_model.model." + name.replace(".default.", ".")
+
+
+def _read_adapter(folder: Path, about: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Settings and tensors of the adapter in `folder`, by PEFT's names: PEFT's files, or those of version 0.1."""
+    if (folder / "adapter.safetensors").is_file():
+        given: Any = about.get("lora")  # from_mapping refuses what is no mapping
+        settings = from_mapping(LoraConfig, given, origin=f"{folder / 'policy.json'}: lora")
+        old = read_tensors(folder / "adapter.safetensors")
+        return settings, {_peft_name(name): value for name, value in old.items()}
+    file = folder / "adapter_config.json"
+    found = read_json(file)
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise UserError(f"{file}: is not the configuration of a LoRA adapter")
+    ours = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}
+    given = {name: found[key] for name, key in ours.items() if key in found}
+    settings = from_mapping(LoraConfig, given, origin=str(file))
+    plain = _peft_config(settings).to_dict()
+    for key in found.keys() & plain.keys() - set(ours.values()) - _FREE:
+        if found[key] != plain[key]:
+            raise UserError(
+                f"{file}: {key}={found[key]!r}: plain LoRA alone is read here; load it with PEFT and merge it"
+            )
+    return settings, read_tensors(folder / "adapter_model.safetensors")
 
 
 def _merge_adapters(model: MaskedModel) -> None:

@@ -1,13 +1,12 @@
-"""The streamed update of UniCTask-GRPO: memory that does not depend on the number of timesteps (DESIGN, lever 5).
+"""The streamed update of UniCTask-GRPO: memory that does not depend on the number of timesteps.
 
 The objective (equation 7) is a sum over answer tokens and over the image tokens of all T timesteps:
 
     loss = −1/R Σ_i Σ_j α_j·( min(D_ij·A_i, clip(D_ij)·A_i) − β·k3_ij ),   D = exp(logp − old_logp)
 
 so it is taken a few rollouts and timesteps at a time: forward, `ops.maskgit_grpo_loss`, backward, next. What the pieces
-share (prompts, heads that learn) is computed once, cut into leaves that add up gradients, and sent
-back once at the end. The sum equals the loss with all graphs alive, gradient by gradient. This file knows trajectories;
-it does not know how they were sampled, rewarded, or what the optimiser does with the gradient.
+share (prompts, heads that learn) is computed once, cut into leaves that add up gradients, and sent back once at the
+end. The sum equals the loss with all graphs alive, gradient by gradient.
 
 Shape suffixes: R rollouts, T timesteps, N image codes, L answer tokens, D width, K codebook.
 """

@@ -1,7 +1,7 @@
 """Files that are either whole or absent: write aside in the same folder, flush to disk, rename.
 
-Also the lock on a folder, the reading of JSON with errors that name file and position, and the one check for names
-that come from data and are about to become a path. Knows nothing of models or training.
+Also the lock on a folder, the reading of JSON with errors that name file and position, and the one check for names that
+come from data and are about to become a path.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 from .errors import UserError
+from .text import read_text
 
 log = logging.getLogger(__name__)
 
 _NAME_LIMIT = 64
 _CHECKSUM = "tensors_sha256"
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -129,19 +131,27 @@ def folder_lock(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file. Raises UserError naming the file, and for bad JSON the line and column."""
-    path = Path(path)
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
+        refuse_lfs_pointer(path)
         raise UserError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise UserError(f"{path}: not usable JSON: {error}") from None
+
+
+def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:
+    """Raise UserError where `path` is what Git leaves of a large file that Git LFS has not fetched; else do nothing."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError:
+        return
+    if start == _LFS_POINTER:
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
 
 
 def safe_name(name: str, what: str = "name") -> str:

@@ -1,4 +1,4 @@
-"""Reward experts that run elsewhere: what training and evaluation ask of an ensemble, answered by servers (serve.py).
+"""Reward experts that run elsewhere: what training and evaluation ask of an ensemble, answered by servers (server.py).
 
     experts = RemoteExperts.open("tcp://10.0.0.2:7000,tcp://10.0.0.3:7000?timeout=120")
     scoring = experts.submit(batch)      # returns at once; draw the next group meanwhile
@@ -10,7 +10,6 @@ with `score`.
 
 Scoring has no state, so a request whose connection is lost is simply asked again: of the other servers, and after a
 wait once more of all. A server that is there but silent is not asked twice: what keeps it is most likely the request.
-It knows addresses, messages and patience; it does not know which experts answer.
 """
 
 from __future__ import annotations

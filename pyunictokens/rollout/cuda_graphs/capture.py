@@ -1,11 +1,10 @@
-"""Steps without the host: a step captured once as a CUDA graph, and a run of steps as one launch (DESIGN, lever 8).
+"""Steps without the host: a step captured once as a CUDA graph, and a run of steps as one launch.
 
     loop      one launch of a graph whose WHILE node runs the captured step until the device says stop (CUDA ≥ 12.4)
     replay    one launch a step, and a look at `keep_going` after each
     eager     the step called as it is; what a CPU does
 
-The best that can run is chosen and the reason kept (`mode`, `why`). It knows functions, graphs and memory pools; it
-does not know models or what a step computes (device_step.py). The loop is built in csrc/cuda/graph_loop.cu.
+The best that can run is chosen and the reason kept (`mode`, `why`). The loop is built in csrc/cuda/graph_loop.cu.
 """
 
 from __future__ import annotations

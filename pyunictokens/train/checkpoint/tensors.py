@@ -1,8 +1,7 @@
 """Safetensors files written one tensor at a time, so that saving a model needs no second copy of it in memory.
 
 The file is written aside, flushed to disk and renamed; the checksum of its bytes is taken on the way. Reading maps the
-file into memory. It knows the safetensors format (eight bytes of header length, a JSON header, raw data) and nothing of
-what the tensors mean.
+file into memory. The safetensors format: eight bytes of header length, a JSON header, raw data.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import UserError
+from ...utils.files import refuse_lfs_pointer
 
 _NAMES = {
     torch.float64: "F64",
@@ -86,6 +86,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
+        refuse_lfs_pointer(path)
         if type(error).__name__ == "SafetensorError" or isinstance(error, (OSError, ValueError, RuntimeError)):
             raise UserError(f"{path}: not a whole safetensors file: {error}") from error
         raise

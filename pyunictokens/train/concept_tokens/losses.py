@@ -4,7 +4,7 @@
     generation      rate = schedule(u), u uniform per image; max(1, round(N·rate)) positions masked; cross-entropy there
 
 Source: Show-o's training objectives (Xie et al., 2024). Gradients reach only what learns; the pictures' prefixes come
-from images.py, computed once.
+from train/images.py, computed once.
 
 Shape suffixes: B rows, L text positions, N image codes.
 """

@@ -6,7 +6,7 @@
     joint           all rows and both tasks at once
 
 Only the concept's rows are parameters here; the model's weights have no gradient. The losses are in losses.py, the
-starting rows in token_init.py, pictures in ../images.py.
+starting rows in token_init.py, images in train/images.py.
 """
 
 from __future__ import annotations
