@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from math import isqrt
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,7 +109,7 @@ def unifybench(
     file = concept.test_folder / "truth.json"
     if truth is None and reader is not None and file.exists():
         truth = read_json(file)
-    size = size or isqrt(engine.model.config.num_vq_tokens) * engine.vq.downsampling
+    size = size or engine.model.grid[0] * engine.vq.downsampling
     settings = {"samples": samples, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
     result = EvalResult(
         concept.name, {**settings, "judged_as": judged_as, "splits": [split for split in SPLITS if split in splits]}

@@ -30,9 +30,10 @@ from ..utils import profiling
 from ..utils.timeout import NoAnswer, ask
 from .distributed.ranks import Ranks
 from .images import Pictures
+from .objective import Objective
 from .prompts import as_prompt, as_question
 from .tasks import Task
-from .update import AnswerTrajectories, ImageTrajectories, token_mask
+from .trajectories import AnswerTrajectories, ImageTrajectories
 
 PreviewScorer = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
 """Plain prompts of a group → a judge of previews: (pixels [P, 3, H, W], prompt_index [P]) → scores [P]."""
@@ -106,12 +107,13 @@ class Collector:
         rewards: Any,
         preview_scorer: PreviewScorer | None,
         threshold: DsogThreshold,
+        objective: Objective,
         config: GrpoConfig,
         ranks: Ranks | None = None,
     ):
         self.engine, self.concept, self.data, self.pictures = engine, concept, concept_data, pictures
         self.rewards, self.preview_scorer, self.threshold, self.config = rewards, preview_scorer, threshold, config
-        self.ranks = ranks or Ranks()
+        self.objective, self.ranks = objective, ranks or Ranks()
         self._hung: NoAnswer | None = None
         self.references = torch.stack([pictures.pixels(path) for path in concept_data.train_images])
 
@@ -151,7 +153,7 @@ class Collector:
             rewards,
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             sum(part.no_face for part in parts),
-            rewards - rewards.mean(),
+            self.objective.advantages(rewards, torch.zeros(len(rewards), dtype=torch.int64)),
             torch.cat([part.codes for part in parts]),
             torch.cat(previews) if previews else None,
             threshold,
@@ -271,9 +273,8 @@ class Collector:
 def trajectories(own: Own, engine: RolloutEngine, scope: str) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
     """What the update needs of a group, and nothing else; no answers where there were none."""
     images, answers = own.images, own.answers
-    assert images.inputs is not None
     return (
-        ImageTrajectories.of(engine.model, images, token_mask(images.inputs, scope)),
+        ImageTrajectories.of(engine.model, images, scope),
         _of_answers(answers) if answers is not None else None,
     )
 

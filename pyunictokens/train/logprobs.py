@@ -20,7 +20,7 @@ class Leaves:
 
     def __init__(self, *tensors: Tensor):
         self._live = tensors
-        self._sums = [t.detach().to(_exact(t)).requires_grad_() if t.requires_grad else t for t in tensors]
+        self._sums = [t.detach().to(exact(t)).requires_grad_() if t.requires_grad else t for t in tensors]
 
     def __call__(self) -> list[Tensor]:
         """The tensors in their own precision, for one piece."""
@@ -62,5 +62,6 @@ class PrefixLeaves:
         self._leaves.backward()
 
 
-def _exact(tensor: Tensor) -> torch.dtype:
+def exact(tensor: Tensor) -> torch.dtype:
+    """The precision in which sums over `tensor` are formed."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

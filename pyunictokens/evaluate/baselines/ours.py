@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +37,7 @@ class Ours:
     def __init__(self, engine: Engine, tokens: Expander | None, subject: Subject, sampling: Sampling | None = None):
         self.engine, self.tokens, self.subject = engine, tokens, subject
         self.sampling = sampling or Sampling()
-        self.size = isqrt(engine.model.config.num_vq_tokens) * engine.vq.downsampling
+        self.size = engine.model.grid[0] * engine.vq.downsampling
 
     def answer(self, images: Sequence[Image], question: str) -> str:
         """The likeliest answer. Show-o looks at one picture at a time; without one it sees black, as in training."""

@@ -10,7 +10,6 @@ back to a square, is the drawing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +49,7 @@ class ShowoImage(Ours):
         shown = photos(subject, 1)
         if not shown:
             raise UserError(f"{subject.name}: no photos, so there is no image prompt")
-        self._grid = isqrt(engine.model.config.num_vq_tokens)
+        self._grid = engine.model.grid[0]
         if self._grid % 2:
             raise UserError(f"{self._grid}×{self._grid} codes: an image prompt needs an even number of columns")
         self._photo = from_pil(square(shown[0], self.size))

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config.settings import filled, to_mapping
+from ...config.settings import filled, renamed, to_mapping
 from ...config.training import GrpoConfig
 from ...models import ConceptTokens, MaskedModel
 from ...utils.errors import UserError
@@ -150,7 +150,8 @@ class RunFolder:
         if not isinstance(found, dict) or not {"identity", "settings"} <= found.keys():
             raise UserError(f"{self.path / 'run.json'}: is not the description of a run")
         defaults = to_mapping(GrpoConfig())
-        there, here = (filled(each, defaults) for each in (found["settings"], settings))
+        stored = found["settings"] if isinstance(found["settings"], Mapping) else {}
+        there, here = (filled(renamed(GrpoConfig, each), defaults) for each in (stored, settings))
         there["max_text"] = there.get("max_text") or here.get("max_text")  # older runs: none meant the model's own
         wrong = [
             f"{key}: the run has {then!r}, this is {now!r}"
