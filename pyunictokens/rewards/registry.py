@@ -18,14 +18,14 @@ Networks are read when they are first asked.
 from __future__ import annotations
 
 import importlib
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..config.settings import convert, from_mapping
 from ..utils.errors import UserError
 from .base import Expert
 from .ensemble import Ensemble
@@ -39,6 +39,8 @@ from .networks import Network, NetworkConfig
 from .placement import MODES
 
 C = TypeVar("C")
+
+Weights = Mapping[str, float] | Mapping[str, Mapping[str, float]] | None
 
 OWN: dict[str, type[NetworkConfig]] = {"tier": TierConfig, "ber": BerConfig, "der": DerConfig, "fer": FerConfig}
 """Settings of the experts over a network, by name."""
@@ -76,7 +78,8 @@ class RewardConfig:
         if memory not in MODES:
             raise UserError(f"{origin}.memory={memory!r}: must be {', '.join(MODES)}")
         shared = {key: values[key] for key in ("dtype", "batch", "offline") if key in values}
-        return cls({str(k): dict(v) for k, v in experts.items()}, values.get("weights"), memory, shared)
+        weights = convert(values.get("weights"), Weights, f"{origin}.weights")
+        return cls({str(k): dict(v) for k, v in experts.items()}, weights, memory, shared)
 
     def paths(self) -> dict[str, str]:
         """Where the networks of the paper's experts are, as far as they are named."""
@@ -114,7 +117,8 @@ def _expert(name: str, settings: Mapping[str, Any], shared: Mapping[str, Any], d
     if use in OWN:
         return _over_network(make(OWN[use], {**shared, **options}, origin), device)
     if use == "judge":
-        extra = {key: options.pop(key) for key in ("question", "photos") if key in options}
+        kinds = {"question": str, "photos": int}
+        extra = {key: convert(options.pop(key), kinds[key], f"{origin}.{key}") for key in kinds if key in options}
         return JudgeExpert(Judge(make(JudgeConfig, options, origin)), **extra)
     return _own_class(use, options, device, origin)
 
@@ -153,23 +157,4 @@ def _own_class(use: Any, options: Mapping[str, Any], device: Any, origin: str) -
 
 def make(kind: type[C], options: Mapping[str, Any], origin: str) -> C:
     """A settings dataclass from a table. Raises UserError naming a key that is unknown, missing or of another type."""
-    hints = typing.get_type_hints(kind)
-    known = [part.name for part in fields(kind)]  # type: ignore[arg-type]
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        raise UserError(f"{origin}: unknown {', '.join(map(str, unknown))}: must be of {', '.join(known)}")
-    for key, value in options.items():
-        wanted = typing.get_args(hints[key]) or (hints[key],)
-        exact = isinstance(value, wanted) and (bool in wanted or not isinstance(value, bool))
-        if not exact and not (float in wanted and isinstance(value, int) and not isinstance(value, bool)):
-            names = " or ".join("null" if one is type(None) else one.__name__ for one in wanted)
-            raise UserError(f"{origin}.{key}={value!r}: must be {names}")
-    try:
-        return kind(**options)
-    except TypeError:
-        needed = "path" if issubclass(kind, NetworkConfig) else "model"
-        raise UserError(
-            f"{origin}: {needed} is missing: {'a folder or hub id' if needed == 'path' else 'its name'}"
-        ) from None
-    except UserError as error:
-        raise UserError(f"{origin}.{error}") from error
+    return from_mapping(kind, options, origin=origin)

@@ -9,7 +9,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
@@ -183,12 +183,13 @@ def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | N
 
 def read_rewards(given: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
     """`given` as :func:`load_experts` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all)."""
-    if not isinstance(given, str) or not given.endswith((".yaml", ".yml")):
-        return given
     from ..config.settings import load_yaml
+    from ..utils.yaml_text import settled
 
-    values = load_yaml(given)
-    found = values.get("rewards", values)
-    if not isinstance(found, Mapping) or "experts" not in found:
-        raise UserError(f"{given}: holds no experts: give rewards: {{experts: …}}, see docs/rewards.md")
-    return found
+    if isinstance(given, str) and given.endswith((".yaml", ".yml")):
+        values = load_yaml(given)
+        found = values.get("rewards", values)
+        if not isinstance(found, Mapping) or "experts" not in found:
+            raise UserError(f"{given}: holds no experts: give rewards: {{experts: …}}, see docs/rewards.md")
+        given = found
+    return cast("Mapping[str, Any]", settled(given)) if isinstance(given, Mapping) else given

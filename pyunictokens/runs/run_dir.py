@@ -18,12 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config.settings import from_mapping, load_yaml, to_mapping, with_overrides
+from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
 from ..models.concept_tokens import ConceptTokens, published_epochs
 from ..utils.errors import UserError
-from ..utils.files import read_json, write_json, write_text_atomic
+from ..utils.files import read_json, write_json
 from .bundle import Sources, Workbench, open_workbench
 
 BASE = "base"
@@ -166,9 +166,9 @@ class Run:
 
 def stored_max_text(values: Mapping[str, Any]) -> int | None:
     """The `max_text` that a run's or a user's settings hold: at the top, or where older versions kept it."""
-    sections = [values, *(values.get(name) or {} for name in ("grpo", "stages"))]
-    found = [section["max_text"] for section in sections if section.get("max_text")]
-    return int(found[0]) if found else None
+    sections = [part for part in (values, values.get("grpo"), values.get("stages")) if isinstance(part, Mapping)]
+    found = (convert(part.get("max_text"), int | None, "max_text") for part in sections)
+    return next((number for number in found if number), None)
 
 
 def write_description(
@@ -180,8 +180,6 @@ def write_description(
     config: RunConfig,
 ) -> None:
     """Write config.yaml and about.json of a run."""
-    import yaml
-
     from .. import __version__
 
     own = {
@@ -197,4 +195,4 @@ def write_description(
     words = ("name", "kind", "class_word", "info", "extra_info")
     write_json(out / ABOUT, {word: getattr(concept, word) for word in words})
     # last: where config.yaml is, a run is, whenever it was cut off
-    write_text_atomic(out / CONFIG, yaml.safe_dump({**own, **to_mapping(config)}, sort_keys=False, allow_unicode=True))
+    save_yaml(out / CONFIG, {**own, **to_mapping(config)})

@@ -111,7 +111,7 @@ def train_grpo(
     out, ranks = Path(out_dir), ranks or Ranks()
     about: dict[str, Any] = {
         "identity": identity(model, model.concept),
-        "settings": {**to_mapping(config), "max_text": model.max_text},
+        "settings": to_mapping(config),
         "resume": resume,
     }
     if any(other != about for other in ranks.gather(about)):

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import write_json, write_text_atomic
+from ..utils.files import read_json_lines, write_json, write_text_atomic
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +87,7 @@ def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") ->
     file = Path(folder) / name
     if not file.exists():
         raise UserError(f"{file}: no such file: is this the folder of a run?")
-    lines = []
-    for line in _lines(file):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    return read_json_lines(file)
 
 
 def save_samples(

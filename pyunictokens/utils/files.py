@@ -143,6 +143,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: not usable JSON: {error}") from None
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The tables of a log, one a line; a line that a kill cut off, or that damage left, is passed over."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
 def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:
     """Raise UserError where `path` is what Git leaves of a large file that Git LFS has not fetched; else do nothing."""
     try:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyunictokens.config.settings import leaves
+from pyunictokens.config.settings import from_mapping, leaves, with_overrides
 from pyunictokens.config.training import PRESETS
 from pyunictokens.train import GrpoConfig, StageConfig, TrainConfig
 from pyunictokens.train.optimizer import learning_rate
@@ -133,3 +133,20 @@ def test_the_table_in_the_docs_is_up_to_date() -> None:
     text = settings_table.FILE.read_text(encoding="utf-8")
     assert settings_table.updated(text) == text, "run: python -m experiments.settings_table"
     assert "| `grpo.group_size` | 9 |" in text and "G: rollouts of one question." in text
+
+
+def test_max_text_of_older_files_is_left_out_with_a_word_and_handed_to_the_model(tmp_path: Path) -> None:
+    from pyunictokens.runs.run_dir import stored_max_text
+
+    with pytest.warns(UserWarning, match="max_text is left out: it belongs to the model"):
+        assert from_mapping(GrpoConfig, {"max_text": 24, "steps": 3}).steps == 3
+    with pytest.warns(UserWarning, match="max_text is left out"):
+        assert with_overrides(TrainConfig(), ["stages.max_text=48", "grpo.steps=2"]).grpo.steps == 2
+    assert [stored_max_text(each) for each in ({"max_text": 24}, {"grpo": {"max_text": 48}}, {"grpo": {}}, {})] == [
+        24,
+        48,
+        None,
+        None,
+    ]
+    with pytest.raises(UserError, match="max_text"):
+        stored_max_text({"max_text": "many"})

@@ -5,14 +5,15 @@ Reads and checks; computes nothing. A folder may be unfinished: what is missing 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...utils.errors import UserError
-from ...utils.files import read_json
+from ...utils.files import read_json, read_json_lines
+from ...utils.text import read_text
+from ...utils.yaml_text import parse_yaml, settled
 from ..result import EvalResult
 
 STAGES = {"base": "Base model", "before": "Before", "after": "After"}
@@ -56,7 +57,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
         raise UserError(f"{folder}: holds no metrics.jsonl, before.json or after.json: is this the folder of a run?")
     for name in ("config.yaml", "grpo.yaml"):
         if (folder / name).exists():
-            files.config_text = (folder / name).read_text(encoding="utf-8")
+            files.config_text = read_text(folder / name)
             files.config = _read_yaml(folder / name, files.config_text)
             break
     if (folder / "about.json").exists():
@@ -67,25 +68,10 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; one that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    """Lines of metrics.jsonl."""
+    return [row for row in read_json_lines(path) if "step" in row] if path.exists() else []
 
 
 def _read_yaml(path: Path, text: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    found = settled(parse_yaml(text, str(path)))
     return found if isinstance(found, dict) else {}

@@ -74,6 +74,7 @@ def identity(model: MaskedModel, concept: ConceptTokens) -> dict[str, Any]:
     """What must agree before a checkpoint may be put into a model: sizes, vocabulary, concept, starting weights."""
     return {
         **model.identity(),
+        "max_text": model.max_text,
         "concept": concept.name,
         "concept_tokens": concept.num_tokens,
         "starting_weights": fingerprint(model.state_dict()),
@@ -152,11 +153,13 @@ class RunFolder:
         defaults = to_mapping(GrpoConfig())
         stored = found["settings"] if isinstance(found["settings"], Mapping) else {}
         there, here = (filled(renamed(GrpoConfig, each), defaults) for each in (stored, settings))
-        there["max_text"] = there.get("max_text") or here.get("max_text")  # older runs: none meant the model's own
+        then = found["identity"]
+        if isinstance(then, Mapping) and "max_text" not in then:  # it was a setting; none meant the model's own
+            then = {**then, "max_text": stored.get("max_text") or identity.get("max_text")}
         wrong = [
-            f"{key}: the run has {then!r}, this is {now!r}"
-            for part, pair in (("identity", (found["identity"], identity)), ("settings", (there, here)))
-            for key, then, now in _differences(*pair)
+            f"{key}: the run has {before!r}, this is {now!r}"
+            for part, pair in (("identity", (then, identity)), ("settings", (there, here)))
+            for key, before, now in _differences(*pair)
             if part == "identity" or key.rpartition(".")[2] not in MAY_CHANGE
         ]
         if wrong:
