@@ -5,7 +5,7 @@ so the step can be captured once and run to the next preview without the host (c
 every row while `keep_going` is 0, stays as it is. Hidden states come from a function; the model has to be a
 `CapturableModel`.
 
-Shape suffixes: B rows of the bucket, N image codes, T timesteps, K codebook, D width. Numbers as in sampler.py.
+Shape suffixes: B rows of the bucket, N image codes, T timesteps, K codebook, D width. Numbers as in rollout/sampler.py.
 """
 
 from __future__ import annotations
