@@ -40,7 +40,7 @@ from pyunictokens.rollout.cuda_graphs.capture import GraphPool
 from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop, GuidedHidden, StepState, image_head
 from pyunictokens.rollout.sampler import LoopSettings
 from pyunictokens.rollout.types import ImageRollout, TextRollout
-from pyunictokens.train.optimizer import Optimiser
+from pyunictokens.train.optimizer import Optimizer
 from pyunictokens.train.policy import Policy
 from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
 from pyunictokens.train.update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
@@ -319,7 +319,7 @@ class Bench:
     # --- a GRPO step -----------------------------------------------------------------------------------------------
 
     def grpo(self, steps: int) -> None:
-        """Answers, images with previews, reference, update of all weights, optimiser; time by part, peak of it all."""
+        """Answers, images with previews, reference, update of all weights, optimizer; time by part, peak of it all."""
         assert self.model is not None
         s, model, work = self.s, self.model, f"grpo T={steps}"
         torch.manual_seed(0)
@@ -341,7 +341,7 @@ class Bench:
 
         with tempfile.TemporaryDirectory() as folder:
             policy = Policy(model, "full", reference_file=Path(folder) / "reference.safetensors")
-            optimiser = Optimiser(policy.named_parameters(), lr=1e-6, max_grad_norm=1.0)
+            optimizer = Optimizer(policy.named_parameters(), lr=1e-6, max_grad_norm=1.0)
             sizes, settings = PieceSizes(), LossSettings(micro_rows=0, micro_timesteps=0)
 
             def answer() -> TextRollout:
@@ -365,15 +365,15 @@ class Bench:
                     answers.ref_logp_RL = answer_logprobs(model, answers)
                 advantages = torch.linspace(-1, 1, s.group, device=self.device)
                 timed("update", lambda: streamed_backward(model, advantages, settings, update, answers, sizes))
-                timed("optimiser", lambda: optimiser.step(1e-6))
-                optimiser.zero_grad()
+                timed("optimizer", lambda: optimizer.step(1e-6))
+                optimizer.zero_grad()
 
             try:
-                whole()  # finds out sizes, compiles kernels, makes the optimiser's state
+                whole()  # finds out sizes, compiles kernels, makes the optimizer's state
                 taken.clear()
                 peak = self.peak(whole)
             finally:
-                optimiser.release()
+                optimizer.release()
                 model.requires_grad_(False)
                 model.detach()
                 model.checkpoint_layers = False

@@ -24,7 +24,7 @@ from benchmarks.ops.cases import Case
 from benchmarks.ops.schema import Absence, CaseInfo, Machine, Measurement, Memory, Rates, Report
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("answers", "images", "reference", "update", "optimiser", "whole step")
+PARTS = ("answers", "images", "reference", "update", "optimizer", "whole step")
 SIDES = ("ours-reference", "ours-cpu", "eager", "cce", "products")
 SMOKE = cases.suite("cpu", smoke=True)
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import UserError
-from .shell import USER_ERROR, Bars, SeedOption, console, guarded
+from .shell import USER_ERROR, Bars, SeedOption, command, console, guarded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +49,7 @@ def check(
 
         def step(current: str) -> None:
             nonlocal seen
-            bars("checking", seen, max(len(names), 1), current)
+            bars("checking", seen, max(len(names), 1), {"note": current})
             seen += 1
 
         problems = check_folder(root, name, progress=step)
@@ -126,7 +126,7 @@ def new(
         def step(current: str) -> None:
             nonlocal done
             done += 1
-            bars("reading pictures", done, max(done, len(photos)), current)
+            bars("reading images", done, max(done, len(photos)), {"note": current})
 
         made = new_concept(
             root,
@@ -149,7 +149,7 @@ def new(
     )
     for note in made.notes:
         out.print(f"note: {note}", markup=False)
-    out.print(f"next: pyunictokens train {root} {name} --out runs/{name}", markup=False)
+    out.print(f"next: {command('train', root, name, '--out', f'runs/{name}')}", markup=False, soft_wrap=True)
 
 
 def toy(
@@ -175,7 +175,8 @@ def toy(
     if (root / "concept" / "train" / name).exists():
         raise UserError(f"{root / 'concept' / 'train' / name}: is there already: choose another name or folder")
     write_toy_concept(root, seed=seed, kind=kind, name=name)
-    console().print(f"{name} written to {root}; next: pyunictokens train {root} {name} --out runs/{name}", markup=False)
+    following = command("train", root, name, "--out", f"runs/{name}")
+    console().print(f"{name} written to {root}; next: {following}", markup=False, soft_wrap=True)
 
 
 def list_(root: RootArgument) -> None:

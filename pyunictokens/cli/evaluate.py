@@ -101,7 +101,7 @@ def evaluate(
     if out is None:
         out = place.path / "evaluation.json" if place.path is not None else Path("evaluation.json")
     bench = place.open(flags, device, dtype, name)
-    experts = load_experts(bench.sources, bench.device, read_rewards(rewards or place.config.get("rewards")))
+    experts = load_experts(bench.sources, bench.device, read_rewards(rewards or place.origin.rewards))
     with Bars() as bars:
         result = measure(bench, data, settings, experts, bars, "measuring")
     result.save(out)

@@ -95,7 +95,7 @@ def facts_of(run: Run, concept: tuple[Path, str] | None) -> list[str]:
 
         facts = load_concept(*concept).extra_info
     else:
-        facts = list(run.about.get("extra_info", []))
+        facts = list(run.facts)
     if not facts:
         raise UserError("--reason needs the concept's facts: name its folder with --concept ROOT NAME")
     return facts

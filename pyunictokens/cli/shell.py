@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..utils.errors import MissingExtra, RankLost, UserError
+from ..utils.progress import NO_NUMBERS, Numbers, note_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +54,11 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+def command(*words: object) -> str:
+    """A command of this program as it can be pasted into a shell, names with spaces and the like in quotes."""
+    return shlex.join(["pyunictokens", *map(str, words)])
 
 
 def show_phases(report: PhaseReport) -> None:
@@ -170,7 +177,8 @@ class Bars:
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
 
-    def __call__(self, name: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, name: str, done: int, total: int, numbers: Numbers = NO_NUMBERS, /) -> None:
+        note = note_of(numbers)
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)

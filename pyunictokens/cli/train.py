@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from .shell import (
     ProfileOption,
     TokenizerOption,
     VqOption,
+    command,
     console,
     quiet,
     show_phases,
@@ -222,23 +223,24 @@ def _train_one(
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..runs.bundle import Sources, load_experts, open_workbench, read_rewards
-    from ..runs.pipeline import check_request, run_concept
-    from ..runs.run_dir import CONFIG, Run, RunConfig, stored_max_text
+    from ..runs.context import Parts, RunContext
+    from ..runs.pipeline import run_concept
+    from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
     from ..train.grpo import PHASES
     from ..utils.profiling import PhaseReport, trace
     from ..utils.signals import Stopped, stop_on_signals
 
     if resume and config is None and out is not None and (out / CONFIG).is_file():
         config = out / CONFIG  # what the run was started with
-    values: dict[str, Any] = load_yaml(config) if config is not None else {}
-    root = root or _path(values.get("root"))
-    name = name or values.get("name")
+    values = load_yaml(config) if config is not None else {}
+    origin = Origin.of(values, str(config))
+    root, name = root or origin.root, name or origin.name
     if root is None or name is None:
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
-    concept = load_concept(root, str(name))
-    sources = Sources.choose(sources, values)
-    chosen = read_rewards(rewards or values.get("rewards"))
-    base = preset.value if preset else str(values.get("preset") or ("toy" if sources.is_toy else "paper"))
+    concept = load_concept(root, name)
+    sources = Sources.choose(sources, origin)
+    chosen = read_rewards(rewards or origin.rewards)
+    base = preset.value if preset else origin.preset or ("toy" if sources.is_toy else "paper")
     settings = RunConfig.make(base, values, str(config), words, seed)
     if stages is Stages.joint:
         settings = replace(settings, stages=replace(settings.stages, stages=("joint",)))
@@ -249,36 +251,22 @@ def _train_one(
         resume = True  # torchrun starts anew what it has started before
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
     experts = load_experts(sources, ranks.device, chosen)
-    with_stages = stages is not Stages.none
+    parts = Parts(begin, stages is not Stages.none, grpo, evaluate, resume=resume)
     if ranks.first:
-        check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
-    bench = open_workbench(sources, str(ranks.device), settings.grpo.dtype, stored_max_text(values))
+        parts.check(out, experts)
+    bundle = open_workbench(sources, str(ranks.device), settings.grpo.dtype, origin.max_text)
     try:
         with (
             Bars(quiet=not ranks.first) as bars,
             stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
             trace(profile if ranks.first else None),
         ):
-            outcome = run_concept(
-                bench,
-                concept,
-                settings,
-                out,
-                experts,
-                start=begin,
-                stages=with_stages,
-                grpo=grpo,
-                evaluate=evaluate,
-                resume=resume,
-                rewards=chosen,
-                progress=bars,
-                stop=stop,
-                ranks=ranks,
-            )
+            context = RunContext(bundle, concept, settings, out, experts, chosen, ranks, bars, stop)
+            outcome = run_concept(context, parts)
     except Stopped as stopped:  # asked for, and saved: a good end
         if not ranks.first:
             return
-        said = f"{stopped}; go on with: pyunictokens train --out {out} --resume"
+        said = f"{stopped}; go on with: {command('train', '--out', out, '--resume')}"
         console().print(said, markup=False, soft_wrap=True)
         return
     if not ranks.first:
@@ -297,7 +285,3 @@ def _separate(root: Path | None, name: str | None, words: list[str]) -> tuple[Pa
     if root is not None and "=" in str(root) and not root.exists():
         words, root = [str(root), *words], None
     return root, name, words
-
-
-def _path(value: Any) -> Path | None:
-    return None if value is None else Path(str(value))

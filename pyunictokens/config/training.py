@@ -57,7 +57,7 @@ class StageConfig:
     epochs: int = 15
     """Passes over the concept's data in each stage."""
     max_steps: int = 0
-    """Upper limit of optimiser steps in each stage; 0 lets `epochs` decide."""
+    """Upper limit of optimizer steps in each stage; 0 lets `epochs` decide."""
     lr: float = 1e-3
     """AdamW's learning rate in the understanding and deepening stages."""
     lr_generation: float = 1e-3
@@ -184,11 +184,11 @@ class GrpoConfig:
     RETIRED = (("max_text", _MAX_TEXT),)
 
     steps: int = 100
-    """Optimiser steps."""
+    """Optimizer steps."""
     group_size: int = 9
     """G: rollouts of one question."""
     groups: int = 1
-    """Questions in one optimiser step; each has its group of G rollouts, and the gradient is their mean."""
+    """Questions in one optimizer step; each has its group of G rollouts, and the gradient is their mean."""
     lr: float = 1e-6
     """AdamW's learning rate."""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -273,16 +273,16 @@ class GrpoConfig:
     """Checkpoints that stay beside them: those whose steps since the checkpoint before had the highest mean reward."""
     save_in_background: bool = False
     """Write checkpoints beside the steps that follow, from copies in the host's memory."""
-    shard_optimiser: Literal["auto", "always", "never"] = "auto"
-    """Whether several ranks share the optimiser's state out (docs/distributed.md); auto does with trainable=full."""
+    shard_optimizer: Literal["auto", "always", "never"] = field(default="auto", metadata={"was": "shard_optimiser"})
+    """Whether several ranks share the optimizer's state out (docs/distributed.md); auto does with trainable=full."""
     sample_every: int = 10
     """Steps between pictures in samples/; 0 turns them off."""
     max_bad_steps: int = 3
     """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
-    expert_timeout: float = 0.0
-    """Seconds that the experts may take for a group before the run ends with an error; 0 waits for ever."""
+    reward_timeout: float = field(default=0.0, metadata={"was": "expert_timeout"})
+    """Seconds that the reward models may take for a group before the run ends with an error; 0 waits for ever."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the transformer; sums, softmax, loss and optimiser stay in float32."""
+    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32."""
     seed: int = 0
     """Seed of every draw of the run: questions, answers, images."""
 
@@ -316,7 +316,7 @@ class GrpoConfig:
         if self.alpha_image == 0 and (self.alpha_answer == 0 or not self.reasoning):
             raise UserError("alpha_image=0 and no answer that counts: nothing would be learned; raise one of the two")
         _at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
-        _at_least(0, keep_best=self.keep_best, expert_timeout=self.expert_timeout)
+        _at_least(0, keep_best=self.keep_best, reward_timeout=self.reward_timeout)
         _within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
         _at_least(0, clip_high=self.clip_high)
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:

@@ -24,11 +24,11 @@ class DsogReport:
     filled: int
     """Rows taken from the best rejected previews because the cap on candidates was reached."""
     pass_rate: float
-    """accepted / previewed, over all ranks when `Dsog.reduce` sums them."""
+    """accepted / previewed."""
     threshold: float
     """The threshold these previews were held against."""
     next_threshold: float
-    """The threshold after equations 9 and 10."""
+    """The threshold after equations 9 and 10; the same as before where a number was given."""
     scores: Tensor
     """float32 [R]: the preview score of each row's candidate (−inf where the scorer failed and the row was filled)."""
     attempts: Tensor

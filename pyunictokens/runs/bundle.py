@@ -9,7 +9,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from ..models.showo.model import Showo
     from ..models.tokenizer import TextTokenizer
     from ..rollout.engine import RolloutEngine
+
+
+class HasSources(Protocol):
+    """Whatever names the three parts, or some of them."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def vq(self) -> str | None: ...
+    @property
+    def tokenizer(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -37,12 +48,12 @@ class Sources:
         return self.model is None
 
     @classmethod
-    def choose(cls, *candidates: Mapping[str, Any] | Sources) -> Sources:
+    def choose(cls, *candidates: HasSources) -> Sources:
         """The first value given for each part. Raises UserError when some are named and others are not."""
         chosen: dict[str, str | None] = {}
         for part in ("model", "vq", "tokenizer"):
-            values = [c.get(part) if isinstance(c, Mapping) else getattr(c, part) for c in candidates]
-            chosen[part] = next((str(value) for value in values if value is not None), None)
+            values = (getattr(candidate, part) for candidate in candidates)
+            chosen[part] = next((value for value in values if value is not None), None)
         missing = [f"--{part}" for part, value in chosen.items() if value is None]
         if 0 < len(missing) < 3:
             raise UserError(f"{' and '.join(missing)} missing: name all three parts, or none for the embedded toy")

@@ -14,9 +14,9 @@ What is trained and measured is the business of pipeline.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
@@ -32,7 +32,37 @@ BASE = "base"
 CONFIG, ABOUT, FINAL, CONCEPT, STAGES = "config.yaml", "about.json", "final", "concept", "stages"
 EXPERTS, MEASURED = "experts.json", "measured.json"
 
-OWN_KEYS = ("version", "model", "vq", "tokenizer", "rewards", "root", "name", "max_text", "preset")
+
+@dataclass(frozen=True)
+class Origin:
+    """What a config.yaml says beside the settings: of which model and which concept the run is."""
+
+    version: str | None = None
+    """Of this library, which wrote it."""
+    model: str | None = None
+    vq: str | None = None
+    tokenizer: str | None = None
+    rewards: str | Mapping[str, object] | None = None
+    root: Path | None = None
+    """The data folder."""
+    name: str | None = None
+    """The concept."""
+    max_text: int | None = None
+    """Text positions of the model's drawing prompts."""
+    preset: str | None = None
+    """Which preset the settings stand over."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, object], origin: str) -> Origin:
+        """The part of a config.yaml that is not settings. Raises UserError naming what cannot be used."""
+        own = {key: values[key] for key in OWN_KEYS if key in values}
+        for section in (values.get("grpo"), values.get("stages")):  # where older versions read it
+            if own.get("max_text") is None and isinstance(section, Mapping) and "max_text" in section:
+                own["max_text"] = section["max_text"]
+        return from_mapping(cls, own, origin=origin)
+
+
+OWN_KEYS = tuple(each.name for each in fields(Origin))
 """Keys of config.yaml beside the settings."""
 
 
@@ -69,7 +99,7 @@ class RunConfig:
     def make(
         cls,
         preset: str,
-        values: Mapping[str, Any] | None = None,
+        values: Mapping[str, object] | None = None,
         origin: str = "settings",
         words: Iterable[str] = (),
         seed: int | None = None,
@@ -99,8 +129,10 @@ class Run:
     """A folder that `train` wrote, or anything else that a concept can be read from. `path` None is the bare model."""
 
     path: Path | None
-    config: dict[str, Any] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    """The table in its config.yaml."""
+    facts: tuple[str, ...] = ()
+    """The concept's facts, as the run was told them."""
 
     @classmethod
     def find(cls, given: str) -> Run:
@@ -116,8 +148,16 @@ class Run:
             hint = "not finished, go on with `train … --resume`" if started else "nothing was learned here"
             raise UserError(f"{path}: {hint} (no policy.json, no concept.json, no epoch_*_embed.pt)")
         run.config = load_yaml(path / CONFIG) if (path / CONFIG).is_file() else {}
-        run.about = read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
+        about = read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
+        if not isinstance(about, dict):
+            raise UserError(f"{path / ABOUT}: must be a table, is {type(about).__name__}")
+        run.facts = convert(about.get("extra_info", []), tuple[str, ...], f"{path / ABOUT}: extra_info")
         return run
+
+    @property
+    def origin(self) -> Origin:
+        """Of which model and concept the run is."""
+        return Origin.of(self.config, f"{self.path or BASE}/{CONFIG}")
 
     def _learned(self) -> Path | None:
         """The folder that holds what was learned, the furthest first."""
@@ -129,11 +169,11 @@ class Run:
 
     def sources(self, flags: Sources) -> Sources:
         """The models that flags name, else those the run was made with."""
-        return Sources.choose(flags, self.config)
+        return Sources.choose(flags, self.origin)
 
     def open(self, flags: Sources, device: str, dtype: str, name: str | None = None) -> Workbench:
         """The model, brought to what the run learned. `name` is needed for published tokens."""
-        bench = open_workbench(self.sources(flags), device, dtype, stored_max_text(self.config))
+        bench = open_workbench(self.sources(flags), device, dtype, self.origin.max_text)
         folder = self._learned() if self.path is not None else None
         if folder is not None and (folder / "policy.json").is_file():
             from ..train.policy import load_policy
@@ -159,22 +199,16 @@ class Run:
         """The concept folder named, else the one the run was made from. Raises UserError when there is none."""
         if given is not None:
             return given
-        if "root" in self.config and "name" in self.config:
-            return Path(str(self.config["root"])), str(self.config["name"])
+        origin = self.origin
+        if origin.root is not None and origin.name is not None:
+            return origin.root, origin.name
         raise UserError("which concept? Name its folder with --concept ROOT NAME")
-
-
-def stored_max_text(values: Mapping[str, Any]) -> int | None:
-    """The `max_text` that a run's or a user's settings hold: at the top, or where older versions kept it."""
-    sections = [part for part in (values, values.get("grpo"), values.get("stages")) if isinstance(part, Mapping)]
-    found = (convert(part.get("max_text"), int | None, "max_text") for part in sections)
-    return next((number for number in found if number), None)
 
 
 def write_description(
     out: Path,
     sources: Sources,
-    rewards: str | Mapping[str, Any] | None,
+    rewards: str | Mapping[str, object] | None,
     max_text: int,
     concept: Concept,
     config: RunConfig,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 _NAMES = {
     "DsogConfig": "..config.training",
     "GrpoConfig": "..config.training",
-    "GrpoResult": ".grpo",
+    "GrpoResult": ".reinforce",
     "LoraConfig": "..config.training",
     "Policy": ".policy",
     "StageConfig": "..config.training",
@@ -21,16 +21,16 @@ _NAMES = {
     "load_policy": ".policy",
     "read_metrics": ".metrics",
     "train_concept_tokens": ".concept_tokens.stages",
-    "train_grpo": ".grpo",
+    "train_grpo": ".reinforce",
 }
 
 if TYPE_CHECKING:
     from ..config.training import DsogConfig, GrpoConfig, LoraConfig, StageConfig, TrainConfig
     from .concept_tokens.stages import train_concept_tokens
-    from .grpo import GrpoResult, train_grpo
     from .metrics import read_metrics
     from .policy import Policy, load_policy
     from .prompts import as_prompt, as_question
+    from .reinforce import GrpoResult, train_grpo
 
 __all__ = [
     "DsogConfig",

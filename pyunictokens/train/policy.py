@@ -36,9 +36,10 @@ _FREE = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "lora
 
 
 class Policy:
-    """The trained part of a model that has a concept attached.
+    """The trained part of a model.
 
-    kind: "concept", "lora" or "full"; with the latter two `train_concept` says whether the concept's rows learn too.
+    kind: "concept", "lora" or "full"; with the latter two `train_concept` says whether the rows of an attached concept
+    learn too.
     `reference_file` is where kind "full" keeps the weights the run began with; without `write_reference` another
     process has seen to it.
     """
@@ -54,17 +55,21 @@ class Policy:
         seed: int = 0,
         write_reference: bool = True,
     ):
-        if model.concept is None:
-            raise UserError("this model has no concept attached: load or learn its tokens first (train_concept_tokens)")
+        if model.concept is None and kind == "concept":
+            raise UserError(
+                "trainable='concept', and this model has no concept attached: load or learn its tokens first "
+                "(train_concept_tokens), or train without one (trainable=lora or full)"
+            )
         if kind not in ("concept", "lora", "full"):
             raise UserError(f"trainable={kind!r}: must be concept, lora or full")
         if kind == "full" and reference_file is None:
             raise UserError("trainable='full' needs a file for the starting weights: give reference_file")
         self.model, self.kind = model, kind
-        self.concept: ConceptTokens = model.concept
+        self.concept: ConceptTokens | None = model.concept
         self.lora = lora or LoraConfig()
         model.requires_grad_(False)
-        self.concept.requires_grad_(kind == "concept" or train_concept)
+        if self.concept is not None:
+            self.concept.requires_grad_(kind == "concept" or train_concept)
         self._adapters: list[BaseTunerLayer] = []
         self._reference_file = Path(reference_file) if reference_file is not None else None
         if kind == "lora":
@@ -75,26 +80,29 @@ class Policy:
             assert self._reference_file is not None
             if write_reference and not _holds(self._reference_file, dict(model.named_parameters())):
                 write_tensors(self._reference_file, dict(model.named_parameters()))
-        self._concept_start = {name: value.detach().clone() for name, value in self.concept.named_parameters()}
+        self._concept_start = {name: value.detach().clone() for name, value in self._rows().items()}
+
+    def _rows(self) -> dict[str, nn.Parameter]:
+        return dict(self.concept.named_parameters()) if self.concept is not None else {}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that learn, by name; the concept's begin with "concept."."""
         named = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        for name, value in self.concept.named_parameters():
+        for name, value in self._rows().items():
             if value.requires_grad:
                 named[f"concept.{name}"] = value
         return named
 
     @property
     def trains_concept(self) -> bool:
-        return self.concept.embed.requires_grad
+        return self.concept is not None and self.concept.embed.requires_grad
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside this context the model is the reference policy. No graph may be alive across its borders."""
         with ExitStack() as undo, torch.no_grad():
             if self.trains_concept:
-                undo.enter_context(_swapped(dict(self.concept.named_parameters()), self._concept_start))
+                undo.enter_context(_swapped(self._rows(), self._concept_start))
             if self.kind == "lora":
                 undo.callback(self._enable_adapters)
                 for layer in self._adapters:
@@ -137,12 +145,14 @@ class Policy:
         return self.model
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
-        """Write what was learned: concept/, and an adapter or a whole model/. :func:`load_policy` reads it.
+        """Write what was learned: concept/ where there is one, and an adapter or a whole model/. :func:`load_policy`
+        reads it.
 
         The adapter is PEFT's own: ``PeftModel.from_pretrained(model, folder)`` loads it onto the base model.
         """
         folder = Path(folder)
-        self.concept.save(folder / "concept")
+        if self.concept is not None:
+            self.concept.save(folder / "concept")
         if self.kind == "lora":
             learned = {_peft_name(k): v for k, v in self.state_dict().items() if "lora_" in k}
             write_tensors(folder / "adapter_model.safetensors", learned)
@@ -158,7 +168,8 @@ def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedMod
     folder = Path(folder)
     about = read_json(folder / "policy.json")
     kind = about.get("trainable") if isinstance(about, dict) else None
-    concept = ConceptTokens.load(folder / "concept")
+    with_concept = kind == "concept" or (folder / "concept").is_dir()
+    concept = ConceptTokens.load(folder / "concept") if with_concept else None
     if kind == "lora":
         settings, tensors = _read_adapter(folder, about)
         add_adapters(model, _fitting(model, settings), seed=0)
@@ -179,7 +190,7 @@ def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedMod
     elif kind != "concept":
         raise UserError(f"{folder / 'policy.json'}: trainable={kind!r}: must be concept, lora or full")
     model.requires_grad_(False)
-    return owning_rows(model).attach(concept.to(model.device).requires_grad_(False))
+    return model if concept is None else owning_rows(model).attach(concept.to(model.device).requires_grad_(False))
 
 
 def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:

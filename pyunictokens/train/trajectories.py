@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from ..models import MaskedModel
-from ..rollout.types import ImageRollout
+from ..rollout.types import ImageRollout, TextRollout
 from ..utils.errors import UserError
 
 
@@ -53,7 +52,7 @@ class ImageTrajectories:
             self.timestep_RT = (torch.arange(steps, device=self.inputs_RTN.device) / steps).expand(rows, steps)
 
     @classmethod
-    def of(cls, model: MaskedModel, rollout: ImageRollout, token_scope: str = "all") -> ImageTrajectories:
+    def of(cls, model: MaskedModel, rollout: ImageRollout, mask_RTN: Tensor | None = None) -> ImageTrajectories:
         """What the update needs of a recorded rollout of `model`. Raises UserError where it was not recorded."""
         if rollout.inputs is None or rollout.chosen is None or rollout.logp is None:
             raise UserError("this rollout was not recorded: draw it with record=True")
@@ -67,7 +66,7 @@ class ImageTrajectories:
             old_logp_RTN=rollout.logp,
             empty_prompt=model.prompt_ids([]),
             guidance_scale=model.rule.strength(rollout.guidance_scale),
-            mask_RTN=ops.token_mask(rollout.inputs, token_scope),
+            mask_RTN=mask_RTN,
         )
 
     def __len__(self) -> int:
@@ -115,6 +114,19 @@ class AnswerTrajectories:
 
     def __len__(self) -> int:
         return self.tokens_RL.shape[0]
+
+    @classmethod
+    def of(cls, rollout: TextRollout) -> AnswerTrajectories:
+        """What the update needs of answers to one question."""
+        if rollout.image_codes is None or len(rollout.question_ids) != 1:
+            raise UserError("answers must be to one question about an image given as codes or pixels")
+        return cls(
+            codes_N=rollout.image_codes[0],
+            question=rollout.question_ids[0],
+            tokens_RL=rollout.tokens,
+            old_logp_RL=rollout.logp,
+            temperature=rollout.temperature,
+        )
 
     @property
     def mask_RL(self) -> Tensor:

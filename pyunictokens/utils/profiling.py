@@ -36,7 +36,7 @@ PHASES = (
     "rewards",
     "reference",
     "update",
-    "optimiser",
+    "optimizer",
 )
 """In the order of a training step; a phase by another name comes after them."""
 

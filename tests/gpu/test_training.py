@@ -61,14 +61,14 @@ def _losses(device: str, backend: str) -> tuple[float, ...]:
     try:
         model = _model(device).requires_grad_(True)
         images = _trajectories(model, device)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=RATE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
         advantages = torch.linspace(-1, 1, len(images), device=device)
         settings = LossSettings(micro_rows=2, micro_timesteps=2, beta=0.05)
         losses = []
         for _ in range(STEPS):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             losses.append(streamed_backward(model, advantages, settings, images).loss)
-            optimiser.step()
+            optimizer.step()
         return tuple(losses)
     finally:
         _dispatch._PREFERENCE = before

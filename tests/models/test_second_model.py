@@ -155,7 +155,9 @@ def test_log_probs_of_recorded_steps() -> None:
 @pytest.mark.parametrize(("scale", "choice"), [(3.0, "all"), (1.0, "all"), (3.0, "largest_change")])
 def test_the_streamed_update_is_the_gradient_of_the_whole(scale: float, choice: str) -> None:
     model = SecondModel.random()
-    images = ImageTrajectories.of(model, drawn(model, guidance_scale=scale), "masked")
+    rollout = drawn(model, guidance_scale=scale)
+    assert rollout.inputs is not None
+    images = ImageTrajectories.of(model, rollout, ops.token_mask(rollout.inputs, "masked"))
     images.old_logp_RTN = images.old_logp_RTN.double() + 0.2 * torch.randn(8, 7, 15, dtype=torch.float64)
     images.ref_logp_RTN = images.old_logp_RTN + 0.2 * torch.randn(8, 7, 15, dtype=torch.float64)
     images = choose_timesteps(images, choice, 0.5, seed=0, embedding_KD=model.head.weight)

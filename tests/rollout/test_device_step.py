@@ -158,7 +158,7 @@ def test_other_prompts_of_the_same_lengths_and_new_weights_are_seen():
     loop = on_device(model, [0, 1], 9, n, [[1, 2, 3], [4]])
     others = [[9, 8, 7], [11]]
     for parameter in read_by(model):
-        parameter.mul_(1.05)  # in place, as an optimiser does it
+        parameter.mul_(1.05)  # in place, as an optimizer does it
     loop.hidden_of.load(prefixes(model, others, True))
     loop.state.start([0, 1], known, [3, 4], stop_at=3, urgent=False)
     loop.run()

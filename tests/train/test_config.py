@@ -136,17 +136,13 @@ def test_the_table_in_the_docs_is_up_to_date() -> None:
 
 
 def test_max_text_of_older_files_is_left_out_with_a_word_and_handed_to_the_model(tmp_path: Path) -> None:
-    from pyunictokens.runs.run_dir import stored_max_text
+    from pyunictokens.runs.run_dir import Origin
 
     with pytest.warns(UserWarning, match="max_text is left out: it belongs to the model"):
         assert from_mapping(GrpoConfig, {"max_text": 24, "steps": 3}).steps == 3
     with pytest.warns(UserWarning, match="max_text is left out"):
         assert with_overrides(TrainConfig(), ["stages.max_text=48", "grpo.steps=2"]).grpo.steps == 2
-    assert [stored_max_text(each) for each in ({"max_text": 24}, {"grpo": {"max_text": 48}}, {"grpo": {}}, {})] == [
-        24,
-        48,
-        None,
-        None,
-    ]
+    found = [Origin.of(each, "") for each in ({"max_text": 24}, {"grpo": {"max_text": 48}}, {"grpo": {}}, {})]
+    assert [origin.max_text for origin in found] == [24, 48, None, None]
     with pytest.raises(UserError, match="max_text"):
-        stored_max_text({"max_text": "many"})
+        Origin.of({"max_text": "many"}, "config.yaml")

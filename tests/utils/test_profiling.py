@@ -80,11 +80,11 @@ def test_nvtx_ranges_where_the_package_is_there(monkeypatch: pytest.MonkeyPatch)
     profiling._nvtx.cache_clear()
     monkeypatch.setitem(sys.modules, "nvtx", fake)
     try:
-        with phase("update"), phase("optimiser"):
+        with phase("update"), phase("optimizer"):
             pass
     finally:
         profiling._nvtx.cache_clear()
-    assert seen == ["pyunictokens update", "pyunictokens optimiser", "end", "end"]
+    assert seen == ["pyunictokens update", "pyunictokens optimizer", "end", "end"]
     monkeypatch.setitem(sys.modules, "nvtx", None)  # absent
     with phase("update"):
         pass

@@ -1,8 +1,8 @@
 """A run's folder: who it belongs to, its checkpoints, and how it is taken up again as if it had never stopped.
 
     run.json             identity of model, concept and settings, written when the run begins
-    checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksums);
-                         shards/ with a file a rank, where the optimiser's state is spread over ranks
+    checkpoints/step_N/  tensors.safetensors (trained tensors, optimizer) and state.json (step, thresholds, checksums);
+                         shards/ with a file a rank, where the optimizer's state is spread over ranks
 
 A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one that
 was damaged later is noticed by its checksum and the one before it is taken. Rank 0 alone writes, but for the shards,
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...config.settings import filled, renamed, to_mapping
 from ...config.training import GrpoConfig
-from ...models import ConceptTokens, MaskedModel
+from ...models import MaskedModel
 from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, safe_name, sweep, write_json
 from ..distributed.ranks import Ranks
@@ -43,12 +43,12 @@ MAY_CHANGE = frozenset(
         "keep_last",
         "keep_best",
         "sample_every",
-        "expert_timeout",
+        "reward_timeout",
         "max_bad_steps",
         "micro_rows",
         "micro_timesteps",
         "checkpoint_layers",
-        "shard_optimiser",
+        "shard_optimizer",
         "save_in_background",
     }
 )
@@ -70,15 +70,12 @@ class Checkpoint:
     """Where tensors are that were spread over ranks (shards.py)."""
 
 
-def identity(model: MaskedModel, concept: ConceptTokens) -> dict[str, Any]:
-    """What must agree before a checkpoint may be put into a model: sizes, vocabulary, concept, starting weights."""
+def identity(model: MaskedModel) -> dict[str, object]:
+    """What must agree before a checkpoint may be put into a model: sizes, vocabulary, starting weights."""
     return {
         **model.identity(),
         "max_text": model.max_text,
-        "concept": concept.name,
-        "concept_tokens": concept.num_tokens,
         "starting_weights": fingerprint(model.state_dict()),
-        "starting_concept": fingerprint(dict(concept.named_parameters())),
     }
 
 

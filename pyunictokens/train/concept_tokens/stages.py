@@ -33,7 +33,7 @@ from ...utils.files import folder_lock, read_json, write_json
 from ...utils.signals import Stop, Stopped, never
 from ..images import Pictures
 from ..metrics import MetricsLog, read_metrics
-from ..optimizer import Optimiser, learning_rate
+from ..optimizer import Optimizer, learning_rate
 from ..prompts import as_prompt, as_question
 from . import token_init as rows
 from .losses import generation_loss, random_mask, text_row, understanding_loss
@@ -224,12 +224,12 @@ class _Stages:
         lr = config.lr_generation if stage in ("generation", "joint") else config.lr
         generator = torch.Generator().manual_seed(config.seed * 1000 + number)
         named = dict(concept.named_parameters())
-        optimiser = Optimiser(named, lr=lr, weight_decay=config.weight_decay)
+        optimizer = Optimizer(named, lr=lr, weight_decay=config.weight_decay)
         begin = {name: value.detach().clone() for name, value in named.items()}
         frozen = _frozen_rows(concept, plan.learning)
         tokenizer = self.plain.with_concept(concept.tokens)
         for step in range(steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             losses = {"understanding": self._understanding(questions.next(), concept, tokenizer, plan, generator)}
             weight = 1.0
             if plan.mixed:
@@ -243,7 +243,7 @@ class _Stages:
                 )
             pulled.backward()
             rate = learning_rate(step, lr=lr, steps=steps, warmup=config.warmup, schedule=config.schedule)
-            norm = optimiser.step(rate)
+            norm = optimizer.step(rate)
             with torch.no_grad():
                 for name, value in named.items():
                     value[frozen] = begin[name][frozen]
