@@ -26,6 +26,7 @@ import torch
 from ..config.settings import save_yaml, to_mapping
 from ..config.training import GrpoConfig
 from ..models import ImageTokenizer, MaskedModel, TextTokenizer, answering
+from ..rewards.ensemble import as_rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
@@ -132,9 +133,9 @@ class _Run:
         dsog = config.dsog
         self.threshold = DsogThreshold(dsog.initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
         if preview_judge is None:
-            preview_judge = getattr(getattr(rewards, "experts", {}).get("ber"), "preview_scorer", None)
+            preview_judge = as_rewards(rewards).preview_scorer
         if dsog.enabled and preview_judge is None and ranks.first:
-            log.warning("no judge for previews (an expert named ber): DSOG is off")
+            log.warning("no reward model judges previews: DSOG is off")
         self.objective = objective_of(config)
         self.collector = Collector(engine, tasks, rewards, preview_judge, self.threshold, self.objective, config, ranks)
         self.policy = self._make_policy()
