@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config.settings import from_mapping
 from ..config.training import LoraConfig
 from ..models import ConceptTokens, MaskedModel, owning_rows
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
 
@@ -195,8 +195,9 @@ def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedMod
 
 def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
     """Put fresh float32 adapters on the model's linear layers; returns the adapted layers."""
-    from peft import inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    with needs("train"):
+        from peft import inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -224,7 +225,8 @@ def _fitting(model: MaskedModel, config: LoraConfig) -> LoraConfig:
 
 
 def _peft_config(config: LoraConfig) -> PeftLora:
-    from peft import LoraConfig as PeftLora
+    with needs("train"):
+        from peft import LoraConfig as PeftLora
 
     made = PeftLora(r=config.rank, target_modules=list(config.targets))
     made.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
@@ -260,7 +262,8 @@ def _read_adapter(folder: Path, about: Mapping[str, Any]) -> tuple[LoraConfig, d
 
 
 def _merge_adapters(model: MaskedModel) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    with needs("train"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
