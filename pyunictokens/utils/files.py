@@ -61,6 +61,22 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_json_rows(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write JSON with each item of the lists and tables in `value` on a line of its own: results of many records."""
+
+    def line(item: Any) -> str:
+        return json.dumps(item, ensure_ascii=False)
+
+    def part(item: Any) -> str:
+        if isinstance(item, list) and item:
+            return "[\n  " + ",\n  ".join(map(line, item)) + "\n ]"
+        if isinstance(item, Mapping) and item:
+            return "{\n  " + ",\n  ".join(f"{line(str(key))}: {line(inner)}" for key, inner in item.items()) + "\n }"
+        return line(item)
+
+    write_text_atomic(path, "{\n" + ",\n".join(f" {line(key)}: {part(item)}" for key, item in value.items()) + "\n}\n")
+
+
 def save_safetensors_atomic(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
