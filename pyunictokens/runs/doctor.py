@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from ..utils.files import Json
 
+from ..utils.errors import needs
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -44,7 +46,7 @@ REQUIRED = (
     "tensorboard",
     "sacrebleu",
 )
-"""Distributions that pyproject.toml asks for."""
+"""What the package and its extra `cli` need: every command on the toy model."""
 
 OPTIONAL = {
     "triton": ("", "Triton kernels on a GPU; comes with torch on Linux"),
@@ -54,7 +56,6 @@ OPTIONAL = {
     "openai": ("judge", "the remote judge"),
     "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),
-    "nvtx": ("profile", "named ranges in GPU profiles"),
     "flash-attn": ("flash", "another attention kernel"),
     "gradio": ("web", "a page in the browser"),
     "pytest": ("dev", "the test suite"),
@@ -238,7 +239,8 @@ def _problems(report: Findings) -> list[dict[str, str]]:
 
 def render(report: Findings, console: Console) -> None:
     """Write the findings as tables."""
-    from rich.table import Table
+    with needs("cli"):
+        from rich.table import Table
 
     cpu, gpu, core = report["cpu"], report["gpu"], report["core"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -305,6 +307,7 @@ def render_weights(findings: Sequence[WeightStatus], console: Console) -> None:
 
 def _plain(text: str) -> str:
     """`text` with its square brackets kept from rich's markup."""
-    from rich.markup import escape
+    with needs("cli"):
+        from rich.markup import escape
 
     return escape(text)
