@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ..utils.errors import UserError
-from ..utils.files import Json, write_text_atomic
+from ..utils.files import AnyJson, write_text_atomic
 from ..utils.yaml_text import Plain, dump_yaml, meant, parse_yaml, read_yaml, settled
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def from_mapping(cls: type[T], values: Mapping[str, object], *, base: T | None =
     if not isinstance(values, Mapping):
         raise UserError(f"{origin}: must be a table of settings, is {_kind(values)}")
     hints = _hints(cls)
-    changes: dict[str, Json] = {}
+    changes: dict[str, AnyJson] = {}
     for key, value in renamed(cls, values, origin).items():
         if key not in hints:
             raise UserError(f"{origin}: {_unknown(str(key), hints)}")
@@ -232,7 +232,7 @@ def _number(text: str) -> int | float | None:
         return None
 
 
-def to_mapping(settings: object) -> dict[str, Json]:
+def to_mapping(settings: object) -> dict[str, AnyJson]:
     """A settings dataclass as plain dicts and lists, in the order of its fields."""
     return {each.name: _as_plain(getattr(settings, each.name)) for each in _fields(settings)}
 

@@ -16,16 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.files import Json
-
 from ..utils.errors import needs
+from ..utils.files import AnyJson
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..rewards.weights import WeightStatus
 
-Findings = dict[str, Json]
+Findings = dict[str, AnyJson]
 """What was found, by name; values that JSON can hold."""
 
 REQUIRED = (

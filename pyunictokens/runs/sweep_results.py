@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from ..evaluate.result import Metric, bootstrap, read_means
 from ..utils.errors import needs
-from ..utils.files import Json, read_json, write_json, write_text_atomic
+from ..utils.files import AnyJson, read_json, write_json, write_text_atomic
 from .demo import HEADLINES
 from .sweep import Status
 
@@ -93,7 +93,7 @@ def write_results(runs: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
     return page
 
 
-def _flat(row: Row, keys: Sequence[str]) -> dict[str, Json]:
+def _flat(row: Row, keys: Sequence[str]) -> dict[str, AnyJson]:
     status = row.status
     numbers = {f"{key}.{part}": row.means.get(key, {}).get(part) for key in keys for part in PARTS}
     return {
@@ -111,7 +111,7 @@ def _numbers(rows: Sequence[Row]) -> list[tuple[str, Metric, Metric, Metric]]:
     return [(key, before, after, change) for key, _, before, after, change in summary(rows)]
 
 
-def _plain(metrics: Sequence[Metric]) -> dict[str, Json]:
+def _plain(metrics: Sequence[Metric]) -> dict[str, AnyJson]:
     names = ("before", "after", "change")
     return {
         name: {"mean": m.mean, "low": m.low, "high": m.high, "n": m.n} for name, m in zip(names, metrics, strict=True)

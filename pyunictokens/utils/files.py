@@ -24,8 +24,8 @@ from .text import read_text
 
 log = logging.getLogger(__name__)
 
-Json: TypeAlias = Any
-"""What JSON can hold: whoever reads a file looks at what it is."""
+AnyJson: TypeAlias = Any
+"""What was read from JSON, before anybody has looked at what it is (`utils.json.Json` says what it can be)."""
 
 _NAME_LIMIT = 64
 _CHECKSUM = "tensors_sha256"
@@ -59,7 +59,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def write_json(path: str | os.PathLike[str], value: Json) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -150,7 +150,7 @@ def folder_lock(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator
         os.close(descriptor)
 
 
-def read_json(path: str | os.PathLike[str]) -> Json:
+def read_json(path: str | os.PathLike[str]) -> AnyJson:
     """Read a JSON file. Raises UserError naming the file, and for bad JSON the line and column."""
     text = read_text(path)
     try:
@@ -164,7 +164,7 @@ def read_json(path: str | os.PathLike[str]) -> Json:
         raise UserError(f"{path}: not usable JSON: {error}") from None
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Json]]:
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, AnyJson]]:
     """The tables of a log, one a line; a line that a kill cut off, or that damage left, is passed over."""
     rows = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):

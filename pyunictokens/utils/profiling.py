@@ -20,7 +20,6 @@ from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
