@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config.training import GrpoConfig
 from ..data.concept import Concept
-from ..models import ConceptTokens, MagvitV2, Showo, TextTokenizer
+from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, owning_rows
 from ..utils.errors import UserError
 from ..utils.signals import Stop, never
 from .collector import PreviewJudge
@@ -26,8 +26,8 @@ class GrpoResult(RunResult):
 
 
 def train_grpo(
-    model: Showo,
-    vq: MagvitV2,
+    model: MaskedModel,
+    vq: ImageTokenizer,
     tokenizer: TextTokenizer,
     concept_data: Concept,
     rewards: Any,
@@ -62,7 +62,7 @@ def train_grpo(
     """
     config = config or GrpoConfig()
     if concept is not None:
-        model.attach(concept)
+        owning_rows(model).attach(concept)
     tokens = model.concept
     if tokens is None:
         raise UserError("this model has no concept attached: learn one first (train_concept_tokens), or pass concept=")
