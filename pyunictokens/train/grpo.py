@@ -48,7 +48,7 @@ from .update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, s
 log = logging.getLogger(__name__)
 
 PHASES = "phases.json"
-"""Where the time of the run's last session went (profiling.py)."""
+"""Where the time of the run's last session went (utils/profiling.py)."""
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called after every step: (phase, steps done, steps wanted, numbers of this step)."""
