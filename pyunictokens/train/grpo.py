@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,14 +27,16 @@ from ..config.settings import save_yaml, to_mapping
 from ..config.training import GrpoConfig
 from ..models import MagvitV2, Showo, TextTokenizer
 from ..models import costs as cost
+from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
 from ..utils.errors import UserError
+from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
 from .checkpoint.run_state import RunFolder, identity, random_state, restore_random_state
 from .checkpoint.writer import Saver, on_host
-from .collector import Collector, Group, LocalRollouts, PreviewJudge, RolloutSummary, summary
+from .collector import Collector, Group, LocalRollouts, RolloutSummary, summary
 from .distributed.ranks import Ranks
 from .metrics import MetricsLog, save_samples
 from .objective import objective_of
@@ -49,9 +51,6 @@ log = logging.getLogger(__name__)
 
 PHASES = "phases.json"
 """Where the time of the run's last session went (utils/profiling.py)."""
-
-Progress = Callable[[str, int, int, dict[str, Any]], None]
-"""Called after every step: (phase, steps done, steps wanted, numbers of this step)."""
 
 
 @dataclass
@@ -72,7 +71,7 @@ def run_grpo(
     vq: MagvitV2,
     tokenizer: TextTokenizer,
     tasks: TaskSource,
-    rewards: Any,
+    rewards: Rewards,
     config: GrpoConfig,
     out_dir: str | os.PathLike[str],
     *,
@@ -82,7 +81,7 @@ def run_grpo(
     stop: Stop = never,
     ranks: Ranks | None = None,
 ) -> RunResult:
-    """Improve `model` on `tasks` by `rewards`; `train_grpo` and `reinforce` (reinforce.py) say what the arguments are.
+    """Improve `model` on `tasks` by `rewards`; `train_grpo` and `reinforce` (reinforcement.py) say what the arguments are.
 
     Raises:
         UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a
@@ -120,7 +119,7 @@ class _Run:
         vq: MagvitV2,
         tokenizer: TextTokenizer,
         tasks: TaskSource,
-        rewards: Any,
+        rewards: Rewards,
         preview_judge: PreviewJudge | None,
         config: GrpoConfig,
         folder: RunFolder,
@@ -132,10 +131,9 @@ class _Run:
         engine = RolloutEngine(model, vq, tokenizer, max_text=config.max_text)
         dsog = config.dsog
         self.threshold = DsogThreshold(dsog.initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
-        if preview_judge is None:
-            preview_judge = getattr(getattr(rewards, "experts", {}).get("ber"), "preview_scorer", None)
+        preview_judge = preview_judge or rewards.preview_scorer
         if dsog.enabled and preview_judge is None and ranks.first:
-            log.warning("no judge for previews (an expert named ber): DSOG is off")
+            log.warning("no reward model judges previews: DSOG is off")
         self.objective = objective_of(config)
         self.collector = Collector(engine, tasks, rewards, preview_judge, self.threshold, self.objective, config, ranks)
         self.policy = self._make_policy()
