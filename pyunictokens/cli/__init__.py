@@ -13,7 +13,7 @@ import typer
 
 from . import bench, data, demo, doctor, evaluate, generate, reinforce, train
 from . import rewards_server as experts
-from .shell import guarded, show_warnings_briefly
+from .shell import guarded, print_anything, show_warnings_briefly
 
 app = typer.Typer(
     name="pyunictokens",
@@ -55,6 +55,7 @@ def main() -> None:
     """Entry point of the console script."""
     if os.environ.get("WORLD_SIZE", "1") != "1":  # a lost rank is told in one line, not by stacks of C++ frames
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    print_anything()
     show_warnings_briefly()
     try:
         app()

@@ -77,9 +77,22 @@ def sampling(is_toy: bool, config: Path | None, words: list[str] | None) -> Samp
 
 
 def check_prompt(prompt: str, bench: Workbench) -> str:
-    """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's."""
-    import re
+    """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's.
 
+    Warns where the prompt names the concept without its token.
+    """
+    import re
+    import warnings
+
+    from ..data.parse import TextFix
+
+    if bench.concept is not None and bench.concept.sks not in prompt:
+        name = bench.concept.name
+        meant = TextFix(name).strange(prompt) or re.search(
+            rf"(?<![\w<]){re.escape(name)}(?![\w>])", prompt, re.IGNORECASE
+        )
+        if meant:
+            warnings.warn(f"{prompt!r} holds no {bench.concept.sks}: did you mean {bench.concept.sks}?", stacklevel=2)
     known = set(bench.concept.tokens) if bench.concept is not None else set()
     strange = [token for token in re.findall(r"<[^<>|\s]+>", prompt) if token not in known]
     if strange:
@@ -136,7 +149,7 @@ def save_pictures(pixels: Tensor, out: Path, caption: str) -> list[Path]:
 
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Argument(help='What to draw, as in "A photo of <bo> on the beach."')],
+    prompt: Annotated[str, typer.Argument(help='What to draw, as in "A photo of `<bo>` on the beach."')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many pictures.")] = 1,
     out: Annotated[
@@ -208,7 +221,7 @@ def generate(
 def understand(
     run: RunArgument,
     image: Annotated[Path, typer.Argument(help="A picture file.")],
-    question: Annotated[str, typer.Argument(help='As in "What colour is <bo>?"')],
+    question: Annotated[str, typer.Argument(help='As in "What colour is `<bo>`?"')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many answers to sample.")] = 1,
     name: NameOption = None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
+import io
 import re
 import shlex
 import sys
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_LOOKALIKE = "pyunictokens.lookalike"
+_ASCII = {"→": "->", "−": "-", "–": "-", "×": "x", "…": "...", "≥": ">=", "≤": "<=", "≈": "~", "·": "*", "±": "+-"}
+_ASCII |= {"⟨": "<", "⟩": ">", "“": '"', "”": '"', "‘": "'", "’": "'", "━": "-", "─": "-", "╸": "-", "╺": "-", "•": "*"}
+
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
 ModelOption = Annotated[
@@ -38,6 +44,10 @@ TokenizerOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust", help="Let the settings of this run or --config import code and ask servers for rewards."),
+]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", metavar="FILE.yaml")]
 ProfileOption = Annotated[
     Path | None,
@@ -54,6 +64,25 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+def print_anything() -> None:
+    """From here on printing never ends a command: what the terminal's encoding lacks is written in signs it has.
+
+    An arrow becomes `->`, a minus `-`; letters become their escape (`\\xfc`), so that two names stay two names.
+    """
+    codecs.register_error(_LOOKALIKE, _lookalike)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_LOOKALIKE)
+
+
+def _lookalike(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    said = "".join(_ASCII.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in text)
+    return said, error.end
 
 
 def command(*words: object) -> str:

@@ -19,6 +19,7 @@ from .shell import (
     OverridesArgument,
     ProfileOption,
     TokenizerOption,
+    TrustOption,
     VqOption,
     command,
     console,
@@ -72,10 +73,11 @@ def train(
         typer.Option(
             "--rewards",
             metavar="FILE.yaml",
-            help="Reward experts (docs/rewards.md), tcp://HOST:PORT of served ones, or MODULE:FUNCTION that takes a "
+            help="Reward models (docs/rewards.md), http://HOST:PORT of served ones, or MODULE:FUNCTION that takes a "
             "device and returns them.",
         ),
     ] = None,
+    trust: TrustOption = False,
     preset: Annotated[
         Preset | None,
         typer.Option(
@@ -156,6 +158,7 @@ def train(
             "--seed": seed,
         }
         arguments = [text for key, value in given.items() if value is not None for text in (key, str(value))]
+        arguments += ["--trust"] if trust else []
         arguments += [] if grpo else ["--no-grpo"]
         arguments += [] if evaluate else ["--no-evaluate"]
         return train_many(
@@ -189,6 +192,7 @@ def train(
             resume,
             evaluate,
             rewards,
+            trust,
             preset,
             Sources(model, vq, tokenizer),
             config,
@@ -210,6 +214,7 @@ def _train_one(
     resume: bool,
     evaluate: bool,
     rewards: str | None,
+    trust: bool,
     preset: Preset | None,
     sources: Sources,
     config: Path | None,
@@ -222,7 +227,7 @@ def _train_one(
 
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
-    from ..runs.bundle import Sources, load_experts, open_workbench, read_rewards
+    from ..runs.bundle import Sources, choose_rewards, load_experts, open_workbench
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
@@ -239,7 +244,6 @@ def _train_one(
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
     concept = load_concept(root, name)
     sources = Sources.choose(sources, origin)
-    chosen = read_rewards(rewards or origin.rewards)
     base = preset.value if preset else origin.preset or ("toy" if sources.is_toy else "paper")
     settings = RunConfig.make(base, values, str(config), words, seed)
     if stages is Stages.joint:
@@ -250,7 +254,8 @@ def _train_one(
     if ranks.attempt and (out / CONFIG).is_file():
         resume = True  # torchrun starts anew what it has started before
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
-    experts = load_experts(sources, ranks.device, chosen)
+    chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
+    experts = load_experts(sources, ranks.device, chosen, trust=trusted)
     parts = Parts(begin, stages is not Stages.none, grpo, evaluate, resume=resume)
     if ranks.first:
         parts.check(out, experts)

@@ -334,7 +334,7 @@ class _Judge:
             batch = RewardBatch(
                 pixels, [plain_text(explicit, self.words)] * rows, answers, facts, correct, photos, self.concept.kind
             )
-            score = self.ensemble.score(batch)
+            score = self.ensemble.score(batch).require_finite()
             result["reward"] = score.total.tolist()
             result |= {name: part.tolist() for name, part in score.parts.items()}
         if self.reader is None or self.truth is None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.images import fit_within, read_picture
+from ..data.images import fit_within, read_image
 from ..models.showo.prompting import compound_prompt, first_sentence, text_only_question
 from ..utils.errors import UserError
 from .metrics import clean
@@ -180,7 +180,7 @@ class _Row:
         if item.task in DRAWING:
             drawings = self._draw(cell, item, seed, samples)
         else:
-            images = [] if item.image is None else [fit_within(read_picture(item.image), _SIDE)]
+            images = [] if item.image is None else [fit_within(read_image(item.image), _SIDE)]
             cell.answer = clean(self._ready().answer(images, item.text))
         cell.seconds = time.perf_counter() - begin
         Cells.write(cell, drawings)
@@ -239,7 +239,7 @@ def _usable(subject: Subject) -> Subject:
     good = []
     for path in subject.photos:
         try:
-            read_picture(path, at_least=32)
+            read_image(path, at_least=32)
         except UserError as error:
             subject.notes.append(f"a reference photo is left out: {error}")
         else:

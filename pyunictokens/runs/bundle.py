@@ -5,7 +5,6 @@ Also finds the reward experts that go with them.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -142,22 +141,27 @@ class Experts:
     """Where a person's tokens start from."""
 
 
-def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | None = None) -> Experts | None:
-    """The toy's experts for the toy; for other models those of `own`, or None.
+def load_experts(
+    sources: Sources, device: Any, own: str | Mapping[str, Any] | None = None, *, trust: bool = False
+) -> Experts | None:
+    """The toy's reward models for the toy; for other models those of `own`, or None.
 
-    own: the `rewards:` settings of docs/rewards.md, ``tcp://HOST:PORT`` of experts that are served (the toy is still
+    own: the `rewards:` settings of docs/rewards.md, ``http://HOST:PORT`` of served reward models (the toy is still
     measured with its own encoders), or ``module:function``. The function takes a device and returns an ensemble
-    (``score(batch)``), or anything with the fields of :class:`Experts`.
+    (``score(batch)``), or anything with the fields of :class:`Experts`. trust: whether `own` may name code
+    to import and servers to ask (:func:`choose_rewards` decides).
     """
     if isinstance(own, Mapping):
-        from ..rewards.registry import load_rewards
+        from ..rewards.load import load_rewards
 
-        rewards = load_rewards(own, device)
-        return Experts(rewards.ensemble, rewards.preview_scorer, face_embedding=rewards.face_embedding)
-    if own is not None and own.startswith("tcp://"):
-        from ..rewards.served.client import RemoteExperts
+        rewards = load_rewards(own, device, trust=trust)
+        return Experts(rewards, rewards.preview_scorer, face_embedding=rewards.face_embedding)
+    if own is not None and not trust:
+        raise UserError(f"rewards={own!r}: names code or a server, and is not trusted: pass trust=True")
+    if own is not None and own.startswith(("http://", "https://", "tcp://")):
+        from ..rewards.served.client import RemoteRewards
 
-        remote = RemoteExperts.open(own)
+        remote = RemoteRewards.open(own)
         measuring = load_experts(sources, device) or Experts(None)
         return replace(
             measuring,
@@ -166,16 +170,13 @@ def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | N
             face_embedding=remote.face_embedding,
         )
     if own is not None:
-        module_name, colon, name = own.partition(":")
-        if not colon or not name.isidentifier():
+        from ..rewards.load import imported
+
+        if not own.rpartition(":")[2].isidentifier() or ":" not in own:
             raise UserError(
-                f"rewards={own!r}: must be FILE.yaml, tcp://HOST:PORT, or MODULE:FUNCTION, as in my_rewards:load"
+                f"rewards={own!r}: must be FILE.yaml, http://HOST:PORT, or MODULE:FUNCTION, as in my_rewards:load"
             )
-        try:
-            function = getattr(importlib.import_module(module_name), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"rewards={own!r}: {error}") from error
-        made = function(device)
+        made = imported(own, "rewards", trust)(device)
         names = [part.name for part in fields(Experts)]
         if hasattr(made, "ensemble"):
             return Experts(**{part: getattr(made, part, None) for part in names})
@@ -190,7 +191,7 @@ def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | N
         toy.preview_scorer,
         toy.nets.image_text,
         toy.nets.reader,
-        lambda pixels: toy.nets.face(pixels)[1],
+        toy.ensemble.face_embedding,
     )
 
 
@@ -202,7 +203,33 @@ def read_rewards(given: str | Mapping[str, Any] | None) -> str | Mapping[str, An
     if isinstance(given, str) and given.endswith((".yaml", ".yml")):
         values = load_yaml(given)
         found = values.get("rewards", values)
-        if not isinstance(found, Mapping) or "experts" not in found:
-            raise UserError(f"{given}: holds no experts: give rewards: {{experts: …}}, see docs/rewards.md")
+        if not isinstance(found, Mapping) or not {"models", "experts"} & set(found):
+            raise UserError(f"{given}: holds no reward models: give rewards: {{models: …}}, see docs/rewards.md")
         given = found
     return cast("Mapping[str, Any]", settled(given)) if isinstance(given, Mapping) else given
+
+
+def choose_rewards(
+    given: str | None, stored: Any, folder: str | os.PathLike[str], *, trust: bool = False
+) -> tuple[str | Mapping[str, Any] | None, bool]:
+    """(the rewards of a command, whether they may name code and servers): those `given` to it, else those `stored`.
+
+    What was given on the command line is trusted. What a folder's settings hold is data: where it names code to import
+    or a server to ask, it is taken with `trust`, or where the same settings of this folder were trusted before. Raises
+    UserError that names what would be run.
+    """
+    from ..rewards.load import reaches_out
+    from ..utils.trust import remember, trusted
+
+    chosen = read_rewards(given if given is not None else stored)
+    named = reaches_out(chosen)
+    if not named:
+        return chosen, False
+    if given is not None or trust:
+        remember(folder, chosen)
+    elif not trusted(folder, chosen):
+        raise UserError(
+            f"{folder}: its settings name {', '.join(named)} as rewards, which would run code or send images to a "
+            "server: if you know where they come from, say --trust; or name rewards yourself with --rewards"
+        )
+    return chosen, True

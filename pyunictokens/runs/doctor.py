@@ -12,11 +12,14 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..rewards.weights import WeightStatus
 
 REQUIRED = (
     "torch",
@@ -282,17 +285,17 @@ def render(report: dict[str, Any], console: Console) -> None:
         console.print("The essential parts work.")
 
 
-def render_weights(findings: list[dict[str, Any]], console: Console) -> None:
-    """Write what `rewards.weights.status` found."""
+def render_weights(findings: Sequence[WeightStatus], console: Console) -> None:
+    """Write what `rewards.registry.weight_status` found."""
     for finding in findings:
-        mark = "[green]here[/green]" if finding["ok"] else "[red]missing[/red]"
-        console.print(f"[bold]{finding['expert']}[/bold]  {_plain(finding['network'])}: {mark}")
-        places = finding["found"] or " and ".join(finding["looked_in"])
-        console.print(f"  {'found in' if finding['found'] else 'looked in'} {_plain(places)}")
-        if finding["missing"]:
-            console.print(f"  wants {_plain(', '.join(finding['missing']))} from {_plain(finding['source'])}")
-            console.print(f"  {_plain(finding['get'])}", soft_wrap=True)
-        console.print(f"  licence: {_plain(finding['licence'])}")
+        mark = "[green]here[/green]" if finding.ok else "[red]missing[/red]"
+        console.print(f"[bold]{_plain(finding.name)}[/bold]  {_plain(finding.network)}: {mark}")
+        places = finding.found or " and ".join(finding.looked_in)
+        console.print(f"  {'found in' if finding.found else 'looked in'} {_plain(places)}")
+        if finding.missing:
+            console.print(f"  wants {_plain(', '.join(finding.missing))} from {_plain(finding.source)}")
+            console.print(f"  {_plain(finding.get)}", soft_wrap=True)
+        console.print(f"  licence: {_plain(finding.licence)}")
 
 
 def _plain(text: str) -> str:

@@ -81,7 +81,7 @@ def run_grpo(
     stop: Stop = never,
     ranks: Ranks | None = None,
 ) -> RunResult:
-    """Improve `model` on `tasks` by `rewards`; `train_grpo` and `reinforce` (reinforcement.py) say what the arguments are.
+    """Improve `model` on `tasks` by `rewards`. The other arguments are told by `train_grpo` (reinforcement.py).
 
     Raises:
         UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a

@@ -136,8 +136,9 @@ def reinforce(
         model: a bundle with .model, .vq and .tokenizer, as `load_toy()` gives.
         prompts: texts; dicts with the key "prompt", whose other keys are columns; a .txt or .jsonl file of these; or a
             `datasets.Dataset` (`data/prompts.py`).
-        reward_funcs: a function ``f(prompts=[...], images=[R, 3, H, W] in [-1, 1], **columns) -> list[float]``, a reward
-            model (``score(batch) -> Tensor [R]``), an `Ensemble`, or several functions and models as a list or by name.
+        reward_funcs: a function ``f(prompts=[...], images=[R, 3, H, W] in [-1, 1], **columns) -> list[float]``, a
+            reward model (``score(batch) -> Tensor [R]``), an `Ensemble`, or several functions and models as a list or
+            by name.
         config: by default `GrpoConfig(trainable="lora")`. Settings of answers have no effect.
         weights: of several reward functions, as a list or by name; 1 each by default.
         out_dir, preview_scorer, resume, progress, stop, ranks: as in `train_grpo`.

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,6 +142,27 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: JSON nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise UserError(f"{path}: not usable JSON: {error}") from None
+
+
+def spelled(path: Path) -> Path:
+    """`path` with its names as they are spelled on disk, where it is there under one other spelling alone.
+
+    Upper and lower case and the way accents are composed do not count: systems differ in that, and folders travel.
+    `path` itself where it exists, and where nothing or more than one thing fits.
+    """
+    if os.path.lexists(path) or path.parent == path:
+        return path
+    folder = spelled(path.parent)
+    try:
+        fits = [name for name in os.listdir(folder) if loose(name) == loose(path.name)]
+    except (OSError, ValueError):
+        return path
+    return folder / fits[0] if len(fits) == 1 else path
+
+
+def loose(name: str) -> str:
+    """`name` as names are compared where case and the way accents are composed do not count."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

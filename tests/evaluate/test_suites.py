@@ -249,3 +249,63 @@ def test_items_are_told_apart_by_what_they_ask() -> None:
     assert len(subject.of("vqa")) == 1
     with pytest.raises(UserError, match="task='draw'"):
         Item("draw", "x")
+
+
+# --- shapes that people have ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "asked"),
+    [
+        ([{"image": "x/0.png", "Human": "Is it red?", "AI": "Yes."}], 1),
+        ({"x/0.png": None}, 0),
+        (None, 0),
+        ([], 0),
+    ],
+)
+def test_mcllava_questions_as_a_list_or_none(mcllava: Path, content: Any, asked: int) -> None:
+    put(mcllava / "two_concept/concept/test/Anna/vqa.json", content)
+    assert len(open_suite(f"mcllava:{mcllava}").subject("Anna").of("vqa")) == asked
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("vqa.json", ["0.png"], r"vqa\.json\[0\]: must be an object \{image, question\}, is text '0\.png'"),
+        ("vqa.json", {"0.png": ["Is it red?"]}, r"0\.png: must be an object \{Human, AI\}, is text 'Is it red\?'"),
+        ("vqa.json", {"0.png": 3}, r"vqa\.json: 0\.png: must be a list of questions, is a number 3"),
+        ("qa.json", ["Who?"], r"qa\.json\[0\]: must be an object \{question, answer\}, is text 'Who\?'"),
+        ("qa.json", "Who?", r"qa\.json: must be a list of questions, is text 'Who\?'"),
+    ],
+)
+def test_mcllava_names_what_is_no_question(mcllava: Path, file: str, content: Any, message: str) -> None:
+    put(mcllava / "two_concept/concept/test/Anna" / file, content)
+    with pytest.raises(UserError, match=message):
+        open_suite(f"mcllava:{mcllava}").subject("Anna")
+
+
+def test_yollava_entries_as_a_list_or_none(yollava: Path) -> None:
+    question = {"question": "Is <sks> red?", "options": {"A": "yes", "B": "no"}, "correct_answer": "A"}
+    put(yollava / "yollava-visual-qa.json", {"bo": [{"image": "x/9.png", **question}], "mug": None})
+    put(yollava / "yollava-text-qa.json", {"bo": None})
+    put(yollava / "classes.json", {"bo": None})
+    subject = open_suite(f"yollava:{yollava}").subject("bo")
+    assert [item.truth for item in subject.of("vqa")] == ["yes"] and not subject.of("qa")
+    assert subject.class_word == "subject"
+    for content in ({"bo": ["x"]}, {"bo": {"9.png": "x"}}, {"bo": 3}, ["x"]):
+        put(yollava / "yollava-visual-qa.json", content)
+        with pytest.raises(UserError, match=r"yollava-visual-qa\.json.* must be an? "):
+            open_suite(f"yollava:{yollava}").subject("bo")
+
+
+@pytest.mark.parametrize("layout", ["yollava", "unify"])
+def test_one_folder_that_cannot_be_a_concept_does_not_stop_a_suite(
+    request: pytest.FixtureRequest, toy: Path, layout: str, tmp_path: Path
+) -> None:
+    root = request.getfixturevalue("yollava") if layout == "yollava" else write_toy_concept(tmp_path, seed=3)
+    home = root / "train" if layout == "yollava" else root / "concept" / "train"
+    before = open_suite(f"{layout}:{root}").names
+    pictures(home / "sks", "0.png")
+    pictures(home / "@eaDir", "0.png")
+    with pytest.warns(UserWarning, match="'sks'.*left out"):
+        assert open_suite(f"{layout}:{root}").names == before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ...data.images import fit_within, read_picture
+from ...data.images import fit_within, read_image
 from ...rewards.base import plain_text
 from ..subject import Subject
 
@@ -48,4 +48,4 @@ def described(subject: Subject, prompt: str) -> str:
 
 def photos(subject: Subject, number: int, side: int = 1024) -> list[Image]:
     """The first `number` reference photos, upright RGB, no longer than `side`."""
-    return [fit_within(read_picture(path), side) for path in subject.photos[:number]]
+    return [fit_within(read_image(path), side) for path in subject.photos[:number]]

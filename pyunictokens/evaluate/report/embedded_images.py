@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...data.images import fit_within, read_picture
+from ...data.images import fit_within, read_image
 
 _TILE, _SHEET = 256, 1400  # longest sides on the page: of one drawing, of a whole grid
 _PNG_UP_TO = 160  # drawings of the toy stay crisp as PNG and small; photos are smaller as JPEG
@@ -27,7 +27,7 @@ def each(drawings: Tensor) -> list[str]:
 
 def file_uri(path: str | os.PathLike[str]) -> str:
     """A picture file, shrunk where it is larger than a page shows. Raises UserError when it cannot be read."""
-    return _uri(fit_within(read_picture(path), _SHEET))
+    return _uri(fit_within(read_image(path), _SHEET))
 
 
 def png_uri(data: bytes) -> str:

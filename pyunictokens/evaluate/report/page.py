@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...rewards.registry import labels
 from ...utils.files import read_json, write_bytes_atomic, write_text_atomic
 from . import embedded_images as pictures
 from . import plots
@@ -23,10 +24,7 @@ from .summary import HEADLINE, outcome, verdict
 TABLE: dict[str, dict[str, str]] = {
     "Reward of drawings of held-out facts": {
         "reasoning_generation.reward": "Total",
-        "reasoning_generation.tier": "TIER, the answer",
-        "reasoning_generation.ber": "BER, the prompt",
-        "reasoning_generation.der": "DER, the subject",
-        "reasoning_generation.fer": "FER, the face",
+        **{f"reasoning_generation.{name}": label.replace(": ", ", ") for name, label in labels().items()},
     },
     "All drawings": {
         "drawings.attributes": "Attribute accuracy",
@@ -242,7 +240,7 @@ def _curves(files: RunFiles) -> dict[str, tuple[str, Callable[[plots.Theme], byt
     reward = "Each dot is the mean reward of one group; the band is the spread inside it, all that is learned from."
     return {
         "reward": (reward, lambda theme: plots.reward(rows, theme)),
-        "experts": ("The experts apart, unweighted.", lambda theme: plots.experts(rows, theme)),
+        "experts": ("The reward models apart, unweighted.", lambda theme: plots.experts(rows, theme)),
         "policy": ("How far and how fast the policy moved.", lambda theme: plots.policy(rows, theme)),
     }
 

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Rows = Sequence[Mapping[str, Any]]
+from ...rewards.registry import labels
 
-EXPERTS = {"tier": "TIER: the answer", "ber": "BER: the prompt", "der": "DER: the subject", "fer": "FER: the face"}
-"""What each expert looks at, in a word."""
+Rows = Sequence[Mapping[str, Any]]
 
 _MODES = {"text_only": "text-only step", "visual": "visual step"}
 
@@ -95,9 +94,10 @@ def reward(rows: Rows, theme: Theme) -> bytes:
 
 
 def experts(rows: Rows, theme: Theme) -> bytes:
-    """Each expert's mean with the spread inside the group."""
-    names = [name for name in EXPERTS if any(map(math.isfinite, numbers(rows, "parts", name)))]
-    names += sorted({name for row in rows for name in row.get("parts") or {}} - set(EXPERTS))
+    """Each reward model's mean with the spread inside the group."""
+    known = labels()
+    names = [name for name in known if any(map(math.isfinite, numbers(rows, "parts", name)))]
+    names += sorted({name for row in rows for name in row.get("parts") or {}} - set(known))
     figure, axes = _figure(max(1, len(names)), theme, height=2.6)
     steps = numbers(rows, "step")
     for axis, name, colour in zip(axes, names, (theme.lines * len(names)), strict=False):
@@ -105,7 +105,7 @@ def experts(rows: Rows, theme: Theme) -> bytes:
         _band(axis, steps, mean, numbers(rows, "parts_std", name), colour)
         axis.plot(steps, mean, color=colour, linewidth=0.8, alpha=0.6)
         _average(axis, steps, mean, colour)
-        _title(axis, theme, EXPERTS.get(name, name))
+        _title(axis, theme, known.get(name, name))
     return _png(figure)
 
 
