@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -83,7 +84,10 @@ def reinforce(
     settings = replace(PRESETS["toy" if sources.is_toy else "paper"].grpo, trainable="lora")
     if config is not None:
         values = load_yaml(config)
-        settings = from_mapping(GrpoConfig, values.get("grpo", values), base=settings, origin=str(config))
+        section = values.get("grpo", values)
+        if not isinstance(section, Mapping):
+            raise UserError(f"{config}: grpo: must be a table of settings")
+        settings = from_mapping(GrpoConfig, section, base=settings, origin=str(config))
     words = [*([f"seed={seed}"] if seed is not None else []), *(overrides or [])]
     settings = with_overrides(settings, [word.removeprefix("grpo.") for word in words])
     with Ranks.open(device) as ranks:
