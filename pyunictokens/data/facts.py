@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.text import read_text
 from .parse import Ledger, TextFix, kind_of, show, text_of
 
@@ -111,7 +111,8 @@ prompts:
 
 
 def _load(path: Path) -> object:
-    import yaml
+    with needs("data"):
+        import yaml
 
     try:
         # BaseLoader leaves every value the text it is: `answer: yes` stays a word, `0123` keeps its zero.

@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from PIL import features
+from ..utils.errors import needs
+
+with needs("data"):
+    from PIL import features
+
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _EXTRA = {

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import refuse_lfs_pointer, write_bytes_atomic
 from .formats import can_read, image_format, missing_decoder, readable
+
+with needs("data"):
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PIXEL_LIMIT = 120_000_000
 """Largest image that is decoded, in pixels; a file of a few kilobytes can claim a thousand times that."""

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import loose, read_json, spelled, write_bytes_atomic, write_json
 from . import wording
 from .check import SMALLEST_SIDE, check_folder
@@ -28,6 +27,9 @@ from .folder import load_concept
 from .image_files import is_file, list_images, look_into, natural_key
 from .images import read_image, save_image, shrink
 from .parse import ERROR, parts_of
+
+with needs("data"):
+    from PIL import Image, ImageDraw, ImageFilter
 
 SHORTER_SIDE = 640
 """Longest shorter side of a stored photo: models of 512×512 cut their square out of it and never enlarge."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 
 PUBLISHED_WEIGHTS = (0.7, 0.3)
 """Weights of single characters and pairs in the published evaluation's BLEU."""
@@ -91,14 +91,16 @@ def word_bleu(reference: str, candidate: str) -> float:
 
 @lru_cache
 def _ngrams(longest: int) -> Any:
-    from sacrebleu.metrics.bleu import BLEU
+    with needs("evaluate"):
+        from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(tokenize="none", max_ngram_order=longest, smooth_method="none", effective_order=True)
 
 
 @lru_cache
 def _sentence_bleu() -> Any:
-    from sacrebleu.metrics.bleu import BLEU
+    with needs("evaluate"):
+        from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(effective_order=True)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_json
 
 FORMAT = 1
@@ -170,7 +170,8 @@ def to_bytes(pixels: Tensor) -> Tensor:
 
 def write_strip(drawings: Tensor, file: Path) -> None:
     """Write uint8 [S, 3, H, W] side by side into one PNG, whole or not at all."""
-    from PIL import Image
+    with needs("evaluate"):
+        from PIL import Image
 
     from ..data.images import save_image
 
@@ -179,7 +180,8 @@ def write_strip(drawings: Tensor, file: Path) -> None:
 
 def read_strip(file: Path, count: int) -> Tensor:
     """The `count` drawings that :func:`write_strip` wrote, uint8 [count, 3, H, W]. Raises UserError naming the file."""
-    from PIL import Image, UnidentifiedImageError
+    with needs("evaluate"):
+        from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file) as image:

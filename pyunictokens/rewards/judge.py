@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import write_json
 from .base import RewardBatch, check_pixels
 from .endpoint import Counters, Endpoint, EndpointConfig, EndpointError
@@ -212,7 +212,8 @@ def parse_score(text: str, low: float, high: float) -> tuple[float, str]:
 
 def data_url(pixels: Tensor, longest: int = 768) -> str:
     """A picture [3, H, W] in [-1, 1] as a data URL (PNG), made smaller to `longest` pixels where it is larger."""
-    from PIL import Image
+    with needs("judge"):
+        from PIL import Image
 
     if not isinstance(pixels, Tensor) or pixels.ndim != 3:
         found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.errors import needs
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,7 +41,7 @@ REQUIRED = (
     "tensorboard",
     "sacrebleu",
 )
-"""Distributions that pyproject.toml asks for."""
+"""What the package and its extra `cli` need: every command on the toy model."""
 
 OPTIONAL = {
     "triton": ("", "Triton kernels on a GPU; comes with torch on Linux"),
@@ -49,7 +51,6 @@ OPTIONAL = {
     "openai": ("judge", "the remote judge"),
     "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),
-    "nvtx": ("profile", "named ranges in GPU profiles"),
     "flash-attn": ("flash", "another attention kernel"),
     "gradio": ("web", "a page in the browser"),
     "pytest": ("dev", "the test suite"),
@@ -233,7 +234,8 @@ def _problems(report: dict[str, Any]) -> list[dict[str, str]]:
 
 def render(report: dict[str, Any], console: Console) -> None:
     """Write the findings as tables."""
-    from rich.table import Table
+    with needs("cli"):
+        from rich.table import Table
 
     cpu, gpu, core = report["cpu"], report["gpu"], report["core"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -300,6 +302,7 @@ def render_weights(findings: Sequence[WeightStatus], console: Console) -> None:
 
 def _plain(text: str) -> str:
     """`text` with its square brackets kept from rich's markup."""
-    from rich.markup import escape
+    with needs("cli"):
+        from rich.markup import escape
 
     return escape(text)

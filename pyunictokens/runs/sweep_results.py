@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..evaluate.result import Metric, bootstrap
+from ..utils.errors import needs
 from ..utils.files import read_json, write_json, write_text_atomic
 from .demo import HEADLINES
 from .sweep import Status
@@ -129,7 +130,8 @@ def _page(rows: Sequence[Row]) -> str:
 
 @functools.cache
 def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+    with needs("evaluate"):
+        from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config.settings import from_mapping
 from ..config.training import LoraConfig
 from ..models import ConceptTokens, Showo
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
 
@@ -193,8 +193,11 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
 
 def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
     """Put fresh float32 adapters on the transformer's linear layers; returns the adapted layers."""
-    from peft import inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    with needs("train"):
+        from peft import inject_adapter_in_model
+
+        with needs("train"):
+            from peft.tuners.tuners_utils import BaseTunerLayer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -208,7 +211,8 @@ def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[BaseTunerL
 
 
 def _peft_config(config: LoraConfig) -> PeftLora:
-    from peft import LoraConfig as PeftLora
+    with needs("train"):
+        from peft import LoraConfig as PeftLora
 
     made = PeftLora(r=config.rank, target_modules=list(config.targets))
     made.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
@@ -244,7 +248,8 @@ def _read_adapter(folder: Path, about: Mapping[str, Any]) -> tuple[LoraConfig, d
 
 
 def _merge_adapters(model: Showo) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    with needs("train"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

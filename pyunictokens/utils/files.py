@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, needs
 from .text import read_text
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def save_safetensors_atomic(
 
     The file carries the checksum of its tensors, which :func:`verify_safetensors` holds it against.
     """
-    from safetensors.torch import save
+    with needs("train"):
+        from safetensors.torch import save
 
     flat = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     write_bytes_atomic(path, save(flat, metadata={**(metadata or {}), _CHECKSUM: tensors_checksum(flat)}))
@@ -87,7 +88,8 @@ def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def verify_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise UserError where the file carries a checksum and `tensors`, read from it, do not have it."""
-    from safetensors import safe_open
+    with needs("train"):
+        from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         wanted = (file.metadata() or {}).get(_CHECKSUM)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError, require
+from .errors import UserError, needs, require
 from .text import read_text
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def read_yaml(path: str | os.PathLike[str], largest: int = LARGEST) -> object:
 def parse_yaml(text: str, origin: str, hint: str = "") -> object:
     """:func:`read_yaml` of a text; `origin` opens each error."""
     require("yaml", "train")
-    import yaml
+    with needs("train"):
+        import yaml
 
     try:
         return _build(yaml.parse(text, Loader=yaml.SafeLoader), origin)
@@ -89,7 +90,8 @@ def parse_yaml(text: str, origin: str, hint: str = "") -> object:
 def dump_yaml(value: object) -> str:
     """A tree as YAML, keys in their order; :class:`Plain` is written as it stood, other text so that it stays text."""
     require("yaml", "train")
-    import yaml
+    with needs("train"):
+        import yaml
 
     class Dumper(yaml.SafeDumper):
         def ignore_aliases(self, data: object) -> bool:
@@ -126,7 +128,8 @@ class _Open:
 
 def _build(events: Iterable[yaml.Event], origin: str) -> object:
     """The tree of a stream of events, without recursion: a file decides neither our stack nor our memory."""
-    import yaml
+    with needs("train"):
+        import yaml
 
     stack: list[_Open] = []
     anchors: dict[str, tuple[object, int]] = {}

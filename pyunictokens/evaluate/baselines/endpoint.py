@@ -20,7 +20,7 @@ from torch import Tensor
 from ...data.images import fit_within, from_pil, square
 from ...rewards.endpoint import Endpoint, EndpointConfig, EndpointError
 from ...rewards.judge import data_url
-from ...utils.errors import UserError, require
+from ...utils.errors import UserError, needs, require
 from ..model import Unsupported
 from ..subject import Subject
 from .prompts import described, photos, told
@@ -101,7 +101,8 @@ class Remote:
 
 
 def _decoded(picture: str) -> Image:
-    from PIL import Image, UnidentifiedImageError
+    with needs("evaluate"):
+        from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(base64.b64decode(picture, validate=True))) as image:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...utils.errors import UserError
+from ...utils.errors import UserError, needs
 from ..model import Nothing
 from ..subject import Subject
 from .prompts import photos, told
@@ -24,7 +24,8 @@ class Backbone:
     """The checkpoint, loaded once and shared by all concepts."""
 
     def __init__(self, path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        with needs("evaluate"):
+            from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.path, self.device = path, torch.device(device)
         try:

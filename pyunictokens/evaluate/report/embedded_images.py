@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ...data.images import fit_within, read_image
+from ...utils.errors import needs
 
 _TILE, _SHEET = 256, 1400  # longest sides on the page: of one drawing, of a whole grid
 _PNG_UP_TO = 160  # drawings of the toy stay crisp as PNG and small; photos are smaller as JPEG
@@ -20,7 +21,8 @@ _PNG_UP_TO = 160  # drawings of the toy stay crisp as PNG and small; photos are 
 
 def each(drawings: Tensor) -> list[str]:
     """A data URI for each of uint8 [S, 3, H, W]."""
-    from PIL import Image
+    with needs("evaluate"):
+        from PIL import Image
 
     return [_uri(fit_within(Image.fromarray(one.permute(1, 2, 0).contiguous().numpy()), _TILE)) for one in drawings]
 
@@ -37,7 +39,8 @@ def png_uri(data: bytes) -> str:
 
 def on_white(data: bytes) -> bytes:
     """A transparent PNG laid on white, for viewers with a dark background."""
-    from PIL import Image
+    with needs("evaluate"):
+        from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
         sheet = Image.new("RGBA", image.size, "white")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.images import load_pixels
-from ...utils.errors import UserError
+from ...utils.errors import UserError, needs
 from ...utils.files import write_text_atomic
 from ..result import to_bytes
 from ..sample_cache import Cell
@@ -38,7 +38,8 @@ def write_gallery(
 
     subjects: concepts by name, whose photos are then shown on the pages.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    with needs("evaluate"):
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = Path(folder)
     prompts: dict[tuple[str, str, str], list[Cell]] = {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...rewards.registry import labels
+from ...utils.errors import needs
 from ...utils.files import read_json, write_bytes_atomic, write_text_atomic
 from . import embedded_images as pictures
 from . import plots
@@ -66,7 +67,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
     Raises UserError when there is nothing to report, or a file of the run cannot be read.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    with needs("evaluate"):
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     files = read_run(run_dir)
     environment = Environment(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...rewards.registry import labels
+from ...utils.errors import needs
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -143,8 +144,11 @@ def dsog(rows: Rows, theme: Theme, target: float | None = None) -> bytes:
 
 
 def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("evaluate"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        with needs("evaluate"):
+            from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...models import ConceptTokens, Showo, TextTokenizer
-from ...utils.errors import UserError
+from ...utils.errors import UserError, needs
 
 FaceEmbedding = Callable[[Tensor], Tensor]
 """Pixels [M, 3, H, W] in [-1, 1] → face embeddings [M, E] or [E]."""
@@ -42,7 +42,8 @@ def from_codes(concept: ConceptTokens, model: Showo, codes: Tensor, group: str, 
 
 def kmeans(points: Tensor, count: int, seed: int) -> Tensor:
     """`count` centres [count, D] of points [P, D]; where there are fewer distinct points, some centres are the same."""
-    from sklearn.cluster import KMeans
+    with needs("train"):
+        from sklearn.cluster import KMeans
 
     if count == 0:
         return points.new_empty(0, points.shape[1])
