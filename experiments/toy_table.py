@@ -48,10 +48,10 @@ def block(content: dict[str, Any]) -> str:
         return "–" if metric is None else f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 
     lines = [["", *models], ["---"] * (len(models) + 1)]
-    lines += [[f"{c.group} {c.label}", *(cell(model, c.key) for model in models)] for c in TABLE_1]
+    lines += [[f"{c.heading} {c.label}", *(cell(model, c.key) for model in models)] for c in TABLE_1]
     asked = content["settings"]
     about = (
-        f"The result of this command ({asked['samples']} drawings a prompt, {asked['limit']} items a task at most, so "
+        f"The result of this command ({asked['samples']} images a prompt, {asked['limit']} items a task at most, so "
         "the intervals are wide; trained for a moment only, and the toy never learned to read a squeezed photo):"
     )
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)

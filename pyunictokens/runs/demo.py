@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..data.folder import load_concept
 from ..evaluate.result import EvalResult
+from ..evaluate.tasks import label
 from ..toy.concept import write_toy_concept
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
@@ -24,18 +25,21 @@ from .run_dir import CONFIG, RunConfig
 NAME = "bo"
 
 HEADLINES = {
-    "reasoning_generation.reward": "mean ensemble reward, held-out prompts",
-    "reasoning_generation.attributes": "attributes right, held-out prompts",
-    "pure.attributes": "attributes right, short prompts",
-    "pure.subject": "attributes of the subject right, short prompts",
-    "pure.clip_i": "CLIP-I, likeness to the photos",
-    "pure.clip_t": "CLIP-T, likeness to the prompt",
-    "reasoning.accuracy": "fact chosen rightly",
-    "vqa.accuracy": "questions about pictures right",
-    "qa.accuracy": "questions without a picture right",
-    "recognition.weight": "recognition weight",
+    key: label(key)
+    for key in (
+        "reasoning_generation.reward",
+        "reasoning_generation.attributes",
+        "pure.attributes",
+        "pure.subject",
+        "pure.clip_i",
+        "pure.clip_t",
+        "reasoning.accuracy",
+        "vqa.accuracy",
+        "qa.accuracy",
+        "recognition.weight",
+    )
 }
-"""Measures shown after a demo, where they were taken."""
+"""Measures shown after a demo, where they were taken, with the label that the report gives them."""
 
 
 def run_demo(

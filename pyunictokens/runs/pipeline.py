@@ -9,12 +9,13 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ..config.settings import to_mapping
 from ..data.concept import Concept
 from ..evaluate.result import EvalResult
 from ..models.concept_tokens import ConceptTokens
+from ..utils import fingerprint
 from ..utils.files import folder_lock, read_json, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
@@ -24,7 +25,6 @@ from .run_dir import CONCEPT, EXPERTS, MEASURED, STAGES, EvaluationConfig, write
 
 if TYPE_CHECKING:
     from ..config.training import GrpoConfig
-    from ..evaluate.benchmark import Engine
 
 
 @dataclass
@@ -108,12 +108,12 @@ def measure(
     """UnifyBench++ of the model as it is, on the held-out half of the concept's folder."""
     from ..evaluate.benchmark import SPLITS, unifybench
 
-    def step(split: str, done: int, wanted: int) -> None:
-        progress(f"{name}: {split.replace('_', ' ')}", done, wanted)
+    def step(task: str, done: int, wanted: int) -> None:
+        progress(f"{name}: {task.replace('_', ' ')}", done, wanted)
 
     rewards = rewards or Experts(None)
     return unifybench(
-        cast("Engine", bundle.engine()),  # evaluate asks for less than the engine's full signature
+        bundle.engine(),
         concept,
         bundle.concept,
         image_text=rewards.image_text,
@@ -234,12 +234,10 @@ class _Run:
 
     def _subject(self) -> dict[str, object]:
         """What an evaluation is of: weights and rows by fingerprint, and its settings. No clock has a part in it."""
-        from ..train.checkpoint.run_state import fingerprint
-
         rows = self.bundle.concept
         return {
-            "weights": fingerprint(self.bundle.model.state_dict()),
-            "concept": fingerprint(dict(rows.named_parameters())) if rows is not None else None,
+            "weights": fingerprint.of_tensors(self.bundle.model.state_dict()),
+            "concept": fingerprint.of_tensors(dict(rows.named_parameters())) if rows is not None else None,
             "settings": to_mapping(self.context.settings.evaluation),
         }
 

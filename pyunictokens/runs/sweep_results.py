@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..evaluate.result import Metric, bootstrap
+from ..evaluate.result import Metric, bootstrap, read_means
 from ..utils.errors import needs
 from ..utils.files import read_json, write_json, write_text_atomic
 from .demo import HEADLINES
@@ -49,10 +49,10 @@ def _row(runs: Path, name: str) -> Row:
         row.kind = str(read_json(about).get("kind", "")) if about.exists() else ""
         for part in PARTS:
             file = runs / name / f"{part}.json"
-            metrics = read_json(file)["metrics"] if file.exists() else {}
+            means = read_means(file) if file.exists() else {}
             for key in HEADLINES:
-                if key in metrics:
-                    mean = float(metrics[key]["mean"])
+                if key in means:
+                    mean = means[key]
                     if not math.isfinite(mean):
                         raise ValueError(f"{file}: {key} is {mean}")
                     row.means.setdefault(key, {})[part] = mean

@@ -25,8 +25,8 @@ from ..data.prompts import Prompt
 from ..models import ConceptTokens
 from ..models.showo import prompting
 from ..rewards.base import plain_text
+from ..utils import fingerprint
 from ..utils.errors import UserError
-from .checkpoint.run_state import fingerprint
 from .images import Pictures
 from .prompts import as_prompt
 
@@ -188,7 +188,7 @@ class ConceptTasks:
         return {
             "concept": self.tokens.name,
             "concept_tokens": self.tokens.num_tokens,
-            "starting_concept": fingerprint(dict(self.tokens.named_parameters())),
+            "starting_concept": fingerprint.of_tensors(dict(self.tokens.named_parameters())),
         }
 
 

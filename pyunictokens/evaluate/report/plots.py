@@ -9,12 +9,18 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...rewards.registry import labels
 from ...utils.errors import needs
+from ...utils.json import Json
 
-Rows = Sequence[Mapping[str, Any]]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Json]]
+
 
 _MODES = {"text_only": "text-only step", "visual": "visual step"}
 
@@ -38,11 +44,13 @@ def numbers(rows: Rows, *path: str) -> list[float]:
     """One value a row, NaN where it is missing or null; `path` leads into nested tables."""
     found = []
     for row in rows:
-        value: Any = row
+        value: Json = row
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-        found.append(float(value) if usable else math.nan)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append(float(value))
+        else:
+            found.append(math.nan)
     return found
 
 
@@ -94,11 +102,11 @@ def reward(rows: Rows, theme: Theme) -> bytes:
     return _png(figure)
 
 
-def experts(rows: Rows, theme: Theme) -> bytes:
+def rewards(rows: Rows, theme: Theme) -> bytes:
     """Each reward model's mean with the spread inside the group."""
     known = labels()
     names = [name for name in known if any(map(math.isfinite, numbers(rows, "parts", name)))]
-    names += sorted({name for row in rows for name in row.get("parts") or {}} - set(known))
+    names += sorted({name for row in rows for name in _parts(row)} - set(known))
     figure, axes = _figure(max(1, len(names)), theme, height=2.6)
     steps = numbers(rows, "step")
     for axis, name, colour in zip(axes, names, (theme.lines * len(names)), strict=False):
@@ -108,6 +116,11 @@ def experts(rows: Rows, theme: Theme) -> bytes:
         _average(axis, steps, mean, colour)
         _title(axis, theme, known.get(name, name))
     return _png(figure)
+
+
+def _parts(row: Mapping[str, Json]) -> list[str]:
+    parts = row.get("parts")
+    return list(parts) if isinstance(parts, Mapping) else []
 
 
 def policy(rows: Rows, theme: Theme) -> bytes:
@@ -143,12 +156,10 @@ def dsog(rows: Rows, theme: Theme, target: float | None = None) -> bytes:
     return _png(figure)
 
 
-def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
+def _figure(panels: int, theme: Theme, height: float) -> tuple[Figure, list[Axes]]:
     with needs("evaluate"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        with needs("evaluate"):
-            from matplotlib.figure import Figure
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -168,23 +179,23 @@ def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _title(axis: Any, theme: Theme, text: str) -> None:
+def _title(axis: Axes, theme: Theme, text: str) -> None:
     axis.set_title(text, loc="left", color=theme.ink, fontsize=9.5, fontweight="bold", pad=8)
 
 
-def _band(axis: Any, steps: Sequence[float], mean: Sequence[float], spread: Sequence[float], colour: str) -> None:
+def _band(axis: Axes, steps: Sequence[float], mean: Sequence[float], spread: Sequence[float], colour: str) -> None:
     low = [m - s for m, s in zip(mean, spread, strict=True)]
     high = [m + s for m, s in zip(mean, spread, strict=True)]
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0, label="spread in the group")
 
 
-def _average(axis: Any, steps: Sequence[float], values: Sequence[float], colour: str) -> None:
+def _average(axis: Axes, steps: Sequence[float], values: Sequence[float], colour: str) -> None:
     span = max(3, len(values) // 6)
     axis.plot(steps, smooth(values, span), color=colour, linewidth=2.2, label=f"average (span {span})", zorder=4)
 
 
 def _curve(
-    axis: Any, steps: Sequence[float], values: Sequence[float], colour: str, theme: Theme, *, noisy: bool
+    axis: Axes, steps: Sequence[float], values: Sequence[float], colour: str, theme: Theme, *, noisy: bool
 ) -> None:
     """Values as a line, or where they are noisy as dots with their moving average; a note where there are none."""
     if not any(map(math.isfinite, values)):
@@ -197,7 +208,7 @@ def _curve(
         axis.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=2.2)
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...utils.errors import UserError
-from ..subject import Item, Subject
+from ..tasks import Item, Subject
 from .files import (
     LETTERS,
     by_image,
@@ -46,8 +46,8 @@ def read(root: Path, name: str) -> Subject:
     if half is None:
         raise UserError(f"{root}: no concept {name!r} in {', '.join(_HALVES)}")
     test = half / "concept" / "test" / name
-    subject = Subject(name, "person", "human", photos=pictures(half / "concept" / "train" / name))
-    subject.test_photos = pictures(test)
+    subject = Subject(name, "person", "human", references=pictures(half / "concept" / "train" / name))
+    subject.test_images = pictures(test)
     others = [
         path
         for folder in _halves(root)
@@ -56,11 +56,11 @@ def read(root: Path, name: str) -> Subject:
         for path in pictures(folder / "concept" / "test" / other)
     ]
     question = f"Can you see {subject.sks} in this picture? Answer with yes or no."
-    if subject.test_photos and others:
-        subject.items += [Item("rec", question, "yes", path, "positive") for path in subject.test_photos]
-        subject.items += [Item("rec", question, "no", path, "negative") for path in _spread(others, NEGATIVES)]
+    if subject.test_images and others:
+        subject.items += [Item("recognition", question, "yes", path, "positive") for path in subject.test_images]
+        subject.items += [Item("recognition", question, "no", path, "negative") for path in _spread(others, NEGATIVES)]
     else:
-        subject.notes.append("rec: needs test photos of this concept and of others: not measured")
+        subject.notes.append("recognition: needs test photos of this concept and of others: not measured")
     subject.items += _visual(test / "vqa.json", subject)
     subject.items += _text(test / "qa.json", subject)
     return subject

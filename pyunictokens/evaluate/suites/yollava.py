@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...utils.errors import UserError
-from ..subject import Item, Subject
+from ..tasks import Item, Subject
 from .files import by_image, entries_of, entry_of, folders, here, lettered, optional_json, pictures, with_options, words
 
 VISUAL, TEXT, CLASSES = "yollava-visual-qa.json", "yollava-text-qa.json", "classes.json"
@@ -34,16 +34,16 @@ def read(root: Path, name: str) -> Subject:
     classes = _object(root / CLASSES)
     word = classes.get(name)
     subject = Subject(
-        name, word if isinstance(word, str) and word.strip() else "subject", photos=pictures(root / "train" / name)
+        name, word if isinstance(word, str) and word.strip() else "subject", references=pictures(root / "train" / name)
     )
-    subject.test_photos = pictures(root / "test" / name)
+    subject.test_images = pictures(root / "test" / name)
     others = [path for other in folders(root / "test") if other != name for path in pictures(root / "test" / other)]
     question = f"Can you see {subject.sks} in this picture? Answer with yes or no."
-    if subject.test_photos and others:
-        subject.items += [Item("rec", question, "yes", path, "positive") for path in subject.test_photos]
-        subject.items += [Item("rec", question, "no", path, "negative") for path in others]
+    if subject.test_images and others:
+        subject.items += [Item("recognition", question, "yes", path, "positive") for path in subject.test_images]
+        subject.items += [Item("recognition", question, "no", path, "negative") for path in others]
     else:
-        subject.notes.append("rec: needs test photos of this concept and of others: not measured")
+        subject.notes.append("recognition: needs test photos of this concept and of others: not measured")
     for where, image, entry in _visual(root, name):
         path = here(image, root / "test" / name)
         if path is None:

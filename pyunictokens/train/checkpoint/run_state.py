@@ -30,6 +30,7 @@ from torch import Tensor
 from ...config.settings import filled, renamed, to_mapping
 from ...config.training import GrpoConfig
 from ...models import Showo
+from ...utils import fingerprint
 from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, safe_name, sweep, write_json
 from ..distributed.ranks import Ranks
@@ -81,18 +82,8 @@ def identity(model: Showo) -> dict[str, object]:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "starting_weights": fingerprint(model.state_dict()),
+        "starting_weights": fingerprint.of_tensors(model.state_dict()),
     }
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A short checksum of sixteen numbers of every tensor: tells other weights apart without reading gigabytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
-        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
-        digest.update(flat[:: max(1, flat.numel() // 16)][:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class RunFolder:
