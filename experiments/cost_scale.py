@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyunictokens.models import costs as cost
-from pyunictokens.models.costs import Cost
+from pyunictokens.models.showo import costs as cost
+from pyunictokens.models.showo.costs import Cost
 from pyunictokens.utils.files import write_text_atomic
 
 from .cost_tables import (

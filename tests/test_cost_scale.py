@@ -7,7 +7,7 @@ import pytest
 from experiments import cost_scale
 from experiments.cost_scale import between, optimizer, share, step, work
 from pyunictokens.models import ConceptTokens, ShowoConfig
-from pyunictokens.models import costs as cost
+from pyunictokens.models.showo import costs as cost
 from tests.train.test_update import tiny_model as trained_model
 
 

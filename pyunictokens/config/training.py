@@ -36,9 +36,14 @@ def _within(low: float, high: float, **values: float) -> None:
             raise UserError(f"{name}={value}: must be between {low:g} and {high:g}")
 
 
+_MAX_TEXT = "it belongs to the model (model.max_text, or max_text at the top of a run's config)"
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """The stages in which a concept's tokens are learned, before any reinforcement."""
+
+    RETIRED = (("max_text", _MAX_TEXT),)
 
     stages: tuple[Stage, ...] = ("understanding", "generation")
     """Which stages run, in order. UniCTokens-R1 uses the first two; "deepening" is UniCTokens' third, "joint" is one
@@ -96,8 +101,6 @@ class StageConfig:
     """Where, as a part of all timesteps, an image is compared with its final codes; codes that still change after it
     are
     blanked (published: step 35 of 50)."""
-    max_text: int | None = None
-    """Text positions of a drawing prompt; by default the model's own."""
     cache_mb: int = 512
     """Memory for keys and values of pictures, which never change while only concept rows are trained."""
     seed: int = 0
@@ -118,7 +121,6 @@ class StageConfig:
         _above(0, lr=self.lr, lr_generation=self.lr_generation)
         _within(0, 1, weight_generation=self.weight_generation, condition_dropout=self.condition_dropout)
         _within(0, 1, compare_step=self.compare_step)
-        _check_max_text(self.max_text)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ OBJECTIVES = ("unictask", "mask_grpo", "gspo", "final_sample")
 @dataclass(frozen=True)
 class GrpoConfig:
     """UniCTask-GRPO: answers and images of one rollout share one reward and one advantage (equation 7)."""
+
+    RETIRED = (("max_text", _MAX_TEXT),)
 
     steps: int = 100
     """Optimizer steps."""
@@ -240,8 +244,6 @@ class GrpoConfig:
     """Temperature answers are sampled at."""
     top_k: int = 0
     """Answers are drawn from the k likeliest tokens; 0 takes the full distribution, for which the ratios are exact."""
-    max_text: int | None = None
-    """Text positions of a drawing prompt; by default the model's own."""
     trainable: Literal["concept", "lora", "full"] = "concept"
     """What learns: the concept's rows, adapters, or all weights."""
     train_concept: bool = True
@@ -319,7 +321,6 @@ class GrpoConfig:
         _at_least(0, clip_high=self.clip_high)
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")
-        _check_max_text(self.max_text)
 
 
 @dataclass(frozen=True)
@@ -354,11 +355,6 @@ class TrainConfig:
         save_yaml(path, self)
 
 
-def _check_max_text(max_text: int | None) -> None:
-    if max_text is not None:
-        _at_least(3, max_text=max_text)
-
-
 _KEPT = GrpoConfig(token_scope="newly_unmasked", micro_rows=0, micro_timesteps=0)
 """The paper's settings, but only codes that a step keeps are learned from (docs/experiments.md)."""
 
@@ -380,7 +376,6 @@ PRESETS = {
             generated_images=8,
             generated_timesteps=12,
             generated_guidance=3.0,
-            max_text=48,
         ),
         grpo=GrpoConfig(
             steps=45,
@@ -391,7 +386,6 @@ PRESETS = {
             judged_as="info",
             token_scope="newly_unmasked",
             trainable="full",
-            max_text=48,
             micro_rows=9,
             checkpoint_every=10,
             dsog=DsogConfig(max_candidates=2),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import isqrt
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..utils.devices import pick_device, pick_dtype
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from ..models.showo.model import Showo
     from ..models.tokenizer import TextTokenizer
     from ..rollout.engine import RolloutEngine
-
-PUBLISHED_MAX_TEXT = 128
-"""Text positions of a drawing prompt in published checkpoints."""
 
 
 class HasSources(Protocol):
@@ -71,7 +67,6 @@ class Workbench:
     vq: MagvitV2
     tokenizer: TextTokenizer
     """The plain one; what an attached concept adds comes in :meth:`engine`."""
-    max_text: int
     sources: Sources = field(default_factory=Sources)
 
     @property
@@ -81,24 +76,25 @@ class Workbench:
     @property
     def size(self) -> int:
         """Pixels along one side of a square picture."""
-        return isqrt(self.model.config.num_vq_tokens) * self.vq.downsampling
+        return self.model.grid[0] * self.vq.downsampling
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def engine(self, schedule: str = "cosine") -> RolloutEngine:
+    def engine(self, schedule: str | None = None) -> RolloutEngine:
         """A rollout engine over the parts as they are now, an attached concept included."""
         from ..rollout.engine import RolloutEngine
 
         tokenizer = self.tokenizer
         if self.concept is not None:
             tokenizer = tokenizer.with_concept(self.concept.tokens)
-        return RolloutEngine(self.model, self.vq, tokenizer, max_text=self.max_text, schedule=schedule)
+        return RolloutEngine(self.model, self.vq, tokenizer, schedule=schedule)
 
 
 def open_workbench(sources: Sources, device: str, dtype: str, max_text: int | None = None) -> Workbench:
-    """Load the parts. The image tokenizer stays in float32: it is small, and its signs are the codes."""
+    """Load the parts. The image tokenizer stays in float32: it is small, and its signs are the codes. `max_text` is
+    given to the model, where a run or a config holds one."""
     import torch
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -107,7 +103,8 @@ def open_workbench(sources: Sources, device: str, dtype: str, max_text: int | No
         from ..toy.model import load_toy
 
         toy = load_toy(kind, place)
-        return Workbench(toy.model, toy.vq, toy.tokenizer, toy.max_text)
+        toy.model.max_text = max_text or toy.model.max_text
+        return Workbench(toy.model, toy.vq, toy.tokenizer)
     from ..models.magvit import MagvitV2
     from ..models.showo.model import Showo
     from ..models.tokenizer import TextTokenizer
@@ -121,11 +118,12 @@ def open_workbench(sources: Sources, device: str, dtype: str, max_text: int | No
             f"{model.config.llm_vocab_size}: give the tokenizer of the model's own language model"
         )
     vq = MagvitV2.from_pretrained(sources.vq, dtype=torch.float32, device=place)
-    if vq.codebook_size != model.config.codebook_size:
+    if vq.codebook_size != model.codebook_size:
         raise UserError(
-            f"the image tokenizer {sources.vq} has {vq.codebook_size} codes, the model {model.config.codebook_size}"
+            f"the image tokenizer {sources.vq} has {vq.codebook_size} codes, the model {model.codebook_size}"
         )
-    return Workbench(model, vq, tokenizer, max_text or PUBLISHED_MAX_TEXT, sources)
+    model.max_text = max_text or model.max_text
+    return Workbench(model, vq, tokenizer, sources)
 
 
 @dataclass

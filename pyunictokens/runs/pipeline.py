@@ -65,7 +65,6 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, ".pipeline.lock"):
         parts.check(out, context.rewards)
-        context = context.with_settings(context.settings.with_max_text(context.bundle.max_text))
         if parts.resume:
             sweep(out)
         else:
@@ -73,7 +72,7 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
                 out,
                 context.bundle.sources,
                 context.rewards_from,
-                context.bundle.max_text,
+                context.bundle.model.max_text,
                 context.concept,
                 context.settings,
             )

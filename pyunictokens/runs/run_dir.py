@@ -55,7 +55,11 @@ class Origin:
     @classmethod
     def of(cls, values: Mapping[str, object], origin: str) -> Origin:
         """The part of a config.yaml that is not settings. Raises UserError naming what cannot be used."""
-        return from_mapping(cls, {key: values[key] for key in OWN_KEYS if key in values}, origin=origin)
+        own = {key: values[key] for key in OWN_KEYS if key in values}
+        for section in (values.get("grpo"), values.get("stages")):  # where older versions read it
+            if own.get("max_text") is None and isinstance(section, Mapping) and "max_text" in section:
+                own["max_text"] = section["max_text"]
+        return from_mapping(cls, own, origin=origin)
 
 
 OWN_KEYS = tuple(each.name for each in fields(Origin))
@@ -118,11 +122,6 @@ class RunConfig:
         if seed is not None:
             made = replace(made, stages=replace(made.stages, seed=seed), grpo=replace(made.grpo, seed=seed))
         return with_overrides(made, words)
-
-    def with_max_text(self, max_text: int) -> RunConfig:
-        """This, with the model's own `max_text` where none is set."""
-        stages = replace(self.stages, max_text=self.stages.max_text or max_text)
-        return replace(self, stages=stages, grpo=replace(self.grpo, max_text=self.grpo.max_text or max_text))
 
 
 @dataclass

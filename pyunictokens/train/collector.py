@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config.training import GrpoConfig
+from ..models import AnsweringModel
 from ..models.showo import prompting
 from ..rewards.base import EnsembleScore, PreviewJudge, RewardBatch, Rewards
 from ..rollout.dsog import Dsog, DsogThreshold
@@ -147,7 +148,8 @@ class Collector:
         """`rows` of one group, and who waits for their scores; `number` counts the groups of the run."""
         config, tasks = self.config, self.tasks
         sample_ids = [number * config.group_size + row for row in rows]
-        answers = self._answer(task, sample_ids) if config.reasoning and task.question is not None else None
+        asked = config.reasoning and task.question is not None and isinstance(self.engine.model, AnsweringModel)
+        answers = self._answer(task, sample_ids) if asked else None
         texts = answers.texts if answers is not None else [task.answer] * len(rows)
         prompts = [task.prompt] * len(rows)
         if answers is not None:

@@ -25,8 +25,7 @@ import torch
 
 from ..config.settings import save_yaml, to_mapping
 from ..config.training import GrpoConfig
-from ..models import MagvitV2, Showo, TextTokenizer
-from ..models import costs as cost
+from ..models import ImageTokenizer, MaskedModel, TextTokenizer, answering
 from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
@@ -67,8 +66,8 @@ class RunResult:
 
 
 def run_grpo(
-    model: Showo,
-    vq: MagvitV2,
+    model: MaskedModel,
+    vq: ImageTokenizer,
     tokenizer: TextTokenizer,
     tasks: TaskSource,
     rewards: Rewards,
@@ -115,8 +114,8 @@ def run_grpo(
 class _Run:
     def __init__(
         self,
-        model: Showo,
-        vq: MagvitV2,
+        model: MaskedModel,
+        vq: ImageTokenizer,
         tokenizer: TextTokenizer,
         tasks: TaskSource,
         rewards: Rewards,
@@ -128,7 +127,7 @@ class _Run:
         self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
         if model.concept is not None and tokenizer.token_id(model.concept.sks) is None:
             tokenizer = tokenizer.with_concept(model.concept.tokens)
-        engine = RolloutEngine(model, vq, tokenizer, max_text=config.max_text)
+        engine = RolloutEngine(model, vq, tokenizer)
         dsog = config.dsog
         self.threshold = DsogThreshold(dsog.initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
         preview_judge = preview_judge or rewards.preview_scorer
@@ -317,7 +316,7 @@ class _Run:
                 if config.alpha_image > 0:
                     images.ref_logp_RTN = self._logprobs(images)
                 if config.alpha_answer > 0 and answers is not None:
-                    answers.ref_logp_RL = answer_logprobs(self.model, answers)
+                    answers.ref_logp_RL = answer_logprobs(answering(self.model), answers)
             profiling.count("reference", lambda: self._image_flops(images, update=False))
         return images, answers
 
@@ -329,11 +328,9 @@ class _Run:
         if self.config.alpha_image == 0:
             return 0.0
         rows, steps, count = images.inputs_RTN.shape
-        sizes = (self.model.config, rows, steps, max(len(prompt) for prompt in images.prompts), count)
-        guided = images.guidance_scale > 0
-        if not update:
-            return cost.reference(*sizes, guided=guided).flops
-        return cost.update(*sizes, guided=guided, trainable=self.config.trainable).flops
+        longest = max(len(prompt) for prompt in images.prompts)
+        sizes, costs = (rows, steps, longest, count, images.guidance_scale > 0), self.model.costs
+        return (costs.update(*sizes, self.config.trainable) if update else costs.reference(*sizes)).flops
 
     # --- stopping and going on -------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config.settings import from_mapping
 from ..config.training import LoraConfig
-from ..models import ConceptTokens, Showo
+from ..models import ConceptTokens, MaskedModel, owning_rows
 from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
@@ -45,7 +46,7 @@ class Policy:
 
     def __init__(
         self,
-        model: Showo,
+        model: MaskedModel,
         kind: str = "concept",
         *,
         train_concept: bool = True,
@@ -72,6 +73,7 @@ class Policy:
         self._adapters: list[BaseTunerLayer] = []
         self._reference_file = Path(reference_file) if reference_file is not None else None
         if kind == "lora":
+            self.lora = _fitting(model, self.lora)
             self._adapters = add_adapters(model, self.lora, seed)
         elif kind == "full":
             model.requires_grad_(True)
@@ -135,7 +137,7 @@ class Policy:
             for name, parameter in named.items():
                 parameter.copy_(tensors[name])
 
-    def merge(self) -> Showo:
+    def merge(self) -> MaskedModel:
         """Fold adapters into the weights and take them off; the model is then a plain one. Returns it."""
         if self._adapters:
             _merge_adapters(self.model)
@@ -161,7 +163,7 @@ class Policy:
         return folder
 
 
-def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
+def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedModel:
     """Bring `model` (the base) to the state that :meth:`Policy.export` wrote into `folder`: weights and concept."""
     folder = Path(folder)
     about = read_json(folder / "policy.json")
@@ -170,7 +172,7 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
     concept = ConceptTokens.load(folder / "concept") if with_concept else None
     if kind == "lora":
         settings, tensors = _read_adapter(folder, about)
-        add_adapters(model, settings, seed=0)
+        add_adapters(model, _fitting(model, settings), seed=0)
         named = {_peft_name(name): value for name, value in model.named_parameters() if "lora_" in name}
         wrong = [k for k, v in named.items() if k not in tensors or tensors[k].shape != v.shape]
         wrong += sorted(tensors.keys() - named.keys())
@@ -181,23 +183,21 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
                 value.copy_(tensors[name])
         _merge_adapters(model)
     elif kind == "full":
-        trained = Showo.from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
-        if trained.config != model.config:
-            raise UserError(f"{folder / 'model'}: {trained.config} does not fit the base model {model.config}")
+        trained = type(model).from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
+        if trained.identity() != model.identity():
+            raise UserError(f"{folder / 'model'}: {trained.identity()} does not fit the base model {model.identity()}")
         model.load_state_dict(trained.state_dict())
     elif kind != "concept":
         raise UserError(f"{folder / 'policy.json'}: trainable={kind!r}: must be concept, lora or full")
     model.requires_grad_(False)
-    return model if concept is None else model.attach(concept.to(model.device).requires_grad_(False))
+    return model if concept is None else owning_rows(model).attach(concept.to(model.device).requires_grad_(False))
 
 
-def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
-    """Put fresh float32 adapters on the transformer's linear layers; returns the adapted layers."""
+def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
+    """Put fresh float32 adapters on the model's linear layers; returns the adapted layers."""
     with needs("train"):
         from peft import inject_adapter_in_model
-
-        with needs("train"):
-            from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -208,6 +208,20 @@ def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[BaseTunerL
         if "lora_" in name:
             value.data = value.data.float()
     return layers
+
+
+def _fitting(model: MaskedModel, config: LoraConfig) -> LoraConfig:
+    """`config` with the model's own targets where they are left at their default. Raises UserError for a target that is
+    no module of the model."""
+    targets = model.lora_targets if config.targets == LoraConfig().targets else config.targets
+    names = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
+    unknown = [target for target in targets if target not in names]
+    if unknown or not targets:
+        raise UserError(
+            f"lora.targets={list(targets)}: {', '.join(unknown) or 'none'} is no module of {model.family}; adapters "
+            f"go to {', '.join(model.lora_targets) or 'no module'}"
+        )
+    return replace(config, targets=tuple(targets))
 
 
 def _peft_config(config: LoraConfig) -> PeftLora:
@@ -247,7 +261,7 @@ def _read_adapter(folder: Path, about: Mapping[str, Any]) -> tuple[LoraConfig, d
     return settings, read_tensors(folder / "adapter_model.safetensors")
 
 
-def _merge_adapters(model: Showo) -> None:
+def _merge_adapters(model: MaskedModel) -> None:
     with needs("train"):
         from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -18,7 +18,7 @@ from typing import Protocol
 from ..config.training import GrpoConfig
 from ..data.concept import Concept
 from ..data.prompts import PromptSource, read_prompts
-from ..models import ConceptTokens, MagvitV2, Showo, TextTokenizer
+from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, owning_rows
 from ..rewards.base import PreviewJudge
 from ..rewards.ensemble import as_rewards
 from ..utils.errors import UserError
@@ -38,8 +38,8 @@ class GrpoResult(RunResult):
 
 
 def train_grpo(
-    model: Showo,
-    vq: MagvitV2,
+    model: MaskedModel,
+    vq: ImageTokenizer,
     tokenizer: TextTokenizer,
     concept_data: Concept,
     rewards: object,
@@ -74,7 +74,7 @@ def train_grpo(
     """
     config = config or GrpoConfig()
     if concept is not None:
-        model.attach(concept)
+        owning_rows(model).attach(concept)
     tokens = model.concept
     if tokens is None:
         raise UserError("this model has no concept attached: learn one first (train_concept_tokens), or pass concept=")
@@ -107,10 +107,10 @@ class Bundle(Protocol):
     """A model with the image tokenizer and the text tokenizer that belong to it."""
 
     @property
-    def model(self) -> Showo: ...
+    def model(self) -> MaskedModel: ...
 
     @property
-    def vq(self) -> MagvitV2: ...
+    def vq(self) -> ImageTokenizer: ...
 
     @property
     def tokenizer(self) -> TextTokenizer: ...

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models import Showo
-from ..models.showo import prompting
+from ..models import MaskedModel
 from ..rollout.types import ImageRollout, TextRollout
 from ..utils.errors import UserError
 
@@ -28,7 +27,7 @@ class ImageTrajectories:
     """R image rollouts as the update sees them. Codes may be of any integer type; −1 is unknown."""
 
     prompts: list[list[int]]
-    """Unpadded drawing prompts (`prompting.t2i_text`), each once."""
+    """Drawing prompts (`MaskedModel.prompt_ids`), each once."""
     prompt_of_row: list[int]
     """Which prompt each rollout was drawn from."""
     inputs_RTN: Tensor
@@ -36,39 +35,42 @@ class ImageTrajectories:
     old_logp_RTN: Tensor
     empty_prompt: list[int]
     """The prompt of the unconditional half."""
-    max_text: int
     guidance_scale: float
+    """s in (1 + s)·cond − s·uncond (`SamplingRule.strength`)."""
     ref_logp_RTN: Tensor | None = None
     mask_RTN: Tensor | None = None
     """Tokens that count; None counts all."""
     weight: float = 1.0
     """What each timestep counts for: above 1 where others were left out (:func:`choose_timesteps`)."""
+    timestep_RT: Tensor | None = None
+    """float32: the part of the steps that was done before each, as `MaskedModel.image_hidden` takes it. Where it is not
+    given, the T timesteps are all there were, in their order."""
 
-    def __len__(self) -> int:
-        return self.inputs_RTN.shape[0]
+    def __post_init__(self) -> None:
+        if self.timestep_RT is None:
+            rows, steps = self.inputs_RTN.shape[:2]
+            self.timestep_RT = (torch.arange(steps, device=self.inputs_RTN.device) / steps).expand(rows, steps)
 
     @classmethod
-    def of(cls, model: Showo, rollout: ImageRollout, mask_RTN: Tensor | None = None) -> ImageTrajectories:
-        """What the update needs of a recorded rollout of `model`, and nothing else."""
+    def of(cls, model: MaskedModel, rollout: ImageRollout, mask_RTN: Tensor | None = None) -> ImageTrajectories:
+        """What the update needs of a recorded rollout of `model`. Raises UserError where it was not recorded."""
         if rollout.inputs is None or rollout.chosen is None or rollout.logp is None:
             raise UserError("this rollout was not recorded: draw it with record=True")
-        ids = prompting.SpecialIds.of(model)
         distinct: dict[tuple[int, ...], int] = {}
-        of_prompt = [
-            distinct.setdefault(tuple(prompting.t2i_text(text, ids, rollout.max_text)), len(distinct))
-            for text in rollout.prompt_ids
-        ]
+        of_prompt = [distinct.setdefault(tuple(model.prompt_ids(text)), len(distinct)) for text in rollout.prompt_ids]
         return cls(
             prompts=[list(prompt) for prompt in distinct],
             prompt_of_row=[of_prompt[index] for index in rollout.prompt_index.tolist()],
             inputs_RTN=rollout.inputs,
             chosen_RTN=rollout.chosen,
             old_logp_RTN=rollout.logp,
-            empty_prompt=prompting.t2i_text([], ids, rollout.max_text),
-            max_text=rollout.max_text,
-            guidance_scale=rollout.guidance_scale,
+            empty_prompt=model.prompt_ids([]),
+            guidance_scale=model.rule.strength(rollout.guidance_scale),
             mask_RTN=mask_RTN,
         )
+
+    def __len__(self) -> int:
+        return self.inputs_RTN.shape[0]
 
     @property
     def mask(self) -> Tensor | None:
@@ -92,6 +94,7 @@ class ImageTrajectories:
             old_logp_RTN=self.old_logp_RTN[rows, steps].to(device) if len(self.old_logp_RTN) else self.old_logp_RTN,
             ref_logp_RTN=cut(self.ref_logp_RTN),
             mask_RTN=cut(self.mask_RTN),
+            timestep_RT=cut(self.timestep_RT),
         )
 
 
@@ -175,6 +178,7 @@ def choose_timesteps(
         place = order_Rk.to(tensor_RTN.device)[..., None].expand(-1, -1, tensor_RTN.shape[2])
         return tensor_RTN.gather(1, place)
 
+    assert images.timestep_RT is not None
     return replace(
         images,
         inputs_RTN=part(images.inputs_RTN),
@@ -182,6 +186,7 @@ def choose_timesteps(
         old_logp_RTN=part(images.old_logp_RTN),
         ref_logp_RTN=None if images.ref_logp_RTN is None else part(images.ref_logp_RTN),
         mask_RTN=None if images.mask_RTN is None else part(images.mask_RTN),
+        timestep_RT=part(images.timestep_RT[..., None])[..., 0],
         weight=images.weight * steps / kept,
     )
 

@@ -51,7 +51,7 @@ def engine() -> Any:
     from pyunictokens.rollout.engine import RolloutEngine
 
     toy = tiny_toy()
-    return RolloutEngine(toy.model, toy.vq, toy.tokenizer, max_text=48)
+    return RolloutEngine(toy.model, toy.vq, toy.tokenizer)
 
 
 class Tokens:

@@ -49,7 +49,7 @@ class Vq:
 class Rule:
     """An engine that knows everything, or nothing. Drawings carry their attributes as gray levels of a first row."""
 
-    model = SimpleNamespace(config=SimpleNamespace(num_vq_tokens=64), device="cpu")
+    model = SimpleNamespace(grid=(8, 8), device="cpu")
     vq = Vq()
 
     def __init__(self, concept: Concept, truth: dict[str, Any], knows: bool = True):
@@ -261,7 +261,7 @@ def test_with_a_real_engine(tmp_path: Path) -> None:
     made = world(tmp_path)
     made.model.attach(made.concept)
     tokenizer = made.tokenizer.with_concept(made.concept.tokens)
-    engine = RolloutEngine(made.model, made.vq, tokenizer, max_text=48)
+    engine = RolloutEngine(made.model, made.vq, tokenizer)
 
     def measured(**more: Any) -> EvalResult:
         settings = {"samples": 2, "steps": 3, "guidance_scale": 1.0, "max_new_tokens": 4, **more}

@@ -47,7 +47,6 @@ def _trajectories(model: Showo, device: str) -> ImageTrajectories:
         chosen_RTN=chosen,
         old_logp_RTN=torch.empty(0),
         empty_prompt=prompting.t2i_text([], ids, 24),
-        max_text=24,
         guidance_scale=2.0,
         mask_RTN=unknown,
     )

@@ -47,7 +47,7 @@ def run(world: World, config: RunConfig, out: Path, stop: Any = None, report: bo
         with MonkeyPatch.context() as patch:
             patch.setattr(_Run, "report", lambda self: self.out / "report.html")
             return run(world, config, out, stop, report=True, ranks=ranks)
-    bundle = Workbench(tiny_model(), world.vq, world.tokenizer, max_text=24)
+    bundle = Workbench(tiny_model(), world.vq, world.tokenizer)
     arguments = {name: value for name, value in (("stop", stop), ("ranks", ranks)) if value is not None}
     context = RunContext(bundle, world.data, config, out, Experts(experts(), red_preview), **arguments)
     run_concept(context, Parts(resume=(out / CONFIG).exists()))

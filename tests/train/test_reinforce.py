@@ -47,7 +47,7 @@ def colour(prompts: list[str], images: Tensor, wanted: list[int], **_: Any) -> l
 
 
 def config(**changes: Any) -> GrpoConfig:
-    return grpo_config(**{"trainable": "full", "steps": 4, "group_size": 4, "max_text": 12, **changes})
+    return grpo_config(**{"trainable": "full", "steps": 4, "group_size": 4, **changes})
 
 
 def weights(model: Showo) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyunictokens.models import costs as cost
+from pyunictokens.models.showo import costs as cost
 from pyunictokens.utils import profiling
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.profiling import PhaseReport, PhaseTotal, Recorder, count, phase, step_done, trace

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -24,13 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class EngineConfig(Protocol):
-    @property
-    def num_vq_tokens(self) -> int:
-        """Codes of an image."""
-        ...
-
-
 class EngineModule(Protocol):
     """What is asked of the engine's model."""
 
@@ -38,7 +30,9 @@ class EngineModule(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def config(self) -> EngineConfig: ...
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in codes."""
+        ...
 
 
 class ImageTokenizer(Protocol):
@@ -134,7 +128,7 @@ class EngineModel:
             raise UserError("the engine has no image tokenizer: evaluation shows and judges images")
         self.engine, self.vq, self.device = engine, engine.vq, engine.model.device
         self.tokens, self.subject, self.sampling = tokens, subject, sampling or Sampling()
-        self.grid = isqrt(engine.model.config.num_vq_tokens)
+        self.grid = engine.model.grid[0]
         self.size = size or self.grid * self.vq.downsampling
         self._codes: dict[str, Tensor] = {}
 

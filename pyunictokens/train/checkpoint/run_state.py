@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...config.settings import filled, renamed, to_mapping
 from ...config.training import GrpoConfig
-from ...models import Showo
+from ...models import MaskedModel
 from ...utils import fingerprint
 from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, safe_name, sweep, write_json
@@ -71,17 +71,11 @@ class Checkpoint:
     """Where tensors are that were spread over ranks (shards.py)."""
 
 
-def identity(model: Showo) -> dict[str, object]:
+def identity(model: MaskedModel) -> dict[str, object]:
     """What must agree before a checkpoint may be put into a model: sizes, vocabulary, starting weights."""
-    config = model.config
     return {
-        "vocab_size": config.vocab_size,
-        "llm_vocab_size": config.llm_vocab_size,
-        "codebook_size": config.codebook_size,
-        "num_vq_tokens": config.num_vq_tokens,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
+        **model.identity(),
+        "max_text": model.max_text,
         "starting_weights": fingerprint.of_tensors(model.state_dict()),
     }
 
@@ -147,10 +141,13 @@ class RunFolder:
         defaults = to_mapping(GrpoConfig())
         stored = found["settings"] if isinstance(found["settings"], Mapping) else {}
         there, here = (filled(renamed(GrpoConfig, each), defaults) for each in (stored, settings))
+        then = found["identity"]
+        if isinstance(then, Mapping) and "max_text" not in then:  # it was a setting; none meant the model's own
+            then = {**then, "max_text": stored.get("max_text") or identity.get("max_text")}
         wrong = [
-            f"{key}: the run has {then!r}, this is {now!r}"
-            for part, pair in (("identity", (found["identity"], identity)), ("settings", (there, here)))
-            for key, then, now in _differences(*pair)
+            f"{key}: the run has {before!r}, this is {now!r}"
+            for part, pair in (("identity", (then, identity)), ("settings", (there, here)))
+            for key, before, now in _differences(*pair)
             if part == "identity" or key.rpartition(".")[2] not in MAY_CHANGE
         ]
         if wrong:
