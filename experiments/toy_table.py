@@ -66,7 +66,7 @@ def write_docs(out: Path) -> None:
 
     import torch
 
-    from pyunictokens.utils.files import read_json, write_json, write_text_atomic
+    from pyunictokens.utils.files import read_json, write_json_rows, write_text_atomic
 
     results = read_json(out / "results.json")
     content = {
@@ -76,7 +76,7 @@ def write_docs(out: Path) -> None:
         "failures": len(results["failures"]),
     }
     content["settings"].pop("suite")
-    write_json(DOCS / "toy_table.json", content)
+    write_json_rows(DOCS / "toy_table.json", content)
     page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     write_text_atomic(DOCS / "evaluation.md", before + BEGIN + block(content) + END + rest.partition(END)[2])

@@ -71,7 +71,8 @@ def check(
             table.add_row(f"[{colour}]{problem.severity}[/{colour}]", f"{place}\n{escape(problem.message)}")
         out = console()
         out.print(table)
-        out.print(f"{errors} errors, {len(problems) - errors} warnings")
+        counts = ((errors, "error"), (len(problems) - errors, "warning"))
+        out.print(", ".join(f"{number} {what}{'' if number == 1 else 's'}" for number, what in counts))
     else:
         console().print(f"{root}: {len(names)} concept{'s' if len(names) != 1 else ''}, no problems", markup=False)
     if errors:

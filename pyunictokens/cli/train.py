@@ -286,7 +286,8 @@ def _train_one(
 
 def _separate(root: Path | None, name: str | None, words: list[str]) -> tuple[Path | None, str | None, list[str]]:
     """ROOT and NAME may be left out with --config; then the first KEY=VALUE words stand in their places."""
-    if name is not None and "=" in name:
+    named = root is not None and name is not None and (root / "concept" / "train" / name).is_dir()
+    if name is not None and "=" in name and not named:
         words, name = [name, *words], None
     if root is not None and "=" in str(root) and not root.exists():
         words, root = [str(root), *words], None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..utils.errors import UserError
-from ..utils.files import loose, spelled
+from ..utils.spelling import loose, spelled
 from .concept import Concept, concept_name
 from .folder import data_root, read_concept
 from .image_files import folders_in, is_file, list_images

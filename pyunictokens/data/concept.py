@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..utils.errors import UserError
-from ..utils.files import safe_name, spelled
+from ..utils.files import safe_name
+from ..utils.spelling import spelled
 
 KINDS = ("human", "animal", "object")
 FACT_PROMPTS = "personalized_driven_generation"

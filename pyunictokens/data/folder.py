@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from ..utils.errors import UserError
-from ..utils.files import loose, spelled
+from ..utils.spelling import loose, spelled
 from .concept import FACT_PROMPTS, KINDS, QA, Concept, Recognition, concept_name
 from .image_files import folders_in
 from .parse import ERROR, Problem

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.errors import UserError, needs
-from ..utils.files import loose, read_json, spelled, write_bytes_atomic, write_json
+from ..utils.files import read_json, write_bytes_atomic, write_json
+from ..utils.spelling import loose, spelled
 from . import wording
 from .check import SMALLEST_SIDE, check_folder
 from .concept import FACT_PROMPTS, KINDS, Concept, concept_name
@@ -338,7 +339,7 @@ def _image_files(given: Photos, what: str, notes: list[str]) -> list[Path]:
             files.append(place)
             continue
         inside = look_into(place, {each.name.casefold() for each in places if each.parent == place})
-        told = [f"{what}: {place}: {note}" for note in inside.notes()]
+        told = [f"{what} in {place}: {note}" for note in inside.notes()]
         if not inside.images:
             raise UserError("\n".join([f"{what}: {place} holds no images that can be read", *told]))
         notes += told

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..utils.errors import UserError
-from ..utils.files import loose, read_json, spelled
+from ..utils.files import read_json
+from ..utils.spelling import loose, spelled
 from .image_files import is_file, list_images
 
 ERROR, WARNING = "error", "warning"

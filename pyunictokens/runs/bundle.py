@@ -104,7 +104,7 @@ def read_rewards(given: str | Mapping[str, Any] | None) -> str | Mapping[str, An
     from ..config.settings import load_yaml
     from ..utils.yaml_text import settled
 
-    if isinstance(given, str) and given.endswith((".yaml", ".yml")):
+    if isinstance(given, str) and given.lower().endswith((".yaml", ".yml")):
         values = load_yaml(given)
         found = values.get("rewards", values)
         if not isinstance(found, Mapping) or not {"models", "experts"} & set(found):

@@ -203,6 +203,11 @@ class Run:
             return given
         origin = self.origin
         if origin.root is not None and origin.name is not None:
+            if not (origin.root / "concept" / "train" / origin.name).is_dir():
+                raise UserError(
+                    f"{origin.root}: the folder of {origin.name!r} that this run was trained on is no longer there: "
+                    f"say where it is with --concept ROOT {origin.name}"
+                )
             return origin.root, origin.name
         raise UserError("which concept? Name its folder with --concept ROOT NAME")
 

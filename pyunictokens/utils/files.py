@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import tempfile
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +59,22 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_json_rows(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write JSON with each item of the lists and tables in `value` on a line of its own: results of many records."""
+
+    def line(item: Any) -> str:
+        return json.dumps(item, ensure_ascii=False)
+
+    def part(item: Any) -> str:
+        if isinstance(item, list) and item:
+            return "[\n  " + ",\n  ".join(map(line, item)) + "\n ]"
+        if isinstance(item, Mapping) and item:
+            return "{\n  " + ",\n  ".join(f"{line(str(key))}: {line(inner)}" for key, inner in item.items()) + "\n }"
+        return line(item)
+
+    write_text_atomic(path, "{\n" + ",\n".join(f" {line(key)}: {part(item)}" for key, item in value.items()) + "\n}\n")
 
 
 def save_safetensors_atomic(
@@ -144,27 +159,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: JSON nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise UserError(f"{path}: not usable JSON: {error}") from None
-
-
-def spelled(path: Path) -> Path:
-    """`path` with its names as they are spelled on disk, where it is there under one other spelling alone.
-
-    Upper and lower case and the way accents are composed do not count: systems differ in that, and folders travel.
-    `path` itself where it exists, and where nothing or more than one thing fits.
-    """
-    if os.path.lexists(path) or path.parent == path:
-        return path
-    folder = spelled(path.parent)
-    try:
-        fits = [name for name in os.listdir(folder) if loose(name) == loose(path.name)]
-    except (OSError, ValueError):
-        return path
-    return folder / fits[0] if len(fits) == 1 else path
-
-
-def loose(name: str) -> str:
-    """`name` as names are compared where case and the way accents are composed do not count."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

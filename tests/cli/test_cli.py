@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from pyunictokens.cli import app
 from pyunictokens.cli.shell import guarded
+from pyunictokens.models.concept_tokens import ConceptTokens
 from tests.tiny import tiny_experts, tiny_toy
 
 SHORT = [
@@ -263,7 +264,7 @@ def test_generate_refuses_what_it_cannot_use(run: Path, toy: None, tmp_path: Pat
     assert "--vq and --tokenizer missing" in only_error("generate", run, "x", "--model", "a/b", "--out", out)
     assert "device tpu" in only_error("generate", run, "x", "--device", "tpu", "--out", out)
     assert "dtype int8" in only_error("generate", run, "x", "--dtype", "int8", "--out", out)
-    assert "no such picture" in only_error("understand", run, tmp_path / "none.png", "What?")
+    assert "no such image" in only_error("understand", run, tmp_path / "none.png", "What?")
     assert "--concept ROOT NAME" in only_error("generate", "base", "x", "--reason", "--out", out)
 
 
@@ -276,6 +277,15 @@ def test_evaluate_a_run(run: Path, toy: None, tmp_path: Path) -> None:
     call("evaluate", "base", "--concept", *_concept(run), "--out", tmp_path / "b.json", "splits=[pure]", "samples=1")
     assert set(json.loads((tmp_path / "b.json").read_text())["records"]) == {"pure"}
     assert "--concept ROOT NAME" in only_error("evaluate", "base")
+
+
+def test_evaluate_says_where_to_name_a_data_folder_that_moved(tmp_path: Path, toy: None) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"root: {tmp_path / 'gone'}\nname: bo\n")
+    ConceptTokens("bo", 8, 1, 1).save(run)
+    said = only_error("evaluate", run)
+    assert f"{tmp_path / 'gone'}: the folder of 'bo'" in said and "--concept ROOT bo" in said
 
 
 def _concept(run: Path) -> tuple[str, str]:

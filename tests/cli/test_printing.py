@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from pyunictokens.cli import app
 from pyunictokens.cli.generate import check_prompt
+from pyunictokens.cli.shell import command as as_command
+from pyunictokens.cli.train import _separate
 from pyunictokens.models.concept_tokens import ConceptTokens
 
 
@@ -76,7 +78,7 @@ def test_next_commands_can_be_copied_into_a_shell(tmp_path: Path) -> None:
         text = CliRunner().invoke(app, [str(word) for word in words]).output
         command = text.rpartition("next: ")[2]
         assert shlex.split(command) == ["pyunictokens", "train", str(root), words[3], "--out", f"runs/{words[3]}"]
-    assert command("train", Path("D"), "bo") == "pyunictokens train D bo"
+    assert as_command("train", Path("D"), "bo") == "pyunictokens train D bo"
 
 
 def commands(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
@@ -111,3 +113,9 @@ def test_a_prompt_that_names_the_concept_without_its_token(prompt: str, asked: b
         warnings.simplefilter("always")
         check_prompt(prompt, bench)  # type: ignore[arg-type]
     assert ["did you mean <bo>?" in str(warning.message) for warning in caught] == [True] * asked
+
+
+def test_a_concept_named_like_a_setting_can_be_trained(tmp_path: Path) -> None:
+    (tmp_path / "concept" / "train" / "a=b").mkdir(parents=True)
+    assert _separate(tmp_path, "a=b", ["grpo.steps=2"]) == (tmp_path, "a=b", ["grpo.steps=2"])
+    assert _separate(tmp_path, "grpo.steps=2", []) == (tmp_path, None, ["grpo.steps=2"])

@@ -18,7 +18,7 @@ from pyunictokens.data.image_files import list_images, look_into
 from pyunictokens.data.reader import images_for_key
 from pyunictokens.evaluate.suites.files import folders, pictures
 from pyunictokens.utils.errors import UserError
-from pyunictokens.utils.files import spelled
+from pyunictokens.utils.spelling import spelled
 
 ENCODERS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 if features.check("avif"):

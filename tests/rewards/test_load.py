@@ -71,7 +71,11 @@ def test_a_run_names_the_four_experts_and_more(saved: Folders) -> None:
 
 def test_settings_from_a_file_and_from_a_run(saved: Folders, tmp_path: Path) -> None:
     settings = {"experts": saved.settings("ber", "der"), "weights": {"ber": 0.5, "der": 0.5}, "memory": "together"}
-    for name, content in (("run.yaml", {"model": "m", "rewards": settings}), ("alone.yml", settings)):
+    for name, content in (
+        ("run.yaml", {"model": "m", "rewards": settings}),
+        ("alone.yml", settings),
+        ("RW.YAML", settings),
+    ):
         (tmp_path / name).write_text(yaml.safe_dump(content))
         assert read_rewards(str(tmp_path / name)) == settings
     assert read_rewards("my:load") == "my:load" and read_rewards(None) is None and read_rewards(settings) == settings

@@ -10,7 +10,8 @@ from ...data.folder import concept_folders
 from ...data.image_files import is_file, list_images
 from ...data.parse import kind_of, show
 from ...utils.errors import UserError
-from ...utils.files import read_json, spelled
+from ...utils.files import read_json
+from ...utils.spelling import spelled
 
 LETTERS = "ABCDEFGH"
 
