@@ -193,7 +193,7 @@ class _Run:
 
     def train(self, config: GrpoConfig, resume: bool) -> ConceptTokens:
         """Reinforcement, from the tokens attached, on every rank alike."""
-        from ..train.reinforce import train_grpo
+        from ..train.reinforcement import train_grpo
 
         context, rewards = self.context, self.context.rewards
         assert rewards is not None
