@@ -31,7 +31,7 @@ TOY_CLIP = "toy"
 
 @dataclass(frozen=True)
 class TableConfig(TableSettings):
-    """How much is asked, and how this project's own models draw and answer."""
+    """How much is asked, and how this project's own models generate and answer."""
 
     timesteps: int = 50
     """MaskGIT timesteps of an image (ours, showo-tp, showo-ip)."""

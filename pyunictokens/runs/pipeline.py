@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.settings import to_mapping
+from ..config.settings import renamed, to_mapping
 from ..data.concept import Concept
 from ..evaluate.result import EvalResult
 from ..models.concept_tokens import ConceptTokens
@@ -124,7 +124,7 @@ def measure(
         guidance_scale=config.guidance_scale,
         max_new_tokens=config.max_new_tokens,
         judged_as=config.judged_as,
-        splits=config.splits or SPLITS,
+        splits=config.tasks or SPLITS,
         size=bundle.size,
         progress=step,
     )
@@ -220,7 +220,10 @@ class _Run:
         of these weights under these settings: measured.json says of what each was."""
         context, file, about = self.context, self.out / f"{name}.json", self.out / MEASURED
         subject, known = self._subject(), read_json(about) if about.exists() else {}
-        if self.resume and file.exists() and known.get(name) == subject:
+        was = known.get(name)
+        if isinstance(was, dict) and isinstance(was.get("settings"), dict):
+            was = {**was, "settings": renamed(EvaluationConfig, was["settings"])}
+        if self.resume and file.exists() and was == subject:
             return EvalResult.load(file)
         if context.stop():
             raise Stopped(f"stopped ahead of the measuring that is kept in {file}")

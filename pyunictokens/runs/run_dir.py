@@ -21,6 +21,7 @@ from typing import Literal
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
+from ..evaluate.tasks import wanted_tasks
 from ..models.concept_tokens import ConceptTokens, published_epochs
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
@@ -71,20 +72,23 @@ class EvaluationConfig:
     """How a run is measured."""
 
     samples: int = 4
-    """Drawings of each prompt."""
+    """Images of each prompt."""
     timesteps: int = 50
-    """MaskGIT timesteps of a drawing."""
+    """MaskGIT timesteps of an image."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance of the drawings."""
+    """Classifier-free guidance of the images."""
     max_new_tokens: int = 100
     """Longest answer."""
     judged_as: Literal["class", "info"] = "class"
     """What the ensemble's judges of images read for the concept's token, as in training; CLIP-T always takes the class
     word."""
-    splits: tuple[str, ...] = ()
-    """Which splits of UnifyBench++ are measured; none named means all."""
+    tasks: tuple[str, ...] = field(default=(), metadata={"was": "splits"})
+    """Which tasks of UnifyBench++ are measured; none named means all."""
     seed: int = 1000
-    """Seed of the drawings; the same before and after, so that the two are compared under the same noise."""
+    """Seed of the images; the same before and after, so that the two are compared under the same noise."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", wanted_tasks(self.tasks, "tasks"))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ SHORT = [
     "evaluation.samples=1",
     "evaluation.timesteps=2",
     "evaluation.max_new_tokens=3",
-    "evaluation.splits=[reasoning, pure, reasoning_generation]",
+    "evaluation.tasks=[reasoning, pure, reasoning_generation]",
 ]
 
 

@@ -37,7 +37,7 @@ def settings(**grpo: Any) -> RunConfig:
     return RunConfig(
         replace(stage_config(), epochs=1, max_steps=3),
         grpo_config(**changes),
-        EvaluationConfig(samples=1, timesteps=2, guidance_scale=1.0, max_new_tokens=3, splits=("vqa", "pure")),
+        EvaluationConfig(samples=1, timesteps=2, guidance_scale=1.0, max_new_tokens=3, tasks=("vqa", "pure")),
     )
 
 
