@@ -6,6 +6,7 @@ draws from both (paper, equations 2 to 4). Sampling is `rollout`'s business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import typer
 
 from ..utils.errors import UserError
 from .shell import (
+    INTERRUPTED,
     Bars,
     ConfigOption,
     DeviceOption,
@@ -135,15 +137,14 @@ def reason(
     return answer, compound_prompt(prompt, answer)
 
 
-def save_pictures(pixels: Tensor, out: Path, caption: str) -> list[Path]:
-    """Write a grid to `out` and each picture to `out` with its number. Returns the single files."""
+def save_images(pixels: Tensor, out: Path, rows: Sequence[int]) -> list[Path]:
+    """Write a grid to `out` and each image to `out` with the number of its row. Returns the single files."""
     from ..data.images import make_grid, save_image
 
-    columns = min(len(pixels), 4)
-    single = [out.with_name(f"{out.stem}_{index}{out.suffix}") for index in range(len(pixels))]
-    save_image(make_grid(pixels, columns, tile=max(128, pixels.shape[-1])), out)
-    for picture, file in zip(pixels, single, strict=True):
-        save_image(picture, file)
+    single = [out.with_name(f"{out.stem}_{row}{out.suffix}") for row in rows]
+    save_image(make_grid(pixels, min(len(pixels), 4), tile=max(128, pixels.shape[-1])), out)
+    for image, file in zip(pixels, single, strict=True):
+        save_image(image, file)
     return single
 
 
@@ -184,6 +185,7 @@ def generate(
     """
     from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
+    from ..rollout.types import RolloutInterrupted
     from ..runs.run_dir import Run
     from ..utils.profiling import Recorder, trace
 
@@ -200,21 +202,30 @@ def generate(
     with Bars() as bars, Recorder(bench.device) as recorder, trace(profile):
         if use_reason:
             answer, prompt = reason(bench, engine, facts, prompt, settings, seed)
-        rollout = engine.generate_images(
-            [check_prompt(prompt, bench)],
-            samples=number,
-            steps=settings.timesteps,
-            guidance_scale=settings.guidance_scale,
-            temperature=settings.temperature,
-            seed=seed,
-            record=False,
-            progress=bars.counter("drawing"),
-        )
+        rows = list(range(number))
+        try:
+            rollout = engine.generate_images(
+                [check_prompt(prompt, bench)],
+                samples=number,
+                steps=settings.timesteps,
+                guidance_scale=settings.guidance_scale,
+                temperature=settings.temperature,
+                seed=seed,
+                record=False,
+                progress=bars.counter("drawing"),
+            )
+        except RolloutInterrupted as stopped:  # what is finished is kept
+            rollout, rows = stopped.rollout, stopped.rows
+            if rollout.pixels is None:
+                raise
     assert rollout.pixels is not None
-    files = save_pictures(rollout.pixels, out, prompt)
+    files = save_images(rollout.pixels, out, rows)
     if answer:
         out_console.print(f"answer: {answer}", markup=False)
     out_console.print(f"{out} ({', '.join(file.name for file in files)})", markup=False)
+    if len(rows) < number:
+        out_console.print(f"stopped: {len(rows)} of {number} images were finished and are saved", markup=False)
+        raise typer.Exit(INTERRUPTED)
     if profile is not None:
         show_phases(recorder.report(bench.model.dtype))
 
