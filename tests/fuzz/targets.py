@@ -232,7 +232,7 @@ def overrides(data: bytes) -> None:
 
 def run_config(data: bytes) -> None:
     """A run's config.yaml and about.json, as `generate` and `--resume` read them."""
-    from pyunictokens.runs.bundle import Sources
+    from pyunictokens.models.bundle import Sources
     from pyunictokens.runs.run_dir import Run
 
     def read(room: Path) -> None:
