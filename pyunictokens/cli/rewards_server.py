@@ -48,9 +48,10 @@ def serve(
 
         pyunictokens experts serve --rewards rewards.yaml --host 0.0.0.0 --port 7000 --device cuda
     """
+    from ..models.bundle import Sources
     from ..rewards.served.server import RewardServer
     from ..rewards.served.wire import read_key
-    from ..runs.bundle import Sources, load_experts, read_rewards
+    from ..runs.bundle import load_experts, read_rewards
     from ..utils.devices import pick_device
     from ..utils.signals import stop_on_signals
 

@@ -232,13 +232,13 @@ def overrides(data: bytes) -> None:
 
 def run_config(data: bytes) -> None:
     """A run's config.yaml and about.json, as `generate` and `--resume` read them."""
-    from pyunictokens.runs.bundle import Sources
+    from pyunictokens.models.bundle import Sources
     from pyunictokens.runs.run_dir import Run
 
     def read(room: Path) -> None:
         run = Run.find(str(room / "tokens"))
         run.sources(Sources())
-        run.concept_folder(None)
+        assert run.origin
 
     _with("tokens/about.json", data, lambda room: Run.find(str(room / "tokens")))
     _with("tokens/config.yaml", data, read)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards import Ensemble, EnsembleScore, RewardBatch
 from pyunictokens.rewards.served.client import RemoteRewards, parse_addresses
 from pyunictokens.rewards.served.server import RewardServer
@@ -32,7 +33,7 @@ from pyunictokens.rewards.served.wire import (
     shake_hands,
     unpack_batch,
 )
-from pyunictokens.runs.bundle import Sources, load_experts
+from pyunictokens.runs.bundle import load_experts
 from pyunictokens.toy.rewards import load_toy_experts
 from pyunictokens.utils.errors import UserError
 from tests.toy.test_rewards import human_batch

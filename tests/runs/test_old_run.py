@@ -11,12 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from pyunictokens import RolloutEngine
 from pyunictokens.cli import app
 from pyunictokens.evaluate.report.page import write_report
 from pyunictokens.evaluate.result import EvalResult
 from pyunictokens.evaluate.table_files import Table
 from pyunictokens.models import ConceptTokens
-from pyunictokens.runs.bundle import Sources
+from pyunictokens.models.bundle import Sources
 from pyunictokens.runs.run_dir import Run
 from pyunictokens.runs.sweep import Status, finished, plan
 from pyunictokens.train.metrics import read_metrics
@@ -48,7 +49,7 @@ def test_a_run_draws_and_answers_as_it_did(old: Path, name: str) -> None:
     concept = bundle.concept
     assert concept is not None and concept.name == "bo"
     torch.testing.assert_close(concept.embed.sum(1), torch.tensor(expected["rows"]), atol=1e-4, rtol=0)
-    engine = bundle.engine()
+    engine = RolloutEngine.of(bundle)
     images = engine.generate_images(
         [concept.expand("A photo of <bo> in the snow.")], samples=2, steps=4, guidance_scale=2.0, seed=3
     )
@@ -116,7 +117,7 @@ def test_adapters_go_on(old: Path) -> None:
     concept = bundle.concept
     assert concept is not None
     torch.testing.assert_close(concept.embed.sum(1), torch.tensor(expected["rows"]), atol=1e-4, rtol=0)
-    images = bundle.engine().generate_images(
+    images = RolloutEngine.of(bundle).generate_images(
         [concept.expand("A photo of <bo> in the snow.")], samples=2, steps=4, guidance_scale=2.0, seed=3
     )
     assert images.codes.tolist() == expected["codes"]
