@@ -238,7 +238,7 @@ def run_config(data: bytes) -> None:
     def read(room: Path) -> None:
         run = Run.find(str(room / "tokens"))
         run.sources(Sources())
-        run.concept_folder(None)
+        assert run.origin
 
     _with("tokens/about.json", data, lambda room: Run.find(str(room / "tokens")))
     _with("tokens/config.yaml", data, read)
