@@ -12,7 +12,7 @@ import sys
 import typer
 
 from ..utils.signals import ENDS_WITH_STDIN, end_with_parent
-from . import bench, data, demo, doctor, evaluate, generate, train
+from . import bench, data, demo, doctor, evaluate, generate, reinforce, train
 from . import rewards_server as experts
 from .shell import guarded, print_anything, show_warnings_briefly
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("demo")(guarded(demo.demo))
 app.command("train")(guarded(train.train))
+app.command("reinforce")(guarded(reinforce.reinforce))
 app.command("generate")(guarded(generate.generate))
 app.command("understand")(guarded(generate.understand))
 app.add_typer(evaluate.app, name="evaluate")

@@ -67,11 +67,11 @@ def evaluate(
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same drawings. Default: 1000.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same images. Default: 1000.")] = None,
 ) -> None:
-    """Measure a run: recognition, answers, reasoning, drawings. Writes JSON and prints before and after.
+    """Measure a run: recognition, answers, reasoning, images. Writes JSON and prints before and after.
 
-    Settings: samples, timesteps, guidance_scale, max_new_tokens, splits, seed.
+    Settings: samples, timesteps, guidance_scale, max_new_tokens, tasks, seed.
 
     Examples:
 
@@ -79,14 +79,15 @@ def evaluate(
 
         pyunictokens evaluate runs/bo --concept toydata bo samples=8
 
-        pyunictokens evaluate base --concept toydata bo --out base.json "splits=[pure, dense]"
+        pyunictokens evaluate base --concept toydata bo --out base.json "tasks=[pure, dense]"
     """
     from dataclasses import replace
 
     from ..config.settings import from_mapping, load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..evaluate.result import EvalResult
-    from ..runs.bundle import Sources, choose_rewards, load_experts
+    from ..models.bundle import Sources
+    from ..runs.bundle import choose_rewards, load_experts
     from ..runs.pipeline import measure
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
 

@@ -6,6 +6,7 @@ draws from both (paper, equations 2 to 4). Sampling is `rollout`'s business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ import typer
 
 from ..utils.errors import UserError
 from .shell import (
+    INTERRUPTED,
     Bars,
     ConfigOption,
     DeviceOption,
@@ -31,8 +33,8 @@ from .shell import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..models.bundle import ModelBundle
     from ..rollout.engine import RolloutEngine
-    from ..runs.bundle import Workbench
     from ..runs.run_dir import Run
 
 RunArgument = Annotated[
@@ -77,7 +79,7 @@ def sampling(is_toy: bool, config: Path | None, words: list[str] | None) -> Samp
     return with_overrides(base, words or [])
 
 
-def check_prompt(prompt: str, bench: Workbench) -> str:
+def check_prompt(prompt: str, bench: ModelBundle) -> str:
     """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's.
 
     Warns where the prompt names the concept without its token.
@@ -116,7 +118,7 @@ def facts_of(run: Run, concept: tuple[Path, str] | None) -> list[str]:
 
 
 def reason(
-    bench: Workbench, engine: RolloutEngine, facts: list[str], prompt: str, settings: SamplingConfig, seed: int
+    bench: ModelBundle, engine: RolloutEngine, facts: list[str], prompt: str, settings: SamplingConfig, seed: int
 ) -> tuple[str, str]:
     """(answer, prompt + answer): the fact the model takes the prompt to mean, and what to draw (equations 2 and 4)."""
     from ..data.images import black_image
@@ -136,15 +138,14 @@ def reason(
     return answer, compound_prompt(prompt, answer)
 
 
-def save_pictures(pixels: Tensor, out: Path, caption: str) -> list[Path]:
-    """Write a grid to `out` and each picture to `out` with its number. Returns the single files."""
+def save_images(pixels: Tensor, out: Path, rows: Sequence[int]) -> list[Path]:
+    """Write a grid to `out` and each image to `out` with the number of its row. Returns the single files."""
     from ..data.images import make_grid, save_image
 
-    columns = min(len(pixels), 4)
-    single = [out.with_name(f"{out.stem}_{index}{out.suffix}") for index in range(len(pixels))]
-    save_image(make_grid(pixels, columns, tile=max(128, pixels.shape[-1])), out)
-    for picture, file in zip(pixels, single, strict=True):
-        save_image(picture, file)
+    single = [out.with_name(f"{out.stem}_{row}{out.suffix}") for row in rows]
+    save_image(make_grid(pixels, min(len(pixels), 4), tile=max(128, pixels.shape[-1])), out)
+    for image, file in zip(pixels, single, strict=True):
+        save_image(image, file)
     return single
 
 
@@ -183,7 +184,9 @@ def generate(
 
         pyunictokens generate base "A photo of a red cat wearing a blue hat in the snow." timesteps=18 guidance_scale=4
     """
-    from ..runs.bundle import Sources
+    from ..models.bundle import Sources
+    from ..rollout.engine import RolloutEngine
+    from ..rollout.types import RolloutInterrupted
     from ..runs.run_dir import Run
     from ..utils.profiling import Recorder, trace
 
@@ -194,27 +197,36 @@ def generate(
     facts = facts_of(place, concept) if use_reason else []
     bench = place.open(flags, device, dtype, name)
     check_prompt(prompt, bench)
-    engine = bench.engine(settings.schedule)
+    engine = RolloutEngine.of(bench, settings.schedule)
     out_console = console()
     answer = ""
     with Bars() as bars, Recorder(bench.device) as recorder, trace(profile):
         if use_reason:
             answer, prompt = reason(bench, engine, facts, prompt, settings, seed)
-        rollout = engine.generate_images(
-            [check_prompt(prompt, bench)],
-            samples=number,
-            steps=settings.timesteps,
-            guidance_scale=settings.guidance_scale,
-            temperature=settings.temperature,
-            seed=seed,
-            record=False,
-            progress=bars.counter("drawing"),
-        )
+        rows = list(range(number))
+        try:
+            rollout = engine.generate_images(
+                [check_prompt(prompt, bench)],
+                samples=number,
+                steps=settings.timesteps,
+                guidance_scale=settings.guidance_scale,
+                temperature=settings.temperature,
+                seed=seed,
+                record=False,
+                progress=bars.counter("drawing"),
+            )
+        except RolloutInterrupted as stopped:  # what is finished is kept
+            rollout, rows = stopped.rollout, stopped.rows
+            if rollout.pixels is None:
+                raise
     assert rollout.pixels is not None
-    files = save_pictures(rollout.pixels, out, prompt)
+    files = save_images(rollout.pixels, out, rows)
     if answer:
         out_console.print(f"answer: {answer}", markup=False)
     out_console.print(f"{out} ({', '.join(file.name for file in files)})", markup=False)
+    if len(rows) < number:
+        out_console.print(f"stopped: {len(rows)} of {number} images were finished and are saved", markup=False)
+        raise typer.Exit(INTERRUPTED)
     if profile is not None:
         show_phases(recorder.report(bench.model.dtype))
 
@@ -246,7 +258,8 @@ def understand(
         pyunictokens understand base photo.png "What is in the picture?" -n 3 answer_temperature=0.7
     """
     from ..data.images import load_pixels
-    from ..runs.bundle import Sources
+    from ..models.bundle import Sources
+    from ..rollout.engine import RolloutEngine
     from ..runs.run_dir import Run
 
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
@@ -258,7 +271,7 @@ def understand(
     if number > 1 and temperature == 0:
         temperature = 1.0
     with Bars() as bars:
-        rollout = bench.engine().generate_text(
+        rollout = RolloutEngine.of(bench).generate_text(
             pixels,
             [text],
             samples=number,

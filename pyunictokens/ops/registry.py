@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: a table operation → backend → entry, filled by the modules that implement.
 
-Knows names, devices and dtypes; not what an operation computes. A new backend adds its entries with :func:`offer`, and
-a line in `_BACKENDS` that says whether it can run on this machine at all.
+A new backend is a file in ops/backends/ that enters what it implements with :func:`offer` (or says with
+:func:`mark_unavailable` why it cannot run here), and a line in `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,15 @@ import torch
 from ..utils.errors import UserError
 from .types import Implementation
 
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_NAMES = ("reference", "cpu", "triton", "cuda")
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "reference": (),
+    "cpu": ("cpu",),
+    "triton": ("cuda",),
+    "cuda": ("cuda",),
+}
+"""Backends by the device types that they are for when none is asked for; of two, the later is taken. The name is that
+of the file in ops/backends/, which is imported with the operations. `reference` is the definition; it takes everything.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,17 @@ def choose(operation: str, backend: str | None, device: torch.device, dtype: tor
     """
     offered = _table[operation]
     if backend is None:
-        for name in _PREFERENCE.get(device.type, ("reference",)):
-            if name in offered and name not in _unavailable and not _objection(offered[name], device, dtype):
+        for name in reversed(BACKENDS):
+            if (
+                device.type in BACKENDS[name]
+                and name in offered
+                and name not in _unavailable
+                and not _objection(offered[name], device, dtype)
+            ):
                 return name
         return "reference"
-    if backend not in _NAMES:
-        raise UserError(f"backend={backend!r}: must be None (the best that can run) or one of {', '.join(_NAMES)}")
+    if backend not in BACKENDS:
+        raise UserError(f"backend={backend!r}: must be None (the best that can run) or one of {', '.join(BACKENDS)}")
     if backend in _unavailable:
         raise UserError(f"backend {backend!r} cannot run here: {_unavailable[backend]}; use backend='reference'")
     if backend not in offered:
@@ -96,11 +108,11 @@ class Capability(TypedDict):
 def capabilities() -> dict[str, Capability]:
     """Which backends can run here, and why the others cannot.
 
-    Returns {backend: {"available": bool, "ops": [names], "reason": str}} for reference, cpu, triton and cuda. `reason`
-    is empty for an available backend.
+    Returns {backend: {"available": bool, "ops": [names], "reason": str}} for each of
+    `BACKENDS`. `reason` is empty for an available backend.
     """
     report: dict[str, Capability] = {}
-    for backend in _NAMES:
+    for backend in BACKENDS:
         operations = sorted(operation for operation, offered in _table.items() if backend in offered)
         reason = _unavailable.get(backend, "")
         if not reason and not operations:

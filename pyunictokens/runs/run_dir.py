@@ -21,10 +21,13 @@ from typing import Literal
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
+from ..evaluate.tasks import wanted_tasks
+from ..models.base import owning_rows
+from ..models.bundle import ModelBundle, Sources
 from ..models.concept_tokens import ConceptTokens, published_epochs
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
-from .bundle import Sources, Workbench, open_workbench
+from .bundle import open_bundle
 
 BASE = "base"
 """Given where a run is expected: the model as it is, without a concept."""
@@ -71,20 +74,23 @@ class EvaluationConfig:
     """How a run is measured."""
 
     samples: int = 4
-    """Drawings of each prompt."""
+    """Images of each prompt."""
     timesteps: int = 50
-    """MaskGIT timesteps of a drawing."""
+    """MaskGIT timesteps of an image."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance of the drawings."""
+    """Classifier-free guidance of the images."""
     max_new_tokens: int = 100
     """Longest answer."""
     judged_as: Literal["class", "info"] = "class"
     """What the ensemble's judges of images read for the concept's token, as in training; CLIP-T always takes the class
     word."""
-    splits: tuple[str, ...] = ()
-    """Which splits of UnifyBench++ are measured; none named means all."""
+    tasks: tuple[str, ...] = field(default=(), metadata={"was": "splits"})
+    """Which tasks of UnifyBench++ are measured; none named means all."""
     seed: int = 1000
-    """Seed of the drawings; the same before and after, so that the two are compared under the same noise."""
+    """Seed of the images; the same before and after, so that the two are compared under the same noise."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", wanted_tasks(self.tasks, "tasks"))
 
 
 @dataclass(frozen=True)
@@ -171,16 +177,16 @@ class Run:
         """The models that flags name, else those the run was made with."""
         return Sources.choose(flags, self.origin)
 
-    def open(self, flags: Sources, device: str, dtype: str, name: str | None = None) -> Workbench:
+    def open(self, flags: Sources, device: str, dtype: str, name: str | None = None) -> ModelBundle:
         """The model, brought to what the run learned. `name` is needed for published tokens."""
-        bench = open_workbench(self.sources(flags), device, dtype, self.origin.max_text)
+        bench = open_bundle(self.sources(flags), device, dtype, self.origin.max_text)
         folder = self._learned() if self.path is not None else None
         if folder is not None and (folder / "policy.json").is_file():
             from ..train.policy import load_policy
 
             load_policy(bench.model, folder)
         elif folder is not None:
-            bench.model.attach(self.concept_tokens(name).to(bench.device))
+            owning_rows(bench.model).attach(self.concept_tokens(name).to(bench.device))
         return bench
 
     def concept_tokens(self, name: str | None = None) -> ConceptTokens:

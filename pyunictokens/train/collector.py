@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .. import ops
 from ..config.training import GrpoConfig
+from ..models import AnsweringModel
 from ..models.showo import prompting
-from ..rewards.base import RewardBatch
-from ..rewards.ensemble import EnsembleScore
+from ..rewards.base import EnsembleScore, PreviewJudge, RewardBatch, Rewards
 from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import DsogReport, TextRollout
@@ -30,9 +30,6 @@ from .distributed.ranks import Ranks
 from .objective import Objective
 from .tasks import Task, TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories
-
-PreviewJudge = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
-"""Prompts of a group → a scorer of previews: (pixels [P, 3, H, W], prompt_index [P]) → scores [P]."""
 
 
 @dataclass
@@ -107,7 +104,7 @@ class Collector:
         self,
         engine: RolloutEngine,
         tasks: TaskSource,
-        rewards: Any,
+        rewards: Rewards,
         preview_judge: PreviewJudge | None,
         threshold: DsogThreshold,
         objective: Objective,
@@ -151,7 +148,8 @@ class Collector:
         """`rows` of one group, and who waits for their scores; `number` counts the groups of the run."""
         config, tasks = self.config, self.tasks
         sample_ids = [number * config.group_size + row for row in rows]
-        answers = self._answer(task, sample_ids) if config.reasoning and task.question is not None else None
+        asked = config.reasoning and task.question is not None and isinstance(self.engine.model, AnsweringModel)
+        answers = self._answer(task, sample_ids) if asked else None
         texts = answers.texts if answers is not None else [task.answer] * len(rows)
         prompts = [task.prompt] * len(rows)
         if answers is not None:
@@ -176,11 +174,12 @@ class Collector:
         batch = RewardBatch(
             images=pixels,
             prompts=judged,
-            answers=[tasks.for_answer_judges(text) for text in texts],
+            answers=[tasks.for_answer_judges(text) for text in texts] if answers is not None or task.facts else (),
             facts=[tasks.for_answer_judges(fact) for fact in task.facts],
             correct=task.correct,
             references=tasks.references.to(pixels.device),
             kind=tasks.kind,
+            columns={name: [value] * len(rows) for name, value in task.columns.items()},
         )
         scoring, dsog = self._scoring(batch), images.dsog
         shown = _as_bytes(pixels) if with_images else None
@@ -211,13 +210,10 @@ class Collector:
 
     @profiling.phase("rewards")
     def _scoring(self, batch: RewardBatch) -> Callable[[], EnsembleScore]:
-        """Have the images scored; call what is returned for the scores. Rewards with `submit` are left to it, and the
-        next group is sampled meanwhile."""
-        submit, limit = getattr(self.rewards, "submit", None), self.config.reward_timeout
-        if submit is None:
-            score = ask("scoring by the reward models", self.rewards.score, batch, seconds=limit)
-            return lambda: score
-        future = ask("handing images to the reward models", submit, batch, seconds=limit)
+        """Have the images scored; call what is returned for the scores. Where they are scored elsewhere, the next group
+        is sampled meanwhile."""
+        limit = self.config.reward_timeout
+        future = ask("scoring by the reward models", self.rewards.submit, batch, seconds=limit)
 
         def wait() -> EnsembleScore:
             with profiling.phase("rewards"):

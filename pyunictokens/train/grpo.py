@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,15 +26,16 @@ import torch
 from ..config.settings import save_yaml, to_mapping
 from ..config.training import GrpoConfig
 from ..models import ImageTokenizer, MaskedModel, TextTokenizer, answering
-from ..rewards.ensemble import as_rewards
+from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
 from ..utils.errors import UserError
+from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
 from .checkpoint.run_state import RunFolder, identity, random_state, restore_random_state
 from .checkpoint.writer import Saver, on_host
-from .collector import Collector, Group, LocalRollouts, PreviewJudge, RolloutSummary, summary
+from .collector import Collector, Group, LocalRollouts, RolloutSummary, summary
 from .distributed.ranks import Ranks
 from .metrics import MetricsLog, save_samples
 from .objective import objective_of
@@ -49,9 +50,6 @@ log = logging.getLogger(__name__)
 
 PHASES = "phases.json"
 """Where the time of the run's last session went (utils/profiling.py)."""
-
-Progress = Callable[[str, int, int, dict[str, Any]], None]
-"""Called after every step: (phase, steps done, steps wanted, numbers of this step)."""
 
 
 @dataclass
@@ -72,7 +70,7 @@ def run_grpo(
     vq: ImageTokenizer,
     tokenizer: TextTokenizer,
     tasks: TaskSource,
-    rewards: Any,
+    rewards: Rewards,
     config: GrpoConfig,
     out_dir: str | os.PathLike[str],
     *,
@@ -82,7 +80,7 @@ def run_grpo(
     stop: Stop = never,
     ranks: Ranks | None = None,
 ) -> RunResult:
-    """Improve `model` on `tasks` by `rewards`; `train_grpo` and `reinforce` (reinforce.py) say what the arguments are.
+    """Improve `model` on `tasks` by `rewards`. The other arguments are told by `train_grpo` (reinforcement.py).
 
     Raises:
         UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a
@@ -120,7 +118,7 @@ class _Run:
         vq: ImageTokenizer,
         tokenizer: TextTokenizer,
         tasks: TaskSource,
-        rewards: Any,
+        rewards: Rewards,
         preview_judge: PreviewJudge | None,
         config: GrpoConfig,
         folder: RunFolder,
@@ -132,8 +130,7 @@ class _Run:
         engine = RolloutEngine(model, vq, tokenizer)
         dsog = config.dsog
         self.threshold = DsogThreshold(dsog.initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
-        if preview_judge is None:
-            preview_judge = as_rewards(rewards).preview_scorer
+        preview_judge = preview_judge or rewards.preview_scorer
         if dsog.enabled and preview_judge is None and ranks.first:
             log.warning("no reward model judges previews: DSOG is off")
         self.objective = objective_of(config)

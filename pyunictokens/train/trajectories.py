@@ -179,7 +179,6 @@ def choose_timesteps(
         return tensor_RTN.gather(1, place)
 
     assert images.timestep_RT is not None
-
     return replace(
         images,
         inputs_RTN=part(images.inputs_RTN),

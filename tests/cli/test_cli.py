@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from pyunictokens.cli import app
 from pyunictokens.cli.shell import guarded
 from pyunictokens.models.concept_tokens import ConceptTokens
+from pyunictokens.rollout import RolloutEngine, RolloutInterrupted
 from tests.tiny import tiny_experts, tiny_toy
 
 SHORT = [
@@ -34,7 +35,7 @@ SHORT = [
     "evaluation.samples=1",
     "evaluation.timesteps=2",
     "evaluation.max_new_tokens=3",
-    "evaluation.splits=[reasoning, pure, reasoning_generation]",
+    "evaluation.tasks=[reasoning, pure, reasoning_generation]",
 ]
 
 
@@ -252,6 +253,30 @@ def test_generate_and_understand_with_a_run(run: Path, data: Path, toy: None, tm
     assert len(answers.rstrip("\n").split("\n")) == 2
     call("generate", run / "concept", "<bo>", "--out", out, "timesteps=1")
     call("generate", "base", "A red cat.", "--out", out, "timesteps=1")
+
+
+def test_ctrl_c_keeps_the_images_that_are_finished(
+    run: Path, toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RolloutEngine.generate_images
+
+    def stopped(self: RolloutEngine, *words: Any, **options: Any) -> None:
+        done = whole(self, *words, **{**options, "samples": 2})
+        raise RolloutInterrupted(done, [1, 3])
+
+    monkeypatch.setattr(RolloutEngine, "generate_images", stopped)
+    words = ("generate", run, "A photo of <bo>.", "-n", 5, "--out", tmp_path / "x.png", "timesteps=2")
+    assert "stopped: 2 of 5 images were finished and are saved" in call(*words, code=130)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.png", "x_1.png", "x_3.png"]
+
+    def at_once(self: RolloutEngine, *words: Any, **options: Any) -> None:
+        done = whole(self, *words, **options)
+        done.pixels = None
+        raise RolloutInterrupted(done, [])
+
+    monkeypatch.setattr(RolloutEngine, "generate_images", at_once)
+    assert "stopped" in call(*words[:5], "--out", tmp_path / "y.png", "timesteps=2", code=130)
+    assert not (tmp_path / "y.png").exists()
 
 
 def test_generate_refuses_what_it_cannot_use(run: Path, toy: None, tmp_path: Path) -> None:

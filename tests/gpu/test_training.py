@@ -56,8 +56,8 @@ def _trajectories(model: Showo, device: str) -> ImageTrajectories:
 
 @functools.lru_cache(maxsize=4)
 def _losses(device: str, backend: str) -> tuple[float, ...]:
-    before = _dispatch._PREFERENCE
-    _dispatch._PREFERENCE = {name: (backend, "reference") for name in ("cpu", "cuda")}
+    before = _dispatch.BACKENDS
+    _dispatch.BACKENDS = {"reference": (), backend: ("cpu", "cuda")}
     try:
         model = _model(device).requires_grad_(True)
         images = _trajectories(model, device)
@@ -71,7 +71,7 @@ def _losses(device: str, backend: str) -> tuple[float, ...]:
             optimizer.step()
         return tuple(losses)
     finally:
-        _dispatch._PREFERENCE = before
+        _dispatch.BACKENDS = before
 
 
 def test_losses_of_training_are_those_of_the_reference(device: str, backend: str) -> None:

@@ -78,7 +78,7 @@ class Pipeline:
             raise UserError(f"{given}: cannot be loaded into {type(self.pipe).__name__}: {error}") from error
 
     @torch.no_grad()
-    def draw(self, prompt: str, n: int, seed: int) -> Tensor:
+    def generate(self, prompt: str, n: int, seed: int) -> Tensor:
         """[n, 3, H, W] in [-1, 1]; each image has a generator of its own, so its number decides and not the batch."""
         more: dict[str, Any] = {}
         if self.source.size:
@@ -107,7 +107,7 @@ class Diffusion(GeneratesOnly):
 
     def generate(self, prompt: str, n: int, seed: int) -> Tensor:
         """`n` images of the prompt with the concept's own words in place of its name."""
-        return self.pipeline.draw(plain_text(prompt, self.words), n, seed)
+        return self.pipeline.generate(plain_text(prompt, self.words), n, seed)
 
 
 def parse_source(words: Sequence[str]) -> DiffusionSource:

@@ -33,7 +33,7 @@ def told(subject: Subject, question: str) -> str:
 
 
 def described(subject: Subject, prompt: str) -> str:
-    """A prompt to draw with the concept's name replaced by what it looks like.
+    """A prompt with the concept's name replaced by what it looks like.
 
     ``<bo> is a pink dog`` makes "a photo of <bo> on the beach" into "a photo of a pink dog on the beach". An `info` of
     another form keeps the class word in the prompt and follows it.

@@ -22,7 +22,7 @@ from .run_files import STAGES, RunFiles, read_run
 from .summary import HEADLINE, outcome, summarize
 
 TABLE = {
-    "Images of held-out prompts": ("reasoning_generation", "reward tier ber der fer attributes"),
+    "Held-out prompts": ("reasoning_generation", "reward tier ber der fer attributes"),
     "All images": (ALL_SAMPLES, "attributes subject prompted clip_t clip_i"),
     "Short prompts": ("pure", "attributes subject clip_t clip_i"),
     "Understanding": (
@@ -30,7 +30,8 @@ TABLE = {
         "recognition.weight reasoning.accuracy reasoning.bleu vqa.accuracy vqa.bleu qa.accuracy qa.bleu",
     ),
 }
-"""Groups of the main table and their measures; every other one goes into the table below it."""
+"""Groups of the main table, by the titles of their tasks, with their measures; every other one goes into the table
+below it."""
 
 _GENERATED = {"reasoning_generation": 6, "dense_reasoning_generation": 2, "dense": 2, "pure": 4}
 _ANSWERED = {"reasoning": 12, "vqa": 12, "qa": 10, "recognition": 8}
@@ -104,7 +105,7 @@ def _table(files: RunFiles) -> list[dict[str, object]]:
     lines = {
         title: [
             {
-                "label": label(key),
+                "label": label(key).removeprefix(f"{title}: "),
                 "cells": [metrics[stage].get(key) for stage in files.results],
                 "change": changes.get(key),
                 "outcome": outcome(changes[key]) if key in changes else "",

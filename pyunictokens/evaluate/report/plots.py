@@ -1,6 +1,6 @@
 """The curves of a run as PNG: reward and its parts, the policy's drift, DSOG. One function a figure, light or dark.
 
-Reads lines of metrics.jsonl as plain tables and returns bytes; knows no files and no training. Needs matplotlib.
+Reads lines of metrics.jsonl as plain tables and returns bytes. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Json]]
-
 
 _MODES = {"text_only": "text-only step", "visual": "visual step"}
 
@@ -70,7 +69,7 @@ def stages(rows: Rows, theme: Theme) -> bytes:
     """Losses of the stages in which the concept's tokens are learned, a panel a stage."""
     names = list(dict.fromkeys(str(row.get("stage")) for row in rows))
     figure, axes = _figure(len(names), theme, height=2.6)
-    losses = {"loss_understanding": "answering", "loss_generation": "drawing"}
+    losses = {"loss_understanding": "answering", "loss_generation": "generating"}
     for axis, name in zip(axes, names, strict=True):
         own = [row for row in rows if str(row.get("stage")) == name]
         steps = numbers(own, "step")

@@ -1,4 +1,4 @@
-"""What readers of foreign layouts share: pictures of a folder, JSON that is there or not, multiple choice as text."""
+"""What readers of foreign layouts share: images of a folder, JSON that is there or not, multiple choice as text."""
 
 from __future__ import annotations
 
@@ -95,6 +95,6 @@ def inline_options(question: str) -> list[str]:
 
 
 def here(name: str, folder: Path) -> Path | None:
-    """The picture in `folder` that a path made on another machine means, by its file name."""
+    """The image in `folder` that a path made on another machine means, by its file name."""
     path = spelled(folder / Path(name.replace("\\", "/")).name)
     return path if is_file(path) else None

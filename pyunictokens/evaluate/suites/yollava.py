@@ -1,4 +1,4 @@
-"""The Yo'LLaVA data set as subjects: recognition, multiple choice with and without pictures, likeness of drawings.
+"""The Yo'LLaVA data set as subjects: recognition, multiple choice with and without images, likeness of samples.
 
     ROOT/train/NAME/{0.png …}           photos to learn from
     ROOT/test/NAME/{0.png …}            photos of the concept never trained on
