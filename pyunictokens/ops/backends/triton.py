@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,14 +58,17 @@ def _call(name: str, device_of: int) -> Callable[..., Any]:
     return call
 
 
-_objection = ""
-if importlib.util.find_spec("triton") is None:
-    _objection = "Triton is not installed (pip install triton)"
-elif not _interpreted and torch.cuda.device_count() == 0:
-    _objection = "no CUDA device is visible"
+@cache
+def objection() -> str:
+    """Why the kernels cannot run here; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not _interpreted and torch.cuda.device_count() == 0:
+        return "no CUDA device is visible"
+    return ""
 
-if _objection:
-    mark_unavailable("triton", _objection)
+
+mark_unavailable("triton", objection)
 _devices = ("cuda", "cpu") if _interpreted else ("cuda",)
 _dtypes = (torch.float32, torch.bfloat16, torch.float16)
 _backward = _call("selected_logprob_backward", 2)
