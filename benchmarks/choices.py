@@ -2,8 +2,8 @@
 
     python -m benchmarks.choices
 
-    attention   prompt and own keys put together, or attended apart and joined (models/joined.py)
-    head        a few rows through a large head as W·xᵀ, or as x·Wᵀ (models/vocabulary.py)
+    attention   prompt and own keys put together, or attended apart and joined (models/showo/shared_prefix.py)
+    head        a few rows through a large head as W·xᵀ, or as x·Wᵀ (models/showo/vocabulary.py)
     products    the core's product with all that goes with it, or torch's product alone (csrc/cpu/head_products.h)
 
 Processor time is compared, so that a busy machine matters less; what is printed goes into docs/measured-facts.md.

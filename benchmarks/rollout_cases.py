@@ -1,7 +1,7 @@
 """The rollout workloads that are measured: one model, the engine on one side, the published loop on the other; and the
 work that DSOG does for an accepted image, which is counted and not timed.
 
-The model is that of DESIGN, section 6: 8 layers of width 512, 256 codes, a codebook of 4096, a group of 4, guidance on.
+The model: 8 layers of width 512, 256 codes, a codebook of 4096, a group of 4, guidance on.
 Its text vocabulary is that of the published checkpoints (50 295 ids): the published loop pays for the whole head at
 every position. A small one (--text-vocabulary 2000) shows what is left when it does not. Weights are random: time does
 not depend on them. Both sides run in one process in float32.

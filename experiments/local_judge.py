@@ -6,7 +6,7 @@
 Answers: the share of words that answer and truth have in common (F1). Parts of a prompt: the toy's attribute reader
 looks at the drawing, and the score is the share of the things the part names (an animal, a colour, a hat …) that it
 sees. So it is a judge whose every score can be checked, for tests and for trying the tables without a paid endpoint; it
-reads nothing but what `evaluate/judging.py` writes, and says so otherwise. It listens on the local machine alone.
+reads nothing but what `evaluate/judge_prompts.py` writes, and says so otherwise. It listens on the local machine alone.
 """
 
 from __future__ import annotations

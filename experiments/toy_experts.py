@@ -1,4 +1,4 @@
-"""Stage `experts` of the toy's build: train the five small networks of rewards/toy_nets.py on shared batches.
+"""Stage `experts` of the toy's build: train the five small networks of toy/networks.py on shared batches.
 
 Pictures are degraded the way generated ones are. Similarities are taught by value: the cosine of two subjects is to
 be the share of attributes they have in common, so a group of near misses gets graded scores instead of all or

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TRACKED = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")[:-1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -168,6 +169,45 @@ def test_no_machine_paths_and_no_registry_hosts() -> None:
             continue
         found = forbidden.search(path.read_bytes())
         assert found is None, f"{name}: {found[0]!r}" if found else ""
+
+
+def _sources(*suffixes: str) -> dict[str, str]:
+    return {name: (ROOT / name).read_text(encoding="utf-8") for name in TRACKED if name.endswith(suffixes)}
+
+
+def test_every_file_that_is_named_exists() -> None:
+    """In documents, docstrings, comments and scripts. A short name is one from its folder upwards: `showo/model.py`."""
+    if not TRACKED:
+        pytest.skip("not a git checkout")
+    known = {"/".join(name.split("/")[i:]) for name in TRACKED for i in range(name.count("/") + 1)}
+    made = {"table.md", "my_rewards.py", "fake.py", "core/sanitized_core.py"}  # written by commands and tests
+    named = re.compile(r"(?<![\w./<{*-])((?:[\w.-]+/)*[\w-]+\.(?:py|md|cu|cpp|h|sh))\b")
+    for name, text in _sources(".py", ".md", ".cu", ".cpp", ".h", ".sh", ".toml", ".txt", "Makefile").items():
+        for found in named.findall(text):
+            short = re.sub(r"^(?:\.\./|[A-Z]+/)+", "", found)
+            assert short in known | made or found.startswith("../shared/"), f"{name} names {found}, which is not there"
+
+
+def test_every_module_that_is_named_exists() -> None:
+    if not TRACKED:
+        pytest.skip("not a git checkout")
+    known = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in TRACKED if ".py" in name}
+    known |= {f"pyunictokens.{name}" for name in known if name.startswith("kernels")} | {"pyunictokens._core"}
+    for name, text in _sources(".py", ".md", ".sh", ".toml", "Makefile").items():
+        for found in re.findall(r"(?<![\w./-])(?:pyunictokens|benchmarks|experiments)(?:\.\w+)+(?![\w/])", text):
+            parts = found.split(".")
+            depth = next(n for n in range(len(parts), -1, -1) if n == 0 or ".".join(parts[:n]) in known)
+            if depth == len(parts) or (len(parts) == 2 and parts[1] in {"md", "json", "yaml", "py"}):
+                continue
+            target: Any = importlib.import_module(".".join(parts[:depth])) if depth else None
+            for part in parts[depth:]:
+                target = getattr(target, part, None)
+                assert target is not None, f"{name} names {found}, which is not there"
+
+
+def test_nothing_refers_to_a_design_outside_the_repository() -> None:
+    for name, text in _sources(".py", ".md", ".cu", ".cpp", ".h", ".sh").items():
+        assert name == "tests/test_docs.py" or "DESIGN" not in text, name
 
 
 def _script(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`pyunictokens train --concepts …`: a job a concept, on this machine or on a Ray cluster, then a table and a page.
 
-It turns the options of `train` into the arguments of its jobs; how jobs run is many.py's business.
+It turns the options of `train` into the arguments of its jobs; how jobs run is the business of runs/sweep.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 out.
 
 A nested dataclass is a section: ``grpo.dsog.mu=0.2`` sets a field of a section of a section. A bare key is enough where
-only one section has it. It knows types; it does not know what any setting means (config.py does).
+only one section has it. What the settings mean is said where their dataclasses stand (training.py).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
+from ..utils.text import read_text
 from .parse import Ledger, TextFix, kind_of, show, text_of
 
 _SIZE_LIMIT = 1_000_000
@@ -108,14 +109,8 @@ def _load(path: Path) -> Any:
     import yaml
 
     try:
-        if path.stat().st_size > _SIZE_LIMIT:
-            raise UserError(f"{path}: {path.stat().st_size} bytes: a sheet of facts may have {_SIZE_LIMIT}")
         # BaseLoader leaves every value the text it is: `answer: yes` stays a word, `0123` keeps its zero.
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        return yaml.load(read_text(path, _SIZE_LIMIT), Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -125,8 +120,6 @@ def _load(path: Path) -> Any:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: YAML nested too deeply") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 class _SheetReader:

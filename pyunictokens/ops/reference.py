@@ -1,10 +1,9 @@
 """The `reference` backend: what "correct" means for every operation, in plain torch, on any device, up to float64.
 
-Equations: selected_logprob and the GRPO loss as in DESIGN's public contract (UniCTokens-R1, the clipped objective with
-the k3 penalty and Dr. GRPO's normalisation); maskgit_step as published with MaskGIT and Show-o. Rows are handled in
-chunks, and the backward pass forms the logits of a chunk anew, so no tensor of size [..., K] exists beyond
-`CHUNK_ELEMENTS` numbers. Does not validate (the modules beside it do) and does not know about autograd or other
-backends.
+Equations: the GRPO loss is UniCTokens-R1's (the clipped objective with the k3 penalty and Dr. GRPO's normalisation);
+maskgit_step as published with MaskGIT and Show-o. Rows are handled in chunks, and the backward pass forms the logits of
+a chunk anew, so no tensor of size [..., K] exists beyond `CHUNK_ELEMENTS` numbers. Does not validate (the modules
+beside it do) and does not know about autograd or other backends.
 
 Legend: M tokens (all leading dimensions as one), D width, K codes, B samples, N positions, R rollouts.
 """

@@ -1,14 +1,14 @@
 """One MaskGIT step over a batch of rows: prompts once, image rows and code columns only, guidance before the head.
 
-Every row has its own sample id, timestep, temperature and mask length, so rows at different timesteps share a batch
-(DESIGN, levers 1 to 3 and 7). The state of a trajectory lies in its slot; who runs in which slot is loop.py's business.
-It takes ids and tensors that engine.py has checked; it does not know tokenizers, pixels, previews or rewards.
+Every row has its own sample id, timestep, temperature and mask length, so rows at different timesteps share a batch.
+The state of a trajectory lies in its slot; who runs in which slot is loop.py's business. It takes ids and tensors that
+engine.py has checked; it does not know tokenizers, pixels, previews or rewards.
 
 At step 0 all candidates of one prompt and one set of known codes look alike, and without their prompt even all with the
 same known codes: their hidden states are computed once a call and kept where others may want them.
 
-Shape suffixes: S slots, B rows of one step, N image codes, T timesteps, K codebook, D width.
-Source of the step: Show-o's `t2i_generate` after MaskGIT (Chang et al., 2022); DESIGN, section 4.
+Shape suffixes: S slots, B rows of one step, N image codes, T timesteps, K codebook, D width. Source of the step:
+Show-o's `t2i_generate` after MaskGIT (Chang et al., 2022).
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class EagerSlots:
 
 
 def exact(hidden: Tensor) -> Tensor:
-    """At least float32: guidance, head and softmax of half-precision models run there (DESIGN, lever 10)."""
+    """At least float32: guidance, head and softmax of half-precision models run there."""
     return hidden if hidden.dtype == torch.float64 else hidden.float()
 
 

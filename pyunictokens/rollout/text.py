@@ -1,8 +1,8 @@
 """Answers token by token: all rows of all prompts decoded together over cached prompts, leaving as they end.
 
 Prompts of different lengths share every matrix product; a prompt's keys and values are read by all its rows where they
-lie (DESIGN, lever 9). Noise is keyed by (seed, sample id, token number), so an answer is the same in any batch. It
-takes prompts that models/cached.py has computed; it does not know questions, images or tokenizers.
+lie. Noise is keyed by (seed, sample id, token number), so an answer is the same in any batch. Prompts arrive as keys
+and values that models/showo/prefill.py has computed.
 
 Shape suffixes: B rows, L answer tokens, D width, V vocabulary.
 """

@@ -2,7 +2,7 @@
 
 Every part is finished or resumed on its own: a part whose result is on disk is not done again with `resume`. With
 several ranks the first does everything, and the others wait for it and take part in reinforcement. It knows the order
-and the files (runs.py); how the parts work is the business of `train` and `evaluate`.
+and the files (run_dir.py); how the parts work is the business of `train` and `evaluate`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     config.yaml      every setting, the models, the concept folder; `--config` takes it to do the same again
     about.json       the concept in words, for when its folder is elsewhere
-    stages/          the concept stages (train/stages.py)
+    stages/          the concept stages (train/concept_tokens/stages.py)
     run.json, grpo.yaml, metrics.jsonl, checkpoints/, samples/, final/      reinforcement (train/grpo.py)
     experts.json     drawings a second that each reward expert scored
     concept/         the concept's rows as they are now
@@ -74,7 +74,7 @@ class RunConfig:
         words: Iterable[str] = (),
         seed: int | None = None,
     ) -> RunConfig:
-        """A preset (train/config.py: PRESETS), a mapping over it (a config.yaml), `key=value` words over that.
+        """A preset (config/training.py: PRESETS), a mapping over it (a config.yaml), `key=value` words over that.
 
         `seed`, when given, seeds stages and reinforcement where no word does.
         """

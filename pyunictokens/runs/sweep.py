@@ -7,7 +7,7 @@
 
 There is no other state: every job writes its own files alone, so any number of processes or machines can share a
 folder, and whatever is done is not done again. It knows processes and files; what `train` does is its own business,
-tables and the page are many_results.py's, a Ray cluster is cluster.py's.
+tables and the page are sweep_results.py's, a Ray cluster is ray_jobs.py's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json, write_text_atomic
 from ..utils.signals import Stop, never
+from ..utils.text import read_text
 from .run_dir import CONCEPT, CONFIG, FINAL
 
 JOBS = ".jobs"  # no concept's name begins with a dot
@@ -98,7 +99,7 @@ def choose(names: Sequence[str], wanted: str, shard: str | None = None) -> list[
         chosen = list(names)
     else:
         file = Path(wanted)
-        words = file.read_text(encoding="utf-8").split("\n") if file.is_file() else wanted.split(",")
+        words = read_text(file).split("\n") if file.is_file() else wanted.split(",")
         chosen = list(dict.fromkeys(word.strip() for word in words if word.strip()))
     unknown = [name for name in chosen if name not in set(names)]
     if unknown or not chosen:

@@ -1,7 +1,7 @@
 """What many runs come to: a table (CSV, JSON), and one page over all concepts with means and intervals.
 
-Reads the status files and evaluations that are there (many.py says where), so it can be made at any time and by anyone.
-It computes nothing but means; it starts nothing.
+Reads the status files and evaluations that are there (sweep.py says where), so it can be made at any time and by
+anyone. It computes nothing but means; it starts nothing.
 """
 
 from __future__ import annotations

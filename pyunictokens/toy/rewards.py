@@ -1,7 +1,7 @@
 """The toy world's experts behind the same interface as the real ones: small networks in, an Ensemble out.
 
-Only adapts: the networks are in toy_nets.py, the formulas in tier.py, ber.py, der.py and fer.py. Does not touch the
-AttributeReader, which measures and must never reward.
+Only adapts: the networks are in networks.py, the formulas in rewards/experts/. Does not touch the AttributeReader,
+which measures and must never reward.
 """
 
 from __future__ import annotations

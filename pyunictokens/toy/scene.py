@@ -2,7 +2,7 @@
 
 A scene is a subject (human, animal or object with colour and pattern), something it wears, an item beside it and a
 place. Every attribute is an integer code into a closed list of words, so truth is known exactly. This module does not
-know how a scene looks (toydraw.py) or how it is spoken about (toygrammar.py).
+know how a scene looks (drawing.py) or how it is spoken about (grammar.py).
 """
 
 from __future__ import annotations

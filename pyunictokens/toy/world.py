@@ -1,6 +1,6 @@
 """The toy world in one place: scenes, their pictures and the sentences about them.
 
-A door to toyscene.py (attributes), toydraw.py (pictures) and toygrammar.py (sentences); adds nothing of its own.
+A door to scene.py (attributes), drawing.py (pictures) and grammar.py (sentences); adds nothing of its own.
 Everything is drawn by lot from a numpy Generator that the caller seeds, so the same seed gives the same world.
 """
 

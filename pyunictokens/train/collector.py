@@ -217,8 +217,8 @@ class Collector:
 
     @profiling.phase("rewards")
     def _scoring(self, batch: RewardBatch) -> Callable[[], EnsembleScore]:
-        """Have the experts score; call what is returned for the scores. An ensemble with `submit` (rewards/remote.py)
-        is left to it, and the next group is drawn meanwhile."""
+        """Have the experts score; call what is returned for the scores. An ensemble with `submit`
+        (rewards/served/client.py) is left to it, and the next group is drawn meanwhile."""
         submit, limit = getattr(self.rewards, "submit", None), self.config.expert_timeout
         if submit is None:
             score = ask("scoring by the experts", self.rewards.score, batch, seconds=limit)

@@ -2,10 +2,10 @@
 
     for each step:  task → answers → images (previews judged) → rewards → reference log-probs → streamed update
 
-The parts live beside this file: tasks.py, experience.py, update.py, policy.py, state.py, logs.py. This one knows their
-order, the random keys and what to do when a number is not finite (paper, section 3.2, equation 7; appendix F). With
-several ranks (distributed.py) each runs this loop on its share of the rows; what they decide, they decide alike, and
-rank 0 alone writes.
+The parts live beside this file: tasks.py, collector.py, update.py, policy.py, checkpoint/, metrics.py. This one knows
+their order, the random keys and what to do when a number is not finite (paper, section 3.2, equation 7; appendix F).
+With several ranks (distributed/ranks.py) each runs this loop on its share of the rows; what they decide, they decide
+alike, and rank 0 alone writes.
 """
 
 from __future__ import annotations

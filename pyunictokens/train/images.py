@@ -2,7 +2,7 @@
 
 Pixels are read once and kept; codes are taken anew where an image is cropped or mirrored at random. While only concept
 rows learn, a picture's keys and values under understanding do not depend on them (it precedes all text), so they are
-computed once and reused (DESIGN, lever 1). It knows files, codes and prefixes; it does not know questions or losses.
+computed once and reused.
 
 Shape suffixes: B images, N image codes.
 """

@@ -1,8 +1,8 @@
 """Log-probs of tokens under the heads, formed so that small trainables stay small, and heads cut from their graph.
 
 The text head is the base head with a concept's rows in the middle. Gluing them together would need a gradient of the
-whole vocabulary to train 25 rows; here the two parts meet in their log-sum-exp instead (DESIGN, lever 6). A head that
-learns is cut into leaves, so that the pieces of an update add to one gradient and go back through the graph once.
+whole vocabulary to train 25 rows; here the two parts meet in their log-sum-exp instead. A head that learns is cut into
+leaves, so that the pieces of an update add to one gradient and go back through the graph once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What learns, and what it is compared with: concept rows, LoRA adapters or all weights, and the reference policy.
 
-The reference is the policy with its trained part switched off, so no second model is held (DESIGN lever 6): concept
-rows are swapped for a copy of 25 rows, adapters are disabled, and full weights are read from a memory-mapped file
-written when the run begins. It knows parameters; it does not know losses, optimisers or checkpoints.
+The reference is the policy with its trained part switched off, so no second model is held: concept rows are swapped for
+a copy of 25 rows, adapters are disabled, and full weights are read from a memory-mapped file written when the run
+begins.
 """
 
 from __future__ import annotations

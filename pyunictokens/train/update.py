@@ -1,4 +1,4 @@
-"""The streamed update of UniCTask-GRPO: memory that does not depend on the number of timesteps (DESIGN, lever 5).
+"""The streamed update of UniCTask-GRPO: memory that does not depend on the number of timesteps.
 
 The objective (equation 7) is a sum over answer tokens and over the image tokens of all T timesteps:
 

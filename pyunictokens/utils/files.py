@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
+from .text import read_text
 
 log = logging.getLogger(__name__)
 
@@ -129,13 +130,9 @@ def folder_lock(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file. Raises UserError naming the file, and for bad JSON the line and column."""
-    path = Path(path)
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:

@@ -1,6 +1,6 @@
 """One page about one run: what changed, how sure that is, how it came about (``write_report(run)`` → report.html).
 
-Takes what a run left behind (run_files.py), the sentences computed from it (verdict.py) and the curves (plots.py, also
+Takes what a run left behind (run_files.py), the sentences computed from it (summary.py) and the curves (plots.py, also
 written as PNG into plots/), and fills one HTML file that needs no other file and no network. What is missing is left
 out; knows no model and no training.
 """

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from ...utils.errors import UserError
+from ...utils.text import read_text
 from ..subject import Item, Subject
 from .dreambooth import is_live, templates
 from .files import folders, optional_json, pictures, words
@@ -58,7 +59,7 @@ def _classes(base: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     found = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in read_text(file).splitlines():
         if line.strip().lower() == "prompts":
             break
         match = _LINE.match(line)

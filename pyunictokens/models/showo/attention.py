@@ -2,7 +2,7 @@
 
 A transformer block hands (layer, q, k, v) to a strategy and gets the attended values back. So one set of blocks serves
 the plain full-sequence definition, image steps over a cached prompt (text is causal and blind to the image, hence its
-keys and values never change: DESIGN lever 1), and token-by-token text. This file knows shapes and rows; it does not
+keys and values never change), and token-by-token text. This file knows shapes and rows; it does not
 know embeddings, sampling or what a prompt says.
 
 Shape suffixes: B batch rows, H heads, L new positions, P prompt positions, E head width.
@@ -103,7 +103,7 @@ class PromptKV:
         return PromptKV(join(self.keys, more.keys), join(self.values, more.values), list(more.next_position))
 
     def leaves(self) -> PromptKV:
-        """The same numbers cut from their graph, as leaves that collect gradients (DESIGN lever 5)."""
+        """The same numbers cut from their graph, as leaves that collect gradients."""
 
         def cut(layers: list[Tensor]) -> list[Tensor]:
             return [tensor.detach().requires_grad_() for tensor in layers]
@@ -127,9 +127,9 @@ class PromptAttention:
     """Image rows over cached prompts: row b sees all of prompt `prompt_of_row[b]` and all of its own L positions.
 
     There is no mask and no padding, whatever lengths the prompts have. On a GPU the rows of all prompts go through one
-    kernel for their own positions, and each prompt is read where it lies by all its rows (joined.py). Elsewhere keys
-    are put together, which is the faster of the two there (docs/measured-facts.md): rows are taken in groups of equal
-    prompt length, and a group whose rows share one prompt broadcasts it. `joined` chooses by hand.
+    kernel for their own positions, and each prompt is read where it lies by all its rows (shared_prefix.py). Elsewhere
+    keys are put together, which is the faster of the two there (docs/measured-facts.md): rows are taken in groups of
+    equal prompt length, and a group whose rows share one prompt broadcasts it. `joined` chooses by hand.
     """
 
     causal = False

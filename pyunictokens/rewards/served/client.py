@@ -1,4 +1,4 @@
-"""Reward experts that run elsewhere: what training and evaluation ask of an ensemble, answered by servers (serve.py).
+"""Reward experts that run elsewhere: what training and evaluation ask of an ensemble, answered by servers (server.py).
 
     experts = RemoteExperts.open("tcp://10.0.0.2:7000,tcp://10.0.0.3:7000?timeout=120")
     scoring = experts.submit(batch)      # returns at once; draw the next group meanwhile

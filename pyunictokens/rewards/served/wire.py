@@ -3,7 +3,7 @@
 A message is a JSON table and some tensors: four bytes with the length of the JSON, the JSON (UTF-8), and one
 safetensors file. Nothing is ever pickled. Connections, length limits and the proof of the shared key (HMAC, both ways)
 are those of `multiprocessing.connection`, whose `send` and `recv` (they pickle) are never called. Bytes are not
-encrypted. It knows messages; what is asked and answered is the business of serve.py and remote.py.
+encrypted. What is asked and answered is the business of server.py and client.py.
 """
 
 from __future__ import annotations

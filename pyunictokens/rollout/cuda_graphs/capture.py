@@ -1,4 +1,4 @@
-"""Steps without the host: a step captured once as a CUDA graph, and a run of steps as one launch (DESIGN, lever 8).
+"""Steps without the host: a step captured once as a CUDA graph, and a run of steps as one launch.
 
     loop      one launch of a graph whose WHILE node runs the captured step until the device says stop (CUDA ≥ 12.4)
     replay    one launch a step, and a look at `keep_going` after each

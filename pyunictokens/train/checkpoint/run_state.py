@@ -7,7 +7,7 @@
 A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one
 that was damaged later is noticed by its checksum and the one before it is taken. Rank 0 alone writes, but for the
 shards, and renames a checkpoint when all of them are there; all ranks see one file system. It knows files and names;
-what the tensors mean is the business of policy.py and optim.py.
+what the tensors mean is the business of policy.py and optimizer.py.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Checkpoint:
     state: dict[str, Any]
     folder: Path
     shards: Path | None = None
-    """Where tensors are that were spread over ranks (sharded.py)."""
+    """Where tensors are that were spread over ranks (shards.py)."""
 
 
 def identity(model: Showo, concept: ConceptTokens) -> dict[str, Any]:

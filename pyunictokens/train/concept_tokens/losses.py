@@ -3,8 +3,8 @@
     understanding   cross-entropy of the answer's tokens and its end, nothing else of the sequence counts
     generation      rate = schedule(u), u uniform per image; max(1, round(N·rate)) positions masked; cross-entropy there
 
-Source: Show-o's training objectives, restated in DESIGN section 4. Gradients reach only what learns; the pictures'
-keys and values come from pictures.py, computed once. It knows ids and codes; it does not know optimisers or epochs.
+Source: Show-o's training objectives. Gradients reach only what learns; the pictures' keys and values come from
+train/images.py, computed once.
 
 Shape suffixes: B rows, L text positions, N image codes.
 """

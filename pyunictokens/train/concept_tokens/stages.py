@@ -5,8 +5,8 @@
     deepening       extra helpers, started from what stands still in the model's own drawings; answering again
     joint           all rows and both tasks at once
 
-Only the concept's rows are parameters here; the model's weights have no gradient. The losses are in stage_loss.py, the
-starting rows in rows.py, pictures in pictures.py. It knows stages and their order; it does not know rewards.
+Only the concept's rows are parameters here; the model's weights have no gradient. The losses are in losses.py, the
+starting rows in token_init.py, images in train/images.py.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
     generation      <token_K…K+M−1> from the mean face embedding for humans, else N(0, 0.02)
     deepening       the added tokens from k-means over codes that stand still in the model's own drawings
 
-Source: the published stages of UniCTokens (An et al., 2025), restated in DESIGN section 4. It writes rows; it trains
-none.
+Source: the published stages of UniCTokens (An et al., 2025).
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 `Ranks()` is a run of one process: every method answers at once and torch.distributed is never touched, so the loop has
 no second form. `Ranks.open()` takes torchrun's environment: gloo for records of Python (few bytes, a few times a step),
 NCCL for gradients on GPUs. Results do not depend on the number of ranks: who draws what follows from sample ids, and
-sums run over all rows. A rank that is gone ends the others (watch.py). It knows processes; it does not know rewards or
-losses.
+sums run over all rows. A rank that is gone ends the others (heartbeat.py).
 """
 
 from __future__ import annotations

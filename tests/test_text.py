@@ -1,0 +1,69 @@
+"""One reader for the text files that people write: what an editor or a shell puts in front of the text is no part of
+it."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyunictokens.data import read_facts
+from pyunictokens.evaluate.suites.dreambench import _classes
+from pyunictokens.runs.sweep import choose
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.files import read_json
+from pyunictokens.utils.text import read_text
+
+FORMS = {
+    "utf-8": lambda text: text.encode(),
+    "utf-8 with a mark": lambda text: codecs.BOM_UTF8 + text.encode(),
+    "PowerShell": lambda text: codecs.BOM_UTF16_LE + text.encode("utf-16-le"),
+    "big-endian": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+}
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\r\ufeff")))
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_text(tmp_path: Path, form: str, text: str) -> None:
+    (tmp_path / "a.txt").write_bytes(FORMS[form](text))
+    assert read_text(tmp_path / "a.txt") == text
+    (tmp_path / "a.txt").write_bytes(FORMS[form](text.replace("\n", "\r\n")))
+    assert read_text(tmp_path / "a.txt") == text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whoever_reads_a_file_of_the_user_reads_every_form(tmp_path: Path, form: str) -> None:
+    names = ["bo", "Ünïque"]
+    (tmp_path / "list.txt").write_bytes(FORMS[form]("Ünïque\r\nbo\r\n"))
+    assert choose(names, str(tmp_path / "list.txt")) == ["Ünïque", "bo"]
+    (tmp_path / "a.json").write_bytes(FORMS[form](json.dumps({"class": "dög"}, ensure_ascii=False)))
+    assert read_json(tmp_path / "a.json") == {"class": "dög"}
+    (tmp_path / "sheet.yaml").write_bytes(FORMS[form]("info: <bo> is a dög.\n"))
+    assert read_facts(tmp_path / "sheet.yaml", "bo").info == "<bo> is a dög."
+    (tmp_path / "prompts_and_classes.txt").write_bytes(FORMS[form]("dog2,dog\r\nPrompts\r\n"))
+    assert _classes(tmp_path) == {"dog2": "dog"}
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.txt: no such file"):
+        read_text(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="is a folder"):
+        read_text(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"ab\xff")
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 text \(byte 2\): save it as UTF-8"):
+        read_text(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF16_LE + b"a")
+    with pytest.raises(UserError, match="not UTF-16 text"):
+        read_text(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="3 bytes: must be at most 2"):
+        read_text(tmp_path / "a.txt", largest=2)
+    if os.geteuid() != 0:
+        (tmp_path / "a.txt").chmod(0)
+        with pytest.raises(UserError, match="cannot be read: Permission denied"):
+            read_text(tmp_path / "a.txt")
