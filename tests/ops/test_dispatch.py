@@ -109,7 +109,7 @@ def test_a_reason_is_asked_for_when_the_backend_is_wanted(table: dict[str, Any])
 
 
 def test_import_does_not_look_for_gpus() -> None:
-    """cudaGetDeviceCount starts CUDA, and a child forked after that cannot use it: import and CPU calls must not ask."""
+    """cudaGetDeviceCount starts CUDA, and a child forked after that cannot use it."""
     code = """
 import torch, sys
 def asked(*_, **__):
