@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,6 +43,24 @@ def set_deterministic(flag: bool) -> None:
     _deterministic = bool(flag)
     if _engine is not None:
         _engine.settings.deterministic = _deterministic
+
+
+@contextmanager
+def capture_warmup() -> Iterator[None]:
+    """Inside, operations go the way they go while a CUDA graph is captured: make the calls before a capture in here.
+
+    With a mask that is another way than the usual one (the number of kept tokens stays on the device), with kernels of
+    its own. Triton compiles and loads a kernel when it first meets it, which must not happen inside a capture.
+    """
+    if objection():  # nothing can be captured here
+        yield
+        return
+    settings = engine().settings
+    before, settings.counted = settings.counted, True
+    try:
+        yield
+    finally:
+        settings.counted = before
 
 
 def _call(name: str, device_of: int) -> Callable[..., Any]:
