@@ -3,7 +3,7 @@
 One program a row. x = (scores + bias)/temperature, so scores are the bare product. Three kernels over the same pieces:
 `logprob_rows` looks, `gradient_rows` turns the row into grad·(onehot − softmax) given what was seen before, `loss_rows`
 does both with the GRPO slope in between. A row of up to `RESIDENT` entries is read once and stays in registers, a
-longer one is passed over twice. −inf rules an entry out. Knows nothing of where the scores came from.
+longer one is passed over twice. −inf rules an entry out.
 
 With `FOLD` the gradient's factor is multiplied in; without it (float16, whose range is too small for a factor times a
 probability) the row is onehot − softmax and the factor goes to `factor` for whoever uses the row.

@@ -4,7 +4,7 @@
 
 Two-stage sums: every program adds up its own tokens in float32, the program that finishes last adds the programs' sums
 in float64 and in their order. So two runs agree to the last bit although the finishing order differs, and one launch is
-enough. Knows nothing of logits; `epilogue` shares `objective`.
+enough. `epilogue` shares `objective`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The one place that launches a Triton kernel, so that what would be launched can also be listed and compiled ahead.
 
-Inside `recording()` nothing runs: each launch is noted with its arguments, which may then be meta tensors. Knows no
-kernel.
+Inside `recording()` nothing runs: each launch is noted with its arguments, which may then be meta tensors.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A *row* is the place of a token among those that take part; `index` says which token it is (None: they are the same).
 Where `count` is given, the number of rows is read from device memory, and programs past it end at once. Row offsets are
-64-bit. Knows nothing of logits.
+64-bit.
 
 Legend: M tokens, m rows of a chunk, D width, K codebook entries.
 """

@@ -1,4 +1,4 @@
-"""The workloads: shapes, inputs and what each must cost at least. Knows no peer and no clock.
+"""The workloads: shapes, inputs and what each must cost at least.
 
 Cost model. A head over M tokens is a product of M×D with D×K, 2·M·D·K operations. Forward needs one product; forward
 and backward need three (logits, gradient of the hidden states, gradient of the weight), whoever does it and however.

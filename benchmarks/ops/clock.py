@@ -2,7 +2,6 @@
 
 Sides take turns so that whatever the machine does meanwhile falls on all of them. A side whose rounds took longer than
 its share of time sits out after MIN_ROUNDS, a very slow one after FEWEST. Also measures the two ceilings of a machine.
-Knows no operation.
 """
 
 from __future__ import annotations

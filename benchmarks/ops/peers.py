@@ -2,8 +2,8 @@
 
 A peer offers, for some operations, a function from inputs to a call. The call returns the differentiable result on the
 same tensors every other side gets, in the same precision; what a peer wants otherwise (a spare row, a flat shape) is
-prepared before the clock starts and said in its description. Knows nothing of timing. Each adapter is held against
-float64 before it is timed (`check.py`).
+prepared before the clock starts and said in its description. Each adapter is held against float64 before it is timed
+(`check.py`).
 """
 
 from __future__ import annotations

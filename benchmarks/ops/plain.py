@@ -1,7 +1,7 @@
 """The operations in plain PyTorch, as one writes them first: the eager peer, in float64 the truth of every check.
 
 Every function takes tensors in any float dtype. A head is applied in the dtype of its inputs, softmax and loss are
-float32 (float64 for float64), as in the operations. Knows no other peer.
+float32 (float64 for float64), as in the operations.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 What several arms begin with (the concept stages) is learned once and shared. A cell that is there, and was made with
 the same settings, is not made again. Everything is drawn from seeds; only the seconds differ from machine to machine:
-those that the process worked, on one thread, so that what else runs on the machine hardly counts.
-It knows how a cell is made; what cells there are is arms.py's business, what they say is stats.py's.
+those that the process worked, on one thread, so that what else runs on the machine hardly counts. What cells there are
+is arms.py's business, what they say is stats.py's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """docs/experiments.md from the stored cells (docs/experiments.json): tables, tests, figures, and what was not measured.
 
-Every number on the page comes from the JSON; a cell that is not there is called not measured. It knows Markdown; the
-numbers are stats.py's.
+Every number on the page comes from the JSON; a cell that is not there is called not measured. The numbers are
+stats.py's.
 """
 
 from __future__ import annotations

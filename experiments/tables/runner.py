@@ -1,7 +1,7 @@
 """Which cells are made, by how many processes, and everything that was made in one table (docs/experiments.json).
 
-A process takes one concept and seed with all its arms, because they share their beginnings. It knows processes and
-files; how a cell is made is lab.py's business.
+A process takes one concept and seed with all its arms, because they share their beginnings. How a cell is made is
+lab.py's business.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """From cells to what can be said: means with intervals, paired tests, and how far the paper's ordering is found again.
 
 A concept is the unit of chance: seeds of one concept are averaged first, then concepts are drawn again (bootstrap) and
-compared in pairs (t-test and Wilcoxon's signed ranks, both two-sided). It knows numbers; it does not know how they came
-about.
+compared in pairs (t-test and Wilcoxon's signed ranks, both two-sided).
 """
 
 from __future__ import annotations

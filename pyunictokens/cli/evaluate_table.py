@@ -1,6 +1,6 @@
 """`pyunictokens evaluate table` and `evaluate compare`: the paper's tables for any models, and two tables side by side.
 
-This file knows flags and prints; what is asked, scored and kept is the business of `evaluate`.
+What is asked, scored and kept is the business of `evaluate`.
 """
 
 from __future__ import annotations

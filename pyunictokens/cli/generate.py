@@ -1,7 +1,7 @@
 """`pyunictokens generate` and `pyunictokens understand`: draw with a model, ask it about a picture.
 
 Drawing may reason first: the model is shown the concept's facts and the prompt, answers with the fact that fits, and
-draws from both (paper, equations 2 to 4). This file knows flags and files; sampling is `rollout`'s business.
+draws from both (paper, equations 2 to 4). Sampling is `rollout`'s business.
 """
 
 from __future__ import annotations

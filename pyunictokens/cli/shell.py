@@ -1,7 +1,4 @@
-"""What every command shares at the edges: how errors end, where text goes, and the options that mean the same.
-
-It knows exit codes and consoles; it does not know what any command does.
-"""
+"""What every command shares at the edges: how errors end, where text goes, and the options that mean the same."""
 
 from __future__ import annotations
 

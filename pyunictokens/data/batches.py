@@ -1,7 +1,7 @@
 """What training draws from a concept: items of understanding, generation and text-only reasoning, and their order.
 
-Plain lists of small records with paths and texts in them, and one sampler whose state is four numbers. Knows neither
-tokens nor tensors: pictures are encoded once by whoever trains, and `<name>` is expanded by the concept's tokens there.
+Plain lists of small records with paths and texts in them, and one sampler whose state is four numbers. Pictures are
+encoded, and `<name>` is expanded, by whoever trains.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Everything that is wrong with a data folder, found in one go: the files (`reader.py`) and the pictures, all decoded.
 
-Changes nothing and raises only for a folder or a concept that is not there. Knows no model: whether a picture is a good
-likeness is not its question.
+Changes nothing and raises only for a folder or a concept that is not there.
 """
 
 from __future__ import annotations

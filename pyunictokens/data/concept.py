@@ -1,7 +1,7 @@
 """What a concept is, as plain data: names, texts and paths, the same however it came to be.
 
-Knows no file format (`reader.py`) and no model. Item r of `personalized_driven_generation` asks for item r of
-`extra_info`; the first half of these pairs trains, the second half tests (paper, Appendix C).
+Item r of `personalized_driven_generation` asks for item r of `extra_info`; the first half of these pairs trains, the
+second half tests (paper, Appendix C).
 """
 
 from __future__ import annotations

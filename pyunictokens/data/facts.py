@@ -1,7 +1,7 @@
 """The sheet of facts a user writes for `data new`: YAML with what the concept is, its facts, questions and prompts.
 
 Schema and an example are in docs/data-format.md; :func:`facts_template` gives one to fill in. Every problem of a sheet
-is reported at once with its field. Knows nothing of pictures or of the folder that is made from it.
+is reported at once with its field.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Orientation tags, transparency (over white), gray, palette, CMYK and 16-bit are handled; the shorter side is brought to
 the wanted size (bicubic) and the centre cut out, as the published transform does without its random flip. Whatever
-cannot be read becomes a UserError that names the file. Knows no model and no folder layout.
+cannot be read becomes a UserError that names the file.
 """
 
 from __future__ import annotations

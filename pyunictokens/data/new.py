@@ -2,7 +2,7 @@
 
 All or nothing: everything is built in a folder beside, checked as a stranger's folder would be, and only then moved
 into place; a failure on the way leaves the data folder as it was. What it writes is described in docs/data-format.md;
-the questions that come with every concept are in `wording.py`. Knows no model.
+the questions that come with every concept are in `wording.py`.
 """
 
 from __future__ import annotations

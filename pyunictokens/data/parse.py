@@ -1,8 +1,7 @@
 """Typed reading of JSON that strangers wrote: what is wrong is noted with file and field, and reading goes on.
 
-Holds the :class:`Problem` record, the :class:`Ledger` that collects problems, the shapes in which a question with
-its answer is found in published folders, and the one place that turns a file name found in data into a path. It knows
-neither what a concept is nor how a picture is decoded.
+Holds the :class:`Problem` record, the :class:`Ledger` that collects problems, the shapes in which a question with its
+answer is found in published folders, and the one place that turns a file name found in data into a path.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 keeper of embeddings that makes each text and each photo cost one pass.
 
 Pixels come as tensors and stay on the device; they are brought to the encoder's size and colours with the settings of
-the checkpoint's own preprocessing (shorter side, bicubic, centre cut out). Knows no metric and no folder of concepts.
+the checkpoint's own preprocessing (shorter side, bicubic, centre cut out).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a concept folder lets one ask: pictures to recognise, prompts to draw and the facts they hint at.
 
 Shared by the evaluation of a run (benchmark.py) and by the tables (suites/unify.py), so that both ask the same. Only
-the held-out half of the facts is used. Knows concepts; asks nothing itself.
+the held-out half of the facts is used. Asks nothing itself.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The paper has GPT-4o score answers, and for drawings "whether each segment of text is correctly represented in the
 image, giving a score from 0 to 1", segments split at punctuation marks; its prompts are not published, so these are
-this project's own. The judge brings its scale to 0…1 itself. Knows wording alone; `rewards.judge` asks.
+this project's own. The judge brings its scale to 0…1 itself. `rewards.judge` asks.
 """
 
 from __future__ import annotations

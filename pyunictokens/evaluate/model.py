@@ -3,7 +3,7 @@
     answer(images, question)      a text about no, one or several pictures
     generate(prompt, n, seed)     n drawings
 
-A model that cannot do one of the two raises :class:`Unsupported` there, and its columns stay empty. Knows no model.
+A model that cannot do one of the two raises :class:`Unsupported` there, and its columns stay empty.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What an evaluation leaves behind: means with intervals, a record for each item, the drawings; saved and read as JSON.
 
 Every number in the tables is computed from the records, so two results of the same items can be compared item by item:
-the same seeds draw the same noise, and the difference of two runs is measured on pairs. Knows no model and no metric.
+the same seeds draw the same noise, and the difference of two runs is measured on pairs.
 """
 
 from __future__ import annotations

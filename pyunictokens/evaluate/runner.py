@@ -2,7 +2,7 @@
 
 Whatever is there already is not done again: a cell with its output is not asked for, a cell with its scores is not
 scored, and a model none of whose cells is missing is not even loaded. What cannot be done (a damaged picture, a prompt
-the model refuses, a judge out of reach) is listed, and everything else goes on. Knows no adapter and no measure.
+the model refuses, a judge out of reach) is listed, and everything else goes on.
 """
 
 from __future__ import annotations

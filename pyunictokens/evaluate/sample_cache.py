@@ -4,7 +4,7 @@
 
 A cell is written whole or not at all (the picture first, then the JSON that names it), and its name is a digest of all
 that decides what the model says: so a cell that is there is right, and is not done again. Scores carry the name of what
-gave them; a score that could not be had is absent and tried again next time. Knows no model and no measure.
+gave them; a score that could not be had is absent and tried again next time.
 """
 
 from __future__ import annotations

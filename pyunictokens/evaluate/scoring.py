@@ -8,7 +8,7 @@
     dense, dense_rea_gen    judge, clip_i, clip_t        judge: mean over the parts of the spelled-out prompt
 
 What cannot be scored (no judge, no weights, a judge that answers out of range) is left out of the cell and listed; an
-empty answer is worth 0 and no judge is asked. Knows no model and no table.
+empty answer is worth 0 and no judge is asked.
 """
 
 from __future__ import annotations

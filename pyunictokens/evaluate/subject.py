@@ -1,7 +1,7 @@
 """What is asked of a model about one concept: items (questions and prompts with their truth), photos, words.
 
 The same for every data set: `suites/` makes subjects out of folders, the runner hands their items to models, the tables
-count them. A task is one column group of the paper's Table 1. Knows no folder layout, no model and no measure.
+count them. A task is one column group of the paper's Table 1.
 
     rec            is it in the picture?            truth "yes" or "no", group positive or negative
     rea            which fact does a prompt mean?   facts to choose from, truth is the right one

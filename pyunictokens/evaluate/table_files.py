@@ -1,8 +1,8 @@
 """A table as files: results.json (everything), table.csv (every measure, whole, by concept and by kind), table.md and
 table.tex (the paper's columns).
 
-Each is written whole or not at all, and results.json is enough to write the others again or to compare two tables.
-Knows cells and columns; asks no model.
+Each is written whole or not at all, and results.json is enough to write the others again or to compare two tables. Asks
+no model.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A column is one measure of one task. Its value is the mean over concepts of the mean over items (over both halves for
 Rec.), an item's value being the mean over its drawings and seeds; the interval is a bootstrap over items, concept by
-concept, because drawings of one prompt resemble each other more than drawings of two prompts do. Knows no files.
+concept, because drawings of one prompt resemble each other more than drawings of two prompts do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A concept's learned tokens: `<name>` and its K + M (+ extra) helpers, as rows of embedding, head weight and bias.
 
 They are the only new parameters of a personalised model: 25 rows against two matrices of 58 k × 2048. Reads and writes
-the published files ``epoch_*_{embed,lm_head_weight,lm_head_bias}.pt`` and one safetensors file of our own. It knows
-token strings and rows; how rows are trained is the business of `train`, where they sit among the ids that of `showo`.
+the published files ``epoch_*_{embed,lm_head_weight,lm_head_bias}.pt`` and one safetensors file of our own. How rows are
+trained is the business of `train`, where they sit among the ids that of `showo`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """MAGVIT-v2 image tokenizer: pixels to codes and back, with a look-up-free quantiser.
 
-The layout (module names, order of layers) is that of the published checkpoint, so its state dict loads key by key.
-The shape of the network (widths, blocks, bits) is read from the weights themselves. It knows nothing of text or
-transformers.
+The layout (module names, order of layers) is that of the published checkpoint, so its state dict loads key by key. The
+shape of the network (widths, blocks, bits) is read from the weights themselves.
 
 A code is the sign pattern of one position's `z_channels` features read as a binary number, most significant bit first
 (Yu et al., 2023, "Language Model Beats Diffusion", section 3.1). The decoder is fully convolutional but for one

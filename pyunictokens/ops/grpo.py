@@ -6,8 +6,7 @@ Equation (UniCTokens-R1's clipped objective, normalised as in Dr. GRPO: no divis
     D = exp(logp − old_logp),   k3 = exp(ref_logp − logp) − (ref_logp − logp) − 1
 
 Both operations form their gradients in the forward pass; backward multiplies them by the gradient of the loss.
-Gradients go to the policy only: old_logp, ref_logp, advantages and alpha are constants. Knows nothing of rewards or
-groups.
+Gradients go to the policy only: old_logp, ref_logp, advantages and alpha are constants.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The public `selected_logprob`: validate, choose a backend, register with torch.library (fake and autograd included).
 
 Equation: log_softmax((W·h + b)/τ)[target] with classifier-free guidance before the head, h = (1+s)·hidden − s·uncond
-(the head is linear, so this is guidance of the logits). Knows one head and one target per token; not what they are
-for.
+(the head is linear, so this is guidance of the logits).
 """
 
 from __future__ import annotations

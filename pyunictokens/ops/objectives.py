@@ -7,8 +7,7 @@ differentiable reduction of per-token log-probabilities, applied to the policy, 
     sequences    sequence_logprob(logp, mask)       [R]          one per rollout (GSPO, arXiv 2507.18071)
     transitions  transition_logprob(logp, inputs)   [R, T]       one per timestep (Mask-GRPO, arXiv 2510.13418)
 
-`token_mask` says which tokens count in the first two. Knows codes and log-probabilities; not models, rewards or how the
-log-probabilities came about, except `remasked_logprob`, which needs whole distributions and takes the head.
+`token_mask` says which tokens count in the first two. `remasked_logprob` needs whole distributions and takes the head.
 
 Shape suffixes: R rollouts, T timesteps, N codes of an image, M tokens (all leading dimensions as one), m tokens of a
 chunk, D width, K codebook.

@@ -1,15 +1,15 @@
 """Philox4x32-10 and the noise built on it, in plain torch integers: the definition that every backend follows.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11). Knows the layout of the
-counter (below, `docs/ops.md` and `csrc/include/noise.h`), not who draws. There is no state: a number is a function of
-its address.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11). The layout of the counter is
+told below and in docs/ops.md; csrc/include/noise.h has the same. There is no state: a number is a function of its
+address.
 
     key     = (seed[31:0], seed[63:32])
     counter = (sample[31:0], sample[63:32], step·2¹⁶ + position, stream·2²⁸ + ⌊lane/4⌋),    word = lane mod 4
 
-A word w becomes v = min((float32(w) + ½)·2⁻³², 1 − 2⁻²⁴), each operation rounded to nearest even, so v is in (0, 1)
-and has the same bits on every backend. u = 1 − v is the uniform number, E = −log u = −log1p(−v) an exponential one and
-g = −log E a Gumbel one, in float32.
+A word w becomes v = min((float32(w) + ½)·2⁻³², 1 − 2⁻²⁴), each operation rounded to nearest even, so v is in (0, 1) and
+has the same bits on every backend. u = 1 − v is the uniform number, E = −log u = −log1p(−v) an exponential one and g =
+−log E a Gumbel one, in float32.
 """
 
 from __future__ import annotations

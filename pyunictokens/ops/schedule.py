@@ -1,7 +1,7 @@
 """How many codes stay masked after a MaskGIT step: the published schedules, evaluated in float32 as published.
 
 The float32 matters. cos(⅔·π/2) is ½ in exact arithmetic and a little less in float32, so of 16 codes 7 stay masked and
-not 8, and every later code depends on it. Knows numbers only, no model and no noise.
+not 8, and every later code depends on it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The public `maskgit_step` and `sample_categorical`: validate, choose a backend, register with torch.library.
 
 One MaskGIT step as published (Chang et al., "MaskGIT", and Show-o): sample unknown codes from softmax of the logits,
-keep the known ones, put the least confident back. Knows nothing of guidance, schedules or temperatures over time: the
-caller passes final logits, a number of codes to mask and this step's re-masking temperature.
+keep the known ones, put the least confident back. The caller passes final logits (guidance applied), a number of codes
+to mask and this step's re-masking temperature.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Autocast: the inputs of a head's product are cast where `nn.Linear` would cast them, and nothing else; inside an
 operation autocast is off, so softmax, loss and sampling are the same with and without it. torch.vmap, torch.func and
-forward mode are refused. Knows tensors, not what an operation computes.
+forward mode are refused.
 """
 
 from __future__ import annotations

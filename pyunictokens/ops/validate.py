@@ -1,4 +1,4 @@
-"""Checks that every operation shares: each names the value, the limit and the way out. Knows tensors, not operations.
+"""Checks that every operation shares: each names the value, the limit and the way out.
 
 Shapes, dtypes and devices are checked always, also while torch.compile traces. Values are looked at only on the CPU
 (`on_cpu`): on a GPU that would wait for the device.

@@ -5,7 +5,7 @@
 Formulas over the networks' own configurations; a multiply-add counts as two operations, and only matrix products,
 attention and convolutions are counted, as torch.utils.flop_counter does. The convolutional networks are not written
 down again: they are counted on the meta device, which computes nothing. Photos, facts and prompts of a concept cost
-once a run and are left out. Knows shapes; does not know time.
+once a run and are left out.
 """
 
 from __future__ import annotations

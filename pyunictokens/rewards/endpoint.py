@@ -2,8 +2,7 @@
 
 Sends chat messages and returns text. Errors that pass (429, 5xx, time-outs, lost connections, replies that are no chat
 completion) are tried again, others (a wrong key, an unknown model) are not. The key is read from the environment when a
-request is made; it is kept in no field, no message and no log. Knows nothing of scores, images' meaning or caches:
-judge.py has those.
+request is made; it is kept in no field, no message and no log. Scores and caches are judge.py's.
 """
 
 from __future__ import annotations

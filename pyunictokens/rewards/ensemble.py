@@ -5,7 +5,7 @@
 
 Every expert's value is kept beside the sum. An expert that fails, or returns what is no number, stops the step with an
 error that names expert and row: a reward made up in its place would be trained on. Where the networks run is decided in
-placement.py. Knows no expert by type.
+placement.py.
 """
 
 from __future__ import annotations

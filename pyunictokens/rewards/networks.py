@@ -2,7 +2,7 @@
 
 The pictures' preprocessing is the library's own processor as the checkpoint configures it, run on tensors where they
 are: pixels are brought to the 8 bits every one of these networks was trained with, then resized and normalised on their
-device. It knows transformers' way of loading; it does not know what the numbers mean.
+device.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 `together` keeps every network on the device and gives each expert a CUDA stream of its own, so that small networks fill
 the gaps of large ones. `lean` brings a network to the device, asks it, and takes it off again: the peak is the largest
-one instead of their sum. `auto` chooses by the memory that is free when a device is first used. It knows streams and
-clocks; it does not know scores.
+one instead of their sum. `auto` chooses by the memory that is free when a device is first used.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
         judge: {model: gpt-4o, cache: judged}         # an endpoint, see judge.py
         hps: {use: "my_experts:HpsV2", path: weights/HPS_v2.1_compressed.pt}     # your own class, called with the rest
 
-It knows names and settings; networks are read when they are first asked.
+Networks are read when they are first asked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a caller of the engine may give, brought to one form or refused: prompts, known codes, grids, ids, numbers.
 
-Every refusal is a `UserError` that names the value, the limit and the way out. It knows shapes and ranges; it does not
-run anything.
+Every refusal is a `UserError` that names the value, the limit and the way out. It does not run anything.
 
 Letters: P prompts, R rows (P × samples), N image codes.
 """

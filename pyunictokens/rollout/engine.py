@@ -56,8 +56,8 @@ class RolloutEngine:
         ops_backend: backend of the fused ops; None lets each op choose.
         max_rows: slots: most images (each two rows with guidance) drawn at once; more wait their turn. What does not
             fit into memory is split further by itself, with one warning.
-        capture: how image steps run: "auto" captures them on a GPU (capture.py) and lets the host run them elsewhere;
-            "loop", "replay" or "eager" by name; "off" lets the host run them always.
+        capture: how image steps run: "auto" captures them on a GPU (rollout/cuda_graphs/capture.py) and lets the host
+            run them elsewhere; "loop", "replay" or "eager" by name; "off" lets the host run them always.
     """
 
     def __init__(

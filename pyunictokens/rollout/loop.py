@@ -1,7 +1,6 @@
 """The round of one generation: who waits gets a slot, slots step, previews are judged, finished rows leave.
 
-It joins scheduler.py (who), images.py (the step) and previews.py (the verdict), and keeps the result row by row. It
-does not know prompts, thresholds or how a step is computed.
+It joins scheduler.py (who), sampler.py (the step) and previews.py (the scores), and keeps the result row by row.
 
 Shape suffixes: R rows of the result, N image codes, T timesteps.
 """

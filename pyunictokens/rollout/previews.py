@@ -2,8 +2,7 @@
 
 Where the scorer allows it (`Dsog.overlap`), decoding and scoring run in a thread of their own, on a GPU on a stream of
 its own, while the other rows take a step. The verdict is always waited for at the same place, so the rollout is the
-same however long the scorer takes. It knows codes, pixels and numbers; what follows from a score is scheduler.py's
-business.
+same however long the scorer takes. What follows from a score is scheduler.py's business.
 
 Letters: P previews, N image codes.
 """

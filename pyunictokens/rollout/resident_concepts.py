@@ -2,7 +2,7 @@
 
 Each concept has the same ids after the special ids, its own tokenizer to write them, and its own rows to read them.
 Only a prompt's prefix and an answer's tokens differ between concepts; image rows share everything, so prompts of any
-concepts go through one batch. It knows names, tokenizers and rows; it does not know engines.
+concepts go through one batch.
 """
 
 from __future__ import annotations

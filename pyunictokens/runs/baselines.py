@@ -1,7 +1,6 @@
 """Rows of a table by the words of a command line: the models that need an engine; a CLIP model and a judge.
 
-It joins runs and workbenches (which know engines) with `evaluate` (which is handed one). It knows no flags and no files
-of tables.
+It joins runs and model bundles (which hold engines) with `evaluate` (which is handed one).
 """
 
 from __future__ import annotations

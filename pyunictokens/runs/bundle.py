@@ -1,7 +1,6 @@
 """Model, image tokenizer and text tokenizer that belong together, ready on one device: published folders or the toy.
 
-Also finds the reward experts that go with them. It knows how the parts are put together; it does not know runs,
-training or the command line.
+Also finds the reward experts that go with them.
 """
 
 from __future__ import annotations

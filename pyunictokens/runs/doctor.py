@@ -1,7 +1,7 @@
 """What is installed here, what works, and the exact command that adds what is missing.
 
-`examine()` looks and returns plain values; `render()` writes them for people. It knows package names, files and ops
-backends. It repairs nothing, downloads nothing, and no finding of its own is ever an exception.
+`examine()` looks and returns plain values; `render()` writes them for people. It repairs nothing, downloads nothing,
+and no finding of its own is ever an exception.
 """
 
 from __future__ import annotations

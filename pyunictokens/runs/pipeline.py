@@ -1,8 +1,8 @@
 """One concept through everything: measure, learn its tokens, measure, reinforce, measure, report, in one run folder.
 
 Every part is finished or resumed on its own: a part whose result is on disk is not done again with `resume`. With
-several ranks the first does everything, and the others wait for it and take part in reinforcement. It knows the order
-and the files (run_dir.py); how the parts work is the business of `train` and `evaluate`.
+several ranks the first does everything, and the others wait for it and take part in reinforcement. How the parts work
+is the business of `train` and `evaluate`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Jobs of sweep.py on a Ray cluster instead of the local pool: the same function, called on other machines.
 
-Runs, data and this package must be where every machine finds them (a shared file system). It knows Ray; it does not
-know what a job does.
+Runs, data and this package must be where every machine finds them (a shared file system).
 """
 
 from __future__ import annotations

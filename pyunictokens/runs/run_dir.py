@@ -8,7 +8,7 @@
     concept/         the concept's rows as they are now
     base.json, before.json, after.json, report.html      evaluation; measured.json says of which weights
 
-It knows names of files; what is trained and measured is the business of pipeline.py.
+What is trained and measured is the business of pipeline.py.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
     RUNS/.jobs/plan.yaml  what was asked for; asking for something else in the same folder is refused
 
 There is no other state: every job writes its own files alone, so any number of processes or machines can share a
-folder, and whatever is done is not done again. It knows processes and files; what `train` does is its own business,
-tables and the page are sweep_results.py's, a Ray cluster is ray_jobs.py's.
+folder, and whatever is done is not done again. What `train` does is its own business, tables and the page are
+sweep_results.py's, a Ray cluster is ray_jobs.py's.
 """
 
 from __future__ import annotations

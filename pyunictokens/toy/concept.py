@@ -2,7 +2,7 @@
 
 The subject is one that pre-training never drew. Ten training pictures show it at different moments; eight facts about
 it are in no picture. `truth.json` in the test half says what each prompt should show: only the attribute accuracy
-metric may read it. Knows the toy world and the layout (docs/data-format.md); knows no model.
+metric may read it.
 """
 
 from __future__ import annotations

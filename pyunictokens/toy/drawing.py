@@ -1,7 +1,6 @@
 """How a toy scene looks: flat, outlined shapes on one of six backgrounds, drawn at four times the size and scaled down.
 
-Everything is drawn large, because an autoencoder with an 8×8 grid of codes must be able to keep it. Knows the scene's
-attributes (scene.py); does not know what is said about it.
+Everything is drawn large, because an autoencoder with an 8×8 grid of codes must be able to keep it.
 """
 
 from __future__ import annotations

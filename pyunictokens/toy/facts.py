@@ -1,6 +1,6 @@
 """The eight kinds of facts a toy concept keeps: how each is worded, asked for and hinted at, and which slots it sets.
 
-Knows words and slots; sentences about pictures are made in grammar.py.
+Sentences about pictures are made in grammar.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What is said about toy scenes: captions, questions with answers, and facts from which one must be picked.
 
-Everything is made from a closed list of words (words.py), so the tokenizer never meets an unknown one. Names
-("mimi", "bo") stand where a learned concept token will stand, and rows of attribute words before the noun stand where
-a concept's helper tokens will stand. Knows scenes (scene.py); does not know pictures.
+Everything is made from a closed list of words (words.py), so the tokenizer never meets an unknown one. Names ("mimi",
+"bo") stand where a learned concept token will stand, and rows of attribute words before the noun stand where a
+concept's helper tokens will stand.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The embedded toy as ready-made objects: a small Show-o, its image tokenizer and its text tokenizer.
 
-It knows where the package keeps them and how long the toy's prompts may be. How they were trained is
-experiments/build_toy.py's business; the toy's reward experts are loaded by `rewards.toy`.
+How they were trained is experiments/build_toy.py's business; the toy's reward experts are loaded by toy/rewards.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The toy world's small experts: networks that look at 64×64 drawings or read the toy's sentences.
 
-Five networks, all trained by experiments/build_toy.py: AttributeReader (a metric, never a reward), ImageText (BER,
-CLIP scores), SubjectFeatures (DER), FaceNet (FER) and TextEncoder (TIER). This file knows their shapes and how to
-load them; it does not know how they were trained, nor how scores become rewards.
+Five networks, all trained by experiments/build_toy.py: AttributeReader (a metric, never a reward), ImageText (BER, CLIP
+scores), SubjectFeatures (DER), FaceNet (FER) and TextEncoder (TIER).
 
 Pixels are [B, 3, H, W] in [-1, 1]; other sizes than 64 are resized. Embeddings are L2-normalised rows.
 """

@@ -1,6 +1,6 @@
 """The pen of the toy world: a canvas with a moved and scaled origin, colours, and patterned bodies with one outline.
 
-Knows shapes and colours; what a cat or a kite looks like is said in drawing.py.
+What a cat or a kite looks like is said in drawing.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The facts of the toy world: which attributes a scene has, which values they take, and how a scene is drawn by lot.
 
 A scene is a subject (human, animal or object with colour and pattern), something it wears, an item beside it and a
-place. Every attribute is an integer code into a closed list of words, so truth is known exactly. This module does not
-know how a scene looks (drawing.py) or how it is spoken about (grammar.py).
+place. Every attribute is an integer code into a closed list of words, so truth is known exactly.
 """
 
 from __future__ import annotations

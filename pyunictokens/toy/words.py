@@ -1,4 +1,4 @@
-"""The closed list of words of the toy world, and the tokenizer over it. Knows what the grammar can say, no more."""
+"""The closed list of words of the toy world, and the tokenizer over it."""
 
 from __future__ import annotations
 

@@ -2,10 +2,9 @@
 
     for each step:  task → answers → images (previews judged) → rewards → reference log-probs → streamed update
 
-The parts live beside this file: tasks.py, collector.py, update.py, policy.py, checkpoint/, metrics.py. This one knows
-their order, the random keys and what to do when a number is not finite (paper, section 3.2, equation 7; appendix F).
-With several ranks (distributed/ranks.py) each runs this loop on its share of the rows; what they decide, they decide
-alike, and rank 0 alone writes.
+The parts live beside this file: tasks.py, collector.py, update.py, policy.py, checkpoint/, metrics.py. (Paper: section
+3.2, equation 7; appendix F.) With several ranks (distributed/ranks.py) each runs this loop on its share of the rows;
+what they decide, they decide alike, and rank 0 alone writes.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ from .update import (
 log = logging.getLogger(__name__)
 
 PHASES = "phases.json"
-"""Where the time of the run's last session went (profiling.py)."""
+"""Where the time of the run's last session went (utils/profiling.py)."""
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called after every step: (phase, steps done, steps wanted, numbers of this step)."""

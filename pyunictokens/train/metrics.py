@@ -1,7 +1,7 @@
 """What a run leaves to read: metrics.jsonl (one line a step), TensorBoard events, and pictures with their prompts.
 
-A resumed run first takes back the lines after its checkpoint, so the log reads as if the run had never stopped. It
-knows files and numbers; what they mean is told in docs/training.md.
+A resumed run first takes back the lines after its checkpoint, so the log reads as if the run had never stopped. What
+they mean is told in docs/training.md.
 """
 
 from __future__ import annotations

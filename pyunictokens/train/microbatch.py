@@ -3,8 +3,7 @@
 A piece is a rectangle of rollouts × timesteps; its packed rows go through the model together. Sizes come from the
 settings or, where they are 0, from the memory at hand (models/costs.py's model of a packed row, then what the first
 piece was measured to take), and so does the number of layers that are recomputed instead of kept. Gradients of a piece
-are formed apart and added when all of them exist, so a piece that runs out of memory leaves nothing behind. It knows
-sizes and memory; it does not know losses or trajectories.
+are formed apart and added when all of them exist, so a piece that runs out of memory leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Parameters of lower precision get a float32 twin that the optimiser works on and that gathers their gradients: a step of
 1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients that are added up. With several ranks
-gradients are summed over them once a step, and every rank does the same step. It knows parameters by name, so its state
-can be saved beside them. distributed/sharded_optimizer.py spreads its state over ranks.
+gradients are summed over them once a step, and every rank does the same step. State is kept by parameter name, so that
+it can be saved. distributed/sharded_optimizer.py spreads its state over ranks.
 """
 
 from __future__ import annotations

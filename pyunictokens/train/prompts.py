@@ -1,12 +1,12 @@
 """How raw texts with `<name>` in them become what the model reads; the one place that decides it for stages and GRPO.
 
-A text to draw or a question names the concept as `<name>`; the model reads the helper tokens before it (paper,
-appendix D):
+A text to draw or a question names the concept as `<name>`; the model reads the helper tokens before it (paper, appendix
+D):
 
     as_prompt(concept, "A photo of <bo>.")      "A photo of <token_0>…<token_23><bo>."
     as_question(concept, "What is <bo>?")       "What is <token_0>…<token_23><bo>?"
 
-Evaluation calls the same ``ConceptTokens.expand``. It knows texts; it does not know ids.
+Evaluation calls the same ``ConceptTokens.expand``.
 """
 
 from __future__ import annotations

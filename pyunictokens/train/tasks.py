@@ -1,7 +1,7 @@
 """What one step of UniCTask-GRPO is about: a question about a picture, or a request for a fact (paper, section 3.1).
 
 Which of the two, and which item, follows from (seed, step) alone, so a resumed run asks what it would have asked. Every
-item of a kind comes once before any comes twice. It knows a concept's texts; it does not know models.
+item of a kind comes once before any comes twice.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ The objective (equation 7) is a sum over answer tokens and over the image tokens
 
 so it is taken a few rollouts and timesteps at a time: forward, `ops.maskgit_grpo_loss`, backward, next. What the pieces
 share (keys and values of prompts, heads that learn) is computed once, cut into leaves that add up gradients, and sent
-back once at the end. The sum equals the loss with all graphs alive, gradient by gradient. This file knows trajectories;
-it does not know how they were sampled, rewarded, or what the optimiser does with the gradient.
+back once at the end. The sum equals the loss with all graphs alive, gradient by gradient.
 
 Shape suffixes: R rollouts, T timesteps, N image codes, L answer tokens, D width, K codebook.
 """

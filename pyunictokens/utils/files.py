@@ -1,7 +1,7 @@
 """Files that are either whole or absent: write aside in the same folder, flush to disk, rename.
 
-Also the lock on a folder, the reading of JSON with errors that name file and position, and the one check for names
-that come from data and are about to become a path. Knows nothing of models or training.
+Also the lock on a folder, the reading of JSON with errors that name file and position, and the one check for names that
+come from data and are about to become a path.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How many rows go through the transformer at once: all of them, or as many as memory holds.
 
 The number follows from an estimate of what a row needs and from what is free; where the estimate was too bold and the
-device runs out, it is halved and the call repeated. The split is said once. It knows bytes; it does not know models.
+device runs out, it is halved and the call repeated. The split is said once.
 """
 
 from __future__ import annotations

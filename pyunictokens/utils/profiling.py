@@ -5,8 +5,8 @@
     recorder.save("phases.json", recorder.report(dtype))
 
 A phase is ``with phase("decode"):`` or a decorated function. Time goes to the innermost phase; on a GPU it is taken by
-events, so nothing waits for the device before the end. `nvtx` ranges are pushed where that package is installed. It
-knows names and clocks; what a phase costs in operations is told to it (`count`), by models/costs.py's arithmetic.
+events, so nothing waits for the device before the end. `nvtx` ranges are pushed where that package is installed. What a
+phase costs in operations is told to it (`count`), by models/costs.py's arithmetic.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ending in good order: a scheduler's SIGTERM or a Ctrl-C becomes a question that the work asks itself between steps.
 
-The first signal lets the step at hand finish, so that its checkpoint can be written; the second ends at once. It knows
-signals; what is saved, and where, is the business of whoever asks.
+The first signal lets the step at hand finish, so that its checkpoint can be written; the second ends at once. What is
+saved, and where, is the business of whoever asks.
 """
 
 from __future__ import annotations

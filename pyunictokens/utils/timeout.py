@@ -1,7 +1,7 @@
 """Calls of foreign code (reward experts) that may raise or never come back, turned into errors that say where.
 
 A call with a time limit runs in a thread of its own. Python cannot end a thread, so one that hangs stays behind, idle
-to this process, and ends with it. It knows calls; it does not know what an expert is.
+to this process, and ends with it.
 """
 
 from __future__ import annotations

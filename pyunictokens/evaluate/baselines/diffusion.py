@@ -2,7 +2,7 @@
 inversion (an embedding over one). It draws and does not answer.
 
 In prompts the concept's name becomes the words its weights were trained with: DreamBooth's "sks dog", or the token of
-the embedding. Knows pipelines by their common call alone.
+the embedding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """This project's own model: a rollout engine with the concept's tokens attached, handed in by whoever owns it.
 
-Answers are greedy; drawings follow from the seed alone. Knows the engine's two calls; does not know where it came from.
+Answers are greedy; drawings follow from the seed alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a concept is told to a model that never learned it: in words (text prompt, TP) or by photos (image prompt, IP).
 
-The wordings are this project's own; the paper names the two ways without giving its prompts. Knows subjects and text.
+The wordings are this project's own; the paper names the two ways without giving its prompts.
 """
 
 from __future__ import annotations

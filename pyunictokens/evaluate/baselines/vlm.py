@@ -1,8 +1,7 @@
-"""Any image-text-to-text model of transformers (Qwen2.5-VL, LLaVA, Chameleon, …), told about the concept in words or
-by photos. It answers; transformers ships no image decoder for these models, so it does not draw.
+"""Any image-text-to-text model of transformers (Qwen2.5-VL, LLaVA, Chameleon, …), told about the concept in words or by
+photos. It answers; transformers ships no image decoder for these models, so it does not draw.
 
-Loads from a folder or hub id with the checkpoint's own processor and chat template; decoding is greedy. Knows nothing
-of any one architecture.
+Loads from a folder or hub id with the checkpoint's own processor and chat template; decoding is greedy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pictures as data URIs, so that a page needs no other file: small ones as PNG, photos as JPEG, large ones shrunk.
 
-Knows bytes and sizes; does not know what the pictures show. Needs Pillow.
+Needs Pillow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Side by side: one page for each prompt with the drawings of every model, and an index of all prompts.
 
 Each page is one HTML file that needs no other file and no network: pictures are inside it. Models stand below each
-other in the order of the table, drawings of one model beside each other, each with its scores. Knows cells and photos;
-draws nothing itself.
+other in the order of the table, drawings of one model beside each other, each with its scores. Draws nothing itself.
 """
 
 from __future__ import annotations

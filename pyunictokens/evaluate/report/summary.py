@@ -1,6 +1,6 @@
 """What a run's numbers say, in sentences: did it improve, how sure is that, did training go well.
 
-Every word is chosen by a number; nothing is claimed whose interval includes zero. Knows evaluations and the log.
+Every word is chosen by a number; nothing is claimed whose interval includes zero.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A transformer block hands (layer, q, k, v) to a strategy and gets the attended values back. So one set of blocks serves
 the plain full-sequence definition, image steps over a cached prompt (text is causal and blind to the image, hence its
-keys and values never change), and token-by-token text. This file knows shapes and rows; it does not
-know embeddings, sampling or what a prompt says.
+keys and values never change), and token-by-token text.
 
 Shape suffixes: B batch rows, H heads, L new positions, P prompt positions, E head width.
 """

@@ -2,11 +2,10 @@
 
 Module names are those of the published checkpoint, so its state dict loads key by key. A concept's learned rows are
 attached beside the weights, never written into them: ids after the special ids are theirs, and code ids and the mask id
-move up by their number. This file knows embeddings, blocks and heads; it does not know sequences (prompting.py), caches
-(attention.py, prefill.py) or sampling.
+move up by their number.
 
-Shape suffixes: B batch, L sequence, D width, H heads, E head width, V vocabulary, K codebook, N image codes.
-Source: Xie et al., 2024, "Show-o"; layer norm on q and k, partial rotary, parallel attention and MLP, tanh-GELU.
+Shape suffixes: B batch, L sequence, D width, H heads, E head width, V vocabulary, K codebook, N image codes. Source:
+Xie et al., 2024, "Show-o"; layer norm on q and k, partial rotary, parallel attention and MLP, tanh-GELU.
 """
 
 from __future__ import annotations

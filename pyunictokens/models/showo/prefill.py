@@ -2,8 +2,7 @@
 
     prompts  →  prefill_t2i / prefill_mmu  →  PromptKV  →  image_hidden / answer_hidden  →  hidden states for the heads
 
-Everything here is differentiable and equals the plain path of ``Showo.forward`` row for row. It knows positions; it
-does not know schedules, sampling or losses.
+Everything here is differentiable and equals the plain path of ``Showo.forward`` row for row.
 
 Shape suffixes: B rows, N image codes, L answer tokens, D width.
 """

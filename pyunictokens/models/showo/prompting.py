@@ -3,8 +3,7 @@
     t2i   [pad…][<|t2i|>][sot] text [eot]  [<|soi|>] N codes [<|eoi|>]      left-padded to max_text + 1, then the image
     mmu   [<|mmu|>][<|soi|>] N codes [<|eoi|>][sot] text                    no padding on the left
 
-Also the wordings in which questions, facts and compound prompts are put (paper, equations 2 to 4 and appendix D). It
-knows ids and positions; it does not know weights, tokenizers or sampling.
+Also the wordings in which questions, facts and compound prompts are put (paper, equations 2 to 4 and appendix D).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 So a prompt's keys and values are read where they lie, without a copy a row and without a mask, by any flash kernel that
 gives its log-sum-exp. Backwards, a flash kernel forms P = exp(scores − lse) and D = Σ dO·O: given the joined output and
 the joined log-sum-exp, each part's own backward pass yields its share of the whole gradient (as in ring attention, Liu
-et al., 2023). It knows keys, values and kernels; it does not know layers, prompts' texts or masks.
+et al., 2023).
 
 Shape suffixes: B rows, H heads, L new positions, P prompt positions, E head width.
 """

@@ -2,7 +2,7 @@
 
 Every concept has ids of its own after the special ids, so a row's ids mean what they mean under its concept: text and
 special ids, the concept's rows, then codes and the mask moved up by their number. The base weights are shared and not
-copied; a concept is its few rows beside them. It knows ids and rows; it does not know prompts, sampling or names.
+copied; a concept is its few rows beside them.
 
 Shape suffixes: B rows, C concepts, M most rows of a concept, D width, V base vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Backends of the operations, one file each. Importing a file enters what it offers into the table of registry.py.
+"""Backends of the operations, one file each. Importing a file enters what it offers into the table of ops/registry.py.
 
 A new backend is a file here and a line below.
 """

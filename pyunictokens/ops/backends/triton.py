@@ -1,7 +1,7 @@
 """The `triton` backend: enters the kernels of `pyunictokens.kernels` into the table, imported when first called.
 
 Offered for CUDA tensors, and for CPU tensors where Triton's interpreter is on (TRITON_INTERPRET=1 before the first
-import), which is how the kernels are tested without a GPU. Knows which entries exist; everything else is in kernels/.
+import), which is how the kernels are tested without a GPU. Everything else is in kernels/.
 """
 
 from __future__ import annotations

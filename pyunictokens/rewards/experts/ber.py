@@ -2,7 +2,7 @@
 
 ``BER = 1 − s`` with s the cosine *distance* of image and prompt, that is their cosine similarity, in [-1, 1]. It also
 judges DSOG's previews. `Ber` has the formula and asks any image–text encoder; `Blip2` is the paper's: BLIP-2 with its
-contrastive head, or by option the probability of its matching head. Knows no reference photos.
+contrastive head, or by option the probability of its matching head.
 """
 
 from __future__ import annotations

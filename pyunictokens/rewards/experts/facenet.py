@@ -4,7 +4,6 @@ Both networks are facenet-pytorch's. MTCNN's weights come with that package; Inc
 the published layout (a state dict whose classifier rows `logits.*` are not used). All pictures of a batch are searched
 together, on their device. The standard position (paper: "transform them to the standard position") is upright: the
 picture is turned about the middle of the face until the line through the eyes is level, then MTCNN's box is cut out.
-Knows boxes and landmarks; does not know scores.
 """
 
 from __future__ import annotations

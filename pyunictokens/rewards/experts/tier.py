@@ -1,7 +1,7 @@
 """TIER, the text inference evaluation reward (paper, equations 14 to 17): did the answer choose the right fact?
 
 `Tier` has the formula and asks any text encoder; `SentenceEncoder` is the paper's: ERNIE 3.0, or whatever sentence
-encoder transformers can load. Knows texts; does not know images.
+encoder transformers can load.
 """
 
 from __future__ import annotations

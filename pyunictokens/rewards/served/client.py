@@ -10,7 +10,6 @@ with `score`.
 
 Scoring has no state, so a request whose connection is lost is simply asked again: of the other servers, and after a
 wait once more of all. A server that is there but silent is not asked twice: what keeps it is most likely the request.
-It knows addresses, messages and patience; it does not know which experts answer.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Every connection has a thread; what they ask is answered one after another, since all of it runs on one device. One may
 ask for `hello` (who is here), `score` (a batch), `preview` (DSOG's judge), `faces` (a person's embeddings) and
-`throughput`. An expert's UserError goes to whoever asked, word for word; nothing that a peer sends ends the server. It
-knows messages (wire.py) and the three things that training needs of experts; it does not know which experts they are.
+`throughput`. An expert's UserError goes to whoever asked, word for word; nothing that a peer sends ends the server.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
     replay    one launch a step, and a look at `keep_going` after each
     eager     the step called as it is; what a CPU does
 
-The best that can run is chosen and the reason kept (`mode`, `why`). It knows functions, graphs and memory pools; it
-does not know models or what a step computes (device_step.py). The loop is built in csrc/cuda/graph_loop.cu.
+The best that can run is chosen and the reason kept (`mode`, `why`). The loop is built in csrc/cuda/graph_loop.cu.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ so the step can be captured once and run to the next preview without the host (c
 every row while `keep_going` is 0, stays as it is. It is given hidden states by a function (codes [B, N]) → guided
 hidden [B, N, D]; it does not know prompts' texts, previews' scores or who gets a free row.
 
-Shape suffixes: B rows of the bucket, N image codes, T timesteps, K codebook, D width. Numbers as in images.py.
+Shape suffixes: B rows of the bucket, N image codes, T timesteps, K codebook, D width. Numbers as in rollout/sampler.py.
 """
 
 from __future__ import annotations

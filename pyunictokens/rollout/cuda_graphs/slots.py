@@ -4,8 +4,7 @@ A stretch of steps (to the next preview, or until a candidate is done) is one ru
 fixed is kept between calls and used again where it fits: the number of slots, the settings, and which slots share a
 prompt of which length; keys and values of other prompts are copied in. In mode "auto" prompts of lengths that were not
 met before are left to the host: a capture costs about three steps, and in training no two groups are alike. Numbers
-equal those of `EagerSlots` up to the rounding of sums. It knows slots and captures; who runs in which slot is loop.py's
-business.
+equal those of `EagerSlots` up to the rounding of sums. Who runs in which slot is rollout/loop.py's business.
 """
 
 from __future__ import annotations

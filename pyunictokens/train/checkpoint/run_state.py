@@ -4,10 +4,10 @@
     checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksums);
                          shards/ with a file a rank, where the optimiser's state is spread over ranks
 
-A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one
-that was damaged later is noticed by its checksum and the one before it is taken. Rank 0 alone writes, but for the
-shards, and renames a checkpoint when all of them are there; all ranks see one file system. It knows files and names;
-what the tensors mean is the business of policy.py and optimizer.py.
+A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one that
+was damaged later is noticed by its checksum and the one before it is taken. Rank 0 alone writes, but for the shards,
+and renames a checkpoint when all of them are there; all ranks see one file system. What the tensors mean is the
+business of train/policy.py and train/optimizer.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """State that is spread over ranks, on disk: each rank's part is a safetensors file, written by
-torch.distributed.checkpoint and read by any number of ranks. It does not know whose state it is. Imported where it is
-used, because what it imports takes a second.
+torch.distributed.checkpoint and read by any number of ranks. Imported where it is used, because what it imports takes a
+second.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Safetensors files written one tensor at a time, so that saving a model needs no second copy of it in memory.
 
 The file is written aside, flushed to disk and renamed; the checksum of its bytes is taken on the way. Reading maps the
-file into memory. It knows the safetensors format (eight bytes of header length, a JSON header, raw data) and nothing of
-what the tensors mean.
+file into memory. The safetensors format: eight bytes of header length, a JSON header, raw data.
 """
 
 from __future__ import annotations

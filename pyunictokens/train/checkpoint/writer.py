@@ -1,7 +1,7 @@
 """When checkpoints are written: at once, or by a thread beside the steps that follow.
 
 At most one is being written at a time. A failure of the thread is raised by the next call from the loop, with the error
-that writing at once would have raised. It knows threads; what is written, and where, is the business of run_state.py.
+that writing at once would have raised. What is written, and where, is the business of run_state.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ Every rank counts up a number every two seconds, in a small store that rank 0 se
 stands still for `SILENCE` seconds is gone, and so is one whose connection broke and that does not beat any more; a rank
 that fails leaves its last words there. Whoever is left then ends, within a minute, with one line that names the rank:
 the main thread where it can (:meth:`Watch.verdict`), the watch itself where the main thread hangs in a call to nobody.
-It knows the store and clocks; it does not know tensors or training.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ would gather them each time; spread are the float32 masters and AdamW's two mome
 dimension. A step is a reduce-scatter of gradients, AdamW on the own part, an all-gather of new weights. Gradients of a
 step are summed over its pieces in a whole float32 tensor a parameter first, so ranks speak once a step.
 
-How that state lies on disk is shards.py's business. docs/distributed.md holds all this against FSDP2. It does not know
-losses, nor what else a checkpoint holds.
+How that state lies on disk is train/checkpoint/shards.py's business. docs/distributed.md holds all this against FSDP2.
 """
 
 from __future__ import annotations
