@@ -1,4 +1,4 @@
-"""What a capture would launch has been compiled by the warm-up before it. Launches are noted, nothing runs: no GPU needed.
+"""What a capture would launch has been compiled by the warm-up before it. Launches are noted; no GPU is needed.
 
 A kernel that Triton meets for the first time inside a capture is compiled and loaded there, which spoils the capture.
 """

@@ -126,7 +126,7 @@ def test_by_itself_a_capture_waits_for_the_second_time(monkeypatch):
 
 
 def test_nothing_is_captured_while_previews_are_judged(monkeypatch):
-    """A capture looks for calls that wait, in the whole process: the judge in its thread would be the one that fails."""
+    """A capture looks for calls that wait in the whole process: the judge in its thread would be the one that fails."""
     pending: list[int] = []
     captures: list[tuple[str, bool]] = []
     begin, make = Previews.begin, captured.Bucket.loop

@@ -291,7 +291,7 @@ def _closed() -> None:
 def _no_waiting() -> Iterator[None]:
     """Inside, an operation that would wait for the device raises RuntimeError, in whichever thread it runs.
 
-    torch has one such switch for the process: no other thread may use the device meanwhile (`CapturedSlots.may_capture`).
+    torch has one such switch for all: no other thread may use the device meanwhile (`CapturedSlots.may_capture`).
     """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
