@@ -7,6 +7,7 @@ checkpoint cannot run code.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError
-from ..utils.files import read_json
+from ..utils.files import read_json, refuse_lfs_pointer
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -23,6 +24,10 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
     "pytorch_model.bin",
 )
+UNWRAPPED = "unwrapped_model"
+"""Where scripts made with Accelerate put the model within a `checkpoint-N/`."""
+
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
 def resolve(path: str | os.PathLike[str], *, offline: bool = False, also: tuple[str, ...] = ()) -> Path:
@@ -52,7 +57,8 @@ def resolve(path: str | os.PathLike[str], *, offline: bool = False, also: tuple[
 
 def read_config(folder: Path, required: bool = True) -> dict[str, Any]:
     """The folder's `config.json` as a dict; {} when absent and not required."""
-    file = folder / "config.json"
+    places = (folder / "config.json", folder / UNWRAPPED / "config.json")
+    file = next((place for place in places if place.exists()), places[0])
     if not file.exists() and not required:
         return {}
     config = read_json(file)
@@ -80,50 +86,121 @@ def real_number(config: Mapping[str, Any], key: str, default: float, origin: obj
 
 
 def load_state_dict(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the checkpoint in `folder`, on the CPU; safetensors are memory-mapped."""
-    for name in WEIGHT_FILES:
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            return _load_shards(folder, index)
-        if (folder / name).exists():
-            return _load_file(folder / name)
-    raise UserError(f"{folder}: no weights found; looked for {', '.join(WEIGHT_FILES)} and their .index.json")
+    """All tensors of the checkpoint in `folder`, on the CPU, by their plain names; safetensors are memory-mapped.
+
+    Also read: the `unwrapped_model/` that Accelerate's scripts write into `checkpoint-N/`, a state dict inside a dict
+    (`state_dict`, `model`, `module`), and the prefixes that DDP (`module.`) and torch.compile (`_orig_mod.`) put
+    before names. An index whose shards are gone is passed over, with a warning, where whole weights lie beside it.
+    """
+    stale: list[Path] = []
+    for place in (folder, folder / UNWRAPPED):
+        for name in WEIGHT_FILES:
+            index = place / f"{name}.index.json"
+            if index.exists():
+                shards = _shards(index)
+                if all((place / shard).exists() for shard in shards):
+                    return _plain_names(_load_shards(index, shards))
+                stale.append(index)
+            if (place / name).exists():
+                if stale:
+                    warnings.warn(f"{stale[0]}: shards it lists are gone: {place / name} is read", stacklevel=2)
+                return _plain_names(load_tensors(place / name))
+    if stale:
+        gone = next(name for name in _shards(stale[0]) if not (stale[0].parent / name).exists())
+        raise UserError(f"{stale[0].parent / gone}: no such file; the checkpoint is incomplete")
+    raise UserError(
+        f"{folder}: no weights found; looked for {', '.join(WEIGHT_FILES)} and their .index.json{_elsewhere(folder)}"
+    )
 
 
-def _load_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+def _has_weights(folder: Path) -> bool:
+    return any((folder / f"{name}{end}").exists() for name in WEIGHT_FILES for end in ("", ".index.json"))
+
+
+def _elsewhere(folder: Path) -> str:
+    """Where else under `folder` weights lie, for an error."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    found = [path.name for path in inside if _has_weights(path) or _has_weights(path / UNWRAPPED)]
+    return f"; there are weights in {', '.join(found[-5:])}: name that folder" if found else ""
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that `index` lists, each once."""
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise UserError(f"{index}: must hold an object 'weight_map' from weight to file")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(table.values())):
+    for name in table.values():
         if Path(name).name != name:
             raise UserError(f"{index}: shard {name!r} must be a plain file name in the same folder")
-        tensors.update(_load_file(folder / name))
-    absent = sorted(table.keys() - tensors.keys())
+    return table
+
+
+def _load_shards(index: Path, shards: list[str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in shards:
+        tensors.update(load_tensors(index.parent / name))
+    absent = sorted(_weight_map(index).keys() - tensors.keys())
     if absent:
         raise UserError(f"{index}: {len(absent)} weights are in no shard ({', '.join(absent[:3])})")
     return tensors
 
 
-def _load_file(file: Path) -> dict[str, Tensor]:
-    if not file.exists():
-        raise UserError(f"{file}: no such file; the checkpoint is incomplete")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of one .safetensors, .bin or .pt file, on the CPU. Raises UserError naming the file."""
+    content = unpickle(file) if file.suffix != ".safetensors" else _read_safetensors(file)
+    for key in _NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{file}: must hold a dict of tensors, bare or under one of {', '.join(_NESTED)}")
+    return content
 
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+
+def unpickle(file: Path) -> object:
+    """What torch.save wrote into `file`, tensors and plain containers alone: no code of the file runs."""
+    _whole(file)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no weights make the readers raise whatever they stumble over
-        if type(error).__name__ == "SafetensorError":
-            raise UserError(f"{file}: not a whole safetensors file, download it again: {error}") from error
+        refuse_lfs_pointer(file)
+        if "weights_only" in str(error):  # torch's advice to read it regardless is not passed on
+            raise UserError(
+                f"{file}: cannot be read as weights: it is damaged, or holds Python objects besides tensors, which "
+                "could run code: save the state dict alone, best as safetensors"
+            ) from None
         raise UserError(
             f"{file}: cannot be read as weights, it may be cut short: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{file}: must hold a plain dict of tensors")
-    return tensors
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    _whole(file)
+    try:
+        return load_file(file)
+    except Exception as error:  # as above
+        refuse_lfs_pointer(file)
+        raise UserError(f"{file}: not a whole safetensors file, download it again: {error}") from error
+
+
+def _whole(file: Path) -> None:
+    if not file.exists():
+        raise UserError(f"{file}: no such file; the checkpoint is incomplete")
+
+
+def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers put before the names of weights."""
+    names = {key: key.replace("_orig_mod.", "") for key in tensors}
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {key: name.removeprefix("module.") for key, name in names.items()}
+    return {names[key]: value for key, value in tensors.items()}
 
 
 def assign(model: nn.Module, weights: dict[str, Tensor], origin: object) -> None:

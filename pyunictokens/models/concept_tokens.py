@@ -8,6 +8,7 @@ trained is the business of `train`, where they sit among the ids that of `showo`
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from ..utils.files import read_json, safe_name, save_safetensors_atomic, verify_
 
 _PARTS = ("embed", "head_weight", "head_bias")
 _PUBLISHED = {"embed": "embed", "head_weight": "lm_head_weight", "head_bias": "lm_head_bias"}
+
+
+def published_epochs(folder: Path) -> list[int]:
+    """Epochs of the published files in `folder`, in order; copies and other names (`epoch_best_…`) are left alone."""
+    found = (re.fullmatch(r"epoch_([0-9]{1,9})_embed\.pt", file.name) for file in folder.glob("epoch_*_embed.pt"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 class ConceptTokens(nn.Module):
@@ -122,11 +129,11 @@ class ConceptTokens(nn.Module):
     def load(cls, folder: str | os.PathLike[str]) -> ConceptTokens:
         """Read what :meth:`save` wrote. Raises UserError when a file is missing, cut short, damaged or of another
         shape."""
-        from .checkpoint import _load_file
+        from .checkpoint import load_tensors
 
         folder = Path(folder)
         about = read_json(folder / "concept.json")
-        tensors = _load_file(folder / "concept.safetensors")
+        tensors = load_tensors(folder / "concept.safetensors")
         verify_safetensors(folder / "concept.safetensors", tensors)
         try:
             sizes = [about.get(f"num_{group}", 0) for group in ("understanding", "generation", "extra")]
@@ -152,8 +159,10 @@ class ConceptTokens(nn.Module):
 
         Row 0 is `<name>`; M is what is left after K unless given; rows beyond K and M count as extra.
         """
+        from .checkpoint import unpickle
+
         folder = Path(folder)
-        epochs = sorted(int(file.name.split("_")[1]) for file in folder.glob("epoch_*_embed.pt"))
+        epochs = published_epochs(folder)
         if not epochs or (epoch is not None and epoch not in epochs):
             raise UserError(
                 f"{folder}: no epoch_{'*' if epoch is None else epoch}_embed.pt; present: {epochs or 'none'}"
@@ -162,14 +171,10 @@ class ConceptTokens(nn.Module):
         parts: dict[str, Tensor] = {}
         for part, published in _PUBLISHED.items():
             file = folder / f"epoch_{epoch}_{published}.pt"
-            try:
-                parts[part] = torch.load(file, map_location="cpu", weights_only=True)
-            except FileNotFoundError:
-                raise UserError(f"{file}: no such file") from None
-            except Exception as error:
-                raise UserError(f"{file}: cannot be read as a tensor: {error}") from error
-            if not isinstance(parts[part], Tensor):
-                raise UserError(f"{file}: must hold one tensor, holds {type(parts[part]).__name__}")
+            content = unpickle(file)
+            if not isinstance(content, Tensor):
+                raise UserError(f"{file}: must hold one tensor, holds {type(content).__name__}")
+            parts[part] = content
         rows = parts["embed"].shape[0] - 1
         if parts["embed"].ndim != 2 or rows < num_understanding + (num_generation or 0):
             raise UserError(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..utils.errors import UserError
-from ..utils.files import read_json
+from ..utils.files import read_json, refuse_lfs_pointer
 from .checkpoint import resolve
 from .showo.prompting import SPECIAL_TOKENS
 
@@ -47,6 +47,7 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:
+            refuse_lfs_pointer(file)
             raise UserError(f"{file}: cannot be read as a tokenizer: {error}") from error
         about = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from ..config.settings import from_mapping, load_yaml, to_mapping, with_overrides
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
-from ..models.concept_tokens import ConceptTokens
+from ..models.concept_tokens import ConceptTokens, published_epochs
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json, write_text_atomic
 from .bundle import Sources, Workbench, open_workbench
@@ -130,7 +130,7 @@ class Run:
         for folder in (self.path / FINAL, self.path, self.path / CONCEPT):
             if (folder / "policy.json").is_file() or (folder / "concept.json").is_file():
                 return folder
-        return self.path if any(self.path.glob("epoch_*_embed.pt")) else None
+        return self.path if published_epochs(self.path) else None
 
     def sources(self, flags: Sources) -> Sources:
         """The models that flags name, else those the run was made with."""

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _NAME_LIMIT = 64
 _CHECKSUM = "tensors_sha256"
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -134,11 +135,23 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        refuse_lfs_pointer(path)
         raise UserError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise UserError(f"{path}: not usable JSON: {error}") from None
+
+
+def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:
+    """Raise UserError where `path` is what Git leaves of a large file that Git LFS has not fetched; else do nothing."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError:
+        return
+    if start == _LFS_POINTER:
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
 
 
 def safe_name(name: str, what: str = "name") -> str:

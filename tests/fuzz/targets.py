@@ -113,9 +113,9 @@ def safetensors(data: bytes) -> None:
 
 
 def pickled(data: bytes) -> None:
-    from pyunictokens.models.checkpoint import _load_file
+    from pyunictokens.models.checkpoint import load_tensors
 
-    _load_file(_put(data, "pytorch_model.bin"))
+    load_tensors(_put(data, "pytorch_model.bin"))
 
 
 def index(data: bytes) -> None:

@@ -1,6 +1,7 @@
 """Every published file layout loads, and every broken one says what is wrong."""
 
 import json
+import pathlib
 import pickle
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from pyunictokens.models.checkpoint import load_state_dict, read_config, resolve
+from pyunictokens.models.concept_tokens import ConceptTokens
 from pyunictokens.models.showo.model import Showo
+from pyunictokens.models.tokenizer import TextTokenizer
 from pyunictokens.utils.errors import UserError
 
 
@@ -105,3 +108,86 @@ def test_places_that_are_no_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="must hold a JSON object"):
         read_config(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2900000000\n"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(UserError, match="Git LFS pointer, not the file itself: run `git lfs pull`") as caught:
+        load_state_dict(tmp_path)
+    assert name in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_git_lfs_pointers_beside_the_weights_are_called_so(tmp_path):
+    (tmp_path / "config.json").write_bytes(POINTER)
+    with pytest.raises(UserError, match=r"config\.json: a Git LFS pointer"):
+        read_config(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(POINTER)
+    with pytest.raises(UserError, match=r"tokenizer\.json: a Git LFS pointer"):
+        TextTokenizer.from_pretrained(tmp_path)
+    for part in ("embed", "lm_head_weight", "lm_head_bias"):
+        (tmp_path / f"epoch_3_{part}.pt").write_bytes(POINTER)
+    with pytest.raises(UserError, match=r"epoch_3_embed\.pt: a Git LFS pointer"):
+        ConceptTokens.load_published(tmp_path, "bo")
+
+
+def test_the_advice_to_run_foreign_code_is_not_passed_on(tmp_path):
+    torch.save({"a": torch.zeros(2), "config": pathlib.PurePosixPath("x")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="save the state dict alone") as caught:
+        load_state_dict(tmp_path)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("nested", [None, "state_dict", "module"])
+def test_what_wrappers_put_around_a_state_dict_is_taken_off(tmp_path, golden, weights, prefix, nested):
+    folder = _folder(tmp_path, golden)
+    wrapped = {prefix + key: value for key, value in weights.items()}
+    torch.save({nested: wrapped, "epoch": 3} if nested else wrapped, folder / "pytorch_model.bin")
+    _same(folder, weights)
+
+
+def test_a_compiled_part_of_a_model_is_the_part(tmp_path, golden, weights):
+    folder = _folder(tmp_path, golden)
+    compiled = {key.replace("showo.", "showo._orig_mod.", 1): value for key, value in weights.items()}
+    torch.save(compiled, folder / "pytorch_model.bin")
+    _same(folder, weights)
+
+
+def test_the_folder_that_accelerate_writes(tmp_path, golden, weights):
+    folder = _folder(tmp_path, golden)
+    (folder / "unwrapped_model").mkdir()
+    torch.save(weights, folder / "unwrapped_model" / "pytorch_model.bin")
+    _same(folder, weights)
+    (folder / "config.json").rename(folder / "unwrapped_model" / "config.json")
+    _same(folder, weights)
+    above = folder.rename(tmp_path / "checkpoint-200")
+    with pytest.raises(UserError, match="there are weights in checkpoint-200: name that folder"):
+        load_state_dict(above.parent)
+
+
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+def test_whole_weights_beside_a_stale_index(tmp_path, golden, weights, whole):
+    folder = _folder(tmp_path, golden)
+    table = {key: "model-00001-of-00002.safetensors" for key in weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors: no such file; the checkpoint is incom"):
+        Showo.from_pretrained(folder)
+    (save_file if whole.endswith("s") else torch.save)(weights, folder / whole)
+    with pytest.warns(UserWarning, match=rf"index\.json: shards it lists are gone: .*{whole} is read"):
+        _same(folder, weights)
+
+
+def test_the_number_of_codes_is_never_guessed(tmp_path, golden, weights):
+    folder = _folder(tmp_path, golden)
+    torch.save(weights, folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "codebook_size"}))
+    assert Showo.from_pretrained(folder).config.codebook_size == config["codebook_size"]
+    for changed in ({key: config[key] for key in config if key != "num_vq_tokens"}, {**config, "num_vq_tokens": None}):
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"no num_vq_tokens.*256 for the Show-o of 256×256 .* 1024"):
+            Showo.from_pretrained(folder)

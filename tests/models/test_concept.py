@@ -59,7 +59,19 @@ def test_published_files_round_trip(tmp_path):
     with pytest.raises(UserError, match="K=30"):
         ConceptTokens.load_published(tmp_path, "bo", num_understanding=30)
     (tmp_path / "epoch_15_lm_head_bias.pt").write_bytes(b"half")
-    with pytest.raises(UserError, match="cannot be read as a tensor"):
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        ConceptTokens.load_published(tmp_path, "bo")
+
+
+def test_files_of_another_name_are_no_epochs(tmp_path):
+    concept = ConceptTokens("bo", 8, 2, 1)
+    concept.save_published(tmp_path, 15)
+    for name in ("epoch_best_embed.pt", "epoch_15 (1)_embed.pt", "epoch_15_embed.pt.bak", "epoch__embed.pt"):
+        (tmp_path / name).write_bytes((tmp_path / "epoch_15_embed.pt").read_bytes())
+    again = ConceptTokens.load_published(tmp_path, "bo", num_understanding=2)
+    assert torch.equal(again.embed, concept.embed)
+    (tmp_path / "epoch_15_embed.pt").unlink()
+    with pytest.raises(UserError, match=r"no epoch_\*_embed\.pt; present: none"):
         ConceptTokens.load_published(tmp_path, "bo")
 
 

@@ -1,6 +1,6 @@
 """`make soak`, a cluster: `train --concepts` over two Ray nodes on this machine, one job killed, then one node.
 
-What the adapter does with Ray's answers is held in seconds, with a stand-in, by tests/test_many.py.
+What the adapter does with Ray's answers is held in seconds, with a stand-in, by tests/runs/test_sweep.py.
 """
 
 from __future__ import annotations

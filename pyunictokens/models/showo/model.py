@@ -97,7 +97,14 @@ class ShowoConfig:
         except (ValueError, IndexError, ZeroDivisionError) as error:
             raise UserError(f"{folder}: not a Show-o checkpoint: its weights have other shapes ({error})") from None
         phi = {**_PHI_1_5, **_language_config(config, folder)}
-        codebook = whole_number(config, "codebook_size", 8192, folder)
+        if config.get("num_vq_tokens") is None:
+            raise UserError(
+                f"{folder}: config.json has no num_vq_tokens, and weights do not say it: add the number of codes in an "
+                "image, which is 256 for the Show-o of 256×256 pixels and 1024 for the one of 512×512"
+            )
+        text = config.get("llm_vocab_size")
+        rest = vocab - NUM_SPECIAL - 1 - text if isinstance(text, int) else 8192
+        codebook = whole_number(config, "codebook_size", rest, folder)
         stated = whole_number(config, "vocab_size", vocab, folder)
         if stated != vocab:
             raise UserError(f"{folder}: config.json says vocab_size={stated}, the embedding has {vocab} rows")
@@ -105,7 +112,7 @@ class ShowoConfig:
             vocab_size=vocab,
             llm_vocab_size=whole_number(config, "llm_vocab_size", vocab - NUM_SPECIAL - codebook - 1, folder),
             codebook_size=codebook,
-            num_vq_tokens=whole_number(config, "num_vq_tokens", 1024, folder),
+            num_vq_tokens=whole_number(config, "num_vq_tokens", 0, folder),
             hidden_size=hidden,
             intermediate_size=inner,
             num_hidden_layers=layers,

@@ -9,7 +9,6 @@ picture is turned about the middle of the face until the line through the eyes i
 from __future__ import annotations
 
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.checkpoint import assign
+from ...models.checkpoint import assign, load_tensors
 from ...utils.errors import UserError, require
 from ..networks import Network, NetworkConfig, to_bytes
 from ..weights import FACENET_FILES
@@ -163,17 +162,7 @@ def _turned(image: Tensor, face: Face) -> Tensor:
 
 def _read(file: Path, embedder: nn.Module) -> dict[str, Tensor]:
     """The embedder's weights in `file` (.pt or .safetensors): no classifier, and counters that old files lack."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(file)
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as weights, it may be cut short: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{file}: must hold a plain dict of tensors, as published for InceptionResnetV1")
+    weights = load_tensors(file)
     kept = {key: value for key, value in weights.items() if not key.startswith("logits.")}
     counters = {key: value for key, value in embedder.state_dict().items() if key.endswith("num_batches_tracked")}
     return {**counters, **kept}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import UserError
+from ...utils.files import refuse_lfs_pointer
 
 _NAMES = {
     torch.float64: "F64",
@@ -85,6 +86,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
+        refuse_lfs_pointer(path)
         if type(error).__name__ == "SafetensorError" or isinstance(error, (OSError, ValueError, RuntimeError)):
             raise UserError(f"{path}: not a whole safetensors file: {error}") from error
         raise

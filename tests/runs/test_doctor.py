@@ -40,7 +40,7 @@ def test_every_requirement_of_the_project_is_looked_at() -> None:
         pytest.skip("tomllib came with Python 3.11")
     import tomllib
 
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     wanted = {line.split(">")[0].split("=")[0].strip().lower() for line in project["dependencies"]}
     assert {name.lower() for name in doctor.REQUIRED} == wanted
     for name, (extra, _) in doctor.OPTIONAL.items():

@@ -36,8 +36,7 @@ from pyunictokens.rewards.served.wire import (
 from pyunictokens.runs.bundle import Sources, load_experts
 from pyunictokens.toy.rewards import load_toy_experts
 from pyunictokens.utils.errors import UserError
-
-from .test_toy import human_batch
+from tests.toy.test_rewards import human_batch
 
 SECRET = b"a key of more than sixteen letters"
 Score = Callable[[RewardBatch], Tensor]
