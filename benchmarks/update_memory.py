@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import results
 from pyunictokens import __version__, ops
 from pyunictokens.models import Showo, ShowoConfig
 from pyunictokens.models.showo import prompting
@@ -34,7 +35,6 @@ from pyunictokens.train.update import (
 )
 from pyunictokens.utils.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
 MAX_TEXT, GUIDANCE, CODEBOOK, TEXT = 32, 5.0, 1024, 500
 
 
@@ -186,7 +186,7 @@ def main() -> None:
         "growth": {"from": few, "to": many, "streamed": round(streamed[many] / streamed[few], 4)},
         "points": points,
     }
-    write_json(arguments.out or RESULTS / f"update-memory-{arguments.device.partition(':')[0]}.json", result)
+    write_json(arguments.out or results() / f"update-memory-{arguments.device.partition(':')[0]}.json", result)
 
 
 if __name__ == "__main__":
