@@ -44,15 +44,8 @@ from pyunictokens.rollout.sampler import LoopSettings
 from pyunictokens.rollout.types import ImageRollout, TextRollout
 from pyunictokens.train.optimizer import Optimiser
 from pyunictokens.train.policy import Policy
-from pyunictokens.train.update import (
-    AnswerTrajectories,
-    ImageTrajectories,
-    LossSettings,
-    PieceSizes,
-    answer_logprobs,
-    image_logprobs,
-    streamed_backward,
-)
+from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
+from pyunictokens.train.update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
 from pyunictokens.utils.errors import UserError
 
 SECTIONS = ("images", "batched", "published", "image", "grpo", "answers", "small")

@@ -26,13 +26,8 @@ from benchmarks.machine import results
 from pyunictokens import __version__, ops
 from pyunictokens.models import Showo, ShowoConfig
 from pyunictokens.models.showo import prompting
-from pyunictokens.train.update import (
-    ImageTrajectories,
-    LossSettings,
-    image_logprobs,
-    only_rows_learn,
-    streamed_backward,
-)
+from pyunictokens.train.trajectories import ImageTrajectories
+from pyunictokens.train.update import LossSettings, image_logprobs, only_rows_learn, streamed_backward
 from pyunictokens.utils.files import write_json
 
 MAX_TEXT, GUIDANCE, CODEBOOK, TEXT = 32, 5.0, 1024, 500

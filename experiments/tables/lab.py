@@ -259,7 +259,7 @@ def row_steps(config: RunConfig, candidates: int) -> int:
     preview = (grpo.dsog.preview_step or max(1, grpo.timesteps // 5)) if grpo.dsog.enabled else 0
     drawn = candidates * preview + grpo.group_size * (grpo.timesteps - preview)
     looked_at = grpo.group_size * max(1, round(grpo.timesteps * getattr(grpo, "timestep_fraction", 1.0)))
-    passes = 3 * grpo.inner_updates + (1 if grpo.beta > 0 else 0)
+    passes = 3 * grpo.inner_epochs + (1 if grpo.beta > 0 else 0)
     return (2 if grpo.guidance_scale > 0 else 1) * (drawn + passes * looked_at)
 
 

@@ -13,6 +13,7 @@ import inspect
 import os
 import textwrap
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, base: T | None = No
         raise UserError(f"{origin}: must be a table of settings, is {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     changes: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in renamed(cls, values, origin).items():
         if key not in hints:
             raise UserError(f"{origin}: {_unknown(str(key), hints)}")
         where = f"{origin}: {key}"
@@ -40,6 +41,28 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], *, base: T | None = No
         else:
             changes[key] = convert(value, hints[key], where)
     return cls(**changes) if base is None else replace(base, **changes)  # type: ignore[type-var]
+
+
+def old_names(cls: Any) -> dict[str, str]:
+    """Settings of a dataclass by the names they had in older versions (``field(metadata={"was": …})``)."""
+    return {each.metadata["was"]: each.name for each in fields(cls) if "was" in each.metadata}
+
+
+def renamed(cls: Any, values: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+    """`values` with settings of older versions under their present names, in sections too. Says so where `origin` is
+    given. Raises UserError where both names are there."""
+    old, hints, found = old_names(cls), typing.get_type_hints(cls), {}
+    for key, value in values.items():
+        name = old.get(key, key)
+        if name != key:
+            if name in values:
+                raise UserError(f"{origin or cls.__name__}: {key} is the old name of {name}: give one of the two")
+            if origin:
+                warnings.warn(f"{origin}: setting {key} is now called {name}", stacklevel=3)
+        inner = hints.get(name)
+        nested = not origin and is_dataclass(inner) and isinstance(value, Mapping)
+        found[name] = renamed(inner, value) if nested else value
+    return found
 
 
 def with_overrides(settings: T, words: Iterable[str]) -> T:
@@ -59,6 +82,11 @@ def with_overrides(settings: T, words: Iterable[str]) -> T:
 def find_key(cls: type, key: str) -> list[str]:
     """The path of a dotted or bare key in dataclass `cls`. Raises UserError with the nearest name, or all that fit."""
     paths = leaves(cls)
+    section, _, last = key.rpartition(".")
+    for path in paths:  # a name of an older version
+        home, _, name = path.rpartition(".")
+        if old_names(_section(cls, home)).get(last) == name and section in ("", home):
+            return [*home.split("."), last] if home else [last]  # from_mapping gives it its present name
     if key in paths:
         return key.split(".")
     found = [path for path in paths if path.endswith("." + key)]
@@ -67,6 +95,12 @@ def find_key(cls: type, key: str) -> list[str]:
     if found:
         raise UserError(f"override: {key!r} is a setting of several sections: write one of {', '.join(found)}")
     raise UserError(f"override: {_unknown(key, paths)}")
+
+
+def _section(cls: Any, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        cls = typing.get_type_hints(cls)[name]
+    return cls
 
 
 def leaves(cls: Any, prefix: str = "") -> list[str]:

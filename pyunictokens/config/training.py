@@ -171,6 +171,10 @@ class LoraConfig:
             raise UserError(f"targets={list(self.targets)}: must be some of {', '.join(known)}")
 
 
+OBJECTIVES = ("unictask", "mask_grpo", "gspo", "final_sample")
+"""Names of `train/objective.py: REGISTRY`."""
+
+
 @dataclass(frozen=True)
 class GrpoConfig:
     """UniCTask-GRPO: answers and images of one rollout share one reward and one advantage (equation 7)."""
@@ -201,10 +205,19 @@ class GrpoConfig:
     """Weight of the answer's tokens."""
     alpha_image: float = 0.6
     """Weight of the image's tokens."""
+    objective: str = "unictask"
+    """What is maximised: unictask (the paper), mask_grpo, gspo, final_sample, or MODULE:CLASS of your own."""
+    advantage: Literal["mean", "std", "leave_one_out"] = "mean"
+    """What a reward is compared with: the mean of its group (the paper), the same over the group's standard deviation,
+    or the mean of the others."""
+    reduction: Literal["auto", "sum", "mean"] = "auto"
+    """Whether a rollout's terms are summed (unictask, final_sample) or averaged (mask_grpo); auto is the objective's
+    own."""
     token_scope: Literal["all", "masked", "newly_unmasked"] = "all"
-    """Which image tokens of each timestep count: all, those unknown before it, or those it made known."""
-    inner_updates: int = 1
-    """Optimiser steps on one set of rollouts; the first has ratio 1, so clipping acts from the second on."""
+    """Which image tokens of each timestep count: all, those unknown before it, or those it made known. For unictask and
+    gspo; mask_grpo takes those made known, final_sample those it masks."""
+    inner_epochs: int = field(default=1, metadata={"was": "inner_updates"})
+    """Optimizer steps on one set of rollouts; the first has ratio 1, so clipping acts from the second on."""
     visual_ratio: float = 0.5
     """Part of the steps that ask about a picture; the others ask for a fact in text alone."""
     reasoning: bool = True
@@ -237,8 +250,11 @@ class GrpoConfig:
     """Adapters, used when `trainable` is lora."""
     dsog: DsogConfig = field(default_factory=DsogConfig)
     """Previews and their threshold."""
+    timestep_choice: Literal["all", "random", "largest_change"] = "random"
+    """Which timesteps of an image the update looks at where it is not all of them: random ones, drawn anew each step
+    and the same for a group, or for each image those that change it most."""
     timestep_fraction: float = 1.0
-    """Part of an image's timesteps that the update looks at, drawn anew each step; those taken count the more."""
+    """Part of an image's timesteps that the update looks at; those taken count the more."""
     micro_rows: int = 4
     """Rollouts in one piece of the update; memory grows with micro_rows · micro_timesteps, never with T. 0 takes what
     fits."""
@@ -273,14 +289,30 @@ class GrpoConfig:
             raise UserError(f"group_size={self.group_size}: must be ≥ 2: an advantage needs a group")
         if not self.guidance_scale >= 0:
             raise UserError(f"guidance_scale={self.guidance_scale}: must be ≥ 0 (0 turns guidance off)")
-        _at_least(1, groups=self.groups, steps=self.steps, timesteps=self.timesteps, inner_updates=self.inner_updates)
+        _at_least(1, groups=self.groups, steps=self.steps, timesteps=self.timesteps, inner_epochs=self.inner_epochs)
         _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
         _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
         _above(0, timestep_fraction=self.timestep_fraction)
         _within(0, 1, timestep_fraction=self.timestep_fraction)
+        if self.objective not in OBJECTIVES and ":" not in self.objective:
+            raise UserError(
+                f"objective={self.objective!r}: must be one of {', '.join(OBJECTIVES)}, or MODULE:CLASS of your own"
+            )
+        if self.timestep_choice == "all" and self.timestep_fraction < 1:
+            raise UserError(
+                f"timestep_fraction={self.timestep_fraction} with timestep_choice=all: set timestep_choice=random or "
+                "largest_change, or leave the fraction at 1"
+            )
+        if self.timestep_choice == "largest_change" and self.timestep_fraction == 1:
+            raise UserError(
+                "timestep_fraction=1 with timestep_choice=largest_change: say how many timesteps, e.g. "
+                "timestep_fraction=0.2"
+            )
         _above(0, lr=self.lr, max_grad_norm=self.max_grad_norm, answer_temperature=self.answer_temperature)
         _at_least(0, warmup=self.warmup, weight_decay=self.weight_decay, beta=self.beta, temperature=self.temperature)
         _at_least(0, alpha_answer=self.alpha_answer, alpha_image=self.alpha_image, top_k=self.top_k)
+        if self.alpha_image == 0 and (self.alpha_answer == 0 or not self.reasoning):
+            raise UserError("alpha_image=0 and no answer that counts: nothing would be learned; raise one of the two")
         _at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
         _at_least(0, keep_best=self.keep_best, expert_timeout=self.expert_timeout)
         _within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)

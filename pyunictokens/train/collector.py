@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..config.training import GrpoConfig
 from ..models import ConceptTokens
 from ..models.showo import prompting
@@ -30,9 +31,10 @@ from ..utils import profiling
 from ..utils.timeout import NoAnswer, ask
 from .distributed.ranks import Ranks
 from .images import Pictures
+from .objective import Objective
 from .prompts import as_prompt, as_question
 from .tasks import Task
-from .update import AnswerTrajectories, ImageTrajectories, token_mask
+from .trajectories import AnswerTrajectories, ImageTrajectories
 
 PreviewScorer = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
 """Plain prompts of a group → a judge of previews: (pixels [P, 3, H, W], prompt_index [P]) → scores [P]."""
@@ -106,12 +108,13 @@ class Collector:
         rewards: Any,
         preview_scorer: PreviewScorer | None,
         threshold: DsogThreshold,
+        objective: Objective,
         config: GrpoConfig,
         ranks: Ranks | None = None,
     ):
         self.engine, self.concept, self.data, self.pictures = engine, concept, concept_data, pictures
         self.rewards, self.preview_scorer, self.threshold, self.config = rewards, preview_scorer, threshold, config
-        self.ranks = ranks or Ranks()
+        self.objective, self.ranks = objective, ranks or Ranks()
         self._hung: NoAnswer | None = None
         self.references = torch.stack([pictures.pixels(path) for path in concept_data.train_images])
 
@@ -151,7 +154,7 @@ class Collector:
             rewards,
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             sum(part.no_face for part in parts),
-            rewards - rewards.mean(),
+            self.objective.advantages(rewards, torch.zeros(len(rewards), dtype=torch.int64)),
             torch.cat([part.codes for part in parts]),
             torch.cat(previews) if previews else None,
             threshold,
@@ -288,7 +291,7 @@ def trajectories(own: Own, engine: RolloutEngine, scope: str) -> tuple[ImageTraj
             empty_prompt=prompting.t2i_text([], ids, images.max_text),
             max_text=images.max_text,
             guidance_scale=images.guidance_scale,
-            mask_RTN=token_mask(images.inputs, scope),
+            mask_RTN=ops.token_mask(images.inputs, scope),
         ),
         _of_answers(answers) if answers is not None else None,
     )

@@ -37,20 +37,13 @@ from .collector import Collector, Experience, Own, PreviewScorer, summary, traje
 from .distributed.ranks import Ranks
 from .images import Pictures
 from .metrics import MetricsLog, save_samples
+from .objective import objective_of
 from .optimizer import Optimiser, learning_rate
 from .policy import Policy
+from .statistics import UpdateStats
 from .tasks import TaskSampler
-from .update import (
-    AnswerTrajectories,
-    ImageTrajectories,
-    LossSettings,
-    PieceSizes,
-    UpdateStats,
-    answer_logprobs,
-    image_logprobs,
-    some_timesteps,
-    streamed_backward,
-)
+from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
+from .update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +153,7 @@ class _Run:
             model, vq, known or tokenizer.with_concept(model.concept.tokens), max_text=config.max_text
         )
         settings = config.dsog
+        self.objective = objective_of(config)
         self.threshold = DsogThreshold(
             settings.initial, settings.target_pass_rate, settings.mu, settings.eta, settings.epsilon0
         )
@@ -170,7 +164,16 @@ class _Run:
         pictures = Pictures(model, vq)
         self.tasks = TaskSampler(concept_data, visual_ratio=config.visual_ratio, seed=config.seed)
         self.collector = Collector(
-            self.engine, model.concept, concept_data, pictures, rewards, preview_scorer, self.threshold, config, ranks
+            self.engine,
+            model.concept,
+            concept_data,
+            pictures,
+            rewards,
+            preview_scorer,
+            self.threshold,
+            self.objective,
+            config,
+            ranks,
         )
         self.policy = self._make_policy()
         model.checkpoint_layers = config.checkpoint_layers
@@ -185,6 +188,7 @@ class _Run:
             config.alpha_image,
             config.micro_rows,
             config.micro_timesteps,
+            self.objective,
         )
         self.sizes = PieceSizes()
         self.step = self.skipped = self.bad = 0
@@ -308,7 +312,7 @@ class _Run:
             if group.own is not None
         ]
         first, norm = UpdateStats(), math.nan
-        for inner in range(config.inner_updates):
+        for inner in range(config.inner_epochs):
             self.optimiser.zero_grad()
             own = []
             for advantages, images, answers in parts:
@@ -332,18 +336,39 @@ class _Run:
     def _trajectories(self, own: Own, number: int) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
         """What the update takes of this rank's rows of group `number`, with the reference's log-probs."""
         config = self.config
-        images, answers = trajectories(own, self.engine, config.token_scope)
-        images = some_timesteps(images, config.timestep_fraction, (config.seed << 32) + number)
+        images, answers = trajectories(own, self.engine, self.objective.token_scope)
+        images = self._actions(images, own, number)
         if config.beta > 0:
             with profiling.phase("reference"), self.policy.reference():
                 if config.alpha_image > 0:
-                    images.ref_logp_RTN = image_logprobs(
-                        self.model, images, config.micro_rows, config.micro_timesteps, self.sizes
-                    )
+                    images.ref_logp_RTN = self._logprobs(images)
                 if config.alpha_answer > 0 and answers is not None:
                     answers.ref_logp_RL = answer_logprobs(self.model, answers)
             profiling.count("reference", lambda: self._image_flops(images, update=False))
         return images, answers
+
+    def _actions(self, images: ImageTrajectories, own: Own, number: int) -> ImageTrajectories:
+        """The timesteps that the update looks at, and what the objective makes of them."""
+        config, sample_RN = self.config, own.images.codes
+        embedding_KD = self.model.image_head()[0].detach() if config.timestep_choice == "largest_change" else None
+        images = choose_timesteps(
+            images,
+            config.timestep_choice,
+            config.timestep_fraction,
+            seed=(config.seed << 32) + number,
+            embedding_KD=embedding_KD,
+        )
+        keys = [(config.seed, 3, number, row) for row in range(own.rows.start, own.rows.stop)]
+        images = self.objective.actions(images, sample_RN, keys)
+        if config.alpha_image > 0:
+            self.objective.check(images)
+            if not len(images.old_logp_RTN):
+                with profiling.phase("reference"):
+                    images.old_logp_RTN = self._logprobs(images)
+        return images
+
+    def _logprobs(self, images: ImageTrajectories) -> torch.Tensor:
+        return image_logprobs(self.model, images, self.config.micro_rows, self.config.micro_timesteps, self.sizes)
 
     def _image_flops(self, images: ImageTrajectories, update: bool) -> float:
         """Operations of the image tokens' part, beside which answers hardly count; recomputed layers left out."""

@@ -24,7 +24,7 @@ class Leaves:
 
     def __init__(self, *tensors: Tensor):
         self._live = tensors
-        self._sums = [t.detach().to(_exact(t)).requires_grad_() if t.requires_grad else t for t in tensors]
+        self._sums = [t.detach().to(exact(t)).requires_grad_() if t.requires_grad else t for t in tensors]
 
     def __call__(self) -> list[Tensor]:
         """The tensors in their own precision, for one piece."""
@@ -69,7 +69,8 @@ class PromptLeaves:
         self._leaves.backward()
 
 
-def _exact(tensor: Tensor) -> torch.dtype:
+def exact(tensor: Tensor) -> torch.dtype:
+    """The precision in which sums over `tensor` are formed."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -96,11 +97,11 @@ def text_logprob(
     first, count = model.config.first_code_id, new_weight.shape[0]
     is_new = (target >= first) & (target < first + count)
     base = torch.where(is_new, 0, torch.where(target >= first + count, target - count, target))
-    exact = hidden if hidden.dtype == torch.float64 else hidden.float()
-    logit = (exact * F.embedding(base, weight).to(exact.dtype)).sum(-1) + bias[base].to(exact.dtype)
+    precise = hidden if hidden.dtype == torch.float64 else hidden.float()
+    logit = (precise * F.embedding(base, weight).to(precise.dtype)).sum(-1) + bias[base].to(precise.dtype)
     logit = logit / temperature
     base_logp = ops.selected_logprob(hidden, weight, base, bias, temperature=temperature)
-    new_logits = F.linear(exact, new_weight.to(exact.dtype), new_bias.to(exact.dtype)) / temperature
+    new_logits = F.linear(precise, new_weight.to(precise.dtype), new_bias.to(precise.dtype)) / temperature
     total = torch.logaddexp(logit - base_logp, new_logits.logsumexp(-1))
     own = new_logits.gather(-1, (target - first).clamp(0, count - 1)[..., None])[..., 0]
     return torch.where(is_new, own, logit) - total

@@ -11,9 +11,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,14 @@ from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
 
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftLora
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
 log = logging.getLogger(__name__)
+
+_FREE = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version", "task_type"}
+"""What an adapter's configuration may say without changing what the adapter computes here."""
 
 
 class Policy:
@@ -58,7 +64,7 @@ class Policy:
         self.lora = lora or LoraConfig()
         model.requires_grad_(False)
         self.concept.requires_grad_(kind == "concept" or train_concept)
-        self._adapters: list[Any] = []
+        self._adapters: list[BaseTunerLayer] = []
         self._reference_file = Path(reference_file) if reference_file is not None else None
         if kind == "lora":
             self._adapters = add_adapters(model, self.lora, seed)
@@ -88,17 +94,18 @@ class Policy:
             if self.trains_concept:
                 undo.enter_context(_swapped(dict(self.concept.named_parameters()), self._concept_start))
             if self.kind == "lora":
+                undo.callback(self._enable_adapters)
                 for layer in self._adapters:
                     layer.enable_adapters(False)
-                    undo.callback(self._enable, layer)
             elif self.kind == "full":
                 assert self._reference_file is not None
                 undo.enter_context(_swapped(dict(self.model.named_parameters()), read_tensors(self._reference_file)))
             yield
 
-    def _enable(self, layer: Any) -> None:
-        layer.enable_adapters(True)
-        for name, value in layer.named_parameters(recurse=True):
+    def _enable_adapters(self) -> None:
+        for layer in self._adapters:
+            layer.enable_adapters(True)
+        for name, value in self.model.named_parameters():
             if "lora_" in name:
                 value.requires_grad_(True)
 
@@ -128,14 +135,19 @@ class Policy:
         return self.model
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
-        """Write what was learned: concept/, and adapter.safetensors or a whole model/. :func:`load_policy` reads it."""
+        """Write what was learned: concept/, and an adapter or a whole model/. :func:`load_policy` reads it.
+
+        The adapter is PEFT's own: ``PeftModel.from_pretrained(model, folder)`` loads it onto the base model.
+        """
         folder = Path(folder)
         self.concept.save(folder / "concept")
         if self.kind == "lora":
-            write_tensors(folder / "adapter.safetensors", {k: v for k, v in self.state_dict().items() if "lora_" in k})
+            learned = {_peft_name(k): v for k, v in self.state_dict().items() if "lora_" in k}
+            write_tensors(folder / "adapter_model.safetensors", learned)
+            _peft_config(self.lora).save_pretrained(str(folder))
         elif self.kind == "full":
             self.model.save_pretrained(folder / "model")
-        write_json(folder / "policy.json", {"trainable": self.kind, "lora": asdict(self.lora)})
+        write_json(folder / "policy.json", {"trainable": self.kind})
         return folder
 
 
@@ -146,16 +158,16 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
     kind = about.get("trainable") if isinstance(about, dict) else None
     concept = ConceptTokens.load(folder / "concept")
     if kind == "lora":
-        settings = from_mapping(LoraConfig, about.get("lora"), origin=f"{folder / 'policy.json'}: lora")
+        settings, tensors = _read_adapter(folder, about)
         add_adapters(model, settings, seed=0)
-        named = dict(model.named_parameters())
-        tensors = read_tensors(folder / "adapter.safetensors")
-        wrong = [k for k, v in named.items() if "lora_" in k and (k not in tensors or tensors[k].shape != v.shape)]
+        named = {_peft_name(name): value for name, value in model.named_parameters() if "lora_" in name}
+        wrong = [k for k, v in named.items() if k not in tensors or tensors[k].shape != v.shape]
+        wrong += sorted(tensors.keys() - named.keys())
         if wrong or not tensors:
             raise UserError(f"{folder}: the adapter does not fit this model ({', '.join(wrong[:3]) or 'it is empty'})")
         with torch.no_grad():
-            for name, value in tensors.items():
-                named[name].copy_(value)
+            for name, value in named.items():
+                value.copy_(tensors[name])
         _merge_adapters(model)
     elif kind == "full":
         trained = Showo.from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
@@ -168,23 +180,56 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
     return model.attach(concept.to(model.device).requires_grad_(False))
 
 
-def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[Any]:
+def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
     """Put fresh float32 adapters on the transformer's linear layers; returns the adapted layers."""
-    from peft import LoraConfig as PeftLora
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft_config = PeftLora(r=config.rank, target_modules=list(config.targets))
-        peft_config.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
-        inject_adapter_in_model(peft_config, model.showo)
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        inject_adapter_in_model(_peft_config(config), model)
+    layers: list[BaseTunerLayer] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for name, value in model.named_parameters():
         value.requires_grad_("lora_" in name)
         if "lora_" in name:
             value.data = value.data.float()
     return layers
+
+
+def _peft_config(config: LoraConfig) -> PeftLora:
+    from peft import LoraConfig as PeftLora
+
+    made = PeftLora(r=config.rank, target_modules=list(config.targets))
+    made.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
+    return made
+
+
+def _peft_name(name: str) -> str:
+    """What PEFT calls a parameter of an adapter in its files."""
+    return "base_model.model." + name.replace(".default.", ".")
+
+
+def _read_adapter(folder: Path, about: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Settings and tensors of the adapter in `folder`, by PEFT's names: PEFT's files, or those of version 0.1."""
+    if (folder / "adapter.safetensors").is_file():
+        given: Any = about.get("lora")  # from_mapping refuses what is no mapping
+        settings = from_mapping(LoraConfig, given, origin=f"{folder / 'policy.json'}: lora")
+        old = read_tensors(folder / "adapter.safetensors")
+        return settings, {_peft_name(name): value for name, value in old.items()}
+    file = folder / "adapter_config.json"
+    found = read_json(file)
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise UserError(f"{file}: is not the configuration of a LoRA adapter")
+    ours = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}
+    given = {name: found[key] for name, key in ours.items() if key in found}
+    settings = from_mapping(LoraConfig, given, origin=str(file))
+    plain = _peft_config(settings).to_dict()
+    for key in found.keys() & plain.keys() - set(ours.values()) - _FREE:
+        if found[key] != plain[key]:
+            raise UserError(
+                f"{file}: {key}={found[key]!r}: plain LoRA alone is read here; load it with PEFT and merge it"
+            )
+    return settings, read_tensors(folder / "adapter_model.safetensors")
 
 
 def _merge_adapters(model: Showo) -> None:

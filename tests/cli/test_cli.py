@@ -349,7 +349,7 @@ def test_train_from_tokens_and_from_a_config(run: Path, toy: None, tmp_path: Pat
         "train", *_concept(run), "--out", further, "--stages", "none", "--start", other, "--no-evaluate",
         *SHORT, "grpo.steps=1", "grpo.trainable=lora",
     )  # fmt: skip
-    assert (further / "final" / "adapter.safetensors").exists() and not (further / "stages").exists()
+    assert (further / "final" / "adapter_model.safetensors").exists() and not (further / "stages").exists()
     call("generate", further, "<bo>", "--out", tmp_path / "x.png", "timesteps=1")
 
 

@@ -191,13 +191,26 @@ def run_tensors(data: bytes) -> None:
 
 
 def policy(data: bytes) -> None:
+    """policy.json with an adapter of version 0.1, or the configuration of one in PEFT's format."""
+    from safetensors.torch import load_file, save_file
+
     from pyunictokens.train.policy import load_policy
     from tests.train.world import tiny_model
 
     folder = _room() / "final"
+    old = Path(__file__).parents[1] / "train" / "old_adapter"
     if not folder.exists():
         shutil.copytree(_room() / "tokens", folder / "concept")
-    _with("final/policy.json", data, lambda room: load_policy(tiny_model(), folder))
+        shutil.copy(old / "adapter.safetensors", folder)
+        shutil.copytree(_room() / "tokens", _room() / "peft" / "concept")
+        (_room() / "peft" / "policy.json").write_text('{"trainable": "lora"}')
+        tensors = load_file(old / "adapter.safetensors")
+        tensors = {"base_model.model." + name.replace(".default", ""): value for name, value in tensors.items()}
+        save_file(tensors, _room() / "peft" / "adapter_model.safetensors")
+    if b"peft_type" in data:
+        _with("peft/adapter_config.json", data, lambda room: load_policy(tiny_model(), room / "peft"))
+    else:
+        _with("final/policy.json", data, lambda room: load_policy(tiny_model(), folder))
 
 
 def settings(data: bytes) -> None:
@@ -387,10 +400,13 @@ def seeds(name: str) -> list[bytes]:
         scored = encode({"parts": ["ber"], "no_face": 0}, {"total": torch.ones(2), "part 0": torch.ones(2)})
         judged = encode({"do": "preview", "prompts": ["a"]}, {"pixels": pixels, "index": torch.tensor([0, 0])})
         return [encode({"do": "score", **words}, tensors), scored, judged, encode({"error": "no"})]
-    lora = {"rank": 2, "alpha": 4.0, "targets": ["fc1"]}
     texts: dict[str, list[Any]] = {
         "index": [{"weight_map": {"x": "a.safetensors"}}],
-        "policy": [{"trainable": "concept", "lora": lora}],
+        "policy": [
+            {"trainable": "concept"},
+            {"trainable": "lora", "lora": {"rank": 2, "alpha": 3, "targets": ["q_proj", "fc1"]}},
+            {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["fc1", "q_proj"], "lora_dropout": 0.1},
+        ],
         "run_config": [{"name": "bo", "root": "data", "model": None, "max_text": 24}],
         "many": [{"name": "bo", "state": "done"}, {"metrics": {"vqa.bleu": {"mean": 0.5}}}],
         "plan": [{"arguments": ["x"]}],

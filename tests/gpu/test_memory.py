@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
-from pyunictokens.train.update import ImageTrajectories, LossSettings, PieceSizes, image_logprobs, streamed_backward
+from pyunictokens.train.trajectories import ImageTrajectories
+from pyunictokens.train.update import LossSettings, PieceSizes, image_logprobs, streamed_backward
 from tests.train.world import tiny_model
 
 SIZES = {"cpu": (3, 2, 32), "cuda": (32, 16, 512)}

@@ -14,7 +14,8 @@ import torch
 from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
 from pyunictokens.ops import registry as _dispatch
-from pyunictokens.train.update import ImageTrajectories, LossSettings, image_logprobs, streamed_backward
+from pyunictokens.train.trajectories import ImageTrajectories
+from pyunictokens.train.update import LossSettings, image_logprobs, streamed_backward
 
 from . import support
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
-from pyunictokens.train.update import AnswerTrajectories, ImageTrajectories, LossSettings
+from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
+from pyunictokens.train.update import LossSettings
 
 
 def image_logp(model: Showo, images: ImageTrajectories) -> Tensor:

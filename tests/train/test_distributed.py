@@ -33,7 +33,7 @@ pytestmark = [
 
 LR = 1e-4
 CONFIGS = {
-    "uneven": grpo_config(steps=3, group_size=5, lr=LR, sample_every=1, inner_updates=2),
+    "uneven": grpo_config(steps=3, group_size=5, lr=LR, sample_every=1, inner_epochs=2),
     "few": grpo_config(steps=2, group_size=3, lr=LR, sample_every=1, timestep_fraction=0.5),
     "whole": grpo_config(steps=3, group_size=3, groups=2, lr=LR, trainable="full", sample_every=1, max_grad_norm=0.5),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from pyunictokens.models.costs import activation_bytes
 from pyunictokens.train import microbatch as pieces
 from pyunictokens.train import update
 from pyunictokens.train.microbatch import Pieces, add_gradients
-from pyunictokens.train.update import LossSettings, PieceSizes, image_logprobs, some_timesteps, streamed_backward
+from pyunictokens.train.trajectories import choose_timesteps
+from pyunictokens.train.update import LossSettings, PieceSizes, image_logprobs, streamed_backward
 from pyunictokens.utils.errors import UserError
 
 from .test_update import fake_answers, fake_images
@@ -234,14 +236,16 @@ def test_some_timesteps_give_the_loss_on_average(fraction):
     model = learner("concept")
     images = fake_images(model, steps=5, scope="masked")
     whole = streamed_backward(model, ADVANTAGES, LossSettings(), images).loss
-    parts = [some_timesteps(images, fraction, seed) for seed in range(400)]
+    parts = [choose_timesteps(images, "random", fraction, seed=seed) for seed in range(400)]
     kept = max(1, round(5 * fraction))
     assert all(part.inputs_RTN.shape[1] == kept for part in parts)
     assert parts[0].weight == pytest.approx(5 / kept)
-    again = some_timesteps(images, fraction, 7)
+    again = choose_timesteps(images, "random", fraction, seed=7)
     assert torch.equal(again.inputs_RTN, parts[7].inputs_RTN) and torch.equal(again.mask_RTN, parts[7].mask_RTN)
     alone = [
-        streamed_backward(model, ADVANTAGES, LossSettings(), some_timesteps(images, fraction, seed)).loss
+        streamed_backward(
+            model, ADVANTAGES, LossSettings(), choose_timesteps(images, "random", fraction, seed=seed)
+        ).loss
         for seed in range(12)
     ]
     if fraction == 1.0:
@@ -249,7 +253,7 @@ def test_some_timesteps_give_the_loss_on_average(fraction):
         return
     of_step = []
     for step in range(5):
-        one = update.replace(
+        one = replace(
             images,
             inputs_RTN=images.inputs_RTN[:, [step]],
             chosen_RTN=images.chosen_RTN[:, [step]],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from pyunictokens.models import Showo
+from pyunictokens.models import ConceptTokens, Showo
 from pyunictokens.models.showo import prompting
 from pyunictokens.train import LoraConfig, Policy, load_policy
 from pyunictokens.train.logprobs import Leaves
@@ -96,6 +99,55 @@ def test_what_is_exported_draws_the_same(kind: str, tmp_path: Path) -> None:
     merged = policy.merge()
     assert merged.state_dict().keys() == tiny_model().state_dict().keys()
     torch.testing.assert_close(logits(merged), learned, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_is_pefts_own(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    policy = policy_of("lora", tmp_path)
+    push(policy)
+    learned = logits(policy.model)
+    policy.export(tmp_path / "final")
+    base = tiny_model()
+    base.attach(ConceptTokens.load(tmp_path / "final" / "concept"))
+    start = logits(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of keys that are missing
+        wrapped = PeftModel.from_pretrained(base, str(tmp_path / "final"))
+    assert (start - learned).abs().max() > 0.05
+    torch.testing.assert_close(logits(base), learned, rtol=1e-5, atol=1e-5)  # adapted in place
+    torch.testing.assert_close(logits(wrapped.merge_and_unload()), learned, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_version_0_1_still_loads() -> None:
+    """Rank 2, alpha 3, on q_proj and fc1, trained and written by 0.1, with logits that its model gave."""
+    folder = Path(__file__).parent / "old_adapter"
+    loaded = load_policy(tiny_model(), folder)
+    expected = load_file(folder / "expected.safetensors")["logits"]
+    torch.testing.assert_close(logits(loaded)[..., ::7], expected, rtol=1e-5, atol=1e-5)
+    plain = tiny_model()
+    plain.attach(ConceptTokens.load(folder / "concept"))
+    assert (logits(plain)[..., ::7] - expected).abs().max() > 0.05
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    folder = policy_of("lora", tmp_path).export(tmp_path / "final")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 8, 16)
+
+    def refused(match: str, **changed: object) -> None:
+        (folder / "adapter_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(UserError, match=match):
+            load_policy(tiny_model(), folder)
+
+    refused("does not fit this model", r=4)
+    refused("does not fit this model", target_modules=["q_proj"])
+    refused(r"targets=\['no_such_layer'\]: must be some of", target_modules=["no_such_layer"])
+    refused("use_dora=True: plain LoRA alone is read here", use_dora=True)
+    refused("is not the configuration of a LoRA adapter", peft_type="IA3")
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        load_policy(tiny_model(), folder)
 
 
 def test_bfloat16_weights_learn_in_steps_too_small_for_them(tmp_path: Path) -> None:

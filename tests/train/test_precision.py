@@ -16,14 +16,8 @@ from pyunictokens import RolloutEngine
 from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
 from pyunictokens.rollout.types import ImageRollout, TextRollout
-from pyunictokens.train.update import (
-    AnswerTrajectories,
-    ImageTrajectories,
-    LossSettings,
-    answer_logprobs,
-    image_logprobs,
-    streamed_backward,
-)
+from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
+from pyunictokens.train.update import LossSettings, answer_logprobs, image_logprobs, streamed_backward
 
 from .world import tiny_model
 

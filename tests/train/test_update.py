@@ -11,17 +11,11 @@ import torch
 
 from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
+from pyunictokens.ops import token_mask
 from pyunictokens.train import Policy
 from pyunictokens.train.logprobs import text_logprob
-from pyunictokens.train.update import (
-    AnswerTrajectories,
-    ImageTrajectories,
-    LossSettings,
-    answer_logprobs,
-    image_logprobs,
-    streamed_backward,
-    token_mask,
-)
+from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
+from pyunictokens.train.update import LossSettings, answer_logprobs, image_logprobs, streamed_backward
 from tests.train import naive
 from tests.train.world import tiny_concept, tiny_model
 
@@ -200,14 +194,14 @@ def test_golden_values_and_gradients(
         assert (parameter.grad - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
 
 
-def peak_bytes(steps: int, tmp_path: Path) -> int:
+def peak_bytes(steps: int, tmp_path: Path, settings: LossSettings | None = None) -> int:
     """Most bytes PyTorch's CPU allocator held at once during one update, beyond what it held before."""
     model = tiny_model(width=64, layers=1)
     model.requires_grad_(True)
     images = fake_images(model, steps=steps, rows=2)
 
     def run() -> None:
-        streamed_backward(model, torch.tensor([0.7, -0.7]), LossSettings(micro_rows=2), images)
+        streamed_backward(model, torch.tensor([0.7, -0.7]), settings or LossSettings(micro_rows=2), images)
 
     run()
     model.zero_grad()

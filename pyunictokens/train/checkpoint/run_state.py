@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config.settings import filled, to_mapping
+from ...config.settings import filled, renamed, to_mapping
 from ...config.training import GrpoConfig
 from ...models import ConceptTokens, Showo
 from ...utils.errors import UserError
@@ -157,7 +157,8 @@ class RunFolder:
         if not isinstance(found, dict) or not {"identity", "settings"} <= found.keys():
             raise UserError(f"{self.path / 'run.json'}: is not the description of a run")
         defaults = to_mapping(GrpoConfig())
-        there, here = (filled(each, defaults) for each in (found["settings"], settings))
+        stored = found["settings"] if isinstance(found["settings"], Mapping) else {}
+        there, here = (filled(renamed(GrpoConfig, each), defaults) for each in (stored, settings))
         wrong = [
             f"{key}: the run has {then!r}, this is {now!r}"
             for part, pair in (("identity", (found["identity"], identity)), ("settings", (there, here)))

@@ -1,0 +1,249 @@
+"""What reinforcement maximises: one setting, `grpo.objective`, chooses a class of this file.
+
+Every objective is a sum over rollouts of clipped ratios with a divergence penalty (`ops.grpo_loss`):
+
+    loss = −1/R Σ_i Σ_j w_ij·( min(D_ij·A_i, clip(D_ij)·A_i) − β·k3_ij ),   D = exp(reduce(logp) − reduce(old_logp))
+
+and says five things: the advantages A, which tokens count (`token_scope`), what a ratio is a ratio of (`reduce`: a
+token, a timestep, a rollout), what each term counts for (`weights`), and whether a loss of some timesteps is a part of
+the whole loss (`splits_timesteps`), so that the update may take them one by one. A new objective is a class here and
+its name in `config/training.py: OBJECTIVES`; one of your own is chosen as `grpo.objective=MODULE:CLASS`.
+
+Shape suffixes: R rollouts, T timesteps, N image codes, L answer tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config.training import GrpoConfig
+from ..ops.reference import working_dtype
+from ..utils.errors import UserError
+from .trajectories import ImageTrajectories, remask
+
+
+class Tokens(Protocol):
+    """What an objective asks of the tokens of some rollouts: images [R, T, N] or answers [R, L]."""
+
+    weight: float
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool, which tokens count; None counts all."""
+        ...
+
+
+class Loss(NamedTuple):
+    """A loss of some rollouts, divided by their number."""
+
+    loss: Tensor
+    stats: ops.GrpoStats
+    ratios: Tensor
+    """How many there were, float 0-d: the weight of `stats` among others."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """UniCTask-GRPO (the paper, equation 7): a ratio for every token, summed; other objectives change what differs."""
+
+    token_scope: str = "all"
+    """Which image tokens of a timestep count: all, masked (before it), newly_unmasked (by it)."""
+    reduction: str = "sum"
+    """sum: every term counts 1; mean: a rollout's terms count 1 together."""
+    advantage: str = "mean"
+    """What becomes of a group's rewards: minus their mean; over their std as well; minus the mean of the others."""
+
+    published_reduction: ClassVar[str] = "sum"
+    """What `grpo.reduction=auto` means."""
+    per_token: ClassVar[bool] = True
+    """A ratio for every token: head, log-probs and loss are then one operation (`ops.maskgit_grpo_loss`)."""
+    splits_timesteps: ClassVar[bool] = True
+    """Whether the loss is a sum over timesteps. Otherwise the update takes log-probs of everything first, then forms
+    the gradient with respect to each, then sends that back piece by piece."""
+
+    @classmethod
+    def of(cls, config: GrpoConfig) -> Objective:
+        """This objective with the numbers of `config`. Raises UserError where they do not fit it."""
+        reduction = cls.published_reduction if config.reduction == "auto" else config.reduction
+        return cls(config.token_scope, reduction, config.advantage)
+
+    def advantages(self, rewards_R: Tensor, groups_R: Tensor) -> Tensor:
+        """[R]: each reward against the others of its group. `groups_R` numbers the groups, integer [R]."""
+        found = torch.zeros_like(rewards_R)
+        for group in groups_R.unique():
+            place = groups_R == group
+            found[place] = self._of_group(rewards_R[place])
+        return found
+
+    def _of_group(self, rewards_G: Tensor) -> Tensor:
+        centred = rewards_G - rewards_G.mean()
+        if self.advantage == "std":
+            return centred / (rewards_G.std() + 1e-4)
+        if self.advantage == "leave_one_out":
+            return centred * (len(rewards_G) / (len(rewards_G) - 1))
+        return centred
+
+    def actions(self, images: ImageTrajectories, sample_RN: Tensor, keys: Sequence[Sequence[int]]) -> ImageTrajectories:
+        """What log-probs are taken of: the recorded choices as they are, or something made of the finished samples.
+
+        `keys` are seeds, some numbers a rollout. Where the result's `old_logp_RTN` is empty, the caller takes it under
+        the policy of the rollout.
+        """
+        return images
+
+    def reduce(self, logp: Tensor, mask: Tensor | None) -> Tensor:
+        """What a ratio is a ratio of: log-probs of tokens [R, …] as those of larger actions [R], [R, T] or the same."""
+        return logp
+
+    def terms(self, tokens: Tokens) -> Tensor:
+        """Ratios of each rollout, [R], or a number of them for all."""
+        if tokens.mask is None:
+            return torch.tensor(tokens.shape[1:].numel())
+        return tokens.mask.flatten(1).sum(1)
+
+    def weights(self, tokens: Tokens) -> float | Tensor:
+        """What each term counts for: a number, or a tensor that broadcasts to the shape of `reduce`.
+
+        It is taken of all timesteps at once, so a tensor's second dimension has size 1 (or T, and is cut with them).
+        """
+        if self.reduction == "sum":
+            return tokens.weight
+        share = 1.0 / self.terms(tokens).clamp_min(1).double()
+        return share.view(-1, *[1] * (len(tokens.shape) - 1)) if share.dim() else float(share)
+
+    def check(self, tokens: Tokens) -> None:
+        """Raise UserError where nothing can be learned from `tokens`."""
+
+    def loss(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor | None,
+        advantages_R: Tensor,
+        *,
+        weights: Tensor | float,
+        mask: Tensor | None,
+        clip_low: float,
+        clip_high: float,
+        beta: float,
+    ) -> Loss:
+        """The loss of log-probs [R, …]: of these rollouts' tokens, or (where `splits_timesteps`) of some timesteps.
+
+        Tokens outside `mask` have no effect, even if they are NaN.
+        """
+        new, old = self.reduce(logp, mask), self.reduce(old_logp, mask)
+        reference = None if ref_logp is None else self.reduce(ref_logp, mask)
+        if new.shape != logp.shape:
+            mask = None  # it has had its effect
+        loss, stats = ops.grpo_loss(
+            new,
+            old,
+            reference,
+            advantages_R,
+            alpha=weights,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            beta=beta if reference is not None else 0.0,
+            mask=mask,
+        )
+        ratios = torch.tensor(float(new.numel()), device=new.device) if mask is None else mask.sum().float()
+        return Loss(loss, stats, ratios)
+
+
+class UniCTask(Objective):
+    """The paper: a ratio for every answer token and every image token of all timesteps, summed."""
+
+
+class MaskGrpo(Objective):
+    """Mask-GRPO (arXiv 2510.13418): a timestep is one action, its probability that of the codes it made known; the
+    mean over timesteps. An answer's tokens keep a ratio each."""
+
+    published_reduction = "mean"
+    per_token = False
+
+    @classmethod
+    def of(cls, config: GrpoConfig) -> Objective:
+        return replace(super().of(config), token_scope="newly_unmasked")
+
+    def reduce(self, logp: Tensor, mask: Tensor | None) -> Tensor:
+        if logp.dim() < 3:  # an answer
+            return logp
+        kept = logp if mask is None else torch.where(mask, logp, 0.0)
+        return kept.to(working_dtype(logp)).sum(-1)
+
+    def terms(self, tokens: Tokens) -> Tensor:
+        return torch.tensor(tokens.shape[1]) if len(tokens.shape) == 3 else super().terms(tokens)
+
+
+class Gspo(Objective):
+    """GSPO (arXiv 2507.18071): one ratio for the whole image and one for the whole answer, length-normalised.
+
+    These ratios lie close to 1: the paper clips at 3e-4 and 4e-4 (`grpo.clip_low`, `grpo.clip_high`).
+    """
+
+    published_reduction = "mean"
+    per_token = False
+    splits_timesteps = False
+
+    def reduce(self, logp: Tensor, mask: Tensor | None) -> Tensor:
+        return ops.sequence_logprob(logp, mask)
+
+    def weights(self, tokens: Tokens) -> float | Tensor:
+        return 1.0  # one term a rollout
+
+    def check(self, tokens: Tokens) -> None:
+        if tokens.mask is None:
+            return
+        empty = (~tokens.mask.flatten(1).any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise UserError(
+                f"grpo.objective=gspo: no token of rollout {empty[0]} counts (token_scope={self.token_scope}, "
+                f"{tokens.shape[1]} timesteps), so it has no ratio: set grpo.token_scope=masked or all, or a larger "
+                "grpo.timestep_fraction"
+            )
+
+
+class FinalSample(Objective):
+    """The finished sample under random re-masking (UDM-GRPO, MaskFocus): as many positions masked as at each timestep,
+    but random ones; a ratio for each of these, summed. The old log-probs are taken under the same masks."""
+
+    @classmethod
+    def of(cls, config: GrpoConfig) -> Objective:
+        return replace(super().of(config), token_scope="masked")
+
+    def actions(self, images: ImageTrajectories, sample_RN: Tensor, keys: Sequence[Sequence[int]]) -> ImageTrajectories:
+        return remask(images, sample_RN, keys)
+
+
+REGISTRY: dict[str, type[Objective]] = {
+    "unictask": UniCTask,
+    "mask_grpo": MaskGrpo,
+    "gspo": Gspo,
+    "final_sample": FinalSample,
+}
+"""Objectives by the name that `grpo.objective` gives."""
+
+
+def objective_of(config: GrpoConfig) -> Objective:
+    """The objective that `config` chooses, by name or as MODULE:CLASS. Raises UserError where it cannot be had."""
+    name = config.objective
+    if name in REGISTRY:
+        return REGISTRY[name].of(config)
+    module, _, kind = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"grpo.objective={name!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise UserError(f"grpo.objective={name!r}: must be a class derived from pyunictokens.train.objective.Objective")
+    return found.of(config)

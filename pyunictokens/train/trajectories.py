@@ -1,0 +1,186 @@
+"""Rollouts as the update sees them, and which of an image's timesteps it looks at.
+
+An image rollout is T actions: at each timestep the codes before it, the codes chosen at it, and their log-probs under
+the policy that chose. `choose_timesteps` takes some of them; `remask` puts in their place the finished sample under
+random masks, as the objective `final_sample` scores it (UDM-GRPO, MaskFocus).
+
+Shape suffixes: R rollouts, T timesteps, k kept timesteps, N image codes, L answer tokens, K codebook, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class ImageTrajectories:
+    """R image rollouts as the update sees them. Codes may be of any integer type; −1 is unknown."""
+
+    prompts: list[list[int]]
+    """Unpadded drawing prompts (`prompting.t2i_text`), each once."""
+    prompt_of_row: list[int]
+    """Which prompt each rollout was drawn from."""
+    inputs_RTN: Tensor
+    chosen_RTN: Tensor
+    old_logp_RTN: Tensor
+    empty_prompt: list[int]
+    """The prompt of the unconditional half."""
+    max_text: int
+    guidance_scale: float
+    ref_logp_RTN: Tensor | None = None
+    mask_RTN: Tensor | None = None
+    """Tokens that count; None counts all."""
+    weight: float = 1.0
+    """What each timestep counts for: above 1 where others were left out (:func:`choose_timesteps`)."""
+
+    def __len__(self) -> int:
+        return self.inputs_RTN.shape[0]
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.mask_RTN
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.inputs_RTN.shape
+
+    def part(self, rows: slice, steps: slice, device: torch.device) -> ImageTrajectories:
+        """Some rollouts at some timesteps, on `device`."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows, steps].to(device)
+
+        return replace(
+            self,
+            prompt_of_row=self.prompt_of_row[rows],
+            inputs_RTN=self.inputs_RTN[rows, steps].to(device),
+            chosen_RTN=self.chosen_RTN[rows, steps].to(device),
+            old_logp_RTN=self.old_logp_RTN[rows, steps].to(device) if len(self.old_logp_RTN) else self.old_logp_RTN,
+            ref_logp_RTN=cut(self.ref_logp_RTN),
+            mask_RTN=cut(self.mask_RTN),
+        )
+
+
+@dataclass
+class AnswerTrajectories:
+    """R answers to one question about one image."""
+
+    codes_N: Tensor
+    question: list[int]
+    """Ids of the question as the model reads it."""
+    tokens_RL: Tensor
+    """−1 after the end."""
+    old_logp_RL: Tensor
+    temperature: float = 1.0
+    ref_logp_RL: Tensor | None = None
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return self.tokens_RL.shape[0]
+
+    @property
+    def mask_RL(self) -> Tensor:
+        return self.tokens_RL >= 0
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.mask_RL
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tokens_RL.shape
+
+    def part(self, rows: slice, device: torch.device) -> AnswerTrajectories:
+        """Some answers, on `device`."""
+        return replace(
+            self,
+            tokens_RL=self.tokens_RL[rows].to(device),
+            old_logp_RL=self.old_logp_RL[rows].to(device),
+            ref_logp_RL=None if self.ref_logp_RL is None else self.ref_logp_RL[rows].to(device),
+        )
+
+
+# --- which timesteps -----------------------------------------------------------------------------------------------
+
+
+def choose_timesteps(
+    images: ImageTrajectories, choice: str, fraction: float, *, seed: int, embedding_KD: Tensor | None = None
+) -> ImageTrajectories:
+    """`images` with round(fraction·T) of their timesteps, at least one; each of them counts T / kept times.
+
+    choice: "all" leaves them as they are; "random" takes the same for all rollouts, by `seed` alone, so that loss and
+    gradient are right on average; "largest_change" takes each rollout's own, by :func:`changes` between embeddings of
+    codes (`embedding_KD`). Choose before log-probs are taken: they are then taken for the kept ones only.
+    """
+    rows, steps = images.inputs_RTN.shape[:2]
+    kept = max(1, round(fraction * steps))
+    if choice == "all" or kept >= steps:
+        return images
+    if choice == "random":
+        order = torch.randperm(steps, generator=torch.Generator().manual_seed(seed % 2**63))[:kept].sort().values
+        order_Rk = order.expand(rows, kept)
+    else:
+        assert embedding_KD is not None
+        found = changes(images.chosen_RTN, embedding_KD)
+        order_Rk = found.sort(dim=1, descending=True, stable=True).indices[:, :kept].sort(1).values.cpu()
+
+    def part(tensor_RTN: Tensor) -> Tensor:
+        place = order_Rk.to(tensor_RTN.device)[..., None].expand(-1, -1, tensor_RTN.shape[2])
+        return tensor_RTN.gather(1, place)
+
+    return replace(
+        images,
+        inputs_RTN=part(images.inputs_RTN),
+        chosen_RTN=part(images.chosen_RTN),
+        old_logp_RTN=part(images.old_logp_RTN),
+        ref_logp_RTN=None if images.ref_logp_RTN is None else part(images.ref_logp_RTN),
+        mask_RTN=None if images.mask_RTN is None else part(images.mask_RTN),
+        weight=images.weight * steps / kept,
+    )
+
+
+@torch.no_grad()
+def changes(chosen_RTN: Tensor, embedding_KD: Tensor) -> Tensor:
+    """How much each timestep changes the image, float32 [R, T]: the mean over positions of 1 − cosine between the
+    embedding of the code chosen at it and of the one chosen at the timestep before.
+
+    The first timestep changes everything (1): before it there is no image. A rollout's numbers depend on it alone.
+    """
+    unit_KD = F.normalize(embedding_KD.float(), dim=-1)
+    chosen = chosen_RTN.to(unit_KD.device, torch.int64)
+    found = torch.ones(chosen.shape[:2], device=unit_KD.device)
+    for step in range(1, chosen.shape[1]):  # a timestep at a time: embeddings of all would not fit
+        before, now = chosen[:, step - 1], chosen[:, step]
+        similarity = (F.embedding(before, unit_KD) * F.embedding(now, unit_KD)).sum(-1)
+        found[:, step] = torch.where(before == now, 0.0, 1 - similarity).mean(-1)
+    return found
+
+
+# --- the finished sample -------------------------------------------------------------------------------------------
+
+
+def remask(images: ImageTrajectories, sample_RN: Tensor, keys: Sequence[Sequence[int]]) -> ImageTrajectories:
+    """The finished samples in place of the recorded steps: as many positions masked as at each timestep, but random
+    ones; those count, and their old log-probs are still to be taken (`old_logp_RTN` is empty).
+
+    `keys` holds one seed (some numbers) a rollout: its masks follow from that alone.
+    """
+    rows, steps, count = images.inputs_RTN.shape
+    noise = np.stack([np.random.default_rng(list(key)).random((steps, count)) for key in keys])
+    rank_RTN = torch.from_numpy(noise.argsort(-1).argsort(-1)).to(images.inputs_RTN.device)
+    mask_RTN = rank_RTN < (images.inputs_RTN < 0).sum(-1, keepdim=True)
+    chosen_RTN = sample_RN[:, None].expand(rows, steps, count).to(images.chosen_RTN)
+    return replace(
+        images,
+        inputs_RTN=chosen_RTN.masked_fill(mask_RTN, -1),
+        chosen_RTN=chosen_RTN,
+        old_logp_RTN=torch.empty(0),
+        ref_logp_RTN=None,
+        mask_RTN=mask_RTN,
+    )
