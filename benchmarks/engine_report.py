@@ -180,7 +180,7 @@ def summary(folder: Path) -> str:
     """For the README: the goals of each machine; without any, the sentence that says so and how to measure."""
     reports = load(folder)
     if not reports:
-        return "The rollout engine on a GPU: not measured; `bash benchmarks/gpu.sh --engine` measures it."
+        return "The rollout engine on a GPU: not measured; `bash benchmarks/gpu.sh --first` measures it."
     parts = []
     for report in reports:
         sizes = ", ".join(f"{key} {value}" for key, value in report.sizes.items())

@@ -80,6 +80,10 @@ def test_the_pages_are_made_from_a_report(smoke: Path, tmp_path: Path) -> None:
     made = tmp_path / "ops-x-grpo_loss.png"
     assert plot.draw(report, "grpo_loss", made) and made.stat().st_size > 1000
     assert "ops-x-grpo_loss.png" in tables.full(tmp_path, tmp_path)
+    for operation in cases.OPERATIONS:
+        roof = tmp_path / f"ops-x-{operation}-roofline.png"
+        assert plot.roofline(report, operation, roof) and roof.stat().st_size > 1000
+    assert "grpo_loss on " in tables.full(tmp_path, tmp_path) and ": roofline]" in tables.full(tmp_path, tmp_path)
 
 
 def _write(report: Report, folder: Path) -> None:
