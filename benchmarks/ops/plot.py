@@ -70,7 +70,7 @@ OPERATIONS_EACH = {"grpo_loss": 30.0, "maskgit_step": 8.0}
 def roofline(report: Report, operation: str, file: Path) -> bool:
     """One picture: operations a second over operations a byte, below the two ceilings. False without anything to draw.
 
-    A point is one shape: filled is ours, hollow the others. Its place sideways follows from the least work and the least
+    A point is one shape: filled is ours, hollow the others. Its place sideways follows from its least work and least
     bytes of the case, so all sides of a shape stand above each other, and the distance to the roof is what is lost.
     """
     import matplotlib
