@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -69,7 +69,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["pyunictokens", "pyunictokens.*"]), "pyunictokens.kernels"],
     ext_modules=[Extension("pyunictokens._core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

@@ -13,7 +13,7 @@ trap 'rm -rf "$work"' EXIT
 "$python" -m build ${BUILD_FLAGS:-} --outdir "$work/dist" . >"$work/build.log" 2>&1 || { tail -40 "$work/build.log"; exit 1; }
 
 tar -tzf "$work"/dist/*.tar.gz >"$work/members"
-for member in csrc/bindings.cpp csrc/include/noise.h csrc/cuda/info.cu kernels/__init__.py CMakeLists.txt LICENSE; do
+for member in csrc/bindings.cpp csrc/include/noise.h csrc/cuda/info.cu pyunictokens/kernels/__init__.py CMakeLists.txt LICENSE; do
   grep -q "/$member\$" "$work/members" || { echo "the sdist lacks $member"; exit 1; }
 done
 

@@ -34,15 +34,14 @@ from benchmarks.machine import commit
 from benchmarks.ops import clock
 from benchmarks.ops.run import Settings, default_file, machine, versions
 from pyunictokens import MASK, RolloutEngine
-from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig, prefill_t2i
-from pyunictokens.models import costs as cost
-from pyunictokens.models.showo import prompting
+from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig
+from pyunictokens.models.showo import costs as cost
 from pyunictokens.rollout import Dsog, DsogThreshold
 from pyunictokens.rollout.cuda_graphs.capture import GraphPool
 from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop, GuidedHidden, StepState, image_head
 from pyunictokens.rollout.sampler import LoopSettings
 from pyunictokens.rollout.types import ImageRollout, TextRollout
-from pyunictokens.train.optimizer import Optimiser
+from pyunictokens.train.optimizer import Optimizer
 from pyunictokens.train.policy import Policy
 from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
 from pyunictokens.train.update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
@@ -68,7 +67,6 @@ class Sizes:
     """Steps that the slow sides are timed over."""
     tokens: int = 100
     few_tokens: int = 4
-    max_text: int = 128
     prompt: int = 120
     question: int = 32
     guidance: float = 5.0
@@ -94,6 +92,7 @@ SMOKE = Sizes(
         max_position_embeddings=160,
         bos_token_id=198,
         eos_token_id=199,
+        max_text=20,
     ),
     MagvitConfig(8, (1, 2), (1, 2), (1, 1), (1, 1), 5, 4),
     (4, 4),
@@ -103,7 +102,6 @@ SMOKE = Sizes(
     few_steps=2,
     tokens=4,
     few_tokens=2,
-    max_text=20,
     prompt=8,
     question=5,
     rounds=1,
@@ -243,12 +241,11 @@ class Bench:
     def loop(self, rows: int, grid: tuple[int, int], mode: str, pool: GraphPool | None) -> DeviceLoop:
         """A bucket of `rows` images of one prompt."""
         assert self.model is not None
-        s, count, ids = self.s, grid[0] * grid[1], prompting.SpecialIds.of(self.model)
-        texts = [prompting.t2i_text(text, ids, s.max_text) for text in (self.prompt, [])]
-        prompts = prefill_t2i(self.model, texts, s.max_text)
+        s, count = self.s, grid[0] * grid[1]
+        prompts = self.model.prefill([self.model.prompt_ids(text) for text in (self.prompt, [])])
         hidden = GuidedHidden(self.model, prompts, [0] * rows, s.guidance, count)
         settings = LoopSettings(s.steps, s.guidance, 1.0, "cosine", 0, True, rows)
-        state = StepState.make(rows, count, s.config.codebook_size, settings, self.device)
+        state = StepState.make(self.model, rows, count, settings)
         return DeviceLoop(hidden, image_head(self.model), state, 0, mode=mode, pool=pool)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -299,13 +296,15 @@ class Bench:
                 model,
                 [self.prompt] * rows,
                 known,
-                max_text=s.max_text,
+                max_text=s.config.max_text,
                 steps=s.few_steps,
                 guidance_scale=s.guidance,
             )
 
         seconds, rounds, peak = self.time(draw)
-        flops = s.steps * cost.plain_image_step(s.config, rows, s.max_text, s.codes, s.guidance > 0, itemsize).flops
+        flops = (
+            s.steps * cost.plain_image_step(s.config, rows, s.config.max_text, s.codes, s.guidance > 0, itemsize).flops
+        )
         scale = s.steps / s.few_steps
         note = f"{s.few_steps} steps timed, scaled to {s.steps}"
         self.note(Number("images", side, seconds * scale, rounds, rows, "images", flops, peak, note))
@@ -336,7 +335,7 @@ class Bench:
         assert self.model is not None
         s = self.s
         codes = torch.randint(0, s.config.codebook_size, (1, s.codes), device=self.device)
-        engine, context = RolloutEngine(self.model, max_text=s.max_text), s.codes + 3 + s.question
+        engine, context = RolloutEngine(self.model), s.codes + 3 + s.question
 
         def ours() -> object:
             return engine.generate_text(codes, [self.question], samples=s.group, max_new_tokens=s.tokens)
@@ -360,7 +359,7 @@ class Bench:
     # --- a GRPO step -----------------------------------------------------------------------------------------------
 
     def grpo(self, steps: int) -> None:
-        """Answers, images with previews, reference, update of all weights, optimiser; time by part, peak of it all."""
+        """Answers, images with previews, reference, update of all weights, optimizer; time by part, peak of it all."""
         assert self.model is not None
         s, model, work = self.s, self.model, f"grpo T={steps}"
         torch.manual_seed(0)
@@ -368,7 +367,7 @@ class Bench:
             vq = MagvitV2(s.vq).requires_grad_(False).eval()
             concept = ConceptTokens("bo", s.config.hidden_size, 16, 8)
         model.attach(concept)
-        engine = RolloutEngine(model, vq, max_text=s.max_text)
+        engine = RolloutEngine(model, vq)
         codes = torch.randint(0, s.config.codebook_size, (1, s.codes), device=self.device)
         taken: dict[str, float] = {}
 
@@ -382,7 +381,7 @@ class Bench:
 
         with tempfile.TemporaryDirectory() as folder:
             policy = Policy(model, "full", reference_file=Path(folder) / "reference.safetensors")
-            optimiser = Optimiser(policy.named_parameters(), lr=1e-6, max_grad_norm=1.0)
+            optimizer = Optimizer(policy.named_parameters(), lr=1e-6, max_grad_norm=1.0)
             sizes, settings = PieceSizes(), LossSettings(micro_rows=0, micro_timesteps=0)
 
             def answer() -> TextRollout:
@@ -406,18 +405,18 @@ class Bench:
                     answers.ref_logp_RL = answer_logprobs(model, answers)
                 advantages = torch.linspace(-1, 1, s.group, device=self.device)
                 timed("update", lambda: streamed_backward(model, advantages, settings, update, answers, sizes))
-                timed("optimiser", lambda: optimiser.step(1e-6))
-                optimiser.zero_grad()
+                timed("optimizer", lambda: optimizer.step(1e-6))
+                optimizer.zero_grad()
 
             try:
-                whole()  # finds out sizes, compiles kernels, makes the optimiser's state
+                whole()  # finds out sizes, compiles kernels, makes the optimizer's state
                 taken.clear()
                 if self.device != "cpu":
                     torch.cuda.reset_peak_memory_stats()
                 whole()
                 peak = None if self.device == "cpu" else torch.cuda.max_memory_allocated()
             finally:
-                optimiser.release()
+                optimizer.release()
                 model.requires_grad_(False)
                 model.detach()
                 model.checkpoint_layers = False
@@ -435,20 +434,9 @@ class Bench:
 def _trajectories(
     model: Showo, images: ImageRollout, texts: TextRollout
 ) -> tuple[ImageTrajectories, AnswerTrajectories]:
-    assert images.inputs is not None and images.chosen is not None and images.logp is not None
     assert texts.image_codes is not None
-    ids = prompting.SpecialIds.of(model)
     return (
-        ImageTrajectories(
-            prompts=[prompting.t2i_text(text, ids, images.max_text) for text in images.prompt_ids],
-            prompt_of_row=images.prompt_index.tolist(),
-            inputs_RTN=images.inputs,
-            chosen_RTN=images.chosen,
-            old_logp_RTN=images.logp,
-            empty_prompt=prompting.t2i_text([], ids, images.max_text),
-            max_text=images.max_text,
-            guidance_scale=images.guidance_scale,
-        ),
+        ImageTrajectories.of(model, images),
         AnswerTrajectories(texts.image_codes[0], texts.question_ids[0], texts.tokens, texts.logp),
     )
 

@@ -33,7 +33,7 @@ class Number:
     flops: float = 0.0
     """Of the work, by the model of costs."""
     peak_bytes: int | None = None
-    """Most memory held during it, weights and optimiser included."""
+    """Most memory held during it, weights and optimizer included."""
     note: str = ""
 
     @property

@@ -29,7 +29,7 @@ from benchmarks.machine import results
 from benchmarks.run_cpu import machine
 from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.rewards import costs as cost
-from pyunictokens.rewards.registry import load_rewards
+from pyunictokens.rewards.load import load_rewards
 from pyunictokens.toy.rewards import load_toy_experts
 from pyunictokens.utils.files import read_json, write_json
 from tests.rewards import checkpoints
@@ -49,7 +49,7 @@ def real_ensemble(folder: Path, device: str, dtype: str = "float32") -> Ensemble
         checkpoints.save_dinov2(folder / "dinov2"),
         checkpoints.save_facenet(folder / "facenet"),
     )
-    return load_rewards({"experts": saved.settings(), "dtype": dtype}, device).ensemble
+    return load_rewards({"experts": saved.settings(), "dtype": dtype}, device)
 
 
 def full_ensemble(folder: Path, device: str) -> Ensemble:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import showo_plain
 from pyunictokens import MASK, DsogThreshold, RolloutEngine
-from pyunictokens.models import Showo, ShowoConfig
+from pyunictokens.models import ImageTokenizer, Showo, ShowoConfig
 from pyunictokens.rollout import Dsog
 
 GROUP = 4
@@ -58,6 +58,7 @@ def build_model(text_vocabulary: int = TEXT_VOCABULARY, seed: int = 0) -> Showo:
         max_position_embeddings=1024,
         bos_token_id=text_vocabulary - 1,
         eos_token_id=text_vocabulary - 1,
+        max_text=MAX_TEXT,
     )
     model = Showo(config).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
@@ -76,7 +77,7 @@ def _shared(model: Showo) -> dict[str, object]:
 def images_case(model: Showo, steps: int) -> Case:
     """A group of four images of one prompt, with guidance and recording as in training, without pixels."""
     prompt = torch.randint(0, 1000, (PROMPT_IDS,), generator=torch.Generator().manual_seed(1)).tolist()
-    engine = RolloutEngine(model, max_text=MAX_TEXT)
+    engine = RolloutEngine(model)
     unknown = torch.full((GROUP, CODES), MASK)
 
     def ours() -> object:
@@ -119,16 +120,19 @@ DSOG_GROUP, DSOG_STEPS, DSOG_PREVIEW, DSOG_PASS_RATE = 9, 50, 10, 0.25
 """The paper's group, timesteps and target pass rate; the preview at a fifth of the timesteps."""
 
 
-class _NoPixels(nn.Module):
+class _NoPixels(ImageTokenizer):
     """An image tokenizer for a scorer that does not look."""
 
-    downsampling = 1
+    downsampling, codebook_size = 1, 64
 
     def __init__(self) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(()))
 
-    def decode(self, codes: Tensor, shape: tuple[int, int]) -> Tensor:
+    def encode(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         return codes.new_zeros(len(codes), 3, 1, 1).float()
 
 
@@ -151,9 +155,10 @@ def dsog_work(groups: int, seed: int = 0) -> dict[str, object]:
         max_position_embeddings=64,
         bos_token_id=0,
         eos_token_id=1,
+        max_text=8,
     )
     torch.manual_seed(seed)
-    engine = RolloutEngine(Showo(config).requires_grad_(False).eval(), _NoPixels(), max_text=8)
+    engine = RolloutEngine(Showo(config).requires_grad_(False).eval(), _NoPixels())
     generator = torch.Generator().manual_seed(seed)
     verdicts: list[float] = []
 

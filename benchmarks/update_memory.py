@@ -47,6 +47,7 @@ def build(width: int, layers: int, codes: int, device: str) -> Showo:
         max_position_embeddings=MAX_TEXT + codes + 8,
         bos_token_id=TEXT - 1,
         eos_token_id=TEXT - 1,
+        max_text=MAX_TEXT,
     )
     return Showo(config).to(device).requires_grad_(True)
 
@@ -63,7 +64,6 @@ def trajectories(model: Showo, rows: int, timesteps: int, codes: int) -> ImageTr
         chosen_RTN=chosen.to(torch.int16),
         old_logp_RTN=torch.empty(0),
         empty_prompt=prompting.t2i_text([], ids, MAX_TEXT),
-        max_text=MAX_TEXT,
         guidance_scale=GUIDANCE,
     )
     images.old_logp_RTN = images.ref_logp_RTN = image_logprobs(model, images)

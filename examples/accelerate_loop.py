@@ -75,7 +75,7 @@ def main(rounds: int = 30, level: str = "token", mixed_precision: str = "no") ->
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
     policy = Policy()
-    wrapped, optimiser = accelerator.prepare(policy, torch.optim.AdamW(policy.parameters(), lr=2e-3))
+    wrapped, optimizer = accelerator.prepare(policy, torch.optim.AdamW(policy.parameters(), lr=2e-3))
     share = GROUP // accelerator.num_processes
     sample_ids = torch.arange(share, device=accelerator.device) + share * accelerator.process_index
     rewards = []
@@ -85,9 +85,9 @@ def main(rounds: int = 30, level: str = "token", mixed_precision: str = "no") ->
         group_mean = accelerator.gather(reward).mean()
         for _ in range(2):  # the second pass has ratios other than 1, so clipping acts
             loss = wrapped(inputs, chosen, old_logp, reward - group_mean, level)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             accelerator.backward(loss)
-            optimiser.step()
+            optimizer.step()
         rewards.append(float(group_mean))
     first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
     accelerator.print(f"{level} ratios, precision {mixed_precision}: share of even codes {first:.3f} to {last:.3f}")

@@ -18,7 +18,7 @@ PROMPTS = ["A photo of a striped red cat wearing a blue hat in the snow.", "A ph
 def main(out: Path = Path("toy.png"), samples: int = 4) -> Path:
     """Draw `samples` pictures of each prompt side by side; returns the file."""
     toy = load_toy()
-    engine = uct.RolloutEngine(toy.model, toy.vq, toy.tokenizer, max_text=toy.max_text)
+    engine = uct.RolloutEngine(toy.model, toy.vq, toy.tokenizer)
     rollout = engine.generate_images(PROMPTS, samples=samples, steps=12, guidance_scale=3.0, seed=0, record=False)
     assert rollout.pixels is not None
     captions = [PROMPTS[index] for index in rollout.prompt_index.tolist()]

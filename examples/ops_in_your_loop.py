@@ -57,7 +57,7 @@ def main(rounds: int = 40) -> tuple[float, float]:
     """Train, print, and return the mean reward of the first and of the last five rounds."""
     torch.manual_seed(0)
     policy = Policy()
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=5e-4)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-4)
     rewards = []
     for number in range(rounds):
         with torch.no_grad():
@@ -75,9 +75,9 @@ def main(rounds: int = 40) -> tuple[float, float]:
             beta=0.0,
             mask=inputs == uct.MASK,
         )
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         rewards.append(float(reward.mean()))
         if number % 10 == 9:
             print(f"round {number + 1}: reward {sum(rewards[-5:]) / 5:.3f}, clipped {float(stats.clip_fraction):.3f}")

@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyunictokens.models import costs as cost
-from pyunictokens.models.costs import Cost
+from pyunictokens.models.showo import costs as cost
+from pyunictokens.models.showo.costs import Cost
 from pyunictokens.utils.files import write_text_atomic
 
 from .cost_tables import (
@@ -79,7 +79,7 @@ def work(rollouts: int, trainable: str) -> Span:
     return total
 
 
-def optimiser(trainable: str, ranks: int) -> Span:
+def optimizer(trainable: str, ranks: int) -> Span:
     """AdamW on a rank's share: gradient, twin and moments read, twin, moments and weight written."""
     learned = cost.learned_parameters(CONFIG, trainable, rank=LORA_RANK)
     return ours(Cost(bytes=(4 + 12 + 12 + 2) * learned / ranks))
@@ -96,7 +96,7 @@ def between(trainable: str, ranks: int, links: Links = LINKS) -> float:
 def step(trainable: str, ranks: int, groups: int) -> Span:
     """Seconds of one step of `groups` groups over `ranks` GPUs."""
     travel = between(trainable, ranks)
-    return work(share(groups, ranks), trainable) + optimiser(trainable, ranks) + Span(travel, travel)
+    return work(share(groups, ranks), trainable) + optimizer(trainable, ranks) + Span(travel, travel)
 
 
 def _number(value: float, digits: int) -> str:

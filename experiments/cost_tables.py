@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyunictokens.models import MagvitConfig, ShowoConfig
-from pyunictokens.models import costs as cost
-from pyunictokens.models.costs import Cost
+from pyunictokens.models.showo import costs as cost
+from pyunictokens.models.showo.costs import Cost
 from pyunictokens.utils.files import write_text_atomic
 
 FILE = Path(__file__).parent.parent / "docs" / "cost-model.md"

@@ -150,7 +150,9 @@ def main() -> None:
     if options.no_docs:
         print(text)
         return
-    (ROOT / "docs" / "demo.json").write_text(json.dumps({"runs": runs}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    from pyunictokens.utils.files import write_json_rows
+
+    write_json_rows(ROOT / "docs" / "demo.json", {"runs": runs})
     (ROOT / "docs" / "demo.md").write_text(text, encoding="utf-8")
     print(text)
 

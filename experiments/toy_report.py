@@ -52,10 +52,11 @@ def agreement(read: torch.Tensor, scenes: list[Attributes], slots: list[list[str
 class _Toy:
     def __init__(self) -> None:
         self.model = Showo.from_pretrained(_ASSETS / "showo")
+        self.model.max_text = _MAX_TEXT
         self.vq = MagvitV2.from_pretrained(_ASSETS / "vq")
         self.tokenizer = TextTokenizer.from_pretrained(_ASSETS / "tokenizer")
         self.experts = ToyExperts.from_pretrained(_ASSETS)
-        self.engine = RolloutEngine(self.model, self.vq, self.tokenizer, max_text=_MAX_TEXT)
+        self.engine = RolloutEngine(self.model, self.vq, self.tokenizer)
 
     def read(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.experts.reader.read(part.clamp(-1, 1)) for part in pixels.split(250)])

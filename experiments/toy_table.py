@@ -48,10 +48,10 @@ def block(content: dict[str, Any]) -> str:
         return "–" if metric is None else f"{metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 
     lines = [["", *models], ["---"] * (len(models) + 1)]
-    lines += [[f"{c.group} {c.label}", *(cell(model, c.key) for model in models)] for c in TABLE_1]
+    lines += [[f"{c.heading} {c.label}", *(cell(model, c.key) for model in models)] for c in TABLE_1]
     asked = content["settings"]
     about = (
-        f"The result of this command ({asked['samples']} drawings a prompt, {asked['limit']} items a task at most, so "
+        f"The result of this command ({asked['samples']} images a prompt, {asked['limit']} items a task at most, so "
         "the intervals are wide; trained for a moment only, and the toy never learned to read a squeezed photo):"
     )
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -66,7 +66,7 @@ def write_docs(out: Path) -> None:
 
     import torch
 
-    from pyunictokens.utils.files import read_json, write_json, write_text_atomic
+    from pyunictokens.utils.files import read_json, write_json_rows, write_text_atomic
 
     results = read_json(out / "results.json")
     content = {
@@ -76,7 +76,7 @@ def write_docs(out: Path) -> None:
         "failures": len(results["failures"]),
     }
     content["settings"].pop("suite")
-    write_json(DOCS / "toy_table.json", content)
+    write_json_rows(DOCS / "toy_table.json", content)
     page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     write_text_atomic(DOCS / "evaluation.md", before + BEGIN + block(content) + END + rest.partition(END)[2])

@@ -38,8 +38,10 @@ def showo_meta() -> dict[str, Any]:
 
 
 @pytest.fixture
-def showo_tiny() -> Any:
+def showo_tiny(showo_meta: dict[str, Any]) -> Any:
     """A freshly loaded golden Show-o in fp32; tests may attach concepts and train it."""
     import pyunictokens as uct
 
-    return uct.Showo.from_pretrained(GOLDEN / "showo_tiny")
+    model = uct.Showo.from_pretrained(GOLDEN / "showo_tiny")
+    model.max_text = showo_meta["max_text_tokens"]
+    return model

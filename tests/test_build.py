@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -67,6 +68,141 @@ def test_ops_need_torch_alone() -> None:
     assert _python(code) == "[]"
 
 
+BARE = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+FREE = {"torch", "torchgen", "functorch", "numpy", "pyunictokens", "sympy", "mpmath", "networkx", "jinja2",
+        "markupsafe", "fsspec", "filelock", "typing_extensions", "setuptools", *sys.stdlib_module_names}
+class Only(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        top = name.partition(".")[0]
+        return PathFinder.find_spec(name, path, target) if top in FREE or top.startswith("_") else None
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Only]
+"""
+"""An interpreter in which torch with its own requirements and numpy can be imported, and nothing else."""
+
+
+def test_the_operations_run_where_torch_and_numpy_alone_are_installed() -> None:
+    code = """
+import torch
+import pyunictokens as uct
+torch.manual_seed(0)
+hidden, weight = torch.randn(3, 2, 5, 7, requires_grad=True), torch.randn(11, 7, requires_grad=True)
+chosen = torch.randint(11, (3, 2, 5))
+old = uct.ops.selected_logprob(hidden, weight, chosen)
+assert torch.allclose(old, (hidden @ weight.T).log_softmax(-1).gather(-1, chosen[..., None])[..., 0], atol=1e-5)
+loss, stats = uct.ops.grpo_loss(old, old.detach(), None, torch.randn(3), beta=0.0)
+whole, _, _ = uct.ops.maskgit_grpo_loss(hidden, weight, chosen, old.detach(), None, torch.randn(3), beta=0.0)
+(loss + whole).backward()
+assert hidden.grad.abs().sum() > 0
+out = uct.ops.maskgit_step(torch.randn(2, 9, 13), torch.full((2, 9), uct.MASK), mask_len=4, temperature=1.0, seed=1,
+                           sample_ids=torch.arange(2), step=0)
+assert out.masked.sum() == 8 and uct.ops.mask_schedule("cosine", 0, 2) > 0 and uct.ops.capabilities()
+print("done")
+"""
+    assert _python(BARE + code) == "done"
+
+
+def test_what_is_missing_names_its_extra(tmp_path: Path) -> None:
+    cases = [
+        ("uct.ConceptTokens('bo', 8).save('.')", "safetensors", "train"),
+        ("uct.rollout; uct.TextTokenizer.from_pretrained('.')", "tokenizers", "train"),
+        ("from pyunictokens.train.policy import *; add_adapters(None, LoraConfig(), 0)", "peft", "train"),
+        ("from pyunictokens.data.images import read_picture", "PIL", "data"),
+        ("from pyunictokens.config.settings import load_yaml; load_yaml('x.yaml')", "yaml", "train"),
+        ("from pyunictokens.evaluate.metrics import word_bleu; word_bleu('a b', 'a b')", "sacrebleu", "evaluate"),
+        ("from pyunictokens.rewards.costs import require; require('facenet_pytorch', 'rewards')",
+         "facenet_pytorch", "rewards"),
+    ]  # fmt: skip
+    body = f"import os; os.chdir({str(tmp_path)!r}); open('x.yaml', 'w').close()\nimport pyunictokens as uct\n"
+    for code, _, _ in cases:
+        body += (
+            f"try:\n    exec({code!r}); print()\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
+        )
+    for line, (code, package, extra) in zip(_python(BARE + body).splitlines(), cases, strict=True):
+        wanted = rf"MissingExtra {package} is needed here .*pip install 'pyunictokens\[{extra}\]'"
+        assert re.fullmatch(wanted, line), (code, line)
+
+
+def test_the_command_line_without_its_packages_says_what_to_install() -> None:
+    code = (
+        BARE
+        + "import runpy; sys.argv = ['pyunictokens', '--help']; runpy.run_module('pyunictokens', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "typer is needed here" in done.stderr and "pip install 'pyunictokens[cli]'" in done.stderr
+
+
+def _extras() -> dict[str, set[str]]:
+    """Extras by the distributions they bring, those of other extras included. Names in lower case with dashes."""
+    text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[project")[0]
+    lists = {
+        name: re.findall(r'"([^"]+)"', body) for name, body in re.findall(r"^(\w+) = \[(.*?)\]$", text, re.M | re.S)
+    }
+
+    def names(extra: str) -> set[str]:
+        found: set[str] = set()
+        for line in lists[extra]:
+            inner = re.fullmatch(r"pyunictokens\[(.*)\]", line)
+            found |= set().union(*map(names, inner[1].split(","))) if inner else _names([line])
+        return found
+
+    return {extra: names(extra) for extra in lists}
+
+
+def test_every_import_of_an_optional_package_names_an_extra_that_brings_it() -> None:
+    """`with needs(extra):` around imports and `require(module, extra)`; the command line asks once, in __main__.py."""
+    extras, package = _extras(), ROOT / "pyunictokens"
+    assert extras["all"] >= extras["cli"] >= extras["train"] >= extras["data"]
+    called = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "open_clip": "open-clip-torch"}
+    free = {"torch", "numpy", "triton", "pyunictokens", *sys.stdlib_module_names}
+
+    def check(module: str, extra: str | None, where: str) -> None:
+        top = module.partition(".")[0]
+        if top in free or (extra is None and where.startswith("cli/") and top in {"typer", "rich"}):
+            return
+        assert extra is not None, f"{where}: import {module} without needs(extra)"
+        assert _names([called.get(top, top)]) <= extras[extra], f"{where}: {module} does not come with {extra}"
+
+    def visit(node: ast.AST, extra: str | None, where: str) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(each.type or node) for each in node.handlers):
+            return  # does without
+        if isinstance(node, ast.With):
+            found = re.match(r"needs\('(\w+)'\)", ast.unparse(node.items[0].context_expr))
+            extra = found[1] if found else extra
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                check(alias.name, extra, where)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            check(node.module or "", extra, where)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+            named = re.match(r"require\('([\w.]+)', '(\w+)'\)", ast.unparse(node))
+            check(*(named.groups() if named else ("torch", "")), where)
+        for child in ast.iter_child_nodes(node):
+            visit(child, extra, where)
+
+    for file in package.rglob("*.py"):
+        visit(ast.parse(file.read_text(encoding="utf-8")), None, file.relative_to(package).as_posix())
+
+
+def test_type_checkers_see_the_package_from_elsewhere(tmp_path: Path) -> None:
+    """An editable install has to put a path where checkers look: an import hook would make the package Any for them."""
+    (tmp_path / "user.py").write_text("import pyunictokens\nreveal_type(pyunictokens.ops.selected_logprob)\n")
+    rooms = ",".join(
+        f"pyunictokens.{p.name}.*" for p in (ROOT / "pyunictokens").iterdir() if p.is_dir() and p.name != "ops"
+    )
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\n[mypy-torch.*,numpy.*,{rooms}]\nfollow_imports = skip\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "user.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}: is the package installed by `pip install -e .` of this version?"
+    assert re.search(r"def \(hidden: .*, target: .*, \*, .*guidance_scale: .*float =", done.stdout), done.stdout
+
+
 def test_kernels_are_a_part_of_the_package() -> None:
     import pyunictokens.kernels
 
@@ -93,8 +229,7 @@ def test_constraints_pin_every_direct_dependency_and_name_no_host() -> None:
     assert all(re.match(r"[a-z0-9-]+==\S+( ; .+)?$", line) for line in lines)
     assert "://" not in text
     project = (ROOT / "pyproject.toml").read_text()
-    block = project.split("\ndependencies = [")[1].split("]\n")[0] + project.split("\ndev = [")[1].split("]\n")[0]
-    wanted = _names(re.findall(r'"([^"]+)"', block))
+    wanted = _names(re.findall(r'"([^"]+)"', project.split("\ndependencies = [")[1].split("]\n")[0])) | _extras()["dev"]
     assert len(wanted) > 20
     assert wanted <= _names(lines)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from experiments import cost_scale
-from experiments.cost_scale import between, optimiser, share, step, work
+from experiments.cost_scale import between, optimizer, share, step, work
 from pyunictokens.models import ConceptTokens, ShowoConfig
-from pyunictokens.models import costs as cost
+from pyunictokens.models.showo import costs as cost
 from tests.train.test_update import tiny_model as trained_model
 
 
@@ -52,7 +52,7 @@ def test_the_fullest_rank_is_waited_for() -> None:
     assert step("full", 64, 1).fast == pytest.approx(step("full", 64, 7).fast), "the same fullest rank"
     assert work(9, "full").slow < 9 * work(1, "full").slow and work(18, "lora").fast == 2 * work(9, "lora").fast
     one, eight = step("full", 1, 1), step("full", 8, 8)
-    saved = optimiser("full", 1).fast - optimiser("full", 8).fast
+    saved = optimizer("full", 1).fast - optimizer("full", 8).fast
     assert eight.fast - one.fast == pytest.approx(between("full", 8) - saved) and between("full", 1) == 0.0
 
 

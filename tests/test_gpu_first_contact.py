@@ -303,7 +303,7 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     report = Report.load(out / "ops-gpu.json")
     assert report.machine.smoke and len(report.cases) == len(cases.suite("cpu", smoke=True))
     engine = EngineReport.load(out / "engine-gpu.json")
-    parts = {"answers", "images", "reference", "update", "optimiser", "whole step"}
+    parts = {"answers", "images", "reference", "update", "optimizer", "whole step"}
     works = {(one.work, one.side) for one in engine.numbers}
     assert engine.machine.smoke and engine.rates is not None
     assert works >= {

@@ -27,10 +27,11 @@ def tiny_toy(*_: Any, **__: Any) -> Any:
         max_position_embeddings=256,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
+        max_text=48,
     )
     vq_config = MagvitConfig(8, (1, 1, 1, 2), (1, 1, 1, 2), (1, 1, 1, 1), (1, 1, 1, 1), 4, 4)
     model, vq = Showo(config), MagvitV2(vq_config)
-    return Toy(model.requires_grad_(False).eval(), vq.requires_grad_(False).eval(), tokenizer, 48)
+    return Toy(model.requires_grad_(False).eval(), vq.requires_grad_(False).eval(), tokenizer)
 
 
 def tiny_experts(*_: Any, **__: Any) -> Any:

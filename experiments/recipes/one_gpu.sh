@@ -22,10 +22,10 @@ run() { echo "+ $*"; [ -n "${DRY_RUN:-}" ] || "$@"; }
 # the folder first: every problem is reported at once, and nothing is changed
 run pyunictokens data check "$DATA" "$CONCEPT"
 
-# The paper's settings are the default. bfloat16 halves the memory of activations; sums, loss and optimiser stay in
+# The paper's settings are the default. bfloat16 halves the memory of activations; sums, loss and optimizer stay in
 # float32. checkpoint_every=5 loses at most five steps to a crash; keep_best=1 keeps the best checkpoint beside the last.
 RESUME=()
 if [ -f "$OUT/config.yaml" ]; then RESUME=(--resume); fi
 run pyunictokens train "$DATA" "$CONCEPT" --out "$OUT" ${RESUME[@]+"${RESUME[@]}"} \
   --model "$SHOWO" --vq "$VQ" --tokenizer "$PHI" --rewards "$REWARDS" --preset paper --dtype bfloat16 \
-  grpo.checkpoint_every=5 grpo.keep_best=1 grpo.expert_timeout=600
+  grpo.checkpoint_every=5 grpo.keep_best=1 grpo.reward_timeout=600

@@ -25,4 +25,4 @@ if [ -f "$OUT/config.yaml" ]; then RESUME=(--resume); fi
 run torchrun --standalone --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" -m pyunictokens train "$DATA" "$CONCEPT" \
   --out "$OUT" ${RESUME[@]+"${RESUME[@]}"} --model "$SHOWO" --vq "$VQ" --tokenizer "$PHI" --rewards "$REWARDS" \
   --preset paper --dtype bfloat16 grpo.groups="${GROUPS_A_STEP:-1}" grpo.checkpoint_every=5 grpo.keep_best=1 \
-  grpo.save_in_background=true grpo.expert_timeout=600
+  grpo.save_in_background=true grpo.reward_timeout=600

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyunictokens.utils.files import write_json, write_text_atomic
+from pyunictokens.utils.files import write_json_rows, write_text_atomic
 
 from .arms import ARMS, SCALES
 from .page import write_page
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"{time.monotonic() - began:.0f} s; cells in {options.work / options.scale / 'cells'}")
     if not options.no_docs:
         stored = gather(options.scale, options.work, problems)
-        write_json(ROOT / "docs" / "experiments.json", stored)
+        write_json_rows(ROOT / "docs" / "experiments.json", stored)
         write_text_atomic(ROOT / "docs" / "experiments.md", write_page(stored, ROOT / "docs"))
 
 

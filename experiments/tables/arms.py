@@ -206,9 +206,9 @@ COLUMNS = {
     "reasoning_generation.clip_i": "Rea. Gen. CLIP-I",
     "reasoning_generation.attributes": "Rea. Gen. attributes",
     "reasoning_generation.reward": "Rea. Gen. reward",
-    "dense_reasoning.clip_t": "Dense Rea. Gen. CLIP-T",
-    "dense_reasoning.clip_i": "Dense Rea. Gen. CLIP-I",
-    "dense_reasoning.attributes": "Dense Rea. Gen. attributes",
+    "dense_reasoning_generation.clip_t": "Dense Rea. Gen. CLIP-T",
+    "dense_reasoning_generation.clip_i": "Dense Rea. Gen. CLIP-I",
+    "dense_reasoning_generation.attributes": "Dense Rea. Gen. attributes",
 }
 """Measures by key, in the paper's order; "attributes" are read exactly from the drawing, which the paper cannot."""
 
@@ -222,7 +222,7 @@ _PAPER_COLUMNS = (
     "dense.clip_i",
     "reasoning_generation.clip_t",
     "reasoning_generation.clip_i",
-    "dense_reasoning.clip_i",
+    "dense_reasoning_generation.clip_i",
 )
 _PAPER = {  # tables 1 to 3 of the paper, the columns above
     "text": (0.562, 0.217, 0.462, 0.507, 0.263, 0.663, 0.558, 0.235, 0.679, 0.660),

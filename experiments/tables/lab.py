@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pyunictokens.config.settings import filled, to_mapping
+from pyunictokens.config.settings import filled, renamed, to_mapping
 from pyunictokens.runs.run_dir import RunConfig
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import folder_lock, read_json, write_json
@@ -113,7 +113,7 @@ def read_cell(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict):
         return None
-    found["settings"] = filled(found.get("settings"), to_mapping(RunConfig.make("paper")))
+    found["settings"] = filled(renamed(RunConfig, found.get("settings") or {}), to_mapping(RunConfig.make("paper")))
     return found if all(found.get(key) == value for key, value in about.items()) else None
 
 
@@ -146,7 +146,7 @@ class ToyLab:
         bench = open_workbench(Sources(), "cpu", "float32")
         experts = load_experts(bench.sources, bench.device)
         assert experts is not None
-        config, seconds = config.with_max_text(bench.max_text), {}
+        seconds = {}
         if arm.start == "text":
             began = time.process_time()
             result = self._in_words(bench, concept, config, experts)
@@ -247,7 +247,7 @@ class ToyLab:
             steps=settings.timesteps,
             guidance_scale=settings.guidance_scale,
             max_new_tokens=settings.max_new_tokens,
-            splits=settings.splits or SPLITS,
+            splits=settings.tasks or SPLITS,
             size=bench.size,
             judged_as=settings.judged_as,
         )

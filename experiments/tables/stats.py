@@ -18,10 +18,12 @@ Cell = Mapping[str, Any]
 
 def by_concept(cells: Sequence[Cell], arm: str, key: str) -> dict[str, float]:
     """Mean over the seeds of each concept of one measure of one arm."""
+    earlier = key.replace("dense_reasoning_generation.", "dense_reasoning.")  # cells of an earlier version
     found: dict[str, list[float]] = {}
     for cell in cells:
-        if cell["arm"] == arm and key in cell["metrics"]:
-            found.setdefault(f"{cell['kind']}-{cell['number']}", []).append(cell["metrics"][key])
+        value = cell["metrics"].get(key, cell["metrics"].get(earlier)) if cell["arm"] == arm else None
+        if value is not None:
+            found.setdefault(f"{cell['kind']}-{cell['number']}", []).append(value)
     return {concept: math.fsum(values) / len(values) for concept, values in sorted(found.items())}
 
 

@@ -11,9 +11,9 @@ import sys
 
 import typer
 
-from . import bench, data, demo, doctor, evaluate, generate, train
+from . import bench, data, demo, doctor, evaluate, generate, reinforce, train
 from . import rewards_server as experts
-from .shell import guarded, show_warnings_briefly
+from .shell import guarded, print_anything, show_warnings_briefly
 
 app = typer.Typer(
     name="pyunictokens",
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("demo")(guarded(demo.demo))
 app.command("train")(guarded(train.train))
+app.command("reinforce")(guarded(reinforce.reinforce))
 app.command("generate")(guarded(generate.generate))
 app.command("understand")(guarded(generate.understand))
 app.add_typer(evaluate.app, name="evaluate")
@@ -54,6 +55,7 @@ def main() -> None:
     """Entry point of the console script."""
     if os.environ.get("WORLD_SIZE", "1") != "1":  # a lost rank is told in one line, not by stacks of C++ frames
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    print_anything()
     show_warnings_briefly()
     try:
         app()

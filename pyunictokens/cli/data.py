@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import UserError
-from .shell import USER_ERROR, Bars, SeedOption, console, guarded
+from .shell import USER_ERROR, Bars, SeedOption, command, console, guarded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,9 +35,9 @@ def check(
 
     Examples:
 
-        pyunictokens data check photos/
+        pyunictokens data check mydata
 
-        pyunictokens data check photos/ bo
+        pyunictokens data check mydata bo
     """
     from ..data.check import check_folder
     from ..data.folder import list_concepts
@@ -49,7 +49,7 @@ def check(
 
         def step(current: str) -> None:
             nonlocal seen
-            bars("checking", seen, max(len(names), 1), current)
+            bars("checking", seen, max(len(names), 1), {"note": current})
             seen += 1
 
         problems = check_folder(root, name, progress=step)
@@ -57,7 +57,7 @@ def check(
     errors = sum(problem.severity == ERROR for problem in problems)
     if as_json:
         rows = [{"severity": p.severity, "file": p.file, "field": p.field, "message": p.message} for p in problems]
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(rows, indent=1))
     elif problems:
         from rich.markup import escape
         from rich.table import Table
@@ -71,27 +71,31 @@ def check(
             table.add_row(f"[{colour}]{problem.severity}[/{colour}]", f"{place}\n{escape(problem.message)}")
         out = console()
         out.print(table)
-        out.print(f"{errors} errors, {len(problems) - errors} warnings")
+        counts = ((errors, "error"), (len(problems) - errors, "warning"))
+        out.print(", ".join(f"{number} {what}{'' if number == 1 else 's'}" for number, what in counts))
     else:
-        console().print(f"{root}: {len(names)} concept{'s' if len(names) != 1 else ''}, no problems")
+        console().print(f"{root}: {len(names)} concept{'s' if len(names) != 1 else ''}, no problems", markup=False)
     if errors:
         raise typer.Exit(USER_ERROR)
 
 
 def new(
     root: Annotated[Path, typer.Argument(help="The data folder; made when it is not there.")],
-    name: Annotated[str, typer.Argument(help="The concept's name; its token becomes <NAME>.")],
+    name: Annotated[str, typer.Argument(help="The concept's name; its token becomes `<NAME>`.")],
     photos: Annotated[
-        list[Path] | None, typer.Argument(help="Picture files, or one folder of them. About ten work best.")
+        list[Path] | None, typer.Argument(help="Photos, or folders of them, in any number. About ten photos work best.")
     ] = None,
     kind: Annotated[str, typer.Option("--kind", help="human, animal or object.")] = "object",
     class_word: Annotated[str, typer.Option("--class", help="What it is, in a word or two: dog, mug, woman.")] = "",
-    info: Annotated[str, typer.Option("--info", help="A sentence on how it looks.")] = "",
+    info: Annotated[
+        str, typer.Option("--info", help="A sentence on how it looks, as in `<bo> is a small brown dog.`")
+    ] = "",
     facts: Annotated[
         Path | None, typer.Option("--facts", help="YAML sheet of facts and questions (see --template).")
     ] = None,
     negatives: Annotated[
-        Path | None, typer.Option("--negatives", help="Folder of pictures of other things of the same class.")
+        list[Path] | None,
+        typer.Option("--negatives", help="Folder of images of other things of the same class; may be given again."),
     ] = None,
     test_photos: Annotated[int, typer.Option("--test-photos", min=0, help="How many photos are kept for testing.")] = 2,
     template: Annotated[
@@ -99,15 +103,18 @@ def new(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a concept of this name.")] = False,
 ) -> None:
-    """Make a concept from ordinary picture files and a sheet of facts. All or nothing.
+    """Make a concept from ordinary photos and a sheet of facts. All or nothing.
+
+    What a file is counts, not its ending: PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF, and HEIC with pyunictokens[heif].
+    Every image that is not used is named.
 
     Examples:
 
-        pyunictokens data new photos/ bo --kind animal --class dog --template > bo.yaml
+        pyunictokens data new mydata bo --kind animal --class dog --template > bo.yaml
 
-        pyunictokens data new photos/ bo pictures/bo/ --kind animal --class dog --facts bo.yaml
+        pyunictokens data new mydata bo photos/ --kind animal --class dog --facts bo.yaml
 
-        pyunictokens data new photos/ mug a.jpg b.jpg c.jpg --class mug --info "<mug> is a blue mug."
+        pyunictokens data new mydata mug a.jpg more/ --class mug --info "<mug> is a blue mug."
     """
     from ..data.facts import facts_template
     from ..data.new import new_concept
@@ -116,22 +123,21 @@ def new(
         typer.echo(facts_template(name, kind, class_word or "thing"), nl=False)
         return
     if not photos:
-        raise UserError("no photos: name picture files or one folder of them")
+        raise UserError("no photos: name image files or folders of them")
     if not class_word:
         raise UserError("--class is missing: say what it is in a word or two, as in --class dog")
-    given: Path | list[Path] = photos[0] if len(photos) == 1 and photos[0].is_dir() else photos
     with Bars() as bars:
         done = 0
 
         def step(current: str) -> None:
             nonlocal done
             done += 1
-            bars("reading pictures", done, max(done, len(photos)), current)
+            bars("reading photos", done, max(done, len(photos)), {"note": current})
 
         made = new_concept(
             root,
             name,
-            given,
+            photos,
             kind=kind,
             class_word=class_word,
             info=info,
@@ -144,12 +150,13 @@ def new(
     out = console()
     concept = made.concept
     out.print(
-        f"{concept.name}: {len(concept.train_images)} pictures to learn from, {len(concept.test_images)} to test with, "
-        f"{len(concept.extra_info)} facts; pictures of other things: {made.negatives}"
+        f"{concept.name}: {len(concept.train_images)} photos to learn from, {len(concept.test_images)} to test with, "
+        f"{len(concept.extra_info)} facts; images of other things: {made.negatives}",
+        markup=False,
     )
     for note in made.notes:
         out.print(f"note: {note}", markup=False)
-    out.print(f"next: pyunictokens train {root} {name} --out runs/{name}", markup=False)
+    out.print(f"next: {command('train', root, name, '--out', f'runs/{name}')}", markup=False, soft_wrap=True)
 
 
 def toy(
@@ -175,7 +182,8 @@ def toy(
     if (root / "concept" / "train" / name).exists():
         raise UserError(f"{root / 'concept' / 'train' / name}: is there already: choose another name or folder")
     write_toy_concept(root, seed=seed, kind=kind, name=name)
-    console().print(f"{name} written to {root}; next: pyunictokens train {root} {name} --out runs/{name}", markup=False)
+    following = command("train", root, name, "--out", f"runs/{name}")
+    console().print(f"{name} written to {root}; next: {following}", markup=False, soft_wrap=True)
 
 
 def list_(root: RootArgument) -> None:
@@ -192,7 +200,7 @@ def list_(root: RootArgument) -> None:
     from ..data.parse import ERROR
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("name", "kind", "class", "pictures", "test", "facts", "errors"):
+    for title in ("name", "kind", "class", "images", "test", "facts", "errors"):
         table.add_column(title, overflow="fold")
     for name in list_concepts(root):
         try:

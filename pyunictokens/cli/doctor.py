@@ -15,7 +15,7 @@ from .shell import UNEXPECTED, ConfigOption, console
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     weights: Annotated[
-        bool, typer.Option("--weights", help="Look for the reward experts' files instead: where, licence, how to get.")
+        bool, typer.Option("--weights", help="Look for the reward models' files instead: where, licence, how to get.")
     ] = False,
     config: ConfigOption = None,
 ) -> None:
@@ -48,16 +48,18 @@ def doctor(
 
 
 def _weights(config: Path | None, as_json: bool) -> None:
-    from ..rewards.registry import RewardConfig
-    from ..rewards.weights import status
+    from dataclasses import asdict
+
+    from ..rewards.load import RewardConfig
+    from ..rewards.registry import weight_status
     from ..runs.bundle import read_rewards
     from ..runs.doctor import render_weights
 
     chosen = read_rewards(str(config)) if config is not None else None
-    findings = status(RewardConfig.from_mapping(chosen).paths() if isinstance(chosen, Mapping) else None)
+    findings = weight_status(RewardConfig.from_mapping(chosen).paths() if isinstance(chosen, Mapping) else None)
     if as_json:
-        typer.echo(json.dumps(findings, indent=1))
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         render_weights(findings, console())
-    if not all(finding["ok"] for finding in findings):
+    if not all(finding.ok for finding in findings):
         raise typer.Exit(UNEXPECTED)

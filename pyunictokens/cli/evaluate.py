@@ -24,6 +24,7 @@ from .shell import (
     ModelOption,
     OverridesArgument,
     TokenizerOption,
+    TrustOption,
     VqOption,
     console,
     guarded,
@@ -56,8 +57,9 @@ def evaluate(
     ] = None,
     rewards: Annotated[
         str | None,
-        typer.Option("--rewards", metavar="FILE.yaml", help="Reward experts, tcp://HOST:PORT, or MODULE:FUNCTION."),
+        typer.Option("--rewards", metavar="FILE.yaml", help="Reward models, http://HOST:PORT, or MODULE:FUNCTION."),
     ] = None,
+    trust: TrustOption = False,
     name: NameOption = None,
     model: ModelOption = None,
     vq: VqOption = None,
@@ -65,11 +67,11 @@ def evaluate(
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same drawings. Default: 1000.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same images. Default: 1000.")] = None,
 ) -> None:
-    """Measure a run: recognition, answers, reasoning, drawings. Writes JSON and prints before and after.
+    """Measure a run: recognition, answers, reasoning, images. Writes JSON and prints before and after.
 
-    Settings: samples, timesteps, guidance_scale, max_new_tokens, splits, seed.
+    Settings: samples, timesteps, guidance_scale, max_new_tokens, tasks, seed.
 
     Examples:
 
@@ -77,14 +79,14 @@ def evaluate(
 
         pyunictokens evaluate runs/bo --concept toydata bo samples=8
 
-        pyunictokens evaluate base --concept toydata bo --out base.json "splits=[pure, dense]"
+        pyunictokens evaluate base --concept toydata bo --out base.json "tasks=[pure, dense]"
     """
     from dataclasses import replace
 
     from ..config.settings import from_mapping, load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..evaluate.result import EvalResult
-    from ..runs.bundle import Sources, load_experts, read_rewards
+    from ..runs.bundle import Sources, choose_rewards, load_experts
     from ..runs.pipeline import measure
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
 
@@ -100,8 +102,9 @@ def evaluate(
     settings = with_overrides(settings, overrides or [])
     if out is None:
         out = place.path / "evaluation.json" if place.path is not None else Path("evaluation.json")
+    chosen, trusted = choose_rewards(rewards, place.origin.rewards, place.path or out, trust=trust)
     bench = place.open(flags, device, dtype, name)
-    experts = load_experts(bench.sources, bench.device, read_rewards(rewards or place.config.get("rewards")))
+    experts = load_experts(bench.sources, bench.device, chosen, trust=trusted)
     with Bars() as bars:
         result = measure(bench, data, settings, experts, bars, "measuring")
     result.save(out)

@@ -113,10 +113,10 @@ def table(
     scorer = make_scorer(clip, judge_url, judge_model, key, out / "judge", device)
     subjects = [opened.subject(one) for one in opened.names]
     with Bars() as bars:
-        filled = fill(place.candidates(models), subjects, scorer, out, settings, bars)
+        filled = fill(place.baselines(models), subjects, scorer, out, settings, bars)
     words = {**to_mapping(settings), "suite": suite, "models": models, "clip": clip, "judge": judge_model}
-    made = Table(opened.layout, filled.cells, filled.failures, filled.notes, words)
-    if not made.cells:
+    made = Table(opened.layout, filled.records, filled.failures, filled.notes, words)
+    if not made.records:
         reasons = "; ".join(told(filled.failures, 3)) or "nothing was asked"
         raise UserError(f"the table is empty: {reasons}")
     made.save(out)
@@ -127,7 +127,7 @@ def table(
     for note in dict.fromkeys(made.notes):
         console().print(f"note: {note}", markup=False)
     where = f"{out / 'table.md'}" + (f", {index}" if index else "")
-    console().print(f"{filled.made} of {len(made.cells)} cells were new; {where}", markup=False)
+    console().print(f"{filled.made} of {len(made.records)} records were new; {where}", markup=False)
 
 
 def compare(
@@ -168,12 +168,12 @@ def compare(
     a, b = Table.load(first), Table.load(second)
     one = model_a or a.models[0]
     other = model_b or (one if one in b.models else b.models[0])
-    cells_a, cells_b = a.of(one), b.of(other)
-    changes = tables.compare(cells_a, cells_b)
+    records_a, records_b = a.of(one), b.of(other)
+    changes = tables.compare(records_a, records_b)
     console().print(f"{one} → {other}, on the items both have", markup=False)
     means = [
-        {key: metric.mean for key in changes if (metric := tables.metric_of(cells, key)) is not None}
-        for cells in (cells_a, cells_b)
+        {key: metric.mean for key in changes if (metric := tables.metric_of(records, key)) is not None}
+        for records in (records_a, records_b)
     ]
     _differences(changes, *means)
 
@@ -191,7 +191,7 @@ def show(table: Table) -> None:
     for column in table.columns:
         metrics = [metric_of(table.of(model), column.key) for model in table.models]
         shown = ["–" if metric is None else f"{metric.mean:.3f}" for metric in metrics]
-        grid.add_row(f"{column.group} {column.label}", *shown)
+        grid.add_row(f"{column.heading} {column.label}", *shown)
     console().print(grid)
 
 

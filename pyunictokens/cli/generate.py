@@ -6,6 +6,7 @@ draws from both (paper, equations 2 to 4). Sampling is `rollout`'s business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import typer
 
 from ..utils.errors import UserError
 from .shell import (
+    INTERRUPTED,
     Bars,
     ConfigOption,
     DeviceOption,
@@ -77,9 +79,22 @@ def sampling(is_toy: bool, config: Path | None, words: list[str] | None) -> Samp
 
 
 def check_prompt(prompt: str, bench: Workbench) -> str:
-    """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's."""
-    import re
+    """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's.
 
+    Warns where the prompt names the concept without its token.
+    """
+    import re
+    import warnings
+
+    from ..data.parse import TextFix
+
+    if bench.concept is not None and bench.concept.sks not in prompt:
+        name = bench.concept.name
+        meant = TextFix(name).strange(prompt) or re.search(
+            rf"(?<![\w<]){re.escape(name)}(?![\w>])", prompt, re.IGNORECASE
+        )
+        if meant:
+            warnings.warn(f"{prompt!r} holds no {bench.concept.sks}: did you mean {bench.concept.sks}?", stacklevel=2)
     known = set(bench.concept.tokens) if bench.concept is not None else set()
     strange = [token for token in re.findall(r"<[^<>|\s]+>", prompt) if token not in known]
     if strange:
@@ -95,7 +110,7 @@ def facts_of(run: Run, concept: tuple[Path, str] | None) -> list[str]:
 
         facts = load_concept(*concept).extra_info
     else:
-        facts = list(run.about.get("extra_info", []))
+        facts = list(run.facts)
     if not facts:
         raise UserError("--reason needs the concept's facts: name its folder with --concept ROOT NAME")
     return facts
@@ -122,21 +137,20 @@ def reason(
     return answer, compound_prompt(prompt, answer)
 
 
-def save_pictures(pixels: Tensor, out: Path, caption: str) -> list[Path]:
-    """Write a grid to `out` and each picture to `out` with its number. Returns the single files."""
+def save_images(pixels: Tensor, out: Path, rows: Sequence[int]) -> list[Path]:
+    """Write a grid to `out` and each image to `out` with the number of its row. Returns the single files."""
     from ..data.images import make_grid, save_image
 
-    columns = min(len(pixels), 4)
-    single = [out.with_name(f"{out.stem}_{index}{out.suffix}") for index in range(len(pixels))]
-    save_image(make_grid(pixels, columns, tile=max(128, pixels.shape[-1])), out)
-    for picture, file in zip(pixels, single, strict=True):
-        save_image(picture, file)
+    single = [out.with_name(f"{out.stem}_{row}{out.suffix}") for row in rows]
+    save_image(make_grid(pixels, min(len(pixels), 4), tile=max(128, pixels.shape[-1])), out)
+    for image, file in zip(pixels, single, strict=True):
+        save_image(image, file)
     return single
 
 
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Argument(help='What to draw, as in "A photo of <bo> on the beach."')],
+    prompt: Annotated[str, typer.Argument(help='What to draw, as in "A photo of `<bo>` on the beach."')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many pictures.")] = 1,
     out: Annotated[
@@ -169,6 +183,7 @@ def generate(
 
         pyunictokens generate base "A photo of a red cat wearing a blue hat in the snow." timesteps=18 guidance_scale=4
     """
+    from ..rollout.types import RolloutInterrupted
     from ..runs.bundle import Sources
     from ..runs.run_dir import Run
     from ..utils.profiling import Recorder, trace
@@ -186,21 +201,30 @@ def generate(
     with Bars() as bars, Recorder(bench.device) as recorder, trace(profile):
         if use_reason:
             answer, prompt = reason(bench, engine, facts, prompt, settings, seed)
-        rollout = engine.generate_images(
-            [check_prompt(prompt, bench)],
-            samples=number,
-            steps=settings.timesteps,
-            guidance_scale=settings.guidance_scale,
-            temperature=settings.temperature,
-            seed=seed,
-            record=False,
-            progress=bars.counter("drawing"),
-        )
+        rows = list(range(number))
+        try:
+            rollout = engine.generate_images(
+                [check_prompt(prompt, bench)],
+                samples=number,
+                steps=settings.timesteps,
+                guidance_scale=settings.guidance_scale,
+                temperature=settings.temperature,
+                seed=seed,
+                record=False,
+                progress=bars.counter("drawing"),
+            )
+        except RolloutInterrupted as stopped:  # what is finished is kept
+            rollout, rows = stopped.rollout, stopped.rows
+            if rollout.pixels is None:
+                raise
     assert rollout.pixels is not None
-    files = save_pictures(rollout.pixels, out, prompt)
+    files = save_images(rollout.pixels, out, rows)
     if answer:
         out_console.print(f"answer: {answer}", markup=False)
     out_console.print(f"{out} ({', '.join(file.name for file in files)})", markup=False)
+    if len(rows) < number:
+        out_console.print(f"stopped: {len(rows)} of {number} images were finished and are saved", markup=False)
+        raise typer.Exit(INTERRUPTED)
     if profile is not None:
         show_phases(recorder.report(bench.model.dtype))
 
@@ -208,7 +232,7 @@ def generate(
 def understand(
     run: RunArgument,
     image: Annotated[Path, typer.Argument(help="A picture file.")],
-    question: Annotated[str, typer.Argument(help='As in "What colour is <bo>?"')],
+    question: Annotated[str, typer.Argument(help='As in "What colour is `<bo>`?"')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many answers to sample.")] = 1,
     name: NameOption = None,

@@ -48,19 +48,17 @@ def serve(
 
         pyunictokens experts serve --rewards rewards.yaml --host 0.0.0.0 --port 7000 --device cuda
     """
-    from ..rewards.registry import Rewards
-    from ..rewards.served.server import ExpertServer
+    from ..rewards.served.server import RewardServer
     from ..rewards.served.wire import read_key
     from ..runs.bundle import Sources, load_experts, read_rewards
     from ..utils.devices import pick_device
     from ..utils.signals import stop_on_signals
 
     key, place = read_key(), pick_device(device)
-    experts = load_experts(Sources(), place, read_rewards(rewards))
-    assert experts is not None
-    served = Rewards(experts.ensemble, experts.preview_scorer, experts.face_embedding)
-    server = ExpertServer(served, key, host=host, port=port, device=place)
-    names = ", ".join(server.names) or "experts"
+    found = load_experts(Sources(), place, read_rewards(rewards), trust=True)  # named on this command line
+    assert found is not None
+    server = RewardServer(found.ensemble, key, host=host, port=port, device=place)
+    names = ", ".join(server.names) or "reward models"
     say = console()
     with stop_on_signals(lambda text: say.print("ending when all who have asked are answered")) as stop:
         say.print(f"{server.address}: {names} on {place}; Ctrl-C ends", markup=False, soft_wrap=True)

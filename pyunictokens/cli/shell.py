@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
+import io
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..utils.errors import MissingExtra, RankLost, UserError
+from ..utils.progress import NO_NUMBERS, Numbers, note_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
     from ..utils.profiling import PhaseReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_LOOKALIKE = "pyunictokens.lookalike"
+_ASCII = {"→": "->", "−": "-", "–": "-", "×": "x", "…": "...", "≥": ">=", "≤": "<=", "≈": "~", "·": "*", "±": "+-"}
+_ASCII |= {"⟨": "<", "⟩": ">", "“": '"', "”": '"', "‘": "'", "’": "'", "━": "-", "─": "-", "╸": "-", "╺": "-", "•": "*"}
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
@@ -36,6 +44,10 @@ TokenizerOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust", help="Let the settings of this run or --config import code and ask servers for rewards."),
+]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", metavar="FILE.yaml")]
 ProfileOption = Annotated[
     Path | None,
@@ -52,6 +64,30 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+def print_anything() -> None:
+    """From here on printing never ends a command: what the terminal's encoding lacks is written in signs it has.
+
+    An arrow becomes `->`, a minus `-`; letters become their escape (`\\xfc`), so that two names stay two names.
+    """
+    codecs.register_error(_LOOKALIKE, _lookalike)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_LOOKALIKE)
+
+
+def _lookalike(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    said = "".join(_ASCII.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in text)
+    return said, error.end
+
+
+def command(*words: object) -> str:
+    """A command of this program as it can be pasted into a shell, names with spaces and the like in quotes."""
+    return shlex.join(["pyunictokens", *map(str, words)])
 
 
 def show_phases(report: PhaseReport) -> None:
@@ -170,7 +206,8 @@ class Bars:
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
 
-    def __call__(self, name: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, name: str, done: int, total: int, numbers: Numbers = NO_NUMBERS, /) -> None:
+        note = note_of(numbers)
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)

@@ -55,7 +55,7 @@ def train_many(
         else:
             statuses = run_local(open_jobs, workers, gpus=_gpus(device), stop=stop)
         for number, status in enumerate(statuses, start=len(jobs) - len(open_jobs) + 1):
-            bars("concepts", number, len(jobs), f"{status.name} {status.state}")
+            bars("concepts", number, len(jobs), {"note": f"{status.name} {status.state}"})
             if status.state != "done":
                 bars.say(f"{status.name}: {status.state}: {status.message}")
     everyone = sorted({*names, *(path.stem for path in (out / JOBS).glob("*.json"))} & set(present), key=present.index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,9 @@ from .shell import (
     OverridesArgument,
     ProfileOption,
     TokenizerOption,
+    TrustOption,
     VqOption,
+    command,
     console,
     quiet,
     show_phases,
@@ -71,10 +73,11 @@ def train(
         typer.Option(
             "--rewards",
             metavar="FILE.yaml",
-            help="Reward experts (docs/rewards.md), tcp://HOST:PORT of served ones, or MODULE:FUNCTION that takes a "
+            help="Reward models (docs/rewards.md), http://HOST:PORT of served ones, or MODULE:FUNCTION that takes a "
             "device and returns them.",
         ),
     ] = None,
+    trust: TrustOption = False,
     preset: Annotated[
         Preset | None,
         typer.Option(
@@ -155,6 +158,7 @@ def train(
             "--seed": seed,
         }
         arguments = [text for key, value in given.items() if value is not None for text in (key, str(value))]
+        arguments += ["--trust"] if trust else []
         arguments += [] if grpo else ["--no-grpo"]
         arguments += [] if evaluate else ["--no-evaluate"]
         return train_many(
@@ -188,6 +192,7 @@ def train(
             resume,
             evaluate,
             rewards,
+            trust,
             preset,
             Sources(model, vq, tokenizer),
             config,
@@ -209,6 +214,7 @@ def _train_one(
     resume: bool,
     evaluate: bool,
     rewards: str | None,
+    trust: bool,
     preset: Preset | None,
     sources: Sources,
     config: Path | None,
@@ -221,65 +227,51 @@ def _train_one(
 
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
-    from ..runs.bundle import Sources, load_experts, open_workbench, read_rewards
-    from ..runs.pipeline import check_request, run_concept
-    from ..runs.run_dir import CONFIG, Run, RunConfig
+    from ..runs.bundle import Sources, choose_rewards, load_experts, open_workbench
+    from ..runs.context import Parts, RunContext
+    from ..runs.pipeline import run_concept
+    from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
     from ..train.grpo import PHASES
     from ..utils.profiling import PhaseReport, trace
     from ..utils.signals import Stopped, stop_on_signals
 
     if resume and config is None and out is not None and (out / CONFIG).is_file():
         config = out / CONFIG  # what the run was started with
-    values: dict[str, Any] = load_yaml(config) if config is not None else {}
-    root = root or _path(values.get("root"))
-    name = name or values.get("name")
+    values = load_yaml(config) if config is not None else {}
+    origin = Origin.of(values, str(config))
+    root, name = root or origin.root, name or origin.name
     if root is None or name is None:
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
-    concept = load_concept(root, str(name))
-    sources = Sources.choose(sources, values)
-    chosen = read_rewards(rewards or values.get("rewards"))
-    base = preset.value if preset else str(values.get("preset") or ("toy" if sources.is_toy else "paper"))
+    concept = load_concept(root, name)
+    sources = Sources.choose(sources, origin)
+    base = preset.value if preset else origin.preset or ("toy" if sources.is_toy else "paper")
     settings = RunConfig.make(base, values, str(config), words, seed)
     if stages is Stages.joint:
         settings = replace(settings, stages=replace(settings.stages, stages=("joint",)))
     if dtype is not None:
         settings = replace(settings, grpo=with_overrides(settings.grpo, [f"dtype={dtype}"]))
-    max_text = values.get("max_text")
     out = out or Path("runs") / concept.name
     if ranks.attempt and (out / CONFIG).is_file():
         resume = True  # torchrun starts anew what it has started before
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
-    experts = load_experts(sources, ranks.device, chosen)
-    with_stages = stages is not Stages.none
+    chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
+    experts = load_experts(sources, ranks.device, chosen, trust=trusted)
+    parts = Parts(begin, stages is not Stages.none, grpo, evaluate, resume=resume)
     if ranks.first:
-        check_request(out, experts, started=begin is not None, stages=with_stages, grpo=grpo, resume=resume)
-    bench = open_workbench(sources, str(ranks.device), settings.grpo.dtype, int(max_text) if max_text else None)
+        parts.check(out, experts)
+    bundle = open_workbench(sources, str(ranks.device), settings.grpo.dtype, origin.max_text)
     try:
         with (
             Bars(quiet=not ranks.first) as bars,
             stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
             trace(profile if ranks.first else None),
         ):
-            outcome = run_concept(
-                bench,
-                concept,
-                settings,
-                out,
-                experts,
-                start=begin,
-                stages=with_stages,
-                grpo=grpo,
-                evaluate=evaluate,
-                resume=resume,
-                rewards=chosen,
-                progress=bars,
-                stop=stop,
-                ranks=ranks,
-            )
+            context = RunContext(bundle, concept, settings, out, experts, chosen, ranks, bars, stop)
+            outcome = run_concept(context, parts)
     except Stopped as stopped:  # asked for, and saved: a good end
         if not ranks.first:
             return
-        said = f"{stopped}; go on with: pyunictokens train --out {out} --resume"
+        said = f"{stopped}; go on with: {command('train', '--out', out, '--resume')}"
         console().print(said, markup=False, soft_wrap=True)
         return
     if not ranks.first:
@@ -293,12 +285,9 @@ def _train_one(
 
 def _separate(root: Path | None, name: str | None, words: list[str]) -> tuple[Path | None, str | None, list[str]]:
     """ROOT and NAME may be left out with --config; then the first KEY=VALUE words stand in their places."""
-    if name is not None and "=" in name:
+    named = root is not None and name is not None and (root / "concept" / "train" / name).is_dir()
+    if name is not None and "=" in name and not named:
         words, name = [name, *words], None
     if root is not None and "=" in str(root) and not root.exists():
         words, root = [str(root), *words], None
     return root, name, words
-
-
-def _path(value: Any) -> Path | None:
-    return None if value is None else Path(str(value))

@@ -36,9 +36,14 @@ def _within(low: float, high: float, **values: float) -> None:
             raise UserError(f"{name}={value}: must be between {low:g} and {high:g}")
 
 
+_MAX_TEXT = "it belongs to the model (model.max_text, or max_text at the top of a run's config)"
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """The stages in which a concept's tokens are learned, before any reinforcement."""
+
+    RETIRED = (("max_text", _MAX_TEXT),)
 
     stages: tuple[Stage, ...] = ("understanding", "generation")
     """Which stages run, in order. UniCTokens-R1 uses the first two; "deepening" is UniCTokens' third, "joint" is one
@@ -52,7 +57,7 @@ class StageConfig:
     epochs: int = 15
     """Passes over the concept's data in each stage."""
     max_steps: int = 0
-    """Upper limit of optimiser steps in each stage; 0 lets `epochs` decide."""
+    """Upper limit of optimizer steps in each stage; 0 lets `epochs` decide."""
     lr: float = 1e-3
     """AdamW's learning rate in the understanding and deepening stages."""
     lr_generation: float = 1e-3
@@ -96,8 +101,6 @@ class StageConfig:
     """Where, as a part of all timesteps, an image is compared with its final codes; codes that still change after it
     are
     blanked (published: step 35 of 50)."""
-    max_text: int | None = None
-    """Text positions of a drawing prompt; by default the model's own."""
     cache_mb: int = 512
     """Memory for keys and values of pictures, which never change while only concept rows are trained."""
     seed: int = 0
@@ -118,7 +121,6 @@ class StageConfig:
         _above(0, lr=self.lr, lr_generation=self.lr_generation)
         _within(0, 1, weight_generation=self.weight_generation, condition_dropout=self.condition_dropout)
         _within(0, 1, compare_step=self.compare_step)
-        _check_max_text(self.max_text)
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,14 @@ OBJECTIVES = ("unictask", "mask_grpo", "gspo", "final_sample")
 class GrpoConfig:
     """UniCTask-GRPO: answers and images of one rollout share one reward and one advantage (equation 7)."""
 
+    RETIRED = (("max_text", _MAX_TEXT),)
+
     steps: int = 100
-    """Optimiser steps."""
+    """Optimizer steps."""
     group_size: int = 9
     """G: rollouts of one question."""
     groups: int = 1
-    """Questions in one optimiser step; each has its group of G rollouts, and the gradient is their mean."""
+    """Questions in one optimizer step; each has its group of G rollouts, and the gradient is their mean."""
     lr: float = 1e-6
     """AdamW's learning rate."""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -240,8 +244,6 @@ class GrpoConfig:
     """Temperature answers are sampled at."""
     top_k: int = 0
     """Answers are drawn from the k likeliest tokens; 0 takes the full distribution, for which the ratios are exact."""
-    max_text: int | None = None
-    """Text positions of a drawing prompt; by default the model's own."""
     trainable: Literal["concept", "lora", "full"] = "concept"
     """What learns: the concept's rows, adapters, or all weights."""
     train_concept: bool = True
@@ -271,16 +273,16 @@ class GrpoConfig:
     """Checkpoints that stay beside them: those whose steps since the checkpoint before had the highest mean reward."""
     save_in_background: bool = False
     """Write checkpoints beside the steps that follow, from copies in the host's memory."""
-    shard_optimiser: Literal["auto", "always", "never"] = "auto"
-    """Whether several ranks share the optimiser's state out (docs/distributed.md); auto does with trainable=full."""
+    shard_optimizer: Literal["auto", "always", "never"] = field(default="auto", metadata={"was": "shard_optimiser"})
+    """Whether several ranks share the optimizer's state out (docs/distributed.md); auto does with trainable=full."""
     sample_every: int = 10
     """Steps between pictures in samples/; 0 turns them off."""
     max_bad_steps: int = 3
     """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
-    expert_timeout: float = 0.0
-    """Seconds that the experts may take for a group before the run ends with an error; 0 waits for ever."""
+    reward_timeout: float = field(default=0.0, metadata={"was": "expert_timeout"})
+    """Seconds that the reward models may take for a group before the run ends with an error; 0 waits for ever."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the transformer; sums, softmax, loss and optimiser stay in float32."""
+    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32."""
     seed: int = 0
     """Seed of every draw of the run: questions, answers, images."""
 
@@ -314,12 +316,11 @@ class GrpoConfig:
         if self.alpha_image == 0 and (self.alpha_answer == 0 or not self.reasoning):
             raise UserError("alpha_image=0 and no answer that counts: nothing would be learned; raise one of the two")
         _at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
-        _at_least(0, keep_best=self.keep_best, expert_timeout=self.expert_timeout)
+        _at_least(0, keep_best=self.keep_best, reward_timeout=self.reward_timeout)
         _within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
         _at_least(0, clip_high=self.clip_high)
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")
-        _check_max_text(self.max_text)
 
 
 @dataclass(frozen=True)
@@ -354,11 +355,6 @@ class TrainConfig:
         save_yaml(path, self)
 
 
-def _check_max_text(max_text: int | None) -> None:
-    if max_text is not None:
-        _at_least(3, max_text=max_text)
-
-
 _KEPT = GrpoConfig(token_scope="newly_unmasked", micro_rows=0, micro_timesteps=0)
 """The paper's settings, but only codes that a step keeps are learned from (docs/experiments.md)."""
 
@@ -380,7 +376,6 @@ PRESETS = {
             generated_images=8,
             generated_timesteps=12,
             generated_guidance=3.0,
-            max_text=48,
         ),
         grpo=GrpoConfig(
             steps=45,
@@ -391,7 +386,6 @@ PRESETS = {
             judged_as="info",
             token_scope="newly_unmasked",
             trainable="full",
-            max_text=48,
             micro_rows=9,
             checkpoint_every=10,
             dsog=DsogConfig(max_candidates=2),

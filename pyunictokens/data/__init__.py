@@ -1,4 +1,4 @@
-"""Concept folders in the published layout: read, check, make; pictures to tensors; what training draws; the toy world.
+"""Concept folders in the published layout: read, check, make; images to tensors; what training draws; the toy world.
 
 Knows models at most and never training. Names are imported when first asked for, so that reading a folder needs no more
 than it must.
@@ -7,7 +7,7 @@ than it must.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 _NAMES = {
     "Concept": "concept",
@@ -24,7 +24,7 @@ _NAMES = {
     "load_batch": "images",
     "load_pixels": "images",
     "make_grid": "images",
-    "read_picture": "images",
+    "read_image": "images",
     "save_image": "images",
     "NewConcept": "new",
     "new_concept": "new",
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from .concept import QA, Concept, Recognition, concept_name
     from .facts import facts_template, read_facts
     from .folder import list_concepts, load_concept, read_concept
-    from .images import black_image, load_batch, load_pixels, make_grid, read_picture, save_image
+    from .images import black_image, load_batch, load_pixels, make_grid, read_image, save_image
     from .new import NewConcept, new_concept
     from .parse import Problem
 
@@ -82,7 +82,7 @@ __all__ = [
     "new_concept",
     "read_concept",
     "read_facts",
-    "read_picture",
+    "read_image",
     "render_problems",
     "save_image",
     "text_only_items",
@@ -91,7 +91,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _NAMES:
         return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

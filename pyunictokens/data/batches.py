@@ -1,6 +1,6 @@
 """What training draws from a concept: items of understanding, generation and text-only reasoning, and their order.
 
-Plain lists of small records with paths and texts in them, and one sampler whose state is four numbers. Pictures are
+Plain lists of small records with paths and texts in them, and one sampler whose state is four numbers. Images are
 encoded, and `<name>` is expanded, by whoever trains.
 """
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class UnderstandingItem:
-    """A picture (None: the black one), a question and the answer to learn. `source` is conversation, text_only,
+    """An image (None: the black one), a question and the answer to learn. `source` is conversation, text_only,
     positive or negative."""
 
     image: Path | None
@@ -32,7 +32,7 @@ class UnderstandingItem:
 
 @dataclass(frozen=True)
 class GenerationItem:
-    """A picture and the prompt that should draw it."""
+    """An image and the prompt that should draw it."""
 
     image: Path
     prompt: str
@@ -49,7 +49,7 @@ class TextOnlyItem:
 
 
 def visual_items(concept: Concept) -> list[UnderstandingItem]:
-    """Questions about the training pictures with their answers: visual-instruct reasoning (paper, section 3.2)."""
+    """Questions about the training images with their answers: visual-instruct reasoning (paper, section 3.2)."""
     return [UnderstandingItem(qa.image, qa.query, qa.answer, "conversation") for qa in concept.conversations]
 
 
@@ -87,7 +87,7 @@ def understanding_items(
 
 
 def generation_items(concept: Concept, prompt: str = "A photo of <sks>.") -> list[GenerationItem]:
-    """Every training picture under one prompt, in which `<sks>` becomes the concept's own token."""
+    """Every training image under one prompt, in which `<sks>` becomes the concept's own token."""
     text = prompt.replace("<sks>", concept.sks)
     if concept.sks not in text:
         raise UserError(f"prompt {prompt!r}: must contain <sks> or {concept.sks}, else it draws nothing of the concept")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.files import safe_name
+from ..utils.spelling import spelled
 
 KINDS = ("human", "animal", "object")
 FACT_PROMPTS = "personalized_driven_generation"
@@ -22,17 +22,17 @@ _RESERVED_NAME = re.compile(r"sks|image|token_\d+", re.IGNORECASE)
 
 @dataclass
 class QA:
-    """A question and its answer; `image` is None where it is about no picture, `extra` keeps unknown fields."""
+    """A question and its answer; `image` is None where it is about no image, `extra` keeps unknown fields."""
 
     image: Path | None
     query: str
     answer: str
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass
 class Recognition:
-    """A "is it in this picture?" question. `positive` says which answer is true."""
+    """A "is it in this image?" question. `positive` says which answer is true."""
 
     image: Path
     query: str
@@ -53,7 +53,7 @@ class Concept:
     train_images: list[Path] = field(default_factory=list)
     test_images: list[Path] = field(default_factory=list)
     negatives: list[Path] = field(default_factory=list)
-    """Pictures of other things: negative_example/ of this concept, then random_images/ of the data folder."""
+    """Images of other things: negative_example/ of this concept, then random_images/ of the data folder."""
     conversations: list[QA] = field(default_factory=list)
     text_only: list[QA] = field(default_factory=list)
     recognitions: list[Recognition] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Concept:
     fact_pairs: list[tuple[str, int]] = field(default_factory=list)
     """(reasoning prompt, index of the item of extra_info it asks for), in the order of the file."""
     num_test_facts: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
     """Fields of info.json beside class, info, extra_info and conversation_type, as found."""
 
     @property
@@ -98,7 +98,7 @@ class Concept:
 
     @property
     def test_folder(self) -> Path:
-        return self.root / "concept" / "test" / self.name
+        return spelled(self.root / "concept" / "test" / self.name)
 
 
 def concept_name(name: str) -> str:

@@ -7,12 +7,12 @@ is reported at once with its field.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.text import read_text
 from .parse import Ledger, TextFix, kind_of, show, text_of
 
@@ -27,7 +27,7 @@ _FACT_KEYS = ("fact", "prompt", "explicit", "question", "answer")
 
 @dataclass(frozen=True)
 class Fact:
-    """Something no picture shows. `prompt` hints at it, `explicit` spells it out; `question` may be empty."""
+    """Something no image shows. `prompt` hints at it, `explicit` spells it out; `question` may be empty."""
 
     fact: str
     prompt: str
@@ -46,9 +46,11 @@ class FactSheet:
     photos: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     text_only: list[tuple[str, str]] = field(default_factory=list)
     prompts: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What is odd in the sheet and was read all the same."""
 
 
-def read_facts(source: str | os.PathLike[str] | Mapping[str, Any] | None, name: str) -> FactSheet:
+def read_facts(source: str | os.PathLike[str] | Mapping[str, object] | None, name: str) -> FactSheet:
     """Read the sheet of concept `name` from a YAML or JSON file (or its content as a mapping; None: an empty sheet).
 
     Raises one UserError that lists every problem with its field.
@@ -58,55 +60,59 @@ def read_facts(source: str | os.PathLike[str] | Mapping[str, Any] | None, name: 
     path = Path("facts") if isinstance(source, Mapping) else Path(source)
     reader = _SheetReader(path, TextFix(name))
     sheet = reader.read(source if isinstance(source, Mapping) else _load(path))
-    if reader.ledger.problems:
-        lines = "\n".join(f"  {problem}" for problem in reader.ledger.problems)
+    if reader.ledger.errors:
+        lines = "\n".join(f"  {problem}" for problem in reader.ledger.errors)
         raise UserError(f"{reader.path} cannot be used:\n{lines}")
+    sheet.notes = [str(problem) for problem in reader.ledger.problems]
     return sheet
 
 
+_BLANK = re.compile(r"\[[A-Z][A-Z ]*\?\]")
+"""What the template leaves to be filled in, as in [WHICH TOY?]."""
+
+
 def facts_template(name: str, kind: str, class_word: str) -> str:
-    """A sheet to fill in, as YAML text that is valid as it stands."""
+    """A sheet to fill in, as YAML text. A blank, such as [WHICH TOY?], is an error until something is written there."""
     sks = f"<{name}>"
-    thing = {"human": "drink", "animal": "toy"}.get(kind, "place")
-    fact = {
-        "human": f"{sks}'s favourite drink is green tea in a white cup.",
-        "animal": f"{sks}'s favourite toy is a red ball.",
-    }.get(kind, f"{sks}'s usual place is a wooden kitchen shelf.")
-    detail = fact.rpartition(" is ")[2]
+    thing, blank = {"human": ("drink", "[WHICH DRINK?]"), "animal": ("toy", "[WHICH TOY?]")}.get(
+        kind, ("place", "[WHICH PLACE?]")
+    )
     return f"""\
-# What the pictures show, in one sentence.
-info: {sks} is a {class_word}.
-# What no picture shows. One half of the facts trains reasoning, the other half tests it: write four or more.
+# Write something in the place of every [BLANK?], and take out what you do not need.
+# What the images show, in one sentence.
+info: "{sks} is a [WHAT COLOUR AND SHAPE?] {class_word}."
+# What no image shows. One half of the facts trains reasoning, the other half tests it: write four or more.
 facts:
-  - fact: {fact}
-    prompt: A photo of {sks} with its favourite {thing}.
-    explicit: A photo of {sks} with {detail}
-    question: What is {sks}'s favourite {thing}?
-    answer: {fact}
-# Asked about every picture.
+  - fact: "{sks}'s favourite {thing} is {blank}."
+    prompt: "A photo of {sks} with its favourite {thing}."
+    explicit: "A photo of {sks} with {blank}."
+    question: "What is {sks}'s favourite {thing}?"
+    answer: "{blank}"
+# Asked about every photo.
 questions:
-  - question: What is {sks}?
-    answer: {sks} is a {class_word}.
-# Asked about one picture, by its file name: uncomment and change.
+  - question: "What is {sks}?"
+    answer: "{sks} is a {class_word}."
+# Asked about one photo, by its file name: uncomment and change.
 # photos:
 #   garden.jpg:
 #     - question: Where is {sks}?
 #       answer: In the garden.
-# Asked without a picture.
+# Asked without a photo.
 text_only:
-  - question: What kind of {kind} is {sks}?
-    answer: {sks} is a {class_word}.
+  - question: "What kind of {kind} is {sks}?"
+    answer: "{sks} is a {class_word}."
 # Drawn when the concept is evaluated.
 prompts:
   pure:
-    - A photo of {sks} on a beach.
+    - "A photo of {sks} on a beach."
   dense:
-    - A photo of {sks} on a beach at sunset, with two palm trees on the left and a small boat far behind.
+    - "A photo of {sks} on a beach at sunset, with two palm trees on the left and a small boat far behind."
 """
 
 
-def _load(path: Path) -> Any:
-    import yaml
+def _load(path: Path) -> object:
+    with needs("data"):
+        import yaml
 
     try:
         # BaseLoader leaves every value the text it is: `answer: yes` stays a word, `0123` keeps its zero.
@@ -127,7 +133,7 @@ class _SheetReader:
         self.path, self.fix = path, fix
         self.ledger = Ledger(path.parent)
 
-    def read(self, value: Any) -> FactSheet:
+    def read(self, value: object) -> FactSheet:
         sheet = FactSheet()
         if value is None or value == "":  # an empty file
             return sheet
@@ -160,7 +166,7 @@ class _SheetReader:
             sheet.prompts[PROMPT_KEYS[key]] = prompts
         return sheet
 
-    def _fact(self, where: str, item: Any) -> Fact | None:
+    def _fact(self, where: str, item: object) -> Fact | None:
         if isinstance(item, str):
             self.ledger.add(self.path, where, "must be {fact, prompt}: the prompt is what hints at the fact")
             return None
@@ -178,7 +184,7 @@ class _SheetReader:
             text["fact"], text["prompt"], explicit, text.get("question", ""), text.get("answer") or text["fact"]
         )
 
-    def _reasoning_dense(self, sheet: FactSheet, items: Any) -> None:
+    def _reasoning_dense(self, sheet: FactSheet, items: object) -> None:
         """Long prompts that hint at facts, each with the form that spells them out."""
         for index, item in enumerate(self._list("prompts.reasoning_dense", items)):
             at = f"prompts.reasoning_dense[{index}]"
@@ -191,7 +197,7 @@ class _SheetReader:
                 self._needs_token(f"{at}.{key}", text)
                 sheet.prompts.setdefault(target, []).append(text)
 
-    def _pairs(self, where: str, value: Any) -> list[tuple[str, str]]:
+    def _pairs(self, where: str, value: object) -> list[tuple[str, str]]:
         found = []
         for index, item in enumerate(self._list(where, value)):
             at = f"{where}[{index}]"
@@ -205,7 +211,7 @@ class _SheetReader:
                 )
         return found
 
-    def _keys(self, where: str, value: Any, known: tuple[str, ...]) -> dict[str, Any]:
+    def _keys(self, where: str, value: object, known: tuple[str, ...]) -> dict[str, object]:
         if not isinstance(value, Mapping):
             self.ledger.add(self.path, where, f"must hold {', '.join(known)}; is {kind_of(value)} {show(value)}")
             return {}
@@ -215,7 +221,7 @@ class _SheetReader:
                 self.ledger.add(self.path, at, f"is not known here: one of {', '.join(known)}")
         return {key: each for key, each in value.items() if key in known}
 
-    def _list(self, where: str, value: Any) -> list[Any]:
+    def _list(self, where: str, value: object) -> list[object]:
         if value is None or value == "":
             return []
         if not isinstance(value, list):
@@ -223,10 +229,14 @@ class _SheetReader:
             return []
         return value
 
-    def _text(self, where: str, value: Any) -> str:
+    def _text(self, where: str, value: object) -> str:
         if isinstance(value, str) and not self.fix(value):
             self.ledger.add(self.path, where, "is empty: write it or take the line out")
             return ""
+        blank = _BLANK.search(value) if isinstance(value, str) else None
+        if blank:
+            message = f"still holds {blank[0]} of the template: write what is true, or take the entry out"
+            self.ledger.add(self.path, where, message)
         return text_of(self.ledger, self.path, where, value, self.fix) or ""
 
     def _needs_token(self, where: str, prompt: str) -> None:

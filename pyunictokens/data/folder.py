@@ -1,17 +1,20 @@
 """The door to concept folders in the published UniCTokens / UnifyBench++ layout: list them, load one.
 
 The layout is described in docs/data-format.md. Reading is tolerant, reports every problem of a concept at once, and
-changes nothing on disk. It only finds folders: `reader.py` reads their files, `check.py` also decodes pictures.
+changes nothing on disk. It only finds folders: `reader.py` reads their files, `check.py` also decodes images.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from ..utils.errors import UserError
+from ..utils.spelling import loose, spelled
 from .concept import FACT_PROMPTS, KINDS, QA, Concept, Recognition, concept_name
-from .parse import ERROR, Problem, natural_key
+from .image_files import folders_in
+from .parse import ERROR, Problem
 from .reader import ConceptReader
 
 __all__ = [
@@ -31,9 +34,12 @@ __all__ = [
 
 def data_root(root: str | os.PathLike[str]) -> Path:
     """`root` as the path of a data folder, or UserError saying what was expected and what is there."""
-    path = Path(root)
+    path = Path(root).expanduser()
     if (path / "concept" / "train").is_dir():
         return path
+    other = spelled(path / "concept" / "train")
+    if other.is_dir():
+        raise UserError(f"{other}: must be spelled concept/train: rename it, not every system takes the two for one")
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: give the data folder, the one that holds concept/train/")
     for parent in path.absolute().parents:
@@ -43,9 +49,22 @@ def data_root(root: str | os.PathLike[str]) -> Path:
 
 
 def list_concepts(root: str | os.PathLike[str]) -> list[str]:
-    """Names of the concepts under `root`/concept/train, in natural order. Raises UserError where there is none."""
-    folders = [path.name for path in (data_root(root) / "concept" / "train").iterdir() if path.is_dir()]
-    return sorted((name for name in folders if not name.startswith(".")), key=lambda name: (natural_key(name), name))
+    """Names of the concepts under `root`/concept/train, in natural order, without what systems and tools leave there.
+
+    Raises UserError where there is no such folder.
+    """
+    return concept_folders(data_root(root) / "concept" / "train")
+
+
+def concept_folders(parent: Path) -> list[str]:
+    """Names of the sub-folders of `parent` that can name a concept, in natural order; others get a warning."""
+    found = []
+    for name in folders_in(parent)[0]:
+        try:
+            found.append(concept_name(name))
+        except UserError as error:
+            warnings.warn(f"{parent}: {error}: left out", stacklevel=3)
+    return found
 
 
 def load_concept(root: str | os.PathLike[str], name: str) -> Concept:
@@ -63,9 +82,11 @@ def read_concept(root: str | os.PathLike[str], name: str) -> tuple[Concept, list
     """What can be understood of a concept, and all its problems. Raises UserError for a bad name or no such folder."""
     name = concept_name(name)
     path = data_root(root)
-    if not (path / "concept" / "train" / name).is_dir():
-        there = ", ".join(list_concepts(path)[:10]) or "none"
+    present = folders_in(path / "concept" / "train")[0]
+    fits = [name] if name in present else [each for each in present if loose(each) == loose(name)]
+    if len(fits) != 1:
+        there = ", ".join(present[:10]) or "none"
         raise UserError(f"concept {name!r}: no folder {path / 'concept' / 'train' / name}; concepts there: {there}")
-    reader = ConceptReader(Concept(name=name, root=path))
+    reader = ConceptReader(Concept(name=concept_name(fits[0]), root=path))
     reader.read()
     return reader.concept, reader.ledger.problems

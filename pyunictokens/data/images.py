@@ -1,4 +1,4 @@
-"""Picture files to tensors and back: what a camera, a phone or a scanner wrote becomes float [3, H, W] in [-1, 1].
+"""Image files to tensors and back: what a camera, a phone or a scanner wrote becomes float [3, H, W] in [-1, 1].
 
 Orientation tags, transparency (over white), gray, palette, CMYK and 16-bit are handled; the shorter side is brought to
 the wanted size (bicubic) and the centre cut out, as the published transform does without its random flip. Whatever
@@ -15,30 +15,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..utils.errors import UserError
-from ..utils.files import write_bytes_atomic
+from ..utils.errors import UserError, needs
+from ..utils.files import refuse_lfs_pointer, write_bytes_atomic
+from .formats import can_read, image_format, missing_decoder, readable
+
+with needs("data"):
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PIXEL_LIMIT = 120_000_000
-"""Largest picture that is decoded, in pixels; a file of a few kilobytes can claim a thousand times that."""
+"""Largest image that is decoded, in pixels; a file of a few kilobytes can claim a thousand times that."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _SAVE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def read_picture(path: str | os.PathLike[str], at_least: int | None = None) -> Image.Image:
-    """The picture in `path` as an upright 8-bit RGB image.
+def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Image.Image:
+    """The image in `path` as an upright 8-bit RGB image.
 
     With `at_least`, a large JPEG is decoded at a reduced scale whose sides are still four times that. Raises UserError
-    naming the file: missing, not a picture, cut off, too large.
+    naming the file: missing, not an image, cut off, too large.
     """
     path = Path(path)
     try:
         with warnings.catch_warnings():
-            # A picture beyond Pillow's warning size is judged by PIXEL_LIMIT; broken metadata is no reason to complain.
+            # An image beyond Pillow's warning size is judged by PIXEL_LIMIT; broken metadata is no reason to complain.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=readable()) as image:
                 width, height = image.size
                 if width * height > PIXEL_LIMIT:
                     megapixels = width * height / 1e6
@@ -53,33 +55,39 @@ def read_picture(path: str | os.PathLike[str], at_least: int | None = None) -> I
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
+        raise UserError(f"{path}: no such image") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path}: claims far more than the limit of {PIXEL_LIMIT / 1e6:.0f} megapixels") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture that can be read (PNG, JPEG, WebP, BMP, GIF, TIFF)") from None
+        refuse_lfs_pointer(path)
+        kind = image_format(path)
+        if kind and not can_read(kind):
+            raise UserError(f"{path}: {missing_decoder(kind)}") from None
+        raise UserError(
+            f"{path}: not an image that can be read (PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF, HEIC)"
+        ) from None
     except PermissionError as error:
         raise UserError(f"{path}: may not be read: {error.strerror}") from None
     except Exception as error:  # a decoder fed with garbage raises whatever it stumbles over
-        raise UserError(f"{path}: the picture is damaged or cut off ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path}: the image is damaged or cut off ({type(error).__name__}: {error})") from error
 
 
 def load_pixels(path: str | os.PathLike[str], size: int) -> torch.Tensor:
-    """The picture as float32 [3, size, size] in [-1, 1]: shorter side to `size` (bicubic), then the centre cut out."""
+    """The image as float32 [3, size, size] in [-1, 1]: shorter side to `size` (bicubic), then the centre cut out."""
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 8192:
         raise UserError(f"size={size!r}: must be a whole number from 1 to 8192")
-    return from_pil(square(read_picture(path, at_least=size), size))
+    return from_pil(square(read_image(path, at_least=size), size))
 
 
 def load_batch(paths: Sequence[str | os.PathLike[str]], size: int) -> torch.Tensor:
     """:func:`load_pixels` of several files, [B, 3, size, size]."""
     if not paths:
-        raise UserError("no pictures to load: the list of files is empty")
+        raise UserError("no images to load: the list of files is empty")
     return torch.stack([load_pixels(path, size) for path in paths])
 
 
 def black_image(size: int) -> torch.Tensor:
-    """The picture for questions about no picture: black, [3, size, size], all −1."""
+    """The image for questions about no image: black, [3, size, size], all −1."""
     return torch.full((3, size, size), -1.0)
 
 
@@ -95,7 +103,7 @@ def to_pil(pixels: torch.Tensor) -> Image.Image:
         raise UserError(f"pixels of shape {list(pixels.shape)}: must be [3, height, width]")
     pixels = pixels.detach().to("cpu", torch.float32)
     if torch.isnan(pixels).any():
-        raise UserError("pixels hold NaN: there is no picture to draw")
+        raise UserError("pixels hold NaN: there is no image to draw")
     levels = ((pixels.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
@@ -110,6 +118,11 @@ def save_image(pixels: torch.Tensor | Image.Image, path: str | os.PathLike[str])
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format=kind)
     write_bytes_atomic(path, buffer.getvalue())
+
+
+def shrink(image: Image.Image, shorter: int) -> Image.Image:
+    """`image`, shrunk (never enlarged) so that its shorter side is at most `shorter`."""
+    return fit_within(image, round(shorter * max(image.size) / min(image.size)))
 
 
 def fit_within(image: Image.Image, longest: int) -> Image.Image:
@@ -129,25 +142,25 @@ def make_grid(
     gap: int = 6,
     tile: int | None = None,
 ) -> Image.Image:
-    """Pictures ([B, 3, H, W] or a list of [3, H, W], in [-1, 1]) side by side on white, each over its caption.
+    """Images ([B, 3, H, W] or a list of [3, H, W], in [-1, 1]) side by side on white, each over its caption.
 
-    Every picture is scaled to a square of `tile` pixels (default: its own size, with captions at least 160 so that they
+    Every image is scaled to a square of `tile` pixels (default: its own size, with captions at least 160 so that they
     can be read); captions are broken into as many lines as they need.
     """
-    pictures = [to_pil(picture) for picture in pixels]
-    if not pictures:
-        raise UserError("no pictures for a grid: the list is empty")
+    images = [to_pil(image) for image in pixels]
+    if not images:
+        raise UserError("no images for a grid: the list is empty")
     if columns < 1:
         raise UserError(f"columns={columns}: must be 1 or more")
-    if captions is not None and len(captions) != len(pictures):
-        raise UserError(f"{len(captions)} captions for {len(pictures)} pictures: give one for each")
-    columns = min(columns, len(pictures))
-    side = tile or max(max(picture.size) for picture in pictures)
+    if captions is not None and len(captions) != len(images):
+        raise UserError(f"{len(captions)} captions for {len(images)} images: give one for each")
+    columns = min(columns, len(images))
+    side = tile or max(max(image.size) for image in images)
     side = max(side, 160) if captions is not None and tile is None else side
     font = ImageFont.load_default(max(11, side // 14))
     line = sum(font.getmetrics()) if isinstance(font, ImageFont.FreeTypeFont) else 14
-    lines = [_wrap(caption, font, side) for caption in captions] if captions is not None else [[]] * len(pictures)
-    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
+    lines = [_wrap(caption, font, side) for caption in captions] if captions is not None else [[]] * len(images)
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
     heights = [side + max(len(lines[index]) for index in row) * line for row in rows]
     size = (columns * side + (columns + 1) * gap, sum(heights) + (len(rows) + 1) * gap)
     grid = Image.new("RGB", size, "white")
@@ -156,10 +169,10 @@ def make_grid(
     for row, height in zip(rows, heights, strict=True):
         for column, index in enumerate(row):
             left = gap + column * (side + gap)
-            picture = pictures[index]
+            image = images[index]
             # Enlarging keeps the pixels visible as they are; only shrinking smooths.
-            how = Image.Resampling.NEAREST if side >= max(picture.size) else Image.Resampling.BICUBIC
-            grid.paste(picture.resize((side, side), how), (left, top))
+            how = Image.Resampling.NEAREST if side >= max(image.size) else Image.Resampling.BICUBIC
+            grid.paste(image.resize((side, side), how), (left, top))
             for number, text in enumerate(lines[index]):
                 draw.text((left, top + side + number * line), text, fill="black", font=font)
         top += height + gap
@@ -187,7 +200,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # orientation is a hint: a broken tag leaves the picture as it lies in the file
+    except Exception:  # orientation is a hint: a broken tag leaves the image as it lies in the file
         return image
 
 

@@ -1,4 +1,4 @@
-"""A concept folder in the published layout from ordinary picture files and a sheet of facts: `pyunictokens data new`.
+"""A concept folder in the published layout from ordinary image files and a sheet of facts: `pyunictokens data new`.
 
 All or nothing: everything is built in a folder beside, checked as a stranger's folder would be, and only then moved
 into place; a failure on the way leaves the data folder as it was. What it writes is described in docs/data-format.md;
@@ -14,32 +14,35 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_bytes_atomic, write_json
+from ..utils.spelling import loose, spelled
 from . import wording
 from .check import SMALLEST_SIDE, check_folder
 from .concept import FACT_PROMPTS, KINDS, Concept, concept_name
 from .facts import REASONING_DENSE, FactSheet, read_facts
 from .folder import load_concept
-from .images import fit_within, read_picture, save_image
-from .parse import ERROR, is_file, list_images, natural_key
+from .image_files import is_file, list_images, look_into, natural_key
+from .images import read_image, save_image, shrink
+from .parse import ERROR, parts_of
 
-LONGEST_SIDE = 512
+with needs("data"):
+    from PIL import Image, ImageDraw, ImageFilter
+
+SHORTER_SIDE = 640
+"""Longest shorter side of a stored photo: models of 512×512 cut their square out of it and never enlarge."""
+
 _GENERATED = 12
 _BORROWED = 24
 _BETTER = "photos of other things of the same class teach recognition far better"
-_PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_UNREADABLE_SUFFIXES = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")
 
 
 @dataclass
 class NewConcept:
-    """What `new_concept` made. `negatives` says where the pictures of other things come from: given, random_images or
+    """What `new_concept` made. `negatives` says where the images of other things come from: given, random_images or
     generated. `notes` are for the user to read."""
 
     concept: Concept
@@ -50,30 +53,30 @@ class NewConcept:
 def new_concept(
     root: str | os.PathLike[str],
     name: str,
-    photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    photos: Photos,
     *,
     kind: str,
     class_word: str,
     info: str = "",
-    spec_yaml: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    negatives: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    spec_yaml: str | os.PathLike[str] | Mapping[str, object] | None = None,
+    negatives: Photos | None = None,
     test_photos: int = 2,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> NewConcept:
-    """Make concept `name` in the data folder `root` (made when absent) from picture files.
+    """Make concept `name` in the data folder `root` (made when absent) from image files.
 
-    photos: a folder or a list of files; of five or more the last `test_photos` become the test half.
+    photos: a folder, or a list of folders and files; of five or more the last `test_photos` become the test half.
     kind: human, animal or object. class_word: what it is, one word or two. info: a sentence on how it looks.
     spec_yaml: the sheet of facts (docs/data-format.md).
-    negatives: pictures of other things, best of the same class; without them some of the folder's random_images serve,
+    negatives: images of other things, best of the same class; without them some of the folder's random_images serve,
     and where there are none simple patterns are drawn, which `notes` says.
     force: replace a concept of this name.
 
     Raises one UserError that lists all that is wrong; nothing is written then.
     """
     name = concept_name(name)
-    root = Path(root)
+    root = Path(root).expanduser()
     if kind not in KINDS:
         raise UserError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
     if not isinstance(class_word, str) or not class_word.strip() or not class_word.isprintable():
@@ -85,9 +88,9 @@ def new_concept(
         raise UserError(f"{homes[0]}: concept {name!r} exists already: choose another name, or force to replace it")
     listings = _Listings(root)
     sheet = read_facts(spec_yaml, name)
-    notes: list[str] = []
-    files = _picture_files(photos, "photos", notes)
-    _known_photos(sheet, files)
+    notes = list(sheet.notes)
+    files = _image_files(photos, "photos", notes)
+    asked = _photo_keys(sheet, files)
     info = info.strip() or sheet.info
     try:
         made_root = not root.exists()
@@ -96,8 +99,8 @@ def new_concept(
     except OSError as error:
         raise UserError(f"{root}: cannot be written: {error.strerror}") from None
     try:
-        build = _Build(aside, name, kind, class_word.strip(), info, sheet, notes, progress or (lambda _: None))
-        build.pictures(files, test_photos)
+        build = _Build(aside, name, kind, class_word.strip(), info, sheet, asked, notes, progress or (lambda _: None))
+        build.photos(files, test_photos)
         origin = build.negatives(negatives, root)
         build.texts()
         errors = [problem for problem in check_folder(aside, name) if problem.severity == ERROR]
@@ -142,17 +145,19 @@ class _Build:
         class_word: str,
         info: str,
         sheet: FactSheet,
+        asked: dict[Path, list[tuple[str, str]]],
         notes: list[str],
         progress: Callable[[str], None],
     ) -> None:
         self.aside, self.name, self.sheet, self.notes, self.progress = aside, name, sheet, notes, progress
+        self.asked = asked
         self.words = wording.Wording(f"<{name}>", kind, class_word, info)
         self.train, self.test = (aside / "concept" / half / name for half in ("train", "test"))
         self.train.mkdir(parents=True)
         self.test.mkdir(parents=True)
         self.sources: dict[str, list[tuple[str, Path]]] = {"train": [], "test": []}
 
-    def pictures(self, files: list[Path], test_photos: int) -> None:
+    def photos(self, files: list[Path], test_photos: int) -> None:
         """Re-encode the photos as 0.png, 1.png … of both halves; the same file given twice is used once."""
         images, problems = self._read(files)
         if problems:
@@ -165,32 +170,32 @@ class _Build:
                 save_image(image, getattr(self, half) / f"{index}.png")
                 self.sources[half].append((f"{index}.png", source))
 
-    def negatives(self, given: Any, root: Path) -> str:
+    def negatives(self, given: Photos | None, root: Path) -> str:
         """Fill negative_example/, and random_images/ where the data folder has none. Returns where they come from."""
         folder = self.train / "negative_example"
         shared = list_images(root / "random_images")
         if given is not None:
-            images, problems = self._read(_picture_files(given, "negatives", self.notes))
+            images, problems = self._read(_image_files(given, "negatives", self.notes))
             if problems:
                 raise UserError(f"{len(problems)} negatives cannot be used:\n  " + "\n  ".join(problems))
-            pictures, origin = [image for _, image in images], "given"
+            others, origin = [image for _, image in images], "given"
         elif shared:
             step = max(1, len(shared) // _BORROWED)
             images, _ = self._read(shared[::step][:_BORROWED])
-            pictures, origin = [image for _, image in images], "random_images" if images else "generated"
+            others, origin = [image for _, image in images], "random_images" if images else "generated"
         else:
-            pictures, origin = [], "generated"
+            others, origin = [], "generated"
         if origin == "random_images":
-            self.notes.append(f"{len(pictures)} of random_images/ serve as negative examples; {_BETTER}")
-        if not pictures:
-            pictures, origin = drawn_negatives(self.name, _GENERATED), "generated"
+            self.notes.append(f"{len(others)} of random_images/ serve as negative examples; {_BETTER}")
+        if not others:
+            others, origin = drawn_negatives(self.name, _GENERATED), "generated"
             self.notes.append(f"no negatives given: {_GENERATED} simple patterns serve as negative examples; {_BETTER}")
-        self.negative_files = [f"{index}.png" for index in range(len(pictures))]
-        for file, picture in zip(self.negative_files, pictures, strict=True):
-            save_image(picture, folder / file)
+        self.negative_files = [f"{index}.png" for index in range(len(others))]
+        for file, image in zip(self.negative_files, others, strict=True):
+            save_image(image, folder / file)
         if not shared:
-            for index, picture in enumerate(drawn_negatives("random_images", _GENERATED)):
-                save_image(picture, self.aside / "random_images" / f"{index}.png")
+            for index, image in enumerate(drawn_negatives("random_images", _GENERATED)):
+                save_image(image, self.aside / "random_images" / f"{index}.png")
         save_image(Image.new("RGB", (512, 512)), self.aside / "black_512x512.png")
         return origin
 
@@ -198,7 +203,7 @@ class _Build:
         """The JSON files of both halves, and the two listings of the folder beside."""
         sheet, words, base = self.sheet, self.words, f"concept/train/{self.name}"
         general = _merged(words.questions(), sheet.questions)
-        own = {half: {file: self._of_photo(path) for file, path in self.sources[half]} for half in self.sources}
+        own = {half: {file: self.asked.get(path, []) for file, path in self.sources[half]} for half in self.sources}
         files = [file for file, _ in self.sources["train"]]
         facts = [(fact.question, fact.answer) for fact in sheet.facts if fact.question]
         loose = _merged(words.text_only(), sheet.text_only, facts)
@@ -245,18 +250,15 @@ class _Build:
         elif len(sheet.facts) < 4:
             self.notes.append(f"only {len(sheet.facts)} facts: half of them test, so four or more are better")
 
-    def _of_photo(self, path: Path) -> list[tuple[str, str]]:
-        return self.sheet.photos.get(path.name, [])
-
     def _read(self, files: list[Path]) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
-        """The pictures, small enough to store, without repeated files; and what is wrong with the others."""
+        """The images, small enough to store, without repeated files; and what is wrong with the others."""
         images: list[tuple[Path, Image.Image]] = []
         problems: list[str] = []
         seen: dict[bytes, Path] = {}
         for path in files:
             self.progress(path.name)
             try:
-                image = read_picture(path, at_least=LONGEST_SIDE)
+                image = read_image(path, at_least=SHORTER_SIDE)
             except UserError as error:
                 problems.append(str(error))
                 continue
@@ -268,15 +270,14 @@ class _Build:
             if same != path:
                 self.notes.append(f"{path.name} is the same file as {same.name}: used once")
                 continue
-            shrunk = fit_within(image, LONGEST_SIDE)
-            images.append((path, image if min(shrunk.size) < SMALLEST_SIDE else shrunk))
+            images.append((path, shrink(image, SHORTER_SIDE)))
         return images, problems
 
 
 def drawn_negatives(seed: str, count: int, side: int = 128) -> list[Image.Image]:
-    """Simple pictures of nothing in particular (stripes, checks, discs, soft noise); `seed` decides which."""
+    """Simple images of nothing in particular (stripes, checks, discs, soft noise); `seed` decides which."""
     rng = np.random.default_rng(list(hashlib.sha256(seed.encode("utf-8")).digest()))
-    pictures = []
+    drawn = []
     for index in range(count):
         first, second = (tuple(int(value) for value in rng.integers(0, 256, 3)) for _ in range(2))
         style = index % 5
@@ -293,16 +294,16 @@ def drawn_negatives(seed: str, count: int, side: int = 128) -> list[Image.Image]
         if style == 4:
             weight = rng.random((side, side, 1))
         levels = weight * np.array(first) + (1 - weight) * np.array(second)
-        picture = Image.fromarray(levels.astype(np.uint8))
+        image = Image.fromarray(levels.astype(np.uint8))
         if style == 3:
-            picture = Image.new("RGB", (side, side), first)
-            draw = ImageDraw.Draw(picture)
+            image = Image.new("RGB", (side, side), first)
+            draw = ImageDraw.Draw(image)
             for x, y, radius in rng.integers(side // 12, side, (9, 3)).tolist():
                 draw.ellipse((x - radius // 4, y - radius // 4, x + radius // 4, y + radius // 4), fill=second)
         if style == 4:
-            picture = picture.filter(ImageFilter.GaussianBlur(4))
-        pictures.append(picture.rotate(90 * int(rng.integers(0, 4))))
-    return pictures
+            image = image.filter(ImageFilter.GaussianBlur(4))
+        drawn.append(image.rotate(90 * int(rng.integers(0, 4))))
+    return drawn
 
 
 def _merged(*lists: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -314,38 +315,60 @@ def _as_json(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"query": query, "answer": answer} for query, answer in pairs]
 
 
-def _picture_files(given: Any, what: str, notes: list[str]) -> list[Path]:
-    """The picture files of a folder in natural order, or of a list as given. Raises UserError when there are none."""
-    if isinstance(given, (str, os.PathLike)) and Path(given).is_dir():
-        folder = Path(given)
-        there = sorted((path for path in folder.iterdir() if is_file(path)), key=lambda path: natural_key(path.name))
-        files = [path for path in there if path.suffix.lower() in _PHOTO_SUFFIXES and not path.name.startswith(".")]
-        strange = [path.name for path in there if path.suffix.lower() in _UNREADABLE_SUFFIXES]
-        if strange:
-            hint = f"{len(strange)} files such as {strange[0]} cannot be read: save them as JPEG or PNG"
-            if not files:
-                raise UserError(f"{what}: {folder}: {hint}")
-            notes.append(f"{what}: {hint}")
-        if not files:
-            raise UserError(f"{what}: {folder} holds no pictures ({', '.join(_PHOTO_SUFFIXES)})")
-        return files
-    files = [Path(given)] if isinstance(given, (str, os.PathLike)) else [Path(each) for each in given]
-    if not files:
-        raise UserError(f"{what}: the list is empty: give a folder of pictures or at least one file")
-    absent = [str(path) for path in files if not is_file(path)]
+Photos = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A folder, a file, or any number of both."""
+
+
+def _image_files(given: Photos, what: str, notes: list[str]) -> list[Path]:
+    """The images of folders in natural order, and files as given. Raises UserError when there are none.
+
+    Every image that is not used is named in `notes`.
+    """
+    places = [Path(given)] if isinstance(given, (str, os.PathLike)) else [Path(each) for each in given]
+    if not places:
+        raise UserError(f"{what}: the list is empty: give a folder of images or at least one file")
+    named, places = places, [spelled(place.expanduser()) for place in places]
+    for name, place in zip(named, places, strict=True):
+        notes += [f"{what}: {name} is spelled {place} on disk"] if place != name.expanduser() else []
+    absent = [str(path) for path in places if not path.is_dir() and not is_file(path)]
     if absent:
         raise UserError(f"{what}: no such file or folder: {', '.join(absent[:5])}")
-    return files
+    files: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            files.append(place)
+            continue
+        inside = look_into(place, {each.name.casefold() for each in places if each.parent == place})
+        told = [f"{what} in {place}: {note}" for note in inside.notes()]
+        if not inside.images:
+            raise UserError("\n".join([f"{what}: {place} holds no images that can be read", *told]))
+        notes += told
+        files += inside.images
+    return list(dict.fromkeys(files))
 
 
-def _known_photos(sheet: FactSheet, files: list[Path]) -> None:
-    names = {path.name for path in files}
-    strange = [file for file in sheet.photos if file not in names]
+def _photo_keys(sheet: FactSheet, files: list[Path]) -> dict[Path, list[tuple[str, str]]]:
+    """The sheet's questions about single photos, by photo. A key is a file name, after its folder where needed."""
+    asked: dict[Path, list[tuple[str, str]]] = {}
+    strange: list[str] = []
+    for key, questions in sheet.photos.items():
+        wanted = [loose(part) for part in parts_of(key)]
+        meant = [path for path in files if [loose(part) for part in path.parts[-len(wanted) :]] == wanted]
+        if not meant:
+            strange.append(key)
+        if len(meant) > 1:
+            raise UserError(
+                f"the sheet of facts asks about {key}, and {len(meant)} photos have that name: write the folder before "
+                f"it, as in {meant[0].parent.name}/{meant[0].name}"
+            )
+        for path in meant:
+            asked.setdefault(path, []).extend(questions)
     if strange:
-        there = ", ".join(sorted(names, key=natural_key)[:10])
+        there = ", ".join(sorted({path.name for path in files}, key=natural_key)[:10])
         raise UserError(
             f"the sheet of facts asks about photos that were not given: {', '.join(strange)}; given: {there}"
         )
+    return asked
 
 
 def _install(aside: Path, root: Path, name: str, listings: _Listings) -> None:

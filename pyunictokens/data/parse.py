@@ -7,21 +7,22 @@ answer is found in published folders, and the one place that turns a file name f
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.files import read_json
+from ..utils.spelling import loose, spelled
+from .image_files import is_file, list_images
 
 ERROR, WARNING = "error", "warning"
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _QUESTION_KEYS = ("query", "question", "prompt")
 _ANSWER_KEYS = ("answer", "response")
 _ASKING, _ANSWERING = {"human", "user"}, {"gpt", "assistant"}
+_FOREIGN_BRACKETS = (("&lt;", "&gt;"), ("[＜〈《]", "[＞〉》]"), (r"\{", r"\}"), (r"\\<", r"\\?>"))
 _IMAGE_MARK = re.compile(r"<image>\s*", re.IGNORECASE)
 
 
@@ -40,12 +41,12 @@ class Problem:
 
 @dataclass
 class RawQA:
-    """A question and its answer as found, before its picture has been looked for."""
+    """A question and its answer as found, before its image has been looked for."""
 
     query: str
     answer: str
     image: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
 
 class Ledger:
@@ -73,8 +74,25 @@ class Ledger:
     def errors(self) -> list[Problem]:
         return [problem for problem in self.problems if problem.severity == ERROR]
 
-    def read(self, path: Path, missing: str | None = None, severity: str = ERROR) -> Any:
+    def on_disk(self, path: Path) -> Path:
+        """`path` as it is spelled on disk, with a warning where that differs."""
+        found = spelled(path)
+        if found != path:
+            message = f"is spelled {found.name} on disk: rename it, not every system takes the two for one"
+            self.warn(path, "", message)
+        return found
+
+    def entry(self, file: Path, table: dict[str, object], name: str) -> object:
+        """`table[name]`, or what the table has under another spelling of the name, with a warning; None without."""
+        fits = [key for key in table if loose(key) == loose(name)]
+        if name in table or len(fits) != 1:
+            return table.get(name)
+        self.warn(file, fits[0], f"is spelled {name} as a folder: write it so")
+        return table[fits[0]]
+
+    def read(self, path: Path, missing: str | None = None, severity: str = ERROR) -> object:
         """The JSON in `path`; None after noting why not. `missing` says what an absent file costs (None: nothing)."""
+        path = self.on_disk(path)
         if not is_file(path):
             if missing is not None:
                 self.add(path, "", f"no such file: {missing}", severity)
@@ -97,14 +115,14 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """`value` for a message: on one line, always printable, at most 60 characters."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     text = printable(text)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
     if isinstance(value, bool):
         return "true/false"
@@ -112,42 +130,32 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def is_file(path: Path) -> bool:
-    """Whether `path` is a regular file; names that no file system takes are not."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts 10.png after 9.png."""
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return [(1, int(part[:300]), "") if part.isdecimal() and part.isascii() else (0, 0, part) for part in parts]
-
-
-def list_images(folder: Path) -> list[Path]:
-    """The pictures directly in `folder` in natural order; masks (`mask` in the name) and hidden files are left out."""
-    try:
-        found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and is_file(path)]
-    except (OSError, ValueError):
-        return []
-    found = [path for path in found if not path.name.startswith(".") and "mask" not in path.stem.casefold()]
-    return sorted(found, key=lambda path: (natural_key(path.name), path.name))
-
-
 class TextFix:
-    """Brings the ways to write a concept's token (`<sks>`, `< Bo >`, `⟨bo⟩`) to the one form `<bo>`."""
+    """Brings the ways to write a concept's token to the one form `<bo>`.
+
+    `<sks>`, `< Bo >` and `⟨bo⟩` are the token without a word. What other tools make of it (`&lt;bo&gt;`, `＜bo＞`,
+    `{bo}`) is read as the token too, and :meth:`strange` tells of it.
+    """
 
     def __init__(self, name: str) -> None:
         self.token = f"<{name}>"
-        self._forms = re.compile(rf"[<⟨]\s*(?:{re.escape(name)}|sks)\s*[>⟩]", re.IGNORECASE)
+        spellings = {re.escape(unicodedata.normalize(form, name)) for form in ("NFC", "NFD")} | {re.escape(name), "sks"}
+        inner = rf"\s*(?:{'|'.join(sorted(spellings))})\s*"
+        self._forms = re.compile(rf"[<⟨]{inner}[>⟩]", re.IGNORECASE)
+        foreign = (rf"{left}{inner}{right}" for left, right in _FOREIGN_BRACKETS)
+        self._foreign = re.compile("|".join(foreign), re.IGNORECASE)
 
     def __call__(self, text: str) -> str:
-        return self._forms.sub(lambda _: self.token, _IMAGE_MARK.sub("", text)).strip()
+        text = self._foreign.sub(lambda _: self.token, _IMAGE_MARK.sub("", text))
+        return self._forms.sub(lambda _: self.token, text).strip()
+
+    def strange(self, text: str) -> str:
+        """The first form in `text` that is read as the token though no published folder writes it so; "" without."""
+        found = self._foreign.search(text)
+        return found[0] if found else ""
 
 
-def text_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) -> str | None:
+def text_of(ledger: Ledger, file: Path, where: str, value: object, fix: TextFix) -> str | None:
     """`value` as tidy text; None after noting that it is not text (a problem) or empty (a warning: it is left out)."""
     if not isinstance(value, str):
         ledger.add(file, where, f"must be text, is {kind_of(value)} {show(value)}")
@@ -157,6 +165,9 @@ def text_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) ->
     except UnicodeEncodeError:
         ledger.add(file, where, f"{show(value)} holds half a character (a lone surrogate): type the text anew")
         return None
+    strange = fix.strange(value)
+    if strange:
+        ledger.warn(file, where, f"{show(strange)} is read as {fix.token}: write that where the concept is meant")
     tidy = fix(value)
     if not tidy:
         ledger.warn(file, where, "is empty: left out")
@@ -164,7 +175,7 @@ def text_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) ->
     return tidy
 
 
-def texts_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) -> list[str]:
+def texts_of(ledger: Ledger, file: Path, where: str, value: object, fix: TextFix) -> list[str]:
     """A list of texts; one bare text counts as a list of one."""
     if isinstance(value, str):
         value = [value]
@@ -175,7 +186,7 @@ def texts_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) -
     return [text for text in found if text is not None]
 
 
-def questions_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFix) -> list[RawQA]:
+def questions_of(ledger: Ledger, file: Path, where: str, value: object, fix: TextFix) -> list[RawQA]:
     """Every question with its answer in a list of {query|question, answer} and {conversations: [turn, …]} objects."""
     if isinstance(value, dict):
         value = [value]
@@ -188,7 +199,7 @@ def questions_of(ledger: Ledger, file: Path, where: str, value: Any, fix: TextFi
     return found
 
 
-def _one_item(ledger: Ledger, file: Path, where: str, item: Any, fix: TextFix) -> Iterator[RawQA]:
+def _one_item(ledger: Ledger, file: Path, where: str, item: object, fix: TextFix) -> Iterator[RawQA]:
     if not isinstance(item, dict):
         ledger.add(file, where, f"must be an object with query and answer, is {kind_of(item)}")
         return
@@ -213,7 +224,7 @@ def _one_item(ledger: Ledger, file: Path, where: str, item: Any, fix: TextFix) -
         yield RawQA(query, answer, image, extra)
 
 
-def _turns(ledger: Ledger, file: Path, where: str, turns: Any, fix: TextFix) -> list[RawQA]:
+def _turns(ledger: Ledger, file: Path, where: str, turns: object, fix: TextFix) -> list[RawQA]:
     """A chat as question/answer pairs: [{from: human, value}, {from: gpt, value}, …], or a list of {query, answer}."""
     if not isinstance(turns, list):
         ledger.add(file, where, f"must be a list of turns, is {kind_of(turns)}")
@@ -269,36 +280,59 @@ class ImageFinder:
         return True
 
     def find(self, file: Path, where: str, text: str, bases: list[Path], strict: bool = False) -> Path | None:
-        """The picture called `text` in one of `bases`, or None after noting why not.
+        """The image called `text` in one of `bases`, or None after noting why not.
 
         Names with `..` are refused; an absolute name, the path of its maker's machine, stands for the same file in this
         folder where there is one (never when `strict`).
         """
-        name = text.strip().replace("\\", "/")
-        parts = [part for part in name.split("/") if part not in ("", ".")]
-        absolute = name.startswith("/") or re.match(r"^[A-Za-z]:", name) is not None
+        parts = parts_of(text)
+        absolute = text.strip().startswith(("/", "\\")) or re.match(r"\s*[A-Za-z]:", text) is not None
         if ".." in parts:
             self.ledger.add(file, where, f"{show(text)} leaves the data folder: name a file inside it, without '..'")
             return None
-        candidates = [] if absolute else [base.joinpath(*parts) for base in bases]
-        # Folders made elsewhere carry their maker's path: what follows concept/ or random_images/ is the same here.
-        for mark in () if strict else ("concept", "random_images"):
-            if mark in parts:
-                candidates.append(self.root.joinpath(*parts[parts.index(mark) :]))
-        candidates = candidates if parts else []
-        for path in candidates:
-            if is_file(path):
-                if absolute:
-                    self.ledger.warn(file, where, f"{show(text)} is an absolute path: the {path.name} here is used")
-                return path if self.inside(file, where, path) else None
-        for path in candidates[:1]:
-            for suffix in IMAGE_SUFFIXES:
-                other = path.with_suffix(suffix)
-                if is_file(other) and self.inside(file, where, other):
-                    self.ledger.warn(file, where, f"{show(text)} does not exist: {other.name} is used")
-                    return other
+        here = [] if absolute or not parts else [base.joinpath(*parts) for base in bases]
+        path = next((path for path in here if is_file(path)), None)
+        if path is None and parts and not strict:
+            path = self._moved(parts, bases)
+            if path is not None and absolute:
+                self.ledger.warn(file, where, f"{show(text)} is an absolute path: the {path.name} here is used")
+        if path is None:
+            path = next((other for each in here for other in [spelled(each)] if is_file(other)), None) or next(
+                (other for each in here[:1] for other in list_images(each.parent) if other.stem == each.stem), None
+            )
+            if path is not None:
+                self.ledger.warn(file, where, f"{show(text)} does not exist: {path.name} is used")
+        if path is not None:
+            return path if self.inside(file, where, path) else None
         if absolute:
             self.ledger.add(file, where, f"{show(text)} is an absolute path: name a file inside the data folder")
         else:
-            self.ledger.add(file, where, f"{show(text)}: no such picture: add the file or take the entry out")
+            self.ledger.add(file, where, f"{show(text)}: no such image: add the file or take the entry out")
         return None
+
+    def _moved(self, parts: list[str], bases: list[Path]) -> Path | None:
+        """The file here that `parts`, a path on the machine of the folder's maker, stands for.
+
+        What follows concept/ or random_images/ is the same here; else the base whose last folders are those of the path
+        has a file of that name.
+        """
+        for mark in ("concept", "random_images"):
+            if mark in parts:
+                path = spelled(self.root.joinpath(*parts[parts.index(mark) :]))
+                if is_file(path):
+                    return path
+
+        def shared(base: Path) -> int:
+            pairs = zip(reversed(parts[:-1]), reversed(base.parts), strict=False)
+            return next((number for number, (a, b) in enumerate(pairs) if loose(a) != loose(b)), len(parts) - 1)
+
+        for base in sorted((base for base in bases if shared(base)), key=shared, reverse=True):
+            path = spelled(base / parts[-1])
+            if is_file(path):
+                return path
+        return None
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts of a path as any system writes it, without empty ones and `.`."""
+    return [part for part in text.strip().replace("\\", "/").split("/") if part not in ("", ".")]

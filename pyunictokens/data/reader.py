@@ -1,24 +1,24 @@
 """The files of one concept, each read tolerantly into the :class:`Concept`, each problem noted with file and field.
 
 Fields and files are those of docs/data-format.md. Folders in the wild differ from it and from each other: whatever can
-be understood is taken, what cannot is noted and left out, and nothing on disk is changed. Decodes no picture.
+be understood is taken, what cannot is noted and left out, and nothing on disk is changed. Decodes no image.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from .concept import FACT_PROMPTS, KINDS, QA, Concept, Recognition
+from .image_files import ImageFolder, is_file, look_into
 from .parse import (
     WARNING,
     ImageFinder,
     Ledger,
     TextFix,
-    is_file,
     kind_of,
-    list_images,
+    parts_of,
     printable,
     questions_of,
     show,
@@ -34,6 +34,7 @@ _PROMPT_ALIASES = {
 _COMMON = frozenset(
     {"and", "are", "for", "has", "her", "his", "its", "not", "that", "the", "their", "they", "this", "was"}
 )
+_KNOWN_FOLDERS = frozenset({"negative_example", "negative"})
 _KNOWN_INFO = {"class", "info", "extra_info", "conversation_type"}
 
 
@@ -63,14 +64,14 @@ class ConceptReader:
         if not self.test.is_dir():
             self.ledger.warn(self.test, "", "no test half: evaluation of this concept is not possible")
         elif self.finder.inside(self.test, "", self.test):
-            concept.test_images = self._existing(list_images(self.test))
+            concept.test_images = self._images(self.test)
             if not concept.test_images:
-                self.ledger.warn(self.test, "", "no test pictures: likeness and recognition cannot be measured")
+                self.ledger.warn(self.test, "", "no test images: likeness and recognition cannot be measured")
             path = self.test / "vqa.json"
             value = self.ledger.read(path, "no visual questions to test with", WARNING)
             concept.vqa, loose = self._questions(path, value, concept.test_images, self.test)
             path = self.test / "text_only.json"
-            value = self.ledger.read(path, "no questions without a picture to test with", WARNING)
+            value = self.ledger.read(path, "no questions without an image to test with", WARNING)
             value = {"text_only": value} if isinstance(value, list) else value
             about, concept.test_text_only = self._questions(path, value, concept.test_images, self.test)
             concept.test_text_only = loose + about + concept.test_text_only
@@ -115,39 +116,52 @@ class ConceptReader:
 
     def _train_images(self) -> None:
         path, concept = self.concept.root / "concept" / "train" / "train_images.json", self.concept
-        on_disk = list_images(self.train)
+        inside = look_into(self.train, _KNOWN_FOLDERS)
         value = self.ledger.read(path)
-        listed = value.get(concept.name) if isinstance(value, dict) else None
+        listed = self.ledger.entry(path, value, concept.name) if isinstance(value, dict) else None
         if value is not None and not isinstance(value, dict):
             self.ledger.add(path, "", f"must be an object {{concept: [file, …]}}, is {kind_of(value)}")
-        elif value is not None and concept.name not in value:
-            self.ledger.warn(path, concept.name, "is not listed: the pictures in its folder are used")
-        elif value is not None and not (isinstance(listed, list) and all(isinstance(item, str) for item in listed)):
+        elif isinstance(value, dict) and listed is None and concept.name not in value:
+            self.ledger.warn(path, concept.name, "is not listed: the images in its folder are used")
+        elif isinstance(value, dict) and not _is_texts(listed):
             self.ledger.add(path, concept.name, f"must be a list of file names, is {kind_of(listed)} {show(listed)}")
-            listed = None
-        if listed is None:
-            concept.train_images = self._existing(on_disk)
-        else:
+        if _is_texts(listed):
             bases = [self.train]
             found = [self.finder.find(path, f"{concept.name}[{i}]", item, bases, True) for i, item in enumerate(listed)]
             concept.train_images = list(dict.fromkeys(image for image in found if image is not None))
+            unused = [image.name for image in inside.images if image not in concept.train_images]
+            if unused:
+                self.ledger.warn(path, concept.name, f"does not list {', '.join(unused)}: not used for training")
+        else:
+            concept.train_images = self._existing(inside)
+        self._left_out(self.train, inside)
         if not concept.train_images:
-            there = f"; {len(on_disk)} in the folder are not listed in train_images.json" if on_disk and listed else ""
-            message = f"no training images{there}: put a few pictures (.png, .jpg, .webp) of the concept there"
+            there = f"; {len(inside.images)} in the folder are not listed in train_images.json" if inside.images else ""
+            message = f"no training images{there if listed else ''}: put a few images of the concept there"
             self.ledger.add(self.train, "", message)
 
-    def _existing(self, paths: list[Path]) -> list[Path]:
-        return [path for path in paths if self.finder.inside(path, "", path)]
+    def _images(self, folder: Path) -> list[Path]:
+        """The images of a folder, with a warning for those that are not used."""
+        inside = look_into(folder, _KNOWN_FOLDERS)
+        self._left_out(folder, inside)
+        return self._existing(inside)
+
+    def _left_out(self, folder: Path, inside: ImageFolder) -> None:
+        for note in inside.notes():
+            self.ledger.warn(folder, "", note)
+
+    def _existing(self, inside: ImageFolder) -> list[Path]:
+        return [path for path in inside.images if self.finder.inside(path, "", path)]
 
     def _negatives(self) -> None:
         folders = (self.train / "negative_example", self.train / "negative", self.concept.root / "random_images")
-        self.concept.negatives = [path for folder in folders for path in self._existing(list_images(folder))]
+        self.concept.negatives = [path for folder in folders for path in self._images(folder)]
         if not self.concept.negatives:
             message = "no negative examples here or in random_images/: the model may learn to answer yes to everything"
             self.ledger.warn(folders[0], "", message)
 
-    def _questions(self, path: Path, value: Any, images: list[Path], home: Path) -> tuple[list[QA], list[QA]]:
-        """(questions about pictures, questions about none) of conversations.json, vqa.json or text_only.json."""
+    def _questions(self, path: Path, value: object, images: list[Path], home: Path) -> tuple[list[QA], list[QA]]:
+        """(questions about images, questions about none) of conversations.json, vqa.json or text_only.json."""
         about: list[QA] = []
         loose: list[QA] = []
         if value is None:
@@ -155,20 +169,22 @@ class ConceptReader:
         if isinstance(value, list):
             value = {"": value}
         if not isinstance(value, dict):
-            self.ledger.add(path, "", f"must be an object {{picture: [question, …]}}, is {kind_of(value)}")
+            self.ledger.add(path, "", f"must be an object {{image: [question, …]}}, is {kind_of(value)}")
             return about, loose
+        nameless: list[str] = []
         for key, items in value.items():
             found = questions_of(self.ledger, path, printable(key) or "list", items, self.fix)
+            nameless += [qa.query for qa in found if self.fix.token not in f"{qa.query} {qa.answer}"]
             if key == "text_only":
                 loose += [QA(None, qa.query, qa.answer, qa.extra) for qa in found]
                 continue
-            pictures = images_for_key(key, images) if key else []
-            if key and not pictures and any(qa.image is None for qa in found):
+            meant = self._of_key(path, key, images)
+            if key and not meant and any(qa.image is None for qa in found):
                 names = ", ".join(image.name for image in images[:5]) or "there are none"
-                self.ledger.warn(path, key, f"matches no picture ({names}): its {len(found)} questions are left out")
+                self.ledger.warn(path, key, f"matches no image ({names}): its {len(found)} questions are left out")
                 continue
             for index, qa in enumerate(found):
-                shown = pictures
+                shown = meant
                 if qa.image is not None:
                     bases = [home, self.concept.root]
                     one = self.finder.find(path, f"{printable(key) or 'list'}[{index}].image", qa.image, bases)
@@ -176,12 +192,28 @@ class ConceptReader:
                 elif not key:
                     loose.append(QA(None, qa.query, qa.answer, qa.extra))
                 about += [QA(image, qa.query, qa.answer, dict(qa.extra)) for image in shown]
+        self._nameless(path, nameless)
         return about, loose
 
+    def _nameless(self, path: Path, questions: list[str]) -> None:
+        """Warn of questions that name the concept neither in themselves nor in their answers."""
+        if questions:
+            which = f"{show(questions[0])}" + (f" and {len(questions) - 1} more" if len(questions) > 1 else "")
+            message = f"{which}: {self.fix.token} is neither in the question nor in its answer"
+            self.ledger.warn(path, "", f"{message}, so nothing is learned or asked about it")
+
+    def _of_key(self, path: Path, key: str, images: list[Path]) -> list[Path]:
+        """The images that `key` means, with a warning where it fits more than one and names none of them in full."""
+        found = images_for_key(key, images) if key else []
+        if len(found) > 1:
+            names = ", ".join(image.name for image in found)
+            self.ledger.warn(path, key, f"fits {len(found)} images ({names}): its questions go to each of them")
+        return found
+
     def _recognitions(self, file: str, images: list[Path], positive: bool) -> None:
-        """Entries that name no picture are templates: they are dealt out over `images` until each of both was used."""
+        """Entries that name no image are templates: they are dealt out over `images` until each of both was used."""
         path = self.train / file
-        lost = f"no {'yes' if positive else 'no'}-questions about pictures to learn from"
+        lost = f"no {'yes' if positive else 'no'}-questions about images to learn from"
         value = self.ledger.read(path, lost, WARNING)
         if value is None:
             return
@@ -192,10 +224,13 @@ class ConceptReader:
         bases.append(self.concept.root / "random_images")
         found: list[Recognition] = []
         templates: list[tuple[str, str]] = []
+        nameless: list[str] = []
         for key, items in groups:
             where = printable(key) or "list"
-            at_key = images_for_key(key, images) if key else []
-            for index, qa in enumerate(questions_of(self.ledger, path, where, items, self.fix)):
+            at_key = self._of_key(path, key, images)
+            questions = questions_of(self.ledger, path, where, items, self.fix)
+            nameless += [qa.query for qa in questions if self.fix.token not in f"{qa.query} {qa.answer}"]
+            for index, qa in enumerate(questions):
                 if qa.image is not None:
                     image = self.finder.find(path, f"{where}[{index}].image", qa.image, bases)
                     found += [] if image is None else [Recognition(image, qa.query, qa.answer, positive)]
@@ -207,12 +242,13 @@ class ConceptReader:
             query, answer = templates[index % len(templates)]
             found.append(Recognition(images[index % len(images)], query, answer, positive))
         self.concept.recognitions += found
+        self._nameless(path, nameless)
 
     def _prompts(self) -> None:
         """t2i_conditions.json of the test half (some folders keep it in the train half), and the fact pairs."""
         concept = self.concept
-        path = self.test / "t2i_conditions.json"
-        if not is_file(path) and is_file(self.train / path.name):
+        path = self.ledger.on_disk(self.test / "t2i_conditions.json")
+        if not is_file(path) and is_file(self.ledger.on_disk(self.train / path.name)):
             path = self.train / path.name
         value = self.ledger.read(path, "no prompts to draw from, and no text-only reasoning", WARNING)
         if isinstance(value, list):
@@ -234,11 +270,11 @@ class ConceptReader:
                     self.ledger.warn(path, f"{where}[{index}]", message)
             concept.generation_prompts.setdefault(str(_PROMPT_ALIASES.get(key, key)), []).extend(prompts)
 
-    def _fact_pairs(self, path: Path, items: list[Any]) -> list[Any]:
+    def _fact_pairs(self, path: Path, items: list[object]) -> list[object]:
         """Note which fact each prompt asks for, by position or by `answer` in {prompt, answer}; return the prompts."""
         concept = self.concept
         facts = {_plain(fact): index for index, fact in reversed(list(enumerate(concept.extra_info)))}
-        prompts: list[Any] = []
+        prompts: list[object] = []
         by_position = 0
         for index, item in enumerate(items):
             where, fact = f"{FACT_PROMPTS}[{index}]", index
@@ -277,23 +313,39 @@ class ConceptReader:
             for index, qa in enumerate(questions):
                 words = set(_words(qa.answer)) - {"yes", "no", concept.name.casefold()}
                 if words and not any(words & facts for facts in known):
-                    message = f"{show(qa.answer)} matches no item of extra_info: the facts do not say it"
+                    message = f"no fact contains the answer {show(qa.answer)}: add one to extra_info in info.json"
                     self.ledger.warn(path, f"text_only[{index}].answer", message)
 
 
 def images_for_key(key: str, images: list[Path]) -> list[Path]:
-    """The pictures a key of conversations.json means: by whole file name, stem, part of the stem, or substring."""
-    low = key.casefold()
+    """The images a key of conversations.json means: by whole file name, stem, part of the stem, or substring.
+
+    Of a path the last part counts. Numbers are compared as numbers (`0` is `00.jpg`) and never as parts of longer ones.
+    """
+    low = (parts_of(key) or [key])[-1].casefold()
+    number = _number(low)
     for match in (
         lambda image: image.name.casefold() == low,
         lambda image: image.stem.casefold() == low,
-        lambda image: low in re.findall(r"[0-9]+|[^\W\d_]+", image.stem.casefold()),
-        lambda image: low in image.name.casefold(),
+        lambda image: number is not None and _number(image.stem) == number,
+        lambda image: (
+            low in (words := re.findall(r"[0-9]+|[^\W\d_]+", image.stem.casefold()))
+            or (number is not None and number in map(_number, words))
+        ),
+        lambda image: number is None and low in image.name.casefold(),
     ):
         found = [image for image in images if match(image)]
         if found:
             return found
     return []
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 300 else None
+
+
+def _is_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _plain(text: str) -> str:

@@ -62,13 +62,13 @@ class Wording:
         return f"{self.sks} is {article} {self.class_word}."
 
     def questions(self) -> list[tuple[str, str]]:
-        """Asked about every picture."""
+        """Asked about every image."""
         who = "Who" if self.kind == "human" else "What"
         pairs = [(f"{who} is {self.sks}?", self.sentence()), (f"{who} is in this picture?", f"This is {self.sks}.")]
         return [*pairs, (f"Describe {self.sks}.", self.info)] if self.info else pairs
 
     def text_only(self) -> list[tuple[str, str]]:
-        """Asked without a picture."""
+        """Asked without an image."""
         pairs = [(f"What kind of {'person' if self.kind == 'human' else self.kind} is {self.sks}?", self.sentence())]
         return [*pairs, (f"What does {self.sks} look like?", self.info)] if self.info else pairs
 
@@ -77,7 +77,7 @@ class Wording:
         return f"Think of {self.sks}. {question}"
 
     def recognition(self, index: int) -> list[str]:
-        """Three yes/no questions for picture `index`; neighbours get different ones."""
+        """Three yes/no questions for image `index`; neighbours get different ones."""
         asked = [_RECOGNITION[(3 * index + offset) % len(_RECOGNITION)] for offset in range(3)]
         return [template.format(sks=self.sks, class_word=self.class_word) for template in asked]
 

@@ -4,13 +4,13 @@ tables for any models."""
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import metrics
     from .benchmark import SPLITS, unifybench
     from .clip import Embeddings, OpenClip
-    from .model import Candidate, Unsupported
+    from .core import Baseline, Unsupported
     from .report.page import write_report
     from .result import EvalResult, Metric, bootstrap
     from .runner import TableSettings, fill
@@ -18,27 +18,21 @@ if TYPE_CHECKING:
     from .suites import open_suite
     from .table_files import Table
 
-_NAMES = {
-    "EvalResult": "result",
-    "Metric": "result",
-    "bootstrap": "result",
-    "SPLITS": "benchmark",
-    "unifybench": "benchmark",
-    "write_report": "report.page",
-    "Embeddings": "clip",
-    "OpenClip": "clip",
-    "Candidate": "model",
-    "Unsupported": "model",
-    "TableSettings": "runner",
-    "fill": "runner",
-    "Scorer": "scoring",
-    "open_suite": "suites",
-    "Table": "table_files",
+_HOMES = {
+    "benchmark": ("SPLITS", "unifybench"),
+    "clip": ("Embeddings", "OpenClip"),
+    "core": ("Baseline", "Unsupported"),
+    "report.page": ("write_report",),
+    "result": ("EvalResult", "Metric", "bootstrap"),
+    "runner": ("TableSettings", "fill"),
+    "scoring": ("Scorer",),
+    "suites": ("open_suite",),
+    "table_files": ("Table",),
 }
 
 __all__ = [
     "SPLITS",
-    "Candidate",
+    "Baseline",
     "Embeddings",
     "EvalResult",
     "Metric",
@@ -56,9 +50,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "metrics":
         return importlib.import_module(f"{__name__}.metrics")
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,27 +1,33 @@
 """CLIP as the image–text encoder of CLIP-T and CLIP-I: any model of open_clip_torch, from a folder or the hub, and the
-keeper of embeddings that makes each text and each photo cost one pass.
+keeper of embeddings that makes each text and each reference image cost one pass.
 
 Pixels come as tensors and stay on the device; they are brought to the encoder's size and colours with the settings of
-the checkpoint's own preprocessing (shorter side, bicubic, centre cut out).
+the checkpoint's own preprocessing (shorter side, bicubic, centre cut out). Any other encoder with the two methods of
+:class:`ImageTextEncoder` can take its place.
+
+Letters: S samples (generated images), M references, T texts, D width of an embedding.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.images import load_pixels, to_pil
+from ..data.images import from_pil, load_pixels, to_pil
 from ..utils.errors import UserError, require
 
 
-class Encoder(Protocol):
-    """What CLIP scores ask of a network."""
+@runtime_checkable
+class ImageTextEncoder(Protocol):
+    """What CLIP scores ask of a network: images and texts in one space."""
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embeddings [B, D] of pixels [B, 3, H, W] in [-1, 1]."""
@@ -32,8 +38,29 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class HasSize(Protocol):
+    """An encoder that looks at squares of one size."""
+
+    @property
+    def size(self) -> int:
+        """Pixels along one side."""
+        ...
+
+
+@dataclass
+class _Loaded:
+    """A checkpoint of open_clip: its model (encode_image, encode_text), its tokenizer, its preprocessing."""
+
+    model: ImageTextEncoder
+    tokenizer: Callable[[list[str]], Tensor]
+    size: int
+    mean: Tensor
+    std: Tensor
+
+
 class OpenClip:
-    """A model of open_clip_torch behind :class:`Encoder`; nothing is loaded before it is first used.
+    """A model of open_clip_torch behind :class:`ImageTextEncoder`; nothing is loaded before it is first used.
 
     Args:
         source: a folder with open_clip_config.json and weights, a hub id ``owner/name`` of such a folder, or
@@ -45,47 +72,33 @@ class OpenClip:
         if not source.strip():
             raise UserError("the CLIP model is empty: give a folder, a hub id, or ARCHITECTURE=FILE")
         self.source, self.device, self.dtype = source, torch.device(device), dtype
-        self._parts: tuple[Any, Any, int, Tensor, Tensor] | None = None
 
     @property
     def size(self) -> int:
         """Pixels along one side of what the encoder looks at."""
-        return self._loaded()[2]
+        return self._loaded.size
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embeddings fp32 [B, D] of pixels [B, 3, H, W] in [-1, 1], any size."""
-        model, _, size, mean, std = self._loaded()
-        pixels = resized(pixels.to(self.device, torch.float32), size)
-        normal = ((pixels.clamp(-1, 1) + 1) / 2 - mean) / std
-        return model.encode_image(normal.to(self.dtype)).float()
+        clip = self._loaded
+        pixels = resized(pixels.to(self.device, torch.float32), clip.size)
+        normal = ((pixels.clamp(-1, 1) + 1) / 2 - clip.mean) / clip.std
+        return clip.model.encode_image(normal.to(self.dtype)).float()
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embeddings fp32 [B, D]; texts longer than the model reads are cut, as open_clip does."""
-        model, tokenizer, *_ = self._loaded()
-        return model.encode_text(tokenizer(list(texts)).to(self.device)).float()
+        tokens: Sequence[str] | Tensor = self._loaded.tokenizer(list(texts)).to(self.device)
+        return self._loaded.model.encode_text(tokens).float()  # type: ignore[arg-type]  # open_clip takes ids
 
-    def _loaded(self) -> tuple[Any, Any, int, Tensor, Tensor]:
-        if self._parts is None:
-            model, tokenizer = _load(self.source, self.device)
-            model = model.to(self.dtype).eval().requires_grad_(False)
-            visual = model.visual
-            size = visual.image_size
-            side = int(size[0] if isinstance(size, (tuple, list)) else size)
-            mean, std = (
-                torch.tensor(getattr(visual, name, None) or default, device=self.device).view(3, 1, 1)
-                for name, default in (
-                    ("image_mean", (0.48145466, 0.4578275, 0.40821073)),
-                    ("image_std", (0.26862954, 0.26130258, 0.27577711)),
-                )
-            )
-            self._parts = model, tokenizer, side, mean, std
-        return self._parts
+    @cached_property
+    def _loaded(self) -> _Loaded:
+        return _load(self.source, self.device, self.dtype)
 
 
-def _load(source: str, device: torch.device) -> tuple[Any, Any]:
-    """(model, tokenizer). Raises UserError saying which files are wanted and where."""
+def _load(source: str, device: torch.device, dtype: torch.dtype) -> _Loaded:
+    """Raises UserError saying which files are wanted and where."""
     name, equals, file = source.partition("=")
     folder = Path(source).expanduser()
     if equals:
@@ -112,7 +125,16 @@ def _load(source: str, device: torch.device) -> tuple[Any, Any]:
             f"CLIP model {source}: its weights cannot be read ({type(error).__name__}: {error}): wanted are "
             "open_clip_config.json and open_clip_model.safetensors (or open_clip_pytorch_model.bin)"
         ) from error
-    return model, tokenizer
+    side, visual = model.visual.image_size, model.visual
+    mean, std = (
+        torch.tensor(getattr(visual, name, None) or default, device=device).view(3, 1, 1)
+        for name, default in (
+            ("image_mean", open_clip.OPENAI_DATASET_MEAN),
+            ("image_std", open_clip.OPENAI_DATASET_STD),
+        )
+    )
+    model = model.to(dtype).eval().requires_grad_(False)
+    return _Loaded(model, tokenizer, int(side[0] if isinstance(side, (tuple, list)) else side), mean, std)
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
@@ -128,77 +150,92 @@ def resized(pixels: Tensor, size: int) -> Tensor:
 
 
 class Embeddings:
-    """Normalised embeddings by an encoder; a text, and a photo by its path, is encoded once however often it is asked.
+    """Normalised embeddings by an encoder, on the CPU; a text, and a reference by its path, is encoded once however
+    often it is asked.
 
     Args:
-        encoder: an :class:`Encoder`, or a function that makes one when it is first needed.
+        encoder: an :class:`ImageTextEncoder`, or a function that makes one when it is first needed.
         name: what the encoder is called where scores are kept.
-        size: side in pixels to which photos are brought before encoding; None: the encoder's own, else 224.
+        size: side in pixels to which references are brought before encoding; None: the encoder's own, else 224.
+        device: where the encoder wants its pixels.
     """
 
-    def __init__(self, encoder: Encoder | Callable[[], Encoder], name: str, size: int | None = None):
-        self._make = encoder
-        self.name = name
-        self._size = size
-        self._encoder: Encoder | None = None
+    def __init__(
+        self,
+        encoder: ImageTextEncoder | Callable[[], ImageTextEncoder],
+        name: str,
+        size: int | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        self.name, self.device = name, torch.device(device)
+        self._make, self._size = encoder, size
         self._texts: dict[str, Tensor] = {}
-        self._photos: dict[Path, tuple[Tensor, Tensor]] = {}
+        self._references: dict[Path, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def encoder(self) -> Encoder:
+    @cached_property
+    def encoder(self) -> ImageTextEncoder:
         """The encoder, made on first use."""
-        if self._encoder is None:
-            made: Any = self._make
-            self._encoder = made if hasattr(made, "encode_image") else made()
-        return cast(Encoder, self._encoder)
+        return self._make if isinstance(self._make, ImageTextEncoder) else self._make()
 
     @property
     def size(self) -> int:
-        return self._size or int(getattr(self.encoder, "size", 224))
+        return self._size or (self.encoder.size if isinstance(self.encoder, HasSize) else 224)
+
+    def clip_t(self, samples_SD: Tensor, texts: Sequence[str]) -> list[float]:
+        """CLIP-T of each sample: its mean cosine similarity to the texts. Put names into plain words first."""
+        return (samples_SD @ self.texts(texts).T).mean(dim=1).tolist()
+
+    def clip_i(self, samples_SD: Tensor, pixels: Tensor, paths: Sequence[Path]) -> list[float]:
+        """CLIP-I of each sample: its mean cosine similarity to the references, itself left out where its pixels show
+        one of them (a real image in place of a sample). Raises UserError where there is no reference."""
+        if not paths:
+            raise UserError("CLIP-I: the concept has no references to compare with")
+        similar_SM = samples_SD @ self.references(paths).T
+        other_SM = ~self.same_image(pixels, paths)
+        other_SM[~other_SM.any(dim=1)] = True
+        return ((similar_SM * other_SM).sum(dim=1) / other_SM.sum(dim=1)).tolist()
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """[T, D]; only texts not seen before are encoded."""
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if new:
-            self._texts.update(zip(new, self._normal(self.encoder.encode_text(new)), strict=True))
+            self._texts.update(zip(new, _normal(self.encoder.encode_text(new)), strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
-    def photos(self, paths: Sequence[Path]) -> Tensor:
-        """[M, D]; only photos not seen before are read and encoded. Raises UserError naming one that cannot be read."""
-        new = [path for path in dict.fromkeys(paths) if path not in self._photos]
+    def references(self, paths: Sequence[Path]) -> Tensor:
+        """[M, D]; only files not seen before are read and encoded. Raises UserError naming one that cannot be read."""
+        new = [path for path in dict.fromkeys(paths) if path not in self._references]
         if new:
             pixels = torch.stack([load_pixels(path, self.size) for path in new])
-            rows = self._normal(self.encoder.encode_image(pixels))
-            self._photos.update(
+            rows = self.samples(pixels)
+            self._references.update(
                 {path: (row, small) for path, row, small in zip(new, rows, resized(pixels, _LOOK), strict=True)}
             )
-        return torch.stack([self._photos[path][0] for path in paths])
+        return torch.stack([self._references[path][0] for path in paths])
 
-    def drawings(self, pixels: Tensor) -> Tensor:
+    def samples(self, pixels: Tensor) -> Tensor:
         """[S, D] of pixels [S, 3, H, W] in [-1, 1]."""
-        return self._normal(self.encoder.encode_image(pixels))
+        return _normal(self.encoder.encode_image(pixels.to(self.device)))
 
-    def same_picture(self, pixels: Tensor, paths: Sequence[Path]) -> Tensor:
-        """bool [S, M]: drawing s shows photo m itself (a real image in place of a drawing), told by the pixels."""
-        self.photos(paths)
+    def same_image(self, pixels: Tensor, paths: Sequence[Path]) -> Tensor:
+        """bool [S, M]: sample s shows reference m itself, told by the pixels."""
+        self.references(paths)
         looks_S = torch.stack([_small(one, self.size) for one in pixels]).flatten(1)
-        looks_M = torch.stack([self._photos[path][1] for path in paths]).flatten(1)
+        looks_M = torch.stack([self._references[path][1] for path in paths]).flatten(1)
         return torch.cdist(looks_S, looks_M, p=1) / looks_S.shape[1] < _SAME
 
-    @staticmethod
-    def _normal(rows: Tensor) -> Tensor:
-        return F.normalize(rows.detach().float().cpu(), dim=-1)
+
+def _normal(rows: Tensor) -> Tensor:
+    return F.normalize(rows.detach().float().cpu(), dim=-1)
 
 
 _LOOK, _SAME = 8, 0.01
-"""Two pictures are the same when their 8×8 looks differ by less than this on average, in [-1, 1]. Sizes and crops of
-one photo differ by at most 0.004; a photo through an image tokenizer, the best copy a drawing can be, by 0.018."""
+"""Two images are the same when their 8×8 looks differ by less than this on average, in [-1, 1]. Sizes and crops of
+one photo differ by at most 0.004; a photo through an image tokenizer, the best copy a sample can be, by 0.018."""
 
 
 def _small(pixels: Tensor, size: int) -> Tensor:
-    """A picture's small look, by the same steps as a photo's."""
-    from ..data.images import from_pil
-
+    """An image's small look, by the same steps as a reference's."""
     image = to_pil(pixels)
     shorter = min(image.size)
     scaled = image.resize((round(image.width * size / shorter), round(image.height * size / shorter)))

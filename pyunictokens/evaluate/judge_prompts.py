@@ -1,6 +1,6 @@
 """What a judge is asked (Dense Rea., the GPT columns of VQA and QA, Dense Gen., Dense Rea. Gen.), as one question each.
 
-The paper has GPT-4o score answers, and for drawings "whether each segment of text is correctly represented in the
+The paper has GPT-4o score answers, and for images "whether each segment of text is correctly represented in the
 image, giving a score from 0 to 1", segments split at punctuation marks; its prompts are not published, so these are
 this project's own. The judge brings its scale to 0…1 itself. `rewards.judge` asks.
 """

@@ -1,10 +1,7 @@
-"""Measures of answers and drawings, one small function each, with their formulas.
+"""Measures of answers, one small function each, with their formulas: BLEU as the field computes it, exact and forgiving
+equality, yes and no, the option an answer picks; and the share of attributes that an image shows right.
 
-Answers: BLEU as the field computes it, exact and forgiving equality, yes and no. Drawings: CLIP-I and CLIP-T from any
-image–text encoder, and, where truth is known, the share of attributes drawn right. The networks are handed in; this
-module knows no model, no folder and no training. BLEU needs sacrebleu; the rest needs torch alone.
-
-Letters: S drawings, M photos, H and W pixels.
+Measures that need a network are in clip.py and scoring.py. BLEU needs sacrebleu.
 """
 
 from __future__ import annotations
@@ -15,13 +12,12 @@ import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from ..utils.errors import UserError, needs
 
-from ..utils.errors import UserError
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
 
 PUBLISHED_WEIGHTS = (0.7, 0.3)
 """Weights of single characters and pairs in the published evaluation's BLEU."""
@@ -31,30 +27,7 @@ _HELPERS = re.compile(r"<token_\d+>")
 _ARTICLES = frozenset({"a", "an", "the"})
 _WORD = re.compile(r"[^\W_]+")
 _SEGMENT = re.compile(r"[,.;:!?]+(?:\s|$)")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
-
-
-class ImageTextNet(Protocol):
-    """What CLIP scores ask of a network: pictures and texts in one space."""
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Embeddings [B, D] of pixels [B, 3, H, W] in [-1, 1]."""
-        ...
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D]."""
-        ...
-
-
-class AttributeNet(Protocol):
-    """What attribute accuracy asks of a network that reads images of a world whose truth is known."""
-
-    def attributes(self, pixels: Tensor) -> list[dict[str, str]]:
-        """What is seen in each image [B, 3, H, W], as words by slot."""
-        ...
-
-
-# --- answers -------------------------------------------------------------------------------------------------------
+_LETTER = re.compile(r"^\W*\(?([A-H])(?:[.):]|\W*$)")
 
 
 def clean(answer: str) -> str:
@@ -90,15 +63,17 @@ def word_bleu(reference: str, candidate: str) -> float:
 
 
 @lru_cache
-def _ngrams(longest: int) -> Any:
-    from sacrebleu.metrics.bleu import BLEU
+def _ngrams(longest: int) -> BLEU:
+    with needs("evaluate"):
+        from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(tokenize="none", max_ngram_order=longest, smooth_method="none", effective_order=True)
 
 
 @lru_cache
-def _sentence_bleu() -> Any:
-    from sacrebleu.metrics.bleu import BLEU
+def _sentence_bleu() -> BLEU:
+    with needs("evaluate"):
+        from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(effective_order=True)
 
@@ -131,7 +106,7 @@ def says_yes(answer: str) -> bool | None:
 
 
 def recognition_weight(positives: Sequence[bool | float], negatives: Sequence[bool | float]) -> float:
-    """0.5 · share right on pictures of the concept + 0.5 · share right on others: saying yes always is worth 0.5."""
+    """0.5 · share right on images of the concept + 0.5 · share right on others: saying yes always is worth 0.5."""
     if not positives or not negatives:
         raise UserError(f"recognition weight of {len(positives)} positives and {len(negatives)} negatives: needs both")
     return 0.5 * sum(positives) / len(positives) + 0.5 * sum(negatives) / len(negatives)
@@ -145,31 +120,16 @@ def nearest(answer: str, facts: Sequence[str]) -> int:
     return scores.index(max(scores))
 
 
-# --- drawings ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def clip_i(net: ImageTextNet, drawings: Tensor, photos: Tensor) -> list[float]:
-    """CLIP-I of each drawing: its mean cosine similarity to the photos [M, 3, H, W]."""
-    if photos.shape[0] == 0:
-        raise UserError("CLIP-I needs at least one photo to compare with")
-    a_SD, b_MD = (F.normalize(net.encode_image(pixels).float(), dim=-1) for pixels in (drawings, photos))
-    return (a_SD @ b_MD.T).mean(dim=1).tolist()
-
-
-@torch.no_grad()
-def clip_t(net: ImageTextNet, drawings: Tensor, prompt: str) -> list[float]:
-    """CLIP-T of each drawing: its cosine similarity to the prompt. Put names into plain words first."""
-    return _similarity(net, drawings, [prompt])[:, 0].tolist()
-
-
-@torch.no_grad()
-def clip_t_segments(net: ImageTextNet, drawings: Tensor, prompt: str) -> list[float]:
-    """Mean of CLIP-T over the parts of a dense prompt between punctuation marks.
-
-    The paper lets GPT-4o judge each part; here the image–text encoder does.
-    """
-    return _similarity(net, drawings, segments(prompt)).mean(dim=1).tolist()
+def picked(answer: str, options: Sequence[str]) -> str | None:
+    """The option an answer names, by its letter (``B``, ``(B)``, ``B. grey``) or by its words; None where it names none
+    or several."""
+    letter = _LETTER.match(answer)
+    if letter and ord(letter[1]) - ord("A") < len(options):
+        return options[ord(letter[1]) - ord("A")]
+    said = f" {normalise(answer)} "
+    named = [option for option in options if f" {normalise(option)} " in said]
+    whole = [option for option in named if not any(option != other and option in other for other in named)]
+    return whole[0] if len(whole) == 1 else None
 
 
 def segments(prompt: str) -> list[str]:
@@ -177,15 +137,9 @@ def segments(prompt: str) -> list[str]:
     return [part.strip() for part in _SEGMENT.split(prompt) if part.strip()] or [prompt]
 
 
-def _similarity(net: ImageTextNet, drawings: Tensor, texts: Sequence[str]) -> Tensor:
-    image_SD = F.normalize(net.encode_image(drawings).float(), dim=-1)
-    text_TD = F.normalize(net.encode_text(texts).float(), dim=-1)
-    return image_SD @ text_TD.to(image_SD.device).T
-
-
 def attribute_accuracy(seen: Mapping[str, str], wanted: Mapping[str, str]) -> float:
     """Share of the wanted slots that were seen with the wanted word. Slots that only say "none" are not counted when
-    wanted: every drawing without the thing would have them right."""
+    wanted: every image without the thing would have them right."""
     asked = {slot: word for slot, word in wanted.items() if word != "none"}
     if not asked:
         raise UserError(f"no attribute is wanted in {dict(wanted)}: accuracy is not defined")

@@ -1,27 +1,32 @@
-"""What an evaluation leaves behind: means with intervals, a record for each item, the drawings; saved and read as JSON.
+"""What an evaluation leaves behind: means with intervals, a record for each item, the images; saved and read as JSON.
 
 Every number in the tables is computed from the records, so two results of the same items can be compared item by item:
-the same seeds draw the same noise, and the difference of two runs is measured on pairs.
+the same seeds draw the same noise, and the difference of two runs is measured on pairs. Names of earlier versions
+(splits, "drawings", "photos") are read as what they are called now.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_json
+from ..utils.json import Json
+from .tasks import ALL_SAMPLES, measure_named, task_named
 
 FORMAT = 1
 POOLED = ("attributes", "subject", "prompted", "clip_t", "clip_i")
-"""Measures of drawings that are also given over all drawings of all splits, as ``drawings.<measure>``."""
+"""Measures of images that are also given over all images of all tasks, as ``samples.<measure>``."""
+REFERENCES = "references"
+"""Stands for the concept's own images among the images of a result."""
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
@@ -62,34 +67,57 @@ def balanced_bootstrap(groups: Sequence[Sequence[float]], *, seed: int = 0, resa
     return Metric(float(np.mean(means)), float(low), float(high), sum(len(group) for group in groups))
 
 
+class ItemRecord(TypedDict, total=False):
+    """One item of a result: what was asked, what came of it."""
+
+    question: str
+    image: str
+    group: str
+    """Which half of a balanced mean the item belongs to."""
+    prompt: str
+    drawn: str
+    """The prompt as the images were generated from it."""
+    explicit: str
+    """The prompt with what it hints at spelled out."""
+    answer: str
+    truth: str
+    seen: list[dict[str, str]]
+    """What the attribute reader saw in each image."""
+    scores: dict[str, list[float]]
+    """Numbers by measure, one an image or one in all."""
+
+
+Records: TypeAlias = dict[str, list[ItemRecord]]
+"""Records of items by task."""
+
+
 @dataclass
 class EvalResult:
     """One evaluation of one concept."""
 
     concept: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Json] = field(default_factory=dict)
     """What was asked for: samples, seed, steps, guidance scale, splits."""
-    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Per split one dict an item. Its ``scores`` are lists of numbers by metric, one a drawing or one in all;
-    ``group``, where given, says which half of a balanced mean the item belongs to."""
+    records: Records = field(default_factory=dict)
     images: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Per split and item the drawings, uint8 [S, 3, H, W], for splits that draw; "photos" holds the concept's own."""
+    """Per task and item the images, uint8 [S, 3, H, W], for tasks that generate some; "references" holds the
+    concept's own."""
     notes: list[str] = field(default_factory=list)
     """What was not measured, and why."""
     seconds: float = 0.0
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """``{"split.metric": Metric}``, computed from the records."""
+        """``{"task.measure": Metric}``, computed from the records."""
         return {key: balanced_bootstrap(list(groups.values())) for key, groups in _gather(self.records).items()}
 
     def compare(self, other: EvalResult) -> dict[str, Metric]:
         """Differences ``other − self`` of all metrics both have over the same items, measured on pairs.
 
-        Splits whose prompts or questions differ, or that were drawn another number of times, are left out.
+        Tasks whose prompts or questions differ, or with another number of images, are left out.
         """
-        same = [split for split in self.records if _asked(self.records, split) == _asked(other.records, split)]
-        mine, theirs = (_gather({split: result.records[split] for split in same}) for result in (self, other))
+        same = [task for task in self.records if _asked(self.records, task) == _asked(other.records, task)]
+        mine, theirs = (_gather({task: result.records[task] for task in same}) for result in (self, other))
         result = {}
         for key, groups in mine.items():
             second = theirs.get(key, {})
@@ -102,13 +130,13 @@ class EvalResult:
         """Write `path` (JSON) and, beside it, a folder of PNG strips named ``<stem>_images``; returns `path`."""
         path = Path(path)
         folder = path.with_name(f"{path.stem}_images")
-        files: dict[str, list[dict[str, Any]]] = {}
-        for split, items in self.images.items():
-            files[split] = []
-            for index, drawings in enumerate(items):
-                file = folder / f"{split}_{index:03d}.png"
-                write_strip(drawings, file)
-                files[split].append({"file": f"{folder.name}/{file.name}", "count": len(drawings)})
+        files: dict[str, list[dict[str, Json]]] = {}
+        for task, items in self.images.items():
+            files[task] = []
+            for index, images in enumerate(items):
+                file = folder / f"{task}_{index:03d}.png"
+                write_strip(images, file)
+                files[task].append({"file": f"{folder.name}/{file.name}", "count": len(images)})
         write_json(
             path,
             {
@@ -134,11 +162,16 @@ class EvalResult:
             raise UserError(f"{path}: not an evaluation result of format {FORMAT} (found {found!r})")
         try:
             images = {
-                split: [read_strip(path.parent / item["file"], int(item["count"])) for item in items]
-                for split, items in content["images"].items()
+                REFERENCES if task == "photos" else task_named(task): [
+                    read_strip(path.parent / item["file"], int(item["count"])) for item in items
+                ]
+                for task, items in content["images"].items()
             }
-            names = ("concept", "settings", "records", "notes", "seconds")
-            result = cls(images=images, **{name: content[name] for name in names})
+            records = {task_named(task): items for task, items in content["records"].items()}
+            settings, notes = dict(content["settings"]), list(content["notes"])
+            if "splits" in settings:
+                settings["splits"] = [task_named(task) for task in settings["splits"]]
+            result = cls(str(content["concept"]), settings, records, images, notes, float(content["seconds"]))
             _gather(result.records)
         except UserError:
             raise
@@ -147,20 +180,29 @@ class EvalResult:
         return result
 
 
-def _gather(records: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
-    """``{"split.metric": {group: values}}``, items in order; and ``drawings.metric`` over all splits."""
+def read_means(path: str | os.PathLike[str]) -> dict[str, float]:
+    """``{"task.measure": mean}`` of a saved result, without its records and images. Raises UserError as `load` does."""
+    content = read_json(path)
+    try:
+        return {measure_named(key): float(metric["mean"]) for key, metric in content["metrics"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not a whole evaluation result ({type(error).__name__}: {error})") from None
+
+
+def _gather(records: Records) -> dict[str, dict[str, list[float]]]:
+    """``{"task.measure": {group: values}}``, items in order; and ``samples.measure`` over all tasks."""
     found: dict[str, dict[str, list[float]]] = {}
-    for split, items in records.items():
+    for task, items in records.items():
         for item in items:
             for name, values in item["scores"].items():
-                for key in (f"{split}.{name}", f"drawings.{name}") if name in POOLED else (f"{split}.{name}",):
+                for key in (f"{task}.{name}", f"{ALL_SAMPLES}.{name}") if name in POOLED else (f"{task}.{name}",):
                     groups = found.setdefault(key, {})
                     groups.setdefault(str(item.get("group", "")), []).extend(float(value) for value in values)
     return {key: {name: values for name, values in groups.items() if values} for key, groups in found.items()}
 
 
-def _asked(records: Mapping[str, list[dict[str, Any]]], split: str) -> list[tuple[Any, ...]]:
-    return [tuple(item.get(key) for key in ("prompt", "question", "image")) for item in records.get(split, [])]
+def _asked(records: Records, task: str) -> list[tuple[object, ...]]:
+    return [(item.get("prompt"), item.get("question"), item.get("image")) for item in records.get(task, [])]
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -168,26 +210,28 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
 
-def write_strip(drawings: Tensor, file: Path) -> None:
+def write_strip(images: Tensor, file: Path) -> None:
     """Write uint8 [S, 3, H, W] side by side into one PNG, whole or not at all."""
-    from PIL import Image
+    with needs("evaluate"):
+        from PIL import Image
 
     from ..data.images import save_image
 
-    save_image(Image.fromarray(torch.cat(list(drawings), dim=2).permute(1, 2, 0).contiguous().numpy()), file)
+    save_image(Image.fromarray(torch.cat(list(images), dim=2).permute(1, 2, 0).contiguous().numpy()), file)
 
 
 def read_strip(file: Path, count: int) -> Tensor:
-    """The `count` drawings that :func:`write_strip` wrote, uint8 [count, 3, H, W]. Raises UserError naming the file."""
-    from PIL import Image, UnidentifiedImageError
+    """The `count` images that :func:`write_strip` wrote, uint8 [count, 3, H, W]. Raises UserError naming the file."""
+    with needs("evaluate"):
+        from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file) as image:
             pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
     except FileNotFoundError:
-        raise UserError(f"{file}: no such picture, though its result names it") from None
+        raise UserError(f"{file}: no such image, though its result names it") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as a picture: {error}") from None
+        raise UserError(f"{file}: cannot be read as an image: {error}") from None
     if count < 1 or pixels.shape[1] % count:
-        raise UserError(f"{file}: is {pixels.shape[1]} pixels wide, which {count} drawings cannot share")
+        raise UserError(f"{file}: is {pixels.shape[1]} pixels wide, which {count} images cannot share")
     return torch.stack(pixels.permute(2, 0, 1).chunk(count, dim=2)).contiguous()

@@ -1,36 +1,35 @@
-"""Cells of a table on disk: what one model answered or drew for one item under one seed, and its scores so far.
+"""What one model answered or generated for one item under one seed, with its scores; and a folder that keeps it.
 
-    OUT/cells/MODEL/CONCEPT/TASK/DIGEST.json      and, for drawings, DIGEST.png beside it
+    OUT/samples/MODEL/CONCEPT/TASK/DIGEST.json      and, for images, DIGEST.png beside it
 
-A cell is written whole or not at all (the picture first, then the JSON that names it), and its name is a digest of all
-that decides what the model says: so a cell that is there is right, and is not done again. Scores carry the name of what
-gave them; a score that could not be had is absent and tried again next time.
+A record is written whole or not at all (the image first, then the JSON that names it), and its name is a digest of all
+that decides what the model says: so a record that is there is right, and is not made again. Scores carry the name of
+what gave them; a score that could not be had is absent and tried again next time. Folders of earlier versions
+(OUT/cells/) are read, and go on, as they are.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..utils.errors import UserError
 from ..utils.files import read_json, safe_name, write_json
+from ..utils.fingerprint import digest
+from ..utils.json import Json
 from .result import read_strip, write_strip
-from .subject import Item, Subject
+from .tasks import TASKS, Item, Subject, task_named
 
 FORMAT = 1
-_WEIGHTS = frozenset({".safetensors", ".bin", ".pt"})
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
 
 
 @dataclass
-class Cell:
+class Record:
     """One item's output and scores."""
 
     model: str
@@ -45,82 +44,77 @@ class Cell:
     image: str = ""
     seed: int = 0
     answer: str | None = None
-    """What the model answered; for drawings that reason first, the answer they were drawn with."""
+    """What the model answered; for images of a prompt that needs a fact, the answer they were generated with."""
     drawn: str = ""
-    """The prompt as it was drawn."""
+    """The prompt as the images were generated from it."""
     count: int = 0
-    """Drawings beside the cell."""
+    """Images beside the record."""
     scores: dict[str, list[float]] = field(default_factory=dict)
-    """Numbers by measure, one a drawing or one in all."""
+    """Numbers by measure, one an image or one in all."""
     by: dict[str, str] = field(default_factory=dict)
     """What gave each score: an encoder's or a judge's name; "" for arithmetic."""
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Json] = field(default_factory=dict)
     """What a score was made of, such as the judge's words by segment."""
+    seen: list[dict[str, str]] = field(default_factory=list)
+    """What an attribute reader saw in each image, as words by slot."""
     seconds: float = 0.0
     path: Path = field(default=Path(), compare=False)
+    pixels: Tensor | None = field(default=None, compare=False, repr=False)
+    """The images as they were generated, [S, 3, H, W] in [-1, 1], while they are at hand; not kept."""
 
-    def drawings(self) -> Tensor:
-        """uint8 [count, 3, H, W]. Raises UserError where the picture is gone or damaged."""
+    def __post_init__(self) -> None:
+        self.task = task_named(self.task)
+
+    @classmethod
+    def of(cls, model: str, subject: Subject, item: Item, seed: int = 0, path: Path | None = None) -> Record:
+        """An empty record of one item."""
+        image = item.image.name if item.image else ""
+        about = (item.task, item.digest, item.text, item.meant, item.group, image)
+        return cls(model, subject.name, subject.kind, *about, seed, path=path or Path())
+
+    def images(self) -> Tensor:
+        """The kept images, uint8 [count, 3, H, W]. Raises UserError where the file is gone or damaged."""
         return read_strip(self.path.with_suffix(".png"), self.count)
 
+    def looks(self) -> Tensor:
+        """The images [S, 3, H, W] in [-1, 1]: those at hand, else the kept ones."""
+        return self.pixels if self.pixels is not None else self.images().float() / 127.5 - 1.0
 
-class Cells:
-    """The folder of one evaluation's cells."""
+
+class SampleCache:
+    """The folder of one evaluation's records."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def place(self, model: str, identity: str, subject: Subject, item: Item, seed: int, samples: int) -> Path:
-        """Where the cell of these is, or will be."""
-        who = f"{_slug(model)}-{_digest(identity)[:6]}"
+        """Where the record of these is, or will be."""
+        slug = _UNSAFE.sub("-", model).strip("-.")[:48] or "model"
+        inside = Path(f"{slug}-{digest(identity)[:6]}", safe_name(subject.name, "concept name"))
         decides = [FORMAT, identity, item.digest, seed if samples else 0, samples]
-        name = _digest(json.dumps(decides))[:20]
-        return self.folder / who / safe_name(subject.name, "concept name") / item.task / f"{name}.json"
+        name = f"{digest(json.dumps(decides))[:20]}.json"
+        earlier = self.folder / "cells" / inside / TASKS[item.task].key / name
+        return earlier if earlier.is_file() else self.folder / "samples" / inside / item.task / name
 
     @staticmethod
-    def read(path: Path) -> Cell | None:
-        """The cell at `path`; None where there is none, or where what is there is no whole cell."""
+    def read(path: Path) -> Record | None:
+        """The record at `path`; None where there is none, or where what is there is no whole record."""
         try:
             content = read_json(path)
             if content.pop("format") != FORMAT:
                 return None
-            cell = Cell(**content, path=path)
-            if cell.count and not path.with_suffix(".png").is_file():
+            record = Record(**content, path=path)
+            if record.count and not path.with_suffix(".png").is_file():
                 return None
         except (UserError, KeyError, TypeError, AttributeError):
             return None
-        return cell
+        return record
 
     @staticmethod
-    def write(cell: Cell, drawings: Tensor | None = None) -> None:
-        """Keep `cell`, with its drawings uint8 [S, 3, H, W] when they are new."""
-        if drawings is not None:
-            write_strip(drawings, cell.path.with_suffix(".png"))
-        content = asdict(cell)
-        del content["path"]
-        write_json(cell.path, {"format": FORMAT, **content})
-
-
-def fingerprint(path: str | os.PathLike[str], pattern: str = "**/*") -> str:
-    """A digest of the weights under a local folder (or of one file), by names, sizes and times; "" where none is local.
-
-    Part of a candidate's identity: weights trained anew at the same place are another model.
-    """
-    place = Path(path).expanduser()
-    if not str(path):
-        return ""
-    files = [place] if place.is_file() else sorted(place.glob(pattern)) if place.is_dir() else []
-    found = [
-        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
-        for file in files
-        if file.suffix in _WEIGHTS and file.is_file()
-    ]
-    return _digest("\n".join(found))[:16] if found else ""
-
-
-def _slug(name: str) -> str:
-    return _UNSAFE.sub("-", name).strip("-.")[:48] or "model"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    def write(record: Record, images: Tensor | None = None) -> None:
+        """Keep `record`, with its images uint8 [S, 3, H, W] when they are new."""
+        if images is not None:
+            write_strip(images, record.path.with_suffix(".png"))
+        content = asdict(record)
+        del content["path"], content["pixels"]
+        write_json(record.path, {"format": FORMAT, **content})

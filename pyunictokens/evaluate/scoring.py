@@ -1,59 +1,77 @@
-"""Scores of cells: arithmetic on answers, CLIP on drawings, a judge on both. Every column of Tables 1, 2, 3 and 5.
+"""The one place that scores: arithmetic on answers, CLIP on images, a judge on both, rewards, attributes of the toy.
 
-    rec                     weight                       right "yes" or "no"
-    rea                     bleu, word_bleu, accuracy    against the right fact; accuracy: the nearest of all facts
-    dense_rea               judge, bleu, accuracy
-    vqa, qa                 bleu, judge, word_bleu, accuracy
-    pure, rea_gen           clip_t, clip_i               CLIP-T by the prompt with its details spelled out
-    dense, dense_rea_gen    judge, clip_i, clip_t        judge: mean over the parts of the spelled-out prompt
-
-What cannot be scored (no judge, no weights, a judge that answers out of range) is left out of the cell and listed; an
-empty answer is worth 0 and no judge is asked.
+Which measures a task has stands in tasks.py; here is what each does. CLIP-T takes the prompt with its details spelled
+out, for long prompts the mean over its parts. What cannot be scored (no judge, no weights, a judge that answers out of
+range) is left out of the record and listed; an empty answer is worth 0 and no judge is asked.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..rewards.base import plain_text
+from torch import Tensor
+
+from ..rewards.base import EnsembleScore, RewardBatch, plain_text
+from ..rewards.judge import JudgeItem, JudgeScore
 from ..utils.errors import MissingExtra, UserError
-from . import judge_prompts as judging
+from . import judge_prompts as prompts
 from . import metrics as m
 from .clip import Embeddings
-from .sample_cache import Cell
-from .subject import DRAWING, Item, Subject
-
-METRICS: dict[str, tuple[str, ...]] = {
-    "rec": ("weight",),
-    "rea": ("bleu", "word_bleu", "accuracy"),
-    "dense_rea": ("judge", "bleu", "accuracy"),
-    "vqa": ("bleu", "judge", "word_bleu", "accuracy"),
-    "qa": ("bleu", "judge", "word_bleu", "accuracy"),
-    "pure": ("clip_t", "clip_i"),
-    "dense": ("judge", "clip_i", "clip_t"),
-    "rea_gen": ("clip_t", "clip_i"),
-    "dense_rea_gen": ("judge", "clip_i", "clip_t"),
-}
-"""Measures by task."""
+from .sample_cache import Record
+from .tasks import TASKS, Item, Subject
 
 _CLIP = ("clip_t", "clip_i")
-_LETTER = re.compile(r"^\W*\(?([A-H])(?:[.):]|\W*$)")
 
 
-class AnyJudge(Protocol):
+class Judge(Protocol):
     """What is asked of a judge (`rewards.Judge` has it)."""
 
-    def score(self, items: Sequence[Any]) -> Sequence[Any]:
+    def score(self, items: Sequence[JudgeItem]) -> Sequence[JudgeScore]:
         """One score an item: `value` in 0…1, or None with `error`."""
         ...
 
 
+class Reward(Protocol):
+    """What is asked of a reward (`rewards.Ensemble` has it)."""
+
+    def score(self, batch: RewardBatch) -> EnsembleScore:
+        """The reward of every image of the batch."""
+        ...
+
+
+class AttributeReader(Protocol):
+    """What is asked of a network that reads images of a world whose truth is known."""
+
+    def attributes(self, pixels: Tensor) -> list[dict[str, str]]:
+        """What is seen in each image [B, 3, H, W], as words by slot."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardOf:
+    """A reward with what it has to know of the concept."""
+
+    reward: Reward
+    references: Tensor
+    """[M, 3, H, W]: images of the concept."""
+    words: str
+    """What stands for `<name>` in the prompts that it reads."""
+
+
+@dataclass(frozen=True)
+class AttributesOf:
+    """A reader with the truth: attributes of the subject, and of what a prompt asks for."""
+
+    reader: AttributeReader
+    subject: Mapping[str, str]
+    prompts: Mapping[str, Mapping[str, str]]
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Something that could not be answered, drawn or scored; the evaluation went on."""
+    """Something that could not be answered, generated or scored; the evaluation went on."""
 
     model: str
     concept: str
@@ -62,21 +80,46 @@ class Failure:
     why: str
     text: str = ""
 
+    @classmethod
+    def of(cls, record: Record, what: str, why: object) -> Failure:
+        return cls(record.model, record.concept, record.task, what, str(why), record.text)
+
     def __str__(self) -> str:
         where = f" of {self.text!r}" if self.text else ""
         return f"{self.model}, {self.concept}, {self.task}: {self.what}{where}: {self.why}"
 
 
+@dataclass
+class _Question:
+    """One question to the judge, and whose score the answer goes into."""
+
+    record: Record
+    image: int
+    part: str
+    item: JudgeItem
+
+
 class Scorer:
-    """Fills in the scores that cells lack.
+    """Fills in the scores that records lack.
 
     Args:
         embeddings: CLIP; None leaves CLIP-T and CLIP-I out.
         judge, judge_name: a judge and what it is called where scores are kept; None leaves the judge's columns out.
+        reward: of images of held-out facts, each judged by the prompt with the true fact.
+        attributes: attribute accuracy of all images.
     """
 
-    def __init__(self, embeddings: Embeddings | None = None, judge: AnyJudge | None = None, judge_name: str = "judge"):
+    def __init__(
+        self,
+        embeddings: Embeddings | None = None,
+        judge: Judge | None = None,
+        judge_name: str = "judge",
+        *,
+        reward: RewardOf | None = None,
+        attributes: AttributesOf | None = None,
+    ):
         self.embeddings, self.judge, self.judge_name = embeddings, judge, judge_name
+        self.reward, self.attributes = reward, attributes
         self.notes: list[str] = []
         if embeddings is None:
             self.notes.append("CLIP-T and CLIP-I: no CLIP model was given (--clip): not measured")
@@ -85,133 +128,156 @@ class Scorer:
                 "judge: none was given (--judge-url): Dense Rea., Dense Gen. and GPT columns not measured"
             )
 
-    def lacking(self, cell: Cell) -> list[str]:
-        """Measures that `cell` wants and does not have from the present encoder and judge."""
-        by = {name: self._by(name) for name in METRICS[cell.task]}
-        return [n for n, who in by.items() if who is not None and (n not in cell.scores or cell.by.get(n, "") != who)]
+    def lacking(self, record: Record) -> list[str]:
+        """Measures that `record` wants and does not have from what is at hand now."""
+        names = [*TASKS[record.task].measures]
+        if TASKS[record.task].images:
+            names += ["attributes"] if self.attributes else []
+            names += ["reward"] if self.reward and record.task == "reasoning_generation" else []
+        by = {name: self._by(name) for name in names}
+        return [
+            name
+            for name, who in by.items()
+            if who is not None and (name not in record.scores or record.by.get(name, "") != who)
+        ]
 
-    def _by(self, metric: str) -> str | None:
-        if metric == "judge":
+    def _by(self, measure: str) -> str | None:
+        """What gives a measure; None where it cannot be had."""
+        if measure == "judge":
             return None if self.judge is None else self.judge_name
-        if metric in _CLIP:
+        if measure in _CLIP:
             return None if self.embeddings is None else self.embeddings.name
         return ""
 
-    def score(self, pairs: Sequence[tuple[Cell, Item]], subject: Subject) -> list[Failure]:
-        """Score cells of one concept in place, all of the judge's questions together. Returns what was not scored."""
+    def score(self, pairs: Sequence[tuple[Record, Item]], subject: Subject) -> list[Failure]:
+        """Score records of one concept in place, all of the judge's questions together. Returns what was not scored."""
         failures: list[Failure] = []
-        asked: list[tuple[Cell, int, str, Any]] = []
-        for cell, item in pairs:
-            lacking = self.lacking(cell)
+        asked: list[_Question] = []
+        for record, item in pairs:
             try:
-                if cell.task not in DRAWING:
-                    self._keep(cell, {n: [_arithmetic(n, item, cell.answer or "")] for n in lacking if n != "judge"})
-                if any(name in _CLIP for name in lacking):
-                    self._keep(cell, self._clip(cell, subject, [name for name in lacking if name in _CLIP]))
-                if "judge" in lacking:
-                    asked += self._questions(cell, item, subject)
+                asked += self.measure(record, item, subject)
             except (UserError, MissingExtra) as error:
-                failures.append(Failure(cell.model, cell.concept, cell.task, "scores", str(error), cell.text))
+                failures.append(Failure.of(record, "scores", error))
         return failures + self._judge(asked)
 
-    def _keep(self, cell: Cell, scores: dict[str, list[float]]) -> None:
+    def measure(self, record: Record, item: Item, subject: Subject) -> list[_Question]:
+        """All but the judge's scores of one record; returns what the judge is to be asked. Raises UserError for what
+        cannot be scored."""
+        lacking = self.lacking(record)
+        if not TASKS[record.task].images:
+            self._keep(record, {n: [_of_answer(n, item, record.answer or "")] for n in lacking if n != "judge"})
+            return self._about_answer(record, item) if "judge" in lacking else []
+        if not lacking:
+            return []
+        pixels = record.looks()
+        plain = plain_text(record.meant, subject.class_word)
+        if self.embeddings and any(name in _CLIP for name in lacking):
+            rows = self.embeddings.samples(pixels)
+            if "clip_t" in lacking:
+                texts = m.segments(plain) if record.task.startswith("dense") else [plain]
+                self._keep(record, {"clip_t": self.embeddings.clip_t(rows, texts)})
+            if "clip_i" in lacking:
+                self._keep(record, {"clip_i": self.embeddings.clip_i(rows, pixels, subject.references)})
+        if self.reward and "reward" in lacking:
+            self._keep(record, _rewards(self.reward, record, item, subject, pixels))
+        if self.attributes and "attributes" in lacking:
+            seen = self.attributes.reader.attributes(pixels)
+            self._keep(record, _shown(self.attributes, seen, item.text))
+            record.seen = seen
+        return self._about_images(record, subject, pixels, plain) if "judge" in lacking else []
+
+    def _keep(self, record: Record, scores: Mapping[str, list[float]]) -> None:
         for name, values in scores.items():
-            cell.scores[name] = values
-            cell.by[name] = self._by(name) or ""
-
-    # --- drawings by CLIP ------------------------------------------------------------------------------------------
-
-    def _clip(self, cell: Cell, subject: Subject, names: list[str]) -> dict[str, list[float]]:
-        assert self.embeddings is not None
-        pixels = cell.drawings().float() / 127.5 - 1.0
-        drawn_SD = self.embeddings.drawings(pixels)
-        scores = {}
-        if "clip_t" in names:
-            plain = plain_text(cell.meant, subject.class_word)
-            parts = m.segments(plain) if cell.task.startswith("dense") else [plain]
-            scores["clip_t"] = (drawn_SD @ self.embeddings.texts(parts).T).mean(dim=1).tolist()
-        if "clip_i" in names:
-            if not subject.photos:
-                raise UserError("CLIP-I: the concept has no photos to compare with")
-            similar_SM = drawn_SD @ self.embeddings.photos(subject.photos).T
-            other_SM = ~self.embeddings.same_picture(pixels, subject.photos)
-            other_SM[~other_SM.any(dim=1)] = True
-            scores["clip_i"] = ((similar_SM * other_SM).sum(dim=1) / other_SM.sum(dim=1)).tolist()
-        return scores
+            record.scores[name] = values
+            record.by[name] = self._by(name) or ""
 
     # --- the judge -------------------------------------------------------------------------------------------------
 
-    def _questions(self, cell: Cell, item: Item, subject: Subject) -> list[tuple[Cell, int, str, Any]]:
-        """(cell, drawing, part, question) of all the judge has to say about `cell`."""
-        from ..rewards.judge import JudgeItem
-
-        if cell.task not in DRAWING:
-            answer = m.clean(cell.answer or "")
-            if not answer:
-                self._keep(cell, {"judge": [0.0]})
-                cell.details["judge"] = "an empty answer: 0 without asking"
-                return []
-            return [(cell, 0, "", JudgeItem(judging.answer_question(item.text, item.truth, answer), (), cell.item))]
-        pixels = cell.drawings().float() / 127.5 - 1.0
-        parts = m.segments(plain_text(cell.meant, subject.class_word))
-        texts = {part: judging.segment_question(part, subject.class_word) for part in parts}
+    def _about_answer(self, record: Record, item: Item) -> list[_Question]:
+        answer = m.clean(record.answer or "")
+        if not answer:
+            self._keep(record, {"judge": [0.0]})
+            record.details["judge"] = "an empty answer: 0 without asking"
+            return []
         return [
-            (cell, row, part, JudgeItem(texts[part], (one,), f"{cell.item}/{row}"))
-            for row, one in enumerate(pixels)
-            for part in parts
+            _Question(record, 0, "", JudgeItem(prompts.answer_question(item.text, item.truth, answer), (), item.digest))
         ]
 
-    def _judge(self, asked: Sequence[tuple[Cell, int, str, Any]]) -> list[Failure]:
+    def _about_images(self, record: Record, subject: Subject, pixels: Tensor, plain: str) -> list[_Question]:
+        asked = {part: prompts.segment_question(part, subject.class_word) for part in m.segments(plain)}
+        return [
+            _Question(record, place, part, JudgeItem(question, (one,), f"{record.item}/{place}"))
+            for place, one in enumerate(pixels)
+            for part, question in asked.items()
+        ]
+
+    def _judge(self, asked: Sequence[_Question]) -> list[Failure]:
         if not asked:
             return []
         assert self.judge is not None
-        cells = {id(cell): cell for cell, *_ in asked}
+        by_record: dict[int, list[tuple[_Question, JudgeScore]]] = {}
         try:
-            given = self.judge.score([question for *_, question in asked])
+            given = self.judge.score([question.item for question in asked])
         except (UserError, MissingExtra) as error:
-            return [Failure(c.model, c.concept, c.task, "judge", str(error), c.text) for c in cells.values()]
-        values: dict[int, dict[int, list[float]]] = {key: {} for key in cells}
-        said: dict[int, list[dict[str, Any]]] = {key: [] for key in cells}
-        failed: dict[int, str] = {}
-        for (cell, row, part, _), score in zip(asked, given, strict=True):
-            said[id(cell)].append({"drawing": row, "part": part, "score": score.value, "reason": score.reason})
-            if score.value is None:
-                failed.setdefault(id(cell), score.error or "no score")
-            else:
-                values[id(cell)].setdefault(row, []).append(float(score.value))
-        for key, cell in cells.items():
-            if key not in failed:
-                self._keep(cell, {"judge": [sum(row) / len(row) for _, row in sorted(values[key].items())]})
-                cell.details["judge"] = said[key]
-        return [
-            Failure(cells[key].model, cells[key].concept, cells[key].task, "judge", why, cells[key].text)
-            for key, why in failed.items()
-        ]
+            records = {id(question.record): question.record for question in asked}
+            return [Failure.of(record, "judge", error) for record in records.values()]
+        for question, score in zip(asked, given, strict=True):
+            by_record.setdefault(id(question.record), []).append((question, score))
+        failures = []
+        for pairs in by_record.values():
+            record = pairs[0][0].record
+            errors = [score.error or "no score" for _, score in pairs if score.value is None]
+            if errors:
+                failures.append(Failure.of(record, "judge", errors[0]))
+                continue
+            by_image: dict[int, list[float]] = {}
+            for question, score in pairs:
+                by_image.setdefault(question.image, []).append(float(score.value or 0.0))
+            self._keep(record, {"judge": [sum(values) / len(values) for _, values in sorted(by_image.items())]})
+            record.details["judge"] = [
+                {"drawing": q.image, "part": q.part, "score": s.value, "reason": s.reason} for q, s in pairs
+            ]
+        return failures
 
 
-def _arithmetic(metric: str, item: Item, answer: str) -> float:
+def _of_answer(measure: str, item: Item, answer: str) -> float:
     """A measure of an answer that needs no network."""
     answer = m.clean(answer)
-    if metric == "weight":
+    plain: dict[str, Callable[[str, str], float]] = {
+        "bleu": m.character_bleu,
+        "word_bleu": m.word_bleu,
+        "exact": m.exact,
+        "accuracy": m.same_answer,
+    }
+    if measure == "weight":
         return float(m.says_yes(answer) is (item.truth == "yes"))
-    if metric == "bleu":
-        return m.character_bleu(item.truth, answer)
-    if metric == "word_bleu":
-        return m.word_bleu(item.truth, answer)
-    if item.facts:
+    if measure == "accuracy" and item.facts:
         return float(bool(answer) and m.nearest(answer, item.facts) == item.facts.index(item.truth))
-    if item.options:
-        return float(picked(answer, item.options) == item.truth)
-    return m.same_answer(item.truth, answer)
+    if measure == "accuracy" and item.options:
+        return float(m.picked(answer, item.options) == item.truth)
+    return plain[measure](item.truth, answer)
 
 
-def picked(answer: str, options: Sequence[str]) -> str | None:
-    """The option an answer names, by its letter (``B``, ``(B)``, ``B. grey``) or by its words; None where it names none
-    or several."""
-    letter = _LETTER.match(answer)
-    if letter and ord(letter[1]) - ord("A") < len(options):
-        return options[ord(letter[1]) - ord("A")]
-    said = f" {m.normalise(answer)} "
-    named = [option for option in options if f" {m.normalise(option)} " in said]
-    whole = [option for option in named if not any(option != other and option in other for other in named)]
-    return whole[0] if len(whole) == 1 else None
+def _rewards(of: RewardOf, record: Record, item: Item, subject: Subject, pixels: Tensor) -> dict[str, list[float]]:
+    """The reward of each image and its parts, by the prompt with the true fact, in words that any reader knows."""
+    if item.correct is None:
+        raise UserError(f"{item.text!r}: no fact is known to be meant: its reward cannot be measured")
+    answer = plain_text(record.answer or "", subject.class_word)
+    batch = RewardBatch(
+        pixels,
+        [plain_text(item.meant, of.words)] * len(pixels),
+        [answer] * len(pixels),
+        [plain_text(fact, subject.class_word) for fact in item.facts],
+        item.correct,
+        of.references.to(pixels.device),
+        subject.kind,
+    )
+    score = of.reward.score(batch).require_finite()
+    return {"reward": score.total.tolist(), **{name: part.tolist() for name, part in score.parts.items()}}
+
+
+def _shown(of: AttributesOf, seen: Sequence[Mapping[str, str]], prompt: str) -> dict[str, list[float]]:
+    """Attribute accuracy of each image: of the subject, of what the prompt asks for, of both."""
+    asked = of.prompts.get(prompt) or {}
+    wanted = {"attributes": {**of.subject, **asked}, "subject": of.subject, **({"prompted": asked} if asked else {})}
+    return {name: [m.attribute_accuracy(one, slots) for one in seen] for name, slots in wanted.items()}

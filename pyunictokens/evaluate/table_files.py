@@ -1,8 +1,7 @@
 """A table as files: results.json (everything), table.csv (every measure, whole, by concept and by kind), table.md and
 table.tex (the paper's columns).
 
-Each is written whole or not at all, and results.json is enough to write the others again or to compare two tables. Asks
-no model.
+Each is written whole or not at all, and results.json is enough to write the others again or to compare two tables.
 """
 
 from __future__ import annotations
@@ -12,15 +11,18 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json, write_text_atomic
+from ..utils.json import Json
 from .result import Metric
-from .sample_cache import Cell
+from .sample_cache import Record
 from .scoring import Failure
 from .tables import TABLES, Column, Row, rows, seed_means
+from .tasks import task_named
 
 FORMAT = 1
 RESULTS = "results.json"
@@ -32,10 +34,10 @@ class Table:
     """One evaluation of some models on some concepts."""
 
     layout: str
-    cells: list[Cell]
+    records: list[Record]
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Json] = field(default_factory=dict)
     """What was asked for, in words: samples, seeds, the CLIP model, the judge."""
 
     @property
@@ -44,11 +46,19 @@ class Table:
 
     @property
     def models(self) -> list[str]:
-        return list(dict.fromkeys(cell.model for cell in self.cells))
+        return list(dict.fromkeys(record.model for record in self.records))
 
-    def of(self, model: str) -> list[Cell]:
-        """Cells of one model. Raises UserError where there is none of that name."""
-        found = [cell for cell in self.cells if cell.model == model]
+    @cached_property
+    def rows(self) -> dict[str, list[Row]]:
+        """Rows over all concepts, by concept, and by kind where there are several kinds."""
+        found = {"all": rows(self.records), "by_concept": rows(self.records, lambda record: record.concept)}
+        if len({record.kind for record in self.records}) > 1:
+            found["by_kind"] = rows(self.records, lambda record: record.kind)
+        return found
+
+    def of(self, model: str) -> list[Record]:
+        """Records of one model. Raises UserError where there is none of that name."""
+        found = [record for record in self.records if record.model == model]
         if not found:
             raise UserError(f"no model {model!r} in the table; there are {', '.join(self.models)}")
         return found
@@ -71,34 +81,34 @@ class Table:
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("layout") not in TABLES:
             raise UserError(f"{path}: not a table of this program (format {FORMAT})")
         try:
-            cells = [
-                Cell(**{**record, "path": path.parent / record["path"]} if record.get("path") else record)
-                for record in content["cells"]
+            records = [
+                Record(**{**record, "path": path.parent / record["path"]} if record.get("path") else record)
+                for record in content["records" if "records" in content else "cells"]
             ]
-            failures = [Failure(**failure) for failure in content["failures"]]
-            return cls(content["layout"], cells, failures, content["notes"], content["settings"])
+            failures = [Failure(**{**f, "task": task_named(f["task"])}) for f in content["failures"]]
+            return cls(content["layout"], records, failures, content["notes"], content["settings"])
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a whole table ({type(error).__name__}: {error})") from None
 
     # --- forms -----------------------------------------------------------------------------------------------------
 
-    def _json(self, folder: Path) -> dict[str, Any]:
-        kinds = {cell.kind for cell in self.cells}
-        parts = {"all": rows(self.cells), "by_concept": rows(self.cells, lambda cell: cell.concept)}
-        if len(kinds) > 1:
-            parts["by_kind"] = rows(self.cells, lambda cell: cell.kind)
+    def _json(self, folder: Path) -> dict[str, Json]:
         return {
             "format": FORMAT,
             "layout": self.layout,
             "settings": self.settings,
-            "rows": {name: [_row(row) for row in found] for name, found in parts.items()},
+            "rows": {name: [asdict(row) for row in found] for name, found in self.rows.items()},
             "seeds": {
-                model: {c.key: means for c in self.columns if (means := seed_means(self.of(model), c.key))}
+                model: {
+                    c.key: {str(seed): mean for seed, mean in means.items()}
+                    for c in self.columns
+                    if (means := seed_means(self.of(model), c.key))
+                }
                 for model in self.models
             },
             "failures": [asdict(failure) for failure in self.failures],
             "notes": self.notes,
-            "cells": [_record(cell, folder) for cell in self.cells],
+            "records": [_plain(record, folder) for record in self.records],
         }
 
     def csv(self) -> str:
@@ -106,10 +116,7 @@ class Table:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("model", "part", "measure", "mean", "low", "high", "n"))
-        parts = rows(self.cells) + rows(self.cells, lambda cell: cell.concept)
-        if len({cell.kind for cell in self.cells}) > 1:
-            parts += rows(self.cells, lambda cell: cell.kind)
-        for row in parts:
+        for row in (row for part in self.rows.values() for row in part):
             for key, metric in row.metrics.items():
                 numbers = (f"{value:.6f}" for value in (metric.mean, metric.low, metric.high))
                 writer.writerow((row.model, row.part, key, *numbers, metric.n))
@@ -117,75 +124,56 @@ class Table:
 
     def markdown(self) -> str:
         """The paper's columns; below the same with intervals, by concept and by kind, what failed, what is missing."""
-        text = self._markdown_table(rows(self.cells))
-        text += "\n## With 95 % intervals\n\n" + self._intervals()
-        concepts = {cell.concept for cell in self.cells}
-        if len(concepts) > 1:
-            text += "\n## By concept\n\n" + self._markdown_table(rows(self.cells, lambda cell: cell.concept))
-        if len({cell.kind for cell in self.cells}) > 1:
-            text += "\n## By kind\n\n" + self._markdown_table(rows(self.cells, lambda cell: cell.kind))
-        if self.failures:
-            text += "\n## What could not be judged\n\n" + "".join(f"- {line}\n" for line in told(self.failures))
-        if self.notes:
-            text += "\n## Notes\n\n" + "".join(f"- {note}\n" for note in dict.fromkeys(self.notes))
-        return text
-
-    def _markdown_table(self, lines: Sequence[Row]) -> str:
-        parted = any(row.part != "all" for row in lines)
-        head = ["Model", *(["Of"] if parted else []), *(f"{c.group} {c.label}" for c in self.columns)]
-        body = [
-            [
-                _bar(row.model),
-                *([_bar(row.part)] if parted else []),
-                *(_mean(row.metrics.get(column.key)) for column in self.columns),
-            ]
-            for row in lines
-        ]
-        rule = ["---"] * len(head)
-        return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *body))
-
-    def _intervals(self) -> str:
-        """Columns as lines, models as columns: mean, interval, number of items."""
-        lines = rows(self.cells)
-        body = [
-            [f"{column.group} {column.label}", *(_interval(row.metrics.get(column.key)) for row in lines)]
+        lines = self.rows["all"]
+        intervals = [
+            [f"{column.heading} {column.label}", *(_interval(row.metrics.get(column.key)) for row in lines)]
             for column in self.columns
         ]
-        head = ["", *(_bar(row.model) for row in lines)]
-        return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *body))
+        parts = {"": self._means(lines), "With 95 % intervals": _grid(["", *(row.model for row in lines)], intervals)}
+        if len({record.concept for record in self.records}) > 1:
+            parts["By concept"] = self._means(self.rows["by_concept"])
+        if "by_kind" in self.rows:
+            parts["By kind"] = self._means(self.rows["by_kind"])
+        parts["What could not be judged"] = "".join(f"- {line}\n" for line in told(self.failures))
+        parts["Notes"] = "".join(f"- {note}\n" for note in dict.fromkeys(self.notes))
+        return "\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts.items() if text)
+
+    def _means(self, lines: Sequence[Row]) -> str:
+        parted = any(row.part != "all" for row in lines)
+        head = ["Model", *(["Of"] if parted else []), *(f"{c.heading} {c.label}" for c in self.columns)]
+        body = [
+            [row.model, *([row.part] if parted else []), *(_mean(row.metrics.get(c.key)) for c in self.columns)]
+            for row in lines
+        ]
+        return _grid(head, body)
 
     def latex(self) -> str:
         """A booktabs table of the paper's columns; the best of each column in bold."""
-        lines = rows(self.cells)
+        lines = self.rows["all"]
         best = {
             column.key: max((row.metrics[column.key].mean for row in lines if column.key in row.metrics), default=None)
             for column in self.columns
         }
-        spans: list[tuple[str, int]] = []
-        for column in self.columns:
-            if spans and spans[-1][0] == column.group:
-                spans[-1] = (column.group, spans[-1][1] + 1)
-            else:
-                spans.append((column.group, 1))
-        head = " & ".join(["", *(rf"\multicolumn{{{n}}}{{c}}{{{_tex(group)}}}" for group, n in spans)])
-        labels = " & ".join(["Method", *(_tex(column.label) for column in self.columns)])
-        body = []
-        for row in lines:
-            numbers = []
-            for column in self.columns:
-                metric = row.metrics.get(column.key)
-                shown = "-" if metric is None else f"{metric.mean:.3f}"
-                numbers.append(rf"\textbf{{{shown}}}" if metric and metric.mean == best[column.key] else shown)
-            body.append(" & ".join([_tex(row.model), *numbers]))
+
+        def shown(row: Row, column: Column) -> str:
+            metric = row.metrics.get(column.key)
+            text = _mean(metric, "-")
+            return rf"\textbf{{{text}}}" if metric and metric.mean == best[column.key] else text
+
+        spans = [(heading, len(list(found))) for heading, found in groupby(self.columns, lambda c: c.heading)]
+        head = ["", *(rf"\multicolumn{{{n}}}{{c}}{{{_tex(heading)}}}" for heading, n in spans)]
+        labels = ["Method", *(_tex(column.label) for column in self.columns)]
+        body = [[_tex(row.model), *(shown(row, column) for column in self.columns)] for row in lines]
+        columns = "c" * len(self.columns)
+        rules = [r"\usepackage{booktabs}", rf"\begin{{tabular}}{{l{columns}}}", r"\toprule"]
+        lines_of = [" & ".join(line) + r" \\" for line in (head, labels, *body)]
         return "\n".join(
             [
-                r"% \usepackage{booktabs}",
-                rf"\begin{{tabular}}{{l{'c' * len(self.columns)}}}",
-                r"\toprule",
-                rf"{head} \\",
-                rf"{labels} \\",
+                f"% {rules[0]}",
+                *rules[1:],
+                *lines_of[:2],
                 r"\midrule",
-                *(rf"{line} \\" for line in body),
+                *lines_of[2:],
                 r"\bottomrule",
                 r"\end{tabular}",
                 "",
@@ -205,27 +193,24 @@ def told(failures: Sequence[Failure], limit: int = 20) -> list[str]:
     return lines[:limit] + ([f"and {len(lines) - limit} more, in {RESULTS}"] if len(lines) > limit else [])
 
 
-def _row(row: Row) -> dict[str, Any]:
-    return {"model": row.model, "part": row.part, "metrics": {key: asdict(m) for key, m in row.metrics.items()}}
+def _plain(record: Record, folder: Path) -> dict[str, Json]:
+    kept: dict[str, Json] = {name: value for name, value in asdict(record).items() if name in _KEPT}
+    if record.count and record.path.is_relative_to(folder):
+        kept |= {"count": record.count, "path": record.path.relative_to(folder).as_posix()}
+    return kept | {"scores": record.scores, "by": record.by}
 
 
-def _record(cell: Cell, folder: Path) -> dict[str, Any]:
-    record = {name: getattr(cell, name) for name in _KEPT}
-    if cell.count and cell.path.is_relative_to(folder):
-        record |= {"count": cell.count, "path": cell.path.relative_to(folder).as_posix()}
-    return record | {"scores": cell.scores, "by": cell.by}
-
-
-def _mean(metric: Metric | None) -> str:
-    return "–" if metric is None else f"{metric.mean:.3f}"
+def _mean(metric: Metric | None, none: str = "–") -> str:
+    return none if metric is None else f"{metric.mean:.3f}"
 
 
 def _interval(metric: Metric | None) -> str:
-    return "–" if metric is None else f"{metric.mean:.3f} [{metric.low:.3f}, {metric.high:.3f}] ({metric.n})"
+    return "–" if metric is None else f"{metric} ({metric.n})"
 
 
-def _bar(text: str) -> str:
-    return text.replace("|", r"\|")
+def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [[text.replace("|", r"\|") for text in line] for line in (head, *body)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (lines[0], ["---"] * len(head), *lines[1:]))
 
 
 def _tex(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, refuse_lfs_pointer
 
 WEIGHT_FILES = (
@@ -43,7 +43,8 @@ def resolve(path: str | os.PathLike[str], *, offline: bool = False, also: tuple[
         raise UserError(f"{text}: is a file; a checkpoint is a folder with config.json and weights")
     if text.count("/") != 1 or text.startswith((".", "~", "/")) or "\\" in text:
         raise UserError(f"{text}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
+    with needs("train"):
+        from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", *also]
     try:
@@ -180,7 +181,8 @@ def unpickle(file: Path) -> object:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+    with needs("train"):
+        from safetensors.torch import load_file
 
     _whole(file)
     try:

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from ..utils.errors import UserError
 from ..utils.files import save_safetensors_atomic, write_json
+from .base import ImageTokenizer
 from .checkpoint import assign, load_state_dict, read_config, resolve, whole_number
+from .costs import Cost, decode_pixels
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class _Quantizer(nn.Module):
         self.register_buffer("embedding", ((torch.arange(2**bits)[:, None] & powers) > 0).float() * 2 - 1)
 
 
-class MagvitV2(nn.Module):
+class MagvitV2(ImageTokenizer):
     """The tokenizer. ``encode`` and ``decode`` run without gradients; training code calls ``encoder``/``decoder``."""
 
     def __init__(self, config: MagvitConfig | None = None):
@@ -234,14 +236,10 @@ class MagvitV2(nn.Module):
         self.encoder = MagvitEncoder(self.config)
         self.decoder = MagvitDecoder(self.config)
         self.quantize = _Quantizer(self.config.z_channels)
+        self.downsampling, self.codebook_size = self.config.downsampling, self.config.codebook_size
 
-    @property
-    def downsampling(self) -> int:
-        return self.config.downsampling
-
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
+    def decode_cost(self, rows: int, grid: tuple[int, int]) -> Cost:
+        return decode_pixels(self.config, rows, grid)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, refuse_lfs_pointer
 from .checkpoint import resolve
 from .showo.prompting import SPECIAL_TOKENS
@@ -38,7 +38,8 @@ class TextTokenizer:
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> TextTokenizer:
         """Load `tokenizer.json` from a folder or hub id; bos and eos from tokenizer_config.json, else <|endoftext|>."""
-        from tokenizers import Tokenizer
+        with needs("train"):
+            from tokenizers import Tokenizer
 
         folder = resolve(path)
         file = folder / "tokenizer.json"
@@ -59,7 +60,8 @@ class TextTokenizer:
 
     def with_concept(self, tokens: Sequence[str]) -> TextTokenizer:
         """A copy that also knows a concept's tokens, as the ids right after the special ids."""
-        from tokenizers import Tokenizer
+        with needs("train"):
+            from tokenizers import Tokenizer
 
         if len(self) != self.text_size + len(SPECIAL_TOKENS):
             raise UserError("this tokenizer already knows a concept: start from the plain one")
@@ -68,7 +70,8 @@ class TextTokenizer:
         return copy
 
     def _add(self, tokens: Iterable[str], special: bool) -> None:
-        from tokenizers import AddedToken
+        with needs("train"):
+            from tokenizers import AddedToken
 
         tokens = list(tokens)
         first = self._tokenizer.get_vocab_size()

@@ -107,7 +107,7 @@ def maskgit_grpo_loss(
     hidden, hidden_uncond and weight are cast as `nn.Linear` casts them; the loss stays float32.
 
     Args:
-        hidden: [R, T, N, D] (any [R, ..., D]); weight [K, D]; target int64 [R, T, N]; bias [K] or None.
+        hidden: [R, T, N, D] (any [R, ..., D]); weight [K, D]; target [R, T, N] of any integer type; bias [K] or None.
         old_logp, ref_logp: [R, T, N]; ref_logp may be None where beta is 0.
         advantages: [R].
         hidden_uncond, guidance_scale, temperature: as in `selected_logprob`.
@@ -123,7 +123,7 @@ def maskgit_grpo_loss(
         UserError: a wrong shape, dtype, device or value.
     """
     refuse_transforms("maskgit_grpo_loss")
-    hidden_uncond, guidance_scale, temperature = head_arguments(
+    target, hidden_uncond, guidance_scale, temperature = head_arguments(
         hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature
     )
     if target.dim() < 1:

@@ -38,7 +38,7 @@ def selected_logprob(
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.
         weight: [K, D], any of these dtypes; float64 only with float64 `hidden` (bias likewise).
-        target: int64 [...], values 0 … K−1.
+        target: [...], any integer type, values 0 … K−1.
         bias: [K] or None.
         hidden_uncond: [..., D], dtype of `hidden`; needed where guidance_scale > 0, without effect where it is 0.
         guidance_scale: ≥ 0.
@@ -52,7 +52,7 @@ def selected_logprob(
         UserError: a wrong shape, dtype, device or value (target values are looked at on the CPU only).
     """
     refuse_transforms("selected_logprob")
-    hidden_uncond, guidance_scale, temperature = head_arguments(
+    target, hidden_uncond, guidance_scale, temperature = head_arguments(
         hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature
     )
     hidden, hidden_uncond, weight = autocast_inputs(hidden, hidden_uncond, weight)
@@ -68,12 +68,13 @@ def head_arguments(
     hidden_uncond: Tensor | None,
     guidance_scale: float,
     temperature: float,
-) -> tuple[Tensor | None, float, float]:
-    """Check what every operation with a head takes. Returns hidden_uncond (None if without effect) and the floats."""
+) -> tuple[Tensor, Tensor | None, float, float]:
+    """Check what every operation with a head takes. Returns target as int64, hidden_uncond (None if without effect)
+    and the floats."""
     check.tensor("hidden", hidden, check.FLOATS)
     check.tensor("weight", weight, check.FLOATS, hidden)
     check.precision("weight", weight, hidden)
-    check.tensor("target", target, (torch.int64,), hidden)
+    target = check.codes("target", target, hidden)
     if hidden.dim() < 1:
         raise UserError("hidden: a 0-d tensor, must be [..., D]")
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
@@ -92,7 +93,7 @@ def head_arguments(
         check.shape("hidden_uncond", hidden_uncond, hidden.shape, "the shape of hidden")
     elif guidance_scale > 0.0:
         raise UserError(f"guidance_scale={guidance_scale}: needs hidden_uncond (or guidance_scale=0)")
-    return (hidden_uncond if guidance_scale > 0.0 else None), guidance_scale, temperature
+    return target, (hidden_uncond if guidance_scale > 0.0 else None), guidance_scale, temperature
 
 
 def needed(hidden: Tensor, hidden_uncond: Tensor | None, weight: Tensor, bias: Tensor | None) -> int:

@@ -139,7 +139,7 @@ def remasked_logprob(
         [R, T, N] float32 (float64 for float64 hidden), differentiable in hidden, hidden_uncond, weight and bias.
     """
     masked, still = _masked_and_still(inputs)
-    hidden_uncond, guidance_scale, temperature = head_arguments(
+    _, hidden_uncond, guidance_scale, temperature = head_arguments(
         hidden, weight, inputs.long(), bias, hidden_uncond, guidance_scale, temperature
     )
     check.tensor("threshold", threshold, check.FLOATS, hidden)

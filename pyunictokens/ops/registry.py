@@ -1,8 +1,8 @@
 """Which implementation of an operation runs: a table operation → backend → entry, filled by the modules that implement.
 
-Knows names, devices and dtypes; not what an operation computes. A new backend adds its entries with :func:`offer`, and
-says with :func:`mark_unavailable` why it cannot run on this machine, or how to find out. Whether there is a GPU is
-asked when somebody wants to use one, never while the package is imported: the question starts CUDA in this process,
+A new backend is a file in ops/backends/ that enters what it implements with :func:`offer` (or says with
+:func:`mark_unavailable` why it cannot run here, or how to find out), and a line in `BACKENDS`. Whether there is a GPU
+is asked when somebody wants to use one, never while the package is imported: the question starts CUDA in this process,
 after which no forked child can use it.
 """
 
@@ -16,8 +16,15 @@ import torch
 
 from ..utils.errors import UserError
 
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_NAMES = ("reference", "cpu", "triton", "cuda")
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "reference": (),
+    "cpu": ("cpu",),
+    "triton": ("cuda",),
+    "cuda": ("cuda",),
+}
+"""Backends by the device types that they are for when none is asked for; of two, the later is taken. The name is that
+of the file in ops/backends/, which is imported with the operations. `reference` is the definition; it takes everything.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,17 @@ def choose(operation: str, backend: str | None, device: torch.device, dtype: tor
     """
     offered = _table[operation]
     if backend is None:
-        for name in _PREFERENCE.get(device.type, ("reference",)):
-            if name in offered and not _objection(offered[name], device, dtype) and not unavailable(name):
+        for name in reversed(BACKENDS):
+            if (
+                device.type in BACKENDS[name]
+                and name in offered
+                and not _objection(offered[name], device, dtype)
+                and not unavailable(name)
+            ):
                 return name
         return "reference"
-    if backend not in _NAMES:
-        raise UserError(f"backend={backend!r}: must be None (the best that can run) or one of {', '.join(_NAMES)}")
+    if backend not in BACKENDS:
+        raise UserError(f"backend={backend!r}: must be None (the best that can run) or one of {', '.join(BACKENDS)}")
     if reason := unavailable(backend):
         raise UserError(f"backend {backend!r} cannot run here: {reason}; use backend='reference'")
     if backend not in offered:
@@ -94,11 +106,11 @@ def _objection(candidate: Entry, device: torch.device, dtype: torch.dtype) -> st
 def capabilities() -> dict[str, dict[str, Any]]:
     """Which backends can run here, and why the others cannot.
 
-    Returns {backend: {"available": bool, "ops": [names], "reason": str}} for reference, cpu, triton and cuda. `reason`
-    is empty for an available backend.
+    Returns {backend: {"available": bool, "ops": [names], "reason": str}} for each of
+    `BACKENDS`. `reason` is empty for an available backend.
     """
     report = {}
-    for backend in _NAMES:
+    for backend in BACKENDS:
         operations = sorted(operation for operation, offered in _table.items() if backend in offered)
         reason = unavailable(backend)
         if not reason and not operations:

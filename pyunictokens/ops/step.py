@@ -47,7 +47,7 @@ def maskgit_step(
     Args:
         logits: [B, N, K] float32, bfloat16, float16 or float64, guidance already applied. Any strides; no copy is made
             where the last one is 1. −inf rules an entry out.
-        codes: int64 [B, N], −1 where unknown, else 0 … K−1.
+        codes: [B, N], any integer type, −1 where unknown, else 0 … K−1.
         mask_len: int, or integer tensor [B]: how many codes are masked after this step.
         temperature: float, 0-d tensor or [B], ≥ 0: of the re-masking noise (0: the least probable are masked).
         seed: 0 … 2⁶³−1. With `sample_ids`, `step` and the position it fixes the noise (layout: `ops.philox`), on every
@@ -66,7 +66,8 @@ def maskgit_step(
             not looked at, because that would wait for the device.
     """
     refuse_transforms("maskgit_step")
-    logits, codes = check.tensor("logits", logits, check.FLOATS), check.tensor("codes", codes, (torch.int64,), logits)
+    logits = check.tensor("logits", logits, check.FLOATS)
+    codes = check.codes("codes", codes, logits)
     if logits.dim() != 3 or 0 in logits.shape:
         raise UserError(f"logits: shape {tuple(logits.shape)}, must be [B, N, K] with every dimension ≥ 1")
     batch, positions, entries = logits.shape

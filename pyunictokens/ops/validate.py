@@ -39,6 +39,11 @@ def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: Tensor
     return value
 
 
+def codes(name: str, value: object, like: Tensor) -> Tensor:
+    """`value`, a tensor of any integer type on the device of `like`, as int64: who stores codes keeps them small."""
+    return tensor(name, value, (*INTEGERS, torch.uint16, torch.uint32), like).to(torch.int64)
+
+
 def precision(name: str, value: Tensor, like: Tensor) -> None:
     """Raise where float64 meets another dtype: one of the two would be rounded without a word."""
     if (value.dtype == torch.float64) != (like.dtype == torch.float64):

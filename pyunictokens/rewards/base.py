@@ -1,17 +1,20 @@
-"""What is scored and what scores it: RewardBatch and the Expert interface, with the checks both sides rely on.
+"""What is scored and what scores it: RewardBatch, the protocol RewardModel, and the score a run is given.
 
-A batch is one group of rollouts of one step: R drawings, the answers they were drawn from, the facts the answer had to
-be chosen from, and photos of the concept. This module knows no network and no formula: one file an expert has those.
+A batch is one group of rollouts of one step: R images, the prompts they were generated for and, where a reward asks
+for them, the model's answers, the concept's facts, its reference images and the further columns of a prompt list. A
+reward model gives one number an image; an ensemble weighs several of them into an :class:`EnsembleScore`. Everything
+that a run asks of its rewards is the protocol :class:`Rewards`.
 
-Letters: R rollouts (rows), M reference photos, L facts, H and W pixels, D width of an embedding.
+Letters: R rollouts, M reference images, L facts, H and W pixels, D width of an embedding, P previews.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +22,9 @@ from torch import Tensor
 
 from ..utils.errors import UserError
 
+Device = str | torch.device
 KINDS = ("human", "animal", "object")
-"""The kinds of concepts; the paper weighs the experts by kind (equation 13)."""
+"""The kinds of concepts; the paper weighs the reward models by kind (equation 13)."""
 
 _TOKENS = re.compile(r"<[^<>\s]+>(?:\s*<[^<>\s]+>)*")
 
@@ -33,31 +37,36 @@ class RewardBatch:
     """
 
     images: Tensor
-    """[R, 3, H, W]: what the model drew."""
+    """[R, 3, H, W]: what the model generated."""
     prompts: Sequence[str]
-    """R texts: what each drawing should show, as an ordinary reader would put it (see :func:`plain_text`)."""
+    """R texts: what each image should show, as an ordinary reader would put it (see :func:`plain_text`)."""
     answers: Sequence[str] = ()
-    """R texts: IR, the model's answer that went into each drawing's prompt. Needed by TIER."""
+    """R texts: IR, the model's answer that went into each image's prompt. Needed by TIER."""
     facts: Sequence[str] = ()
     """L texts the answer is compared with: extra_info in text-only steps, the true answer alone in visual ones."""
     correct: int = 0
     """Index in `facts` of the true one."""
     references: Tensor = field(default_factory=lambda: torch.empty(0, 3, 1, 1))
-    """[M, 3, H, W]: photos of the concept. Needed by DER and FER."""
+    """[M, 3, H, W]: reference images of the concept. Needed by DER and FER."""
     kind: str = "object"
     """human, animal or object."""
+    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    """Further columns of a prompt list, R values each; reward functions get them by name."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "references"):
-            check_pixels(getattr(self, name), name, allow_none=name == "references")
+        check_pixels(self.images, "images")
+        check_pixels(self.references, "references", allow_none=True)
         rows = len(self)
         if rows == 0:
             raise UserError("images: 0 rows: there is nothing to score")
         for name, texts in (("prompts", self.prompts), ("answers", self.answers)):
             if isinstance(texts, str):
-                raise UserError(f"{name}={texts!r}: must be a list of {rows} texts, one a row, not one text")
+                raise UserError(f"{name}={texts!r}: must be a list of {rows} texts, one an image, not one text")
             if len(texts) != rows and (name == "prompts" or len(texts) > 0):
-                raise UserError(f"{name}: {len(texts)} texts for {rows} images: must be one a row")
+                raise UserError(f"{name}: {len(texts)} texts for {rows} images: must be one an image")
+        for name, values in self.columns.items():
+            if isinstance(values, str) or len(values) != rows:
+                raise UserError(f"columns: {name!r} has {len(values)} values for {rows} images: must be one an image")
         if isinstance(self.facts, str):
             raise UserError(f"facts={self.facts!r}: must be a list of texts, not one text")
         if self.facts and not 0 <= self.correct < len(self.facts):
@@ -69,7 +78,7 @@ class RewardBatch:
         return self.images.shape[0]
 
     def row(self, index: int) -> RewardBatch:
-        """The batch that holds one row alone."""
+        """The batch that holds one image alone."""
         return RewardBatch(
             images=self.images[index : index + 1],
             prompts=[self.prompts[index]],
@@ -78,26 +87,149 @@ class RewardBatch:
             correct=self.correct,
             references=self.references,
             kind=self.kind,
+            columns={name: [values[index]] for name, values in self.columns.items()},
         )
 
 
+# --- what scores ---------------------------------------------------------------------------------------------------
+
+
 @runtime_checkable
-class Expert(Protocol):
-    """Anything that judges drawings. One method is all an expert needs; docs/rewards.md adds one in ten lines."""
+class RewardModel(Protocol):
+    """Anything that scores images. One method is all it needs; docs/rewards.md adds one in ten lines.
+
+    What more it offers is used where it is there: `score_and_absent` (:class:`CountsAbsent`), `preview_scorer`
+    (:class:`JudgesPreviews`), `face_embedding` (:class:`EmbedsFaces`), `to` and `bytes` (placement.py).
+    """
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Scores [R], float and finite, larger is better, best about 1. A row's score must not depend on other rows."""
+        """Scores [R], float, larger is better, best about 1. An image's score must not depend on other images.
+
+        A value that is not finite leaves the step out (:class:`InvalidScore`); an exception ends the run.
+        """
         ...
 
 
+PreviewScorer = Callable[[Tensor, Tensor], Tensor]
+"""``scorer(pixels [P, 3, H, W] in [-1, 1], prompt_index int64 [P]) -> scores [P]``: what DSOG asks in one rollout."""
+
+
+class PreviewJudge(Protocol):
+    """What DSOG is given: from the prompts of one rollout, in plain words, to the scorer of its early previews."""
+
+    def __call__(self, prompts: Sequence[str], /) -> PreviewScorer: ...
+
+
+FaceEmbedding = Callable[[Tensor], Tensor]
+"""From reference images [M, 3, H, W] of a person to embeddings [F, D] of the faces in them, F ≤ M."""
+
+
+@runtime_checkable
+class JudgesPreviews(Protocol):
+    """A reward model with a way of its own to judge previews; others are asked by `score` if they are registered so."""
+
+    def preview_scorer(self, prompts: Sequence[str]) -> PreviewScorer: ...
+
+
+@runtime_checkable
+class EmbedsFaces(Protocol):
+    """A reward model that knows faces; a person's concept tokens start from what it returns."""
+
+    def face_embedding(self, pixels: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class CountsAbsent(Protocol):
+    """A reward model that can tell a bad image from one without anything to look at (FER: no face)."""
+
+    def score_and_absent(self, batch: RewardBatch) -> tuple[Tensor, Tensor]:
+        """(scores [R]; bool [R], true where there was nothing to look at and the score is therefore 0)."""
+        ...
+
+
+# --- what a run is given -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InvalidScore:
+    """A reward model gave numbers that are not finite. The step is left out and counted; nothing is made up instead."""
+
+    reward: str
+    """The reward model's name."""
+    rows: tuple[int, ...]
+    """The images it could not score, by their place in the batch."""
+    value: float
+    """The first such number: nan, inf or -inf."""
+    prompt: str
+    """The first such image's prompt."""
+
+    def __str__(self) -> str:
+        return (
+            f"reward model {self.reward!r} scored image {self.rows[0]} (of {len(self.rows)} such) as {self.value}: "
+            f"must be finite; prompt {self.prompt!r}"
+        )
+
+
+@dataclass
+class EnsembleScore:
+    """Rewards of one batch. Where :attr:`invalid` is not empty, `total` is NaN in the rows named there."""
+
+    total: Tensor
+    """[R], float32: the weighted sum."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """[R] by reward model, unweighted. Those of weight 0 for this kind are not asked and have no entry."""
+    no_face: int = 0
+    """Images in which a reward model found nothing to look at (FER: no face) and which it therefore scored 0."""
+    invalid: tuple[InvalidScore, ...] = ()
+    """Scores that are not finite, by reward model."""
+
+    def require_finite(self) -> EnsembleScore:
+        """This score, for callers that cannot leave a batch out. Raises UserError where a number is not finite."""
+        if self.invalid:
+            raise UserError(str(self.invalid[0]))
+        return self
+
+
+@runtime_checkable
+class Rewards(Protocol):
+    """Everything a run asks of its rewards: `Ensemble` here, `RemoteRewards` on other machines. `as_rewards` makes one.
+
+    ``submit(batch)`` may return before the scores are there, so that the next group is generated meanwhile; ``score``
+    is ``submit(batch).result()``.
+    """
+
+    @property
+    def preview_scorer(self) -> PreviewJudge | None:
+        """The judge of DSOG's previews; None where no reward model judges previews."""
+        ...
+
+    @property
+    def face_embedding(self) -> FaceEmbedding | None:
+        """Where a person's concept tokens start from; None where no reward model knows faces."""
+        ...
+
+    def score(self, batch: RewardBatch) -> EnsembleScore: ...
+
+    def submit(self, batch: RewardBatch) -> Future[EnsembleScore]: ...
+
+    def throughput(self) -> dict[str, float]:
+        """Images a second by reward model, over everything scored so far."""
+        ...
+
+
+# --- what the reward models of the paper ask of their networks -------------------------------------------------------
+
+
+@runtime_checkable
 class TextEncoder(Protocol):
     """What TIER asks of its network (ERNIE 3.0 in the paper)."""
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D] of any length; they are normalised here."""
+        """Embeddings [B, D] of any length; they are normalised by whoever asks."""
         ...
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """What DER asks of its network (DINOv2 in the paper). Patch features are to be reduced to one row an image."""
 
@@ -106,26 +238,29 @@ class ImageEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class ImageTextEncoder(TextEncoder, ImageEncoder, Protocol):
-    """What BER asks of its network (BLIP-2 in the paper): pictures and texts in one space.
+    """What BER asks of its network (BLIP-2 in the paper): images and texts in one space.
 
-    A picture may have several vectors, [B, Q, D]; the one nearest to the text counts.
+    An image may have several vectors, [B, Q, D]; the one nearest to the text counts.
     """
 
 
+@runtime_checkable
 class PatchEncoder(Protocol):
     """What DER asks of its network when patches are matched one by one."""
 
     def encode_patches(self, pixels: Tensor) -> Tensor:
-        """One vector a patch, [B, P, D], of pixels [B, 3, H, W] in [-1, 1]; P is the same for every picture."""
+        """One vector a patch, [B, P, D], of pixels [B, 3, H, W] in [-1, 1]; P is the same for every image."""
         ...
 
 
+@runtime_checkable
 class Matcher(Protocol):
-    """What BER asks of its network when pictures and texts are judged pair by pair."""
+    """What BER asks of its network when images and texts are judged pair by pair."""
 
     def match(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """Probabilities [B] that text b belongs to picture b."""
+        """Probabilities [B] that text b belongs to image b."""
         ...
 
 
@@ -137,28 +272,44 @@ class FaceEncoder(Protocol):
         ...
 
 
-class WithNetwork:
-    """An expert over one network, which an ensemble may load early and move between devices."""
+@runtime_checkable
+class Movable(Protocol):
+    """What can be brought to another device: a network, or a reward model over one."""
 
-    def __init__(self, encoder: Any):
+    def to(self, device: Device, /) -> object: ...
+
+
+@runtime_checkable
+class Weighed(Protocol):
+    """What can say how much memory its weights take."""
+
+    @property
+    def bytes(self) -> int: ...
+
+
+N = TypeVar("N")
+
+
+class WithNetwork(Generic[N]):
+    """A reward model over one network, which an ensemble may move between devices."""
+
+    def __init__(self, encoder: N):
         self._encoder = encoder
 
-    def load(self) -> None:
-        """Read the network from disk now, where that is not done yet."""
-        if callable(load := getattr(self._encoder, "load", None)):
-            load()
-
-    def to(self, device: str | torch.device) -> None:
+    def to(self, device: Device) -> None:
         """Move the network. What was computed before stays where it is."""
-        if callable(move := getattr(self._encoder, "to", None)):
-            move(device)
+        if isinstance(self._encoder, Movable):
+            self._encoder.to(device)
 
     @property
     def bytes(self) -> int:
         """Memory of the network's weights; 0 where it does not say."""
         if isinstance(self._encoder, torch.nn.Module):
             return sum(t.numel() * t.element_size() for t in self._encoder.parameters())
-        return int(getattr(self._encoder, "bytes", 0))
+        return self._encoder.bytes if isinstance(self._encoder, Weighed) else 0
+
+
+# --- checks that both sides rely on ----------------------------------------------------------------------------------
 
 
 def plain_text(text: str, class_word: str) -> str:
@@ -175,8 +326,7 @@ def plain_text(text: str, class_word: str) -> str:
 def check_pixels(pixels: Tensor, name: str, allow_none: bool = False) -> None:
     """Raise UserError unless `pixels` is a finite float [B, 3, H, W] in [-1, 1]."""
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
-        found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise UserError(f"{name}: {found}: must be a tensor [B, 3, H, W]")
+        raise UserError(f"{name}: {shape_of(pixels)}: must be a tensor [B, 3, H, W]")
     if not pixels.is_floating_point():
         raise UserError(f"{name}: {pixels.dtype}: must be float in [-1, 1] (for uint8: pixels / 127.5 - 1)")
     if pixels.numel() == 0:
@@ -186,6 +336,11 @@ def check_pixels(pixels: Tensor, name: str, allow_none: bool = False) -> None:
     low, high = torch.aminmax(pixels)
     if not (low >= -1.001 and high <= 1.001):  # NaN fails both
         raise UserError(f"{name}: values from {low.item():.4g} to {high.item():.4g}: must be finite and within [-1, 1]")
+
+
+def shape_of(value: object) -> object:
+    """What an error says of something that should be a tensor: its shape, or its type."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -201,7 +356,6 @@ def as_rows(embedding: Tensor, rows: int, origin: str, several: bool = False) ->
     """`embedding` checked to be [rows, D]; with `several`, [rows, Q, D] is fine as well."""
     known = isinstance(embedding, Tensor) and embedding.ndim in ((2, 3) if several else (2,))
     if not known or embedding.shape[0] != rows:
-        found = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
         wanted = f"[{rows}, D] or [{rows}, Q, D]" if several else f"[{rows}, D]"
-        raise UserError(f"{origin} returned {found} for {rows} inputs: must return a tensor {wanted}")
+        raise UserError(f"{origin} returned {shape_of(embedding)} for {rows} inputs: must return a tensor {wanted}")
     return embedding

@@ -1,6 +1,6 @@
-"""Embeddings that are asked for again and again, computed once: a concept's photos, its facts, the prompts of a run.
+"""Embeddings that are asked for again and again, computed once: of reference images, facts and the prompts of a run.
 
-Hundreds of steps score new drawings against the same photos and texts. These two caches compare by value, so they can
+Hundreds of steps score new images against the same references and texts. These two caches compare by value, so they can
 never serve stale numbers; what the embeddings mean they do not know.
 """
 
@@ -42,8 +42,8 @@ class TextCache:
         return found
 
 
-class PhotoCache(Generic[T]):
-    """What an encoder made of a set of photos. Holds the last few sets; a set is recognised by its pixels."""
+class ReferenceCache(Generic[T]):
+    """What an encoder made of a set of reference images. Holds the last few sets; a set is recognised by its pixels."""
 
     def __init__(self, encode: Callable[[Tensor], T], sets: int = 4):
         self._encode = encode

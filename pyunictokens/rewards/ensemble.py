@@ -1,25 +1,44 @@
-"""The reward of the paper: a weighted sum of experts, weights by the concept's kind (equations 12 and 13).
+"""The reward of the paper: a weighted sum of reward models, weights by the concept's kind (equations 12 and 13).
 
     Reward = w₁·TIER + w₂·BER + w₃·DER + w₄·FER,   w = (0.4, 0.3, 0.3, 0) for animals and objects,
                                                    w = (0.4, 0.2, 0.2, 0.2) for humans
 
-Every expert's value is kept beside the sum. An expert that fails, or returns what is no number, stops the step with an
-error that names expert and row: a reward made up in its place would be trained on. Where the networks run is decided in
-placement.py.
+Every model's value is kept beside the sum. One that fails ends the run with an error that names it and the image. A
+number that is not finite is noted (`EnsembleScore.invalid`), and the step is left out: a reward made up in its place
+would be trained on. Where the networks run is decided in placement.py.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
-from .base import KINDS, Expert, RewardBatch
+from .base import (
+    KINDS,
+    CountsAbsent,
+    EmbedsFaces,
+    EnsembleScore,
+    FaceEmbedding,
+    InvalidScore,
+    PreviewJudge,
+    RewardBatch,
+    RewardModel,
+    Rewards,
+    shape_of,
+)
+from .functions import RewardFunction
 from .placement import Placement
+from .registry import kind_of, preview_judge
+
+Weights = Mapping[str, object]
+"""``{name: weight}`` for every kind alike, or ``{kind: {name: weight}}``."""
 
 _THINGS = {"tier": 0.4, "ber": 0.3, "der": 0.3, "fer": 0.0}
 PAPER_WEIGHTS: dict[str, dict[str, float]] = {
@@ -27,122 +46,220 @@ PAPER_WEIGHTS: dict[str, dict[str, float]] = {
     "animal": _THINGS,
     "object": _THINGS,
 }
-"""Weights by kind and expert (equation 13)."""
-
-
-@dataclass
-class EnsembleScore:
-    """Rewards of one batch."""
-
-    total: Tensor
-    """[R], float32: the weighted sum."""
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    """[R] per expert, unweighted. Experts of weight 0 for this kind are not asked and have no entry."""
-    no_face: int = 0
-    """Rows in which an expert found nothing to look at (FER: no face) and therefore scored 0."""
+"""Weights by kind and reward model (equation 13)."""
 
 
 class Ensemble:
-    """A weighted sum of experts by name.
+    """A weighted sum of reward models by name.
 
-    weights: ``{name: weight}`` for every kind alike, or ``{kind: {name: weight}}``; by default the paper's. A kind left
-    out keeps the paper's weights. Experts are named by their key in `experts`.
+    models: reward models, or plain functions ``f(prompts, images, **columns) -> list[float]``, by the name that logs
+    and weights give them. weights: ``{name: weight}`` for every kind alike, or ``{kind: {name: weight}}``; by default
+    the paper's. A kind left out keeps the paper's weights.
 
-    memory: "together" keeps all networks on the pictures' device and runs them side by side on a GPU, "lean" brings
+    memory: "together" keeps all networks on the images' device and runs them side by side on a GPU, "lean" brings
     them there one at a time, "auto" chooses by the memory that is free.
     """
 
     def __init__(
-        self, experts: Mapping[str, Expert], weights: Mapping[str, object] | None = None, memory: str = "auto"
+        self,
+        models: Mapping[str, RewardModel | Callable[..., object]],
+        weights: Weights | None = None,
+        memory: str = "auto",
     ):
-        if not experts:
-            raise UserError("no experts: give at least one, e.g. {'ber': Ber(encoder)}")
-        for name, expert in experts.items():
-            if not callable(getattr(expert, "score", None)):
-                raise UserError(f"expert {name!r} is a {type(expert).__name__}: must have score(batch) -> Tensor [R]")
-        self.experts = dict(experts)
+        if not models:
+            raise UserError("no reward models: give at least one, e.g. {'ber': Ber(encoder)}")
+        self.models = {name: as_model(model, name) for name, model in models.items()}
         self.placement = Placement(memory)
         self.weights, explicit = _by_kind(weights)
         for kind in explicit:
             self.active(kind)
 
+    @property
+    def experts(self) -> dict[str, RewardModel]:
+        """The reward models by name, as they were called before."""
+        return self.models
+
+    @property
+    def preview_scorer(self) -> PreviewJudge | None:
+        """The judge of DSOG's previews: the first reward model that judges previews (registry.py)."""
+        return preview_judge(self.models)
+
+    @property
+    def face_embedding(self) -> FaceEmbedding | None:
+        """Where a person's concept tokens start from: the first reward model that knows faces."""
+        return next((model.face_embedding for model in self.models.values() if isinstance(model, EmbedsFaces)), None)
+
     def active(self, kind: str) -> dict[str, float]:
-        """Experts asked for concepts of this kind, with their weights. Raises UserError where one is missing."""
+        """Reward models asked for concepts of this kind, with their weights. Raises UserError where one is missing."""
         if kind not in self.weights:
             raise UserError(f"kind={kind!r}: must be one of {', '.join(self.weights)}")
         chosen = {name: weight for name, weight in self.weights[kind].items() if weight > 0}
-        missing = [name for name in chosen if name not in self.experts]
+        missing = [name for name in chosen if name not in self.models]
         if missing:
             raise UserError(
-                f"weights of {kind!r} name {', '.join(missing)}, experts are {', '.join(self.experts)}: add it, "
+                f"weights of {kind!r} name {', '.join(missing)}, reward models are {', '.join(self.models)}: add it, "
                 "or give weights without it"
             )
         return chosen
 
     def throughput(self) -> dict[str, float]:
-        """Rows a second by expert, over everything scored so far."""
+        """Images a second by reward model, over everything scored so far."""
         return self.placement.throughput.per_second()
 
+    def submit(self, batch: RewardBatch) -> Future[EnsembleScore]:
+        """:meth:`score`, done when this returns."""
+        done: Future[EnsembleScore] = Future()
+        done.set_result(self.score(batch))
+        return done
+
     def score(self, batch: RewardBatch) -> EnsembleScore:
-        """Total and parts, [R] each. Raises UserError naming expert and row when a score cannot be had."""
+        """Total and parts, [R] each. Raises UserError naming reward model and image when one fails."""
         weights = self.active(batch.kind)
-        asked = {name: self.experts[name] for name in weights}
+        asked = {name: self.models[name] for name in weights}
         device = batch.images.device
         answers = self.placement.run(asked, lambda name: self._ask(name, batch), len(batch), device)
         result = EnsembleScore(torch.zeros(len(batch), dtype=torch.float32, device=device))
         for name, (score, absent) in answers.items():  # looked at only now: to look is to wait for the device
-            result.parts[name] = _checked(name, score, batch)
+            result.parts[name] = score
             result.no_face += 0 if absent is None else int(absent.sum())
-            result.total += weights[name] * result.parts[name]
-        return result
+            result.total += weights[name] * score
+        return noted(result, batch.prompts)
 
     def _ask(self, name: str, batch: RewardBatch) -> tuple[Tensor, Tensor | None]:
-        expert = self.experts[name]
+        model = self.models[name]
         try:
-            score, absent = _score(expert, batch)
+            found = model.score_and_absent(batch) if isinstance(model, CountsAbsent) else (model.score(batch), None)
         except UserError as error:
-            raise UserError(f"expert {name!r}: {error}") from error
-        except Exception as error:
+            raise UserError(f"reward model {name!r}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a reward model does not end a run without a word
             raise UserError(
-                f"expert {name!r} failed{_where(expert, batch)}: {type(error).__name__}: {error}"
+                f"reward model {name!r} failed{_where(model, batch)}: {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(score, Tensor) or score.shape != (len(batch),):
-            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise UserError(
-                f"expert {name!r} returned {found} for {len(batch)} rows: must return a tensor [{len(batch)}]"
-            )
-        return score.detach().to(batch.images.device, torch.float32), absent
+        return checked(name, found[0], batch), found[1]
 
 
-def _checked(name: str, score: Tensor, batch: RewardBatch) -> Tensor:
-    """`score`, every row of which is a number."""
-    bad = (~score.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        row = bad[0]
+def checked(name: str, score: Tensor, batch: RewardBatch) -> Tensor:
+    """`score` as float32 [R] without a graph, on the images' device. Raises UserError where it cannot be that."""
+    if not isinstance(score, Tensor) or score.shape != (len(batch),) or score.is_complex():
         raise UserError(
-            f"expert {name!r} scored row {row} (of {len(bad)} such) as {score[row].item()}: must be finite; "
-            f"prompt {batch.prompts[row]!r}"
+            f"reward model {name!r} returned {shape_of(score)} for {len(batch)} images: must return a tensor "
+            f"[{len(batch)}]"
         )
+    return score.detach().to(device=batch.images.device, dtype=torch.float32)
+
+
+def noted(score: EnsembleScore, prompts: Sequence[str]) -> EnsembleScore:
+    """`score` with every number that is not finite in `invalid`, and its total NaN there."""
+    found = []
+    for name, part in {**score.parts, **({} if score.parts else {"reward": score.total})}.items():
+        bad = torch.nonzero(~torch.isfinite(part)).flatten().tolist()
+        if bad:
+            found.append(InvalidScore(name, tuple(bad), float(part[bad[0]]), prompts[bad[0]]))
+            score.total[bad] = math.nan
+    score.invalid = tuple(found)
     return score
 
 
-def _score(expert: Expert, batch: RewardBatch) -> tuple[Tensor, Tensor | None]:
-    """Scores, and which rows had nothing to look at (experts that can tell offer `score_and_absent`)."""
-    detailed = getattr(expert, "score_and_absent", None)
-    return (expert.score(batch), None) if detailed is None else detailed(batch)
-
-
-def _where(expert: Expert, batch: RewardBatch) -> str:
-    """ " at row r (prompt)" of the first row that fails alone; nothing when each row alone passes."""
+def _where(model: RewardModel, batch: RewardBatch) -> str:
+    """ " at image r (prompt)" of the first image that fails alone; nothing when each alone passes."""
     for index in range(len(batch)):
         try:
-            expert.score(batch.row(index))
-        except Exception:
-            return f" at row {index} (prompt {batch.prompts[index]!r})"
-    return f" on the {len(batch)} rows together, though not on any row alone"
+            model.score(batch.row(index))
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            return f" at image {index} (prompt {batch.prompts[index]!r})"
+    return f" on the {len(batch)} images together, though not on any image alone"
 
 
-def _by_kind(weights: Mapping[str, object] | None) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+# --- whatever a user may hand over ----------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class _OwnScore(Protocol):
+    def score(self, batch: RewardBatch) -> EnsembleScore | Tensor: ...
+
+
+@runtime_checkable
+class _OwnSubmit(Protocol):
+    def submit(self, batch: RewardBatch) -> Future[EnsembleScore]: ...
+
+
+def as_model(given: object, name: str = "reward") -> RewardModel:
+    """A reward model as it is, a plain function as one. Raises UserError for anything else."""
+    if isinstance(given, RewardModel):
+        return given
+    if callable(given) and not isinstance(given, type):
+        return RewardFunction(given, name)
+    raise UserError(
+        f"reward model {name!r} is a {type(given).__name__}: must have score(batch) -> Tensor [R], or be a function "
+        "f(prompts, images, **columns) -> list of numbers"
+    )
+
+
+def as_rewards(given: object, weights: Sequence[float] | Weights | None = None) -> Rewards:
+    """`given` as what a run asks of its rewards.
+
+    given: an `Ensemble` or `RemoteRewards`; a reward model or a function, whose values are then the reward; several of
+    them, as a list or by name, with `weights` (by default 1 each); or an object of your own whose score(batch) gives
+    .total [R] (and .parts, .no_face) or a tensor [R]. Raises UserError for anything else.
+    """
+    if isinstance(given, Rewards):
+        return given
+    if isinstance(given, (list, tuple)):
+        given = {_name(place, given): model for place, model in enumerate(given)}
+    if isinstance(given, Mapping):
+        chosen = weights if weights is not None else [1.0] * len(given)
+        if not isinstance(chosen, Mapping):
+            if len(chosen) != len(given):
+                raise UserError(f"weights: {len(chosen)} for {len(given)} reward models: must be one a model")
+            chosen = dict(zip(given, chosen, strict=True))
+        return Ensemble(given, chosen)
+    if isinstance(given, (_OwnSubmit, _OwnScore)) and kind_of(given) is None:
+        return OwnRewards(given)
+    name = _name(0, [given])
+    return Ensemble({name: as_model(given, name)}, {name: 1.0})
+
+
+def _name(place: int, among: Sequence[object]) -> str:
+    """A name for logs: the function's or class's own, numbered where several share it."""
+    own = [str(each.__name__ if inspect.isroutine(each) else type(each).__name__).lower() for each in among]
+    return own[place] if own.count(own[place]) == 1 else f"{own[place]}_{own[: place + 1].count(own[place])}"
+
+
+class OwnRewards:
+    """An object of a user's own as :class:`Rewards`: it has `score(batch)` or `submit(batch)`, maybe nothing else."""
+
+    preview_scorer: PreviewJudge | None = None
+    face_embedding: FaceEmbedding | None = None
+
+    def __init__(self, own: _OwnScore | _OwnSubmit):
+        self.own = own
+
+    def score(self, batch: RewardBatch) -> EnsembleScore:
+        if not isinstance(self.own, _OwnScore):
+            return self.submit(batch).result()
+        found = self.own.score(batch)
+        if isinstance(found, Tensor):
+            found = EnsembleScore(found, {"reward": found})
+        found.total = checked("reward", found.total, batch)
+        found.parts = {name: checked(name, part, batch) for name, part in found.parts.items()}
+        return noted(found, batch.prompts)
+
+    def submit(self, batch: RewardBatch) -> Future[EnsembleScore]:
+        if isinstance(self.own, _OwnSubmit):
+            return self.own.submit(batch)
+        done: Future[EnsembleScore] = Future()
+        done.set_result(self.score(batch))
+        return done
+
+    def throughput(self) -> dict[str, float]:
+        return {}
+
+
+def _by_kind(weights: Weights | None) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
     """Weights of every kind, and the kinds whose weights were given and are not the paper's."""
     if weights is None:
         return {kind: dict(chosen) for kind, chosen in PAPER_WEIGHTS.items()}, ()
@@ -159,14 +276,10 @@ def _by_kind(weights: Mapping[str, object] | None) -> tuple[dict[str, dict[str, 
             raise UserError(f"weights of kind {kind!r}: must be one of {', '.join(KINDS)}")
         assert isinstance(chosen, Mapping)
         for name, weight in chosen.items():
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, (int, float))
-                or not math.isfinite(weight)
-                or weight < 0
-            ):
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight < 0:
                 raise UserError(f"weight of {name!r} for {kind!r} is {weight!r}: must be a finite number ≥ 0")
         if not any(weight > 0 for weight in chosen.values()):
-            raise UserError(f"weights of {kind!r} are all 0: at least one expert must count")
+            raise UserError(f"weights of {kind!r} are all 0: at least one reward model must count")
         result[kind] = {str(name): float(weight) for name, weight in chosen.items()}
     return result, explicit

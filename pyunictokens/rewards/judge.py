@@ -1,7 +1,7 @@
 """A remote judge: a model behind an OpenAI-compatible endpoint looks at pictures and texts and gives a score.
 
-Used for the GPT metrics of the evaluation and, as :class:`JudgeExpert`, as one more reward. Here are the question's
-form, the strict reading of the answer and the cache on disk; endpoint.py has the key, the retries and the counters.
+Used for the GPT metrics of the evaluation and, as :class:`JudgeReward`, as one more reward model. Here are the
+question's form, the strict reading of the answer and the cache on disk; endpoint.py has the key and the counters.
 
 **Scale.** The model is asked for a number from `low` to `high` (0 to 10 unless configured); `JudgeScore.value` is that
 number brought to 0..1, ``(score − low) / (high − low)``. A number outside the scale is an error, never clipped.
@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import write_json
 from .base import RewardBatch, check_pixels
 from .endpoint import Counters, Endpoint, EndpointConfig, EndpointError
+from .registry import register
 
 _FENCE = re.compile(r"^```(?:json)?\s*\n(.*?)\n?```$", re.DOTALL)
 _LINE = re.compile(r"^\W*score\W*?[:=]\W*?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?\W*$", re.IGNORECASE)
@@ -211,7 +212,8 @@ def parse_score(text: str, low: float, high: float) -> tuple[float, str]:
 
 def data_url(pixels: Tensor, longest: int = 768) -> str:
     """A picture [3, H, W] in [-1, 1] as a data URL (PNG), made smaller to `longest` pixels where it is larger."""
-    from PIL import Image
+    with needs("judge"):
+        from PIL import Image
 
     if not isinstance(pixels, Tensor) or pixels.ndim != 3:
         found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
@@ -228,14 +230,23 @@ def data_url(pixels: Tensor, longest: int = 768) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-class JudgeExpert:
-    """The judge as a reward: how well does the drawing show its prompt (and the concept of the photos)?
+@dataclass(frozen=True)
+class JudgeRewardConfig(JudgeConfig):
+    """A judge as a reward model."""
 
-    photos: how many reference photos are shown before the drawing. A row that cannot be judged stops the step: a number
-    made up in its place would be trained on.
+    question: str | None = None
+    """What is asked; ``{prompt}`` stands for the image's prompt."""
+    photos: int = 1
+    """Reference images shown before the image."""
+
+
+@register("judge", label="Judge", settings=JudgeRewardConfig, asks_others=True)
+class JudgeReward:
+    """The judge as a reward model: how well does the image show its prompt (and the concept of the references)?
+
+    photos: how many reference images are shown before the image. One that cannot be judged ends the run: a number made
+    up in its place would be trained on.
     """
-
-    name = "judge"
 
     def __init__(self, judge: Judge, question: str | None = None, photos: int = 1):
         self.judge = judge
@@ -248,6 +259,10 @@ class JudgeExpert:
         if isinstance(photos, bool) or not isinstance(photos, int) or photos < 0:
             raise UserError(f"photos={photos!r}: must be a whole number ≥ 0")
         self.photos = photos
+
+    @classmethod
+    def from_settings(cls, settings: JudgeRewardConfig, device: object) -> JudgeReward:
+        return cls(Judge(settings), settings.question, settings.photos)
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Scores [R] in [0, 1]. Raises UserError naming the first row without a score."""

@@ -1,6 +1,6 @@
-"""What the experts' networks share: read from disk at first use, frozen, on one device in one dtype, fed in batches.
+"""What the reward models' networks share: read at first use, frozen, on one device in one dtype, fed in batches.
 
-The pictures' preprocessing is the library's own processor as the checkpoint configures it, run on tensors where they
+The images' preprocessing is the library's own processor as the checkpoint configures it, run on tensors where they
 are: pixels are brought to the 8 bits every one of these networks was trained with, then resized and normalised on their
 device.
 """
@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, require
-from .base import check_pixels
-from .weights import find
+from .base import Device, check_pixels
+from .weights import WeightFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,7 +33,7 @@ class NetworkConfig:
     dtype: str = "float32"
     """float32, bfloat16 or float16. Scores are float32 in any case."""
     batch: int = 32
-    """Most pictures or texts in one pass."""
+    """Most images or texts in one pass."""
     offline: bool = False
     """Never ask the hub: take what is on disk."""
 
@@ -54,10 +54,10 @@ class NetworkConfig:
 class Network:
     """A frozen network that is read from disk when it is first asked. Subclasses say how: `_build`."""
 
-    expert = ""
-    """Whose network it is: the key of `weights.WANTED`."""
+    files: ClassVar[WeightFiles]
+    """What must be in its folder."""
 
-    def __init__(self, config: NetworkConfig, device: str | torch.device = "cpu"):
+    def __init__(self, config: NetworkConfig, device: Device = "cpu"):
         self.config = config
         self.device = torch.device(device)
         self._modules: tuple[nn.Module, ...] | None = None
@@ -83,7 +83,7 @@ class Network:
             self._modules = tuple(module.requires_grad_(False).eval().to(self.device) for module in built)
         return self._modules
 
-    def to(self, device: str | torch.device) -> None:
+    def to(self, device: Device) -> None:
         """Move to `device`; what is not read from disk yet will be put there."""
         device = torch.device(device)
         if device != self.device:
@@ -93,7 +93,7 @@ class Network:
 
     def locate(self) -> Path:
         """The folder (or file) of the network. Raises UserError naming what is missing; a hub id is downloaded."""
-        return find(self.expert, self.config.path, offline=self.config.offline)
+        return self.files.find(self.config.path, offline=self.config.offline)
 
     def _build(self, folder: Path) -> tuple[nn.Module, ...]:
         raise NotImplementedError
@@ -129,7 +129,7 @@ class ImageNetwork(Network):
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] in [-1, 1] as uint8 on their device: what a saved picture would hold."""
+    """Pixels [B, 3, H, W] in [-1, 1] as uint8 on their device: what a saved image would hold."""
     check_pixels(pixels, "pixels")
     return ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
@@ -138,7 +138,7 @@ def resized_and_cropped(pixels: Tensor, side: int, mean: Sequence[float], std: S
     """Pixels [B, 3, H, W] in [-1, 1] as CLIP's relatives want them, [B, 3, side, side], float32, on their device.
 
     Brought to 8 bits, resized (bicubic, antialiased) until the shorter side has `side` pixels, cut to the middle, and
-    normalised: open_clip's own preprocessing, without a trip through pictures on the CPU.
+    normalised: open_clip's own preprocessing, without a trip through images on the CPU.
     """
     edit = require("torchvision.transforms.v2.functional", "rewards")
     values = edit.resize(to_bytes(pixels), [side], interpolation=edit.InterpolationMode.BICUBIC, antialias=True)

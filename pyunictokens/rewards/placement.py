@@ -1,6 +1,6 @@
-"""Where experts run and how fast: side by side on a GPU, or one after another with the others off the device.
+"""Where reward models run and how fast: side by side on a GPU, or one after another with the others off the device.
 
-`together` keeps every network on the device and gives each expert a CUDA stream of its own, so that small networks fill
+`together` keeps every network on the device and gives each model a CUDA stream of its own, so that small networks fill
 the gaps of large ones. `lean` brings a network to the device, asks it, and takes it off again: the peak is the largest
 one instead of their sum. `auto` chooses by the memory that is free when a device is first used.
 """
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ..utils.errors import UserError
+from .base import Device, Movable, Weighed
 
 R = TypeVar("R")
 
@@ -28,18 +29,18 @@ def fits(weights: int, free: int) -> bool:
 
 
 class Throughput:
-    """Rows and seconds by expert. On a GPU times are taken by events and read when somebody asks, not before."""
+    """Images and seconds by model. On a GPU times are taken by events and read when somebody asks, not before."""
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
-        self._open: list[tuple[str, Any, Any]] = []
+        self._open: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def add(self, name: str, rows: int, seconds: float) -> None:
         self._rows[name] = self._rows.get(name, 0) + rows
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
-    def add_events(self, name: str, rows: int, begin: Any, end: Any) -> None:
+    def add_events(self, name: str, rows: int, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
         self._rows[name] = self._rows.get(name, 0) + rows
         self._open.append((name, begin, end))
         if len(self._open) > 256:
@@ -52,7 +53,7 @@ class Throughput:
         self._open.clear()
 
     def per_second(self) -> dict[str, float]:
-        """Rows a second by expert, over everything asked so far. Side by side, experts share the device's time."""
+        """Images a second by model, over everything asked so far. Side by side, models share the device's time."""
         self._settle()
         return {name: self._rows[name] / seconds for name, seconds in self._seconds.items() if seconds > 0}
 
@@ -63,50 +64,52 @@ class Throughput:
 
 
 class Placement:
-    """Runs one job an expert. An expert that has `to(device)` can be moved, one that has `bytes` can be weighed.
+    """Runs one job a model. A model that has `to(device)` can be moved, one that has `bytes` can be weighed.
 
     home: where networks rest in lean mode.
     """
 
-    def __init__(self, memory: str = "auto", home: str | torch.device = "cpu"):
+    def __init__(self, memory: str = "auto", home: Device = "cpu"):
         if memory not in MODES:
             raise UserError(f"memory={memory!r}: must be {', '.join(MODES)}")
         self.memory = memory
         self.home = torch.device(home)
         self.throughput = Throughput()
         self._chosen: dict[torch.device, str] = {}
-        self._streams: dict[tuple[torch.device, str], Any] = {}
+        self._streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
 
-    def mode(self, experts: Mapping[str, Any], device: torch.device) -> str:
-        """together or lean, for these experts on this device."""
+    def mode(self, models: Mapping[str, object], device: torch.device) -> str:
+        """together or lean, for these models on this device."""
         if self.memory != "auto":
             return self.memory
         if device.type != "cuda":
             return "together"
         if device not in self._chosen:
-            for expert in experts.values():
-                _move(expert, self.home)  # weighed there: all of them might not fit together
+            for model in models.values():
+                _move(model, self.home)  # weighed there: all of them might not fit together
             free, _ = torch.cuda.mem_get_info(device)
-            weights = sum(int(getattr(expert, "bytes", 0)) for expert in experts.values())
+            weights = sum(model.bytes for model in models.values() if isinstance(model, Weighed))
             self._chosen[device] = "together" if fits(weights, free) else "lean"
         return self._chosen[device]
 
-    def run(self, experts: Mapping[str, Any], ask: Callable[[str], R], rows: int, device: torch.device) -> dict[str, R]:
-        """``{name: ask(name)}``, with every expert's network on `device` while it is asked."""
-        if self.mode(experts, device) == "lean":
-            return {name: self._visit(name, expert, ask, rows, device) for name, expert in experts.items()}
-        for expert in experts.values():
-            _move(expert, device)
+    def run(
+        self, models: Mapping[str, object], ask: Callable[[str], R], rows: int, device: torch.device
+    ) -> dict[str, R]:
+        """``{name: ask(name)}``, with every model's network on `device` while it is asked."""
+        if self.mode(models, device) == "lean":
+            return {name: self._visit(name, model, ask, rows, device) for name, model in models.items()}
+        for model in models.values():
+            _move(model, device)
         if device.type != "cuda":
-            return {name: self._timed(name, ask, rows) for name in experts}
-        return self._side_by_side(list(experts), ask, rows, device)
+            return {name: self._timed(name, ask, rows) for name in models}
+        return self._side_by_side(list(models), ask, rows, device)
 
-    def _visit(self, name: str, expert: Any, ask: Callable[[str], R], rows: int, device: torch.device) -> R:
-        _move(expert, device)
+    def _visit(self, name: str, model: object, ask: Callable[[str], R], rows: int, device: torch.device) -> R:
+        _move(model, device)
         try:
             return self._timed(name, ask, rows, device)
         finally:
-            _move(expert, self.home)
+            _move(model, self.home)
 
     def _timed(self, name: str, ask: Callable[[str], R], rows: int, device: torch.device | None = None) -> R:
         begin = time.perf_counter()
@@ -137,6 +140,6 @@ class Placement:
         return results
 
 
-def _move(expert: Any, device: torch.device) -> None:
-    if callable(move := getattr(expert, "to", None)):
-        move(device)
+def _move(model: object, device: torch.device) -> None:
+    if isinstance(model, Movable):
+        model.to(device)

@@ -1,175 +1,168 @@
-"""From the `rewards:` part of a run's settings to an ensemble: which experts, with which networks and weights.
+"""Every kind of reward model, by the name that settings give it: its label, its settings, the weight files it wants.
 
-    rewards:
-      offline: true                                   # for all networks; so are dtype and batch
-      memory: auto                                    # auto, together or lean (placement.py)
-      weights: {tier: 0.4, ber: 0.2, der: 0.2, hps: 0.2}   # or by kind; left out: the paper's
-      experts:
-        tier: {path: weights/ernie-3.0-base-zh}       # each expert's own settings: TierConfig, BerConfig, ...
-        ber: {path: weights/blip2-itm-vit-g, head: contrastive}
-        der: {path: weights/dinov2-base, match: best}
-        fer: {path: weights/facenet}
-        judge: {model: gpt-4o, cache: judged}         # an endpoint, see judge.py
-        hps: {use: "my_experts:HpsV2", path: weights/HPS_v2.1_compressed.pt}     # your own class, called with the rest
+    @register("contrast", label="Contrast", judges_previews=True)
+    class Contrast:
+        def score(self, batch): ...
 
-Networks are read when they are first asked.
+is all that a new reward model needs: settings (`rewards: {models: {contrast: {…}}}`), `doctor --weights`, the labels of
+the report and DSOG's choice of a judge read this registry. A file of this package is named once more in `_MODULES`, so
+that it is found; your own is found by its class (``use: MODULE:CLASS``).
 """
 
 from __future__ import annotations
 
 import importlib
-import typing
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
 
-import torch
-from torch import Tensor
-
+from ..config.settings import from_mapping
 from ..utils.errors import UserError
-from .base import Expert
-from .ensemble import Ensemble
-from .experts.ber import Ber, BerConfig, Blip2
-from .experts.der import Der, DerConfig, Dinov2
-from .experts.facenet import FerConfig, MtcnnFaceNet
-from .experts.fer import Fer
-from .experts.tier import SentenceEncoder, Tier, TierConfig
-from .judge import Judge, JudgeConfig, JudgeExpert
-from .networks import Network, NetworkConfig
-from .placement import MODES
+from .base import Device, JudgesPreviews, PreviewJudge, PreviewScorer, RewardBatch, RewardModel
+from .weights import WeightFiles, WeightStatus, status_of
 
-C = TypeVar("C")
+_MODULES = ("experts.tier", "experts.ber", "experts.der", "experts.fer", "judge")
+"""Files that register reward models, in the order in which reports show them."""
 
-OWN: dict[str, type[NetworkConfig]] = {"tier": TierConfig, "ber": BerConfig, "der": DerConfig, "fer": FerConfig}
-"""Settings of the experts over a network, by name."""
+C = TypeVar("C", bound=type)
+
+
+class _FromSettings(Protocol):
+    @classmethod
+    def from_settings(cls, settings: object, device: Device) -> RewardModel: ...
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """The `rewards:` part of a run's settings."""
+class Registered:
+    """One kind of reward model."""
 
-    experts: Mapping[str, Mapping[str, Any]]
-    """Settings by the name an expert goes by. `use` says what it is; left out, the name says it."""
-    weights: Mapping[str, Any] | None = None
-    """``{name: weight}`` or ``{kind: {name: weight}}``; None is the paper's."""
-    memory: str = "auto"
-    """auto, together or lean."""
-    shared: Mapping[str, Any] = field(default_factory=dict)
-    """dtype, batch and offline for every network that does not say otherwise."""
+    name: str
+    """What settings and logs call it."""
+    kind: type
+    label: str
+    """What the report calls it."""
+    settings: type | None
+    """Dataclass of its settings, for `kind.from_settings(settings, device)`; None: `kind(**settings)`."""
+    files: WeightFiles | None
+    """The weight files it wants; None where it needs none."""
+    judges_previews: bool
+    """Whether DSOG may ask it: its score depends on image and prompt alone."""
+    asks_others: bool
+    """Whether it sends images to an address that its settings name: they must then be trusted."""
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], origin: str = "rewards") -> RewardConfig:
-        """Settings as a YAML file holds them. Raises UserError naming the key that cannot be used."""
-        if not isinstance(values, Mapping):
-            raise UserError(f"{origin}: must be a table of settings, is {type(values).__name__}")
-        known = ("experts", "weights", "memory", "dtype", "batch", "offline")
-        unknown = [str(key) for key in values if key not in known]
-        if unknown:
-            raise UserError(f"{origin}: unknown {', '.join(unknown)}: must be of {', '.join(known)}")
-        experts = values.get("experts")
-        if not isinstance(experts, Mapping) or not experts:
-            raise UserError(f"{origin}.experts: must be a table, an expert a line, e.g. tier: {{path: weights/ernie}}")
-        for name, settings in experts.items():
-            if not isinstance(settings, Mapping):
-                raise UserError(f"{origin}.experts.{name}={settings!r}: must be a table, e.g. {{path: weights/{name}}}")
-        memory = values.get("memory", "auto")
-        if memory not in MODES:
-            raise UserError(f"{origin}.memory={memory!r}: must be {', '.join(MODES)}")
-        shared = {key: values[key] for key in ("dtype", "batch", "offline") if key in values}
-        return cls({str(k): dict(v) for k, v in experts.items()}, values.get("weights"), memory, shared)
-
-    def paths(self) -> dict[str, str]:
-        """Where the networks of the paper's experts are, as far as they are named."""
-        named = ((s.get("use", name), s.get("path")) for name, s in self.experts.items())
-        return {str(use): str(path) for use, path in named if use in OWN and path is not None}
+    def build(self, options: Mapping[str, object], device: Device, origin: str) -> RewardModel:
+        """The reward model of these settings. Raises UserError naming the setting that cannot be used."""
+        if self.settings is None:
+            return call(self.kind, options, device, origin)
+        settings: object = from_mapping(self.settings, options, origin=origin)
+        return cast("type[_FromSettings]", self.kind).from_settings(settings, device)
 
 
-class Rewards(NamedTuple):
-    """What training needs of the experts; the same names as in the toy's."""
-
-    ensemble: Ensemble
-    preview_scorer: Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]] | None
-    """``preview_scorer(prompts)`` is the judge for DSOG; None where no BER is among the experts."""
-    face_embedding: Callable[[Tensor], Tensor] | None
-    """From photos of a person to the embeddings of the faces in them; None without FER."""
+_known: dict[str, Registered] = {}
 
 
-def load_rewards(config: RewardConfig | Mapping[str, Any], device: str | torch.device = "cpu") -> Rewards:
-    """The experts a run names. That their files are there is checked now; they are read when first needed."""
-    if not isinstance(config, RewardConfig):
-        config = RewardConfig.from_mapping(config)
-    experts = {name: _expert(name, settings, config.shared, device) for name, settings in config.experts.items()}
-    ber = next((expert for expert in experts.values() if isinstance(expert, Ber)), None)
-    fer = next((expert for expert in experts.values() if isinstance(expert, Fer)), None)
-    return Rewards(
-        Ensemble(experts, config.weights, config.memory),
-        None if ber is None else ber.preview_scorer,
-        None if fer is None else fer.face_embedding,
-    )
+def register(
+    name: str,
+    *,
+    label: str | None = None,
+    settings: type | None = None,
+    files: WeightFiles | None = None,
+    judges_previews: bool = False,
+    asks_others: bool = False,
+) -> Callable[[C], C]:
+    """Class decorator: the class is the reward model that settings call `name`.
+
+    label: its name in the report, by default `name`. settings: a dataclass; the class then has
+    ``from_settings(settings, device)``, else it is called with its settings as keywords, and `device` where it takes
+    one. files: the weights it wants. judges_previews: its `score` (or `preview_scorer`, if it has one) may judge the
+    early previews of DSOG; its score must then depend on image and prompt alone. asks_others: it sends images to an
+    address that its settings name, so settings that came with somebody's run are refused until they are trusted.
+    """
+
+    def note(kind: C) -> C:
+        before = _known.get(name)
+        if before is not None and _path(before.kind) != _path(kind):
+            raise UserError(f"reward model {name!r}: already registered by {_path(before.kind)}: choose another name")
+        _known[name] = Registered(name, kind, label or name, settings, files, judges_previews, asks_others)
+        return kind
+
+    return note
 
 
-def _expert(name: str, settings: Mapping[str, Any], shared: Mapping[str, Any], device: Any) -> Expert:
-    options = {key: value for key, value in settings.items() if key != "use"}
-    use, origin = settings.get("use", name), f"rewards.experts.{name}"
-    if use in OWN:
-        return _over_network(make(OWN[use], {**shared, **options}, origin), device)
-    if use == "judge":
-        extra = {key: options.pop(key) for key in ("question", "photos") if key in options}
-        return JudgeExpert(Judge(make(JudgeConfig, options, origin)), **extra)
-    return _own_class(use, options, device, origin)
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _over_network(config: NetworkConfig, device: Any) -> Expert:
-    """The expert whose settings these are, its files looked for."""
-    network: Network
-    expert: Expert
-    if isinstance(config, TierConfig):
-        expert = Tier(network := SentenceEncoder(config, device))
-    elif isinstance(config, BerConfig):
-        expert = Ber(network := Blip2(config, device), config.head)
-    elif isinstance(config, DerConfig):
-        expert = Der(network := Dinov2(config, device), config.match)
-    else:
-        assert isinstance(config, FerConfig)
-        expert = Fer(network := MtcnnFaceNet(config, device))
-    network.locate()
-    return expert
+def registered() -> dict[str, Registered]:
+    """All kinds that are known here, by name."""
+    for module in _MODULES:
+        importlib.import_module(f".{module}", __package__)
+    order = {entry.name: place for place, entry in enumerate(_known.values())}
+    first = {f"{__package__}.{module}": place for place, module in enumerate(_MODULES)}
+    return dict(sorted(_known.items(), key=lambda item: (first.get(item[1].kind.__module__, 99), order[item[0]])))
 
 
-def _own_class(use: Any, options: Mapping[str, Any], device: Any, origin: str) -> Expert:
-    """MODULE:CLASS, called with its options and, where it takes one, the device."""
-    module_name, colon, name = str(use).partition(":")
-    if not colon or not name.isidentifier():
-        raise UserError(f"{origin}.use={use!r}: must be {', '.join(OWN)}, judge, or MODULE:CLASS of your own")
+def labels() -> dict[str, str]:
+    """What the report calls each reward model, by name, in the order of the report."""
+    return {name: entry.label for name, entry in registered().items()}
+
+
+def kind_of(model: object) -> Registered | None:
+    """The registered kind of a reward model, or of the class it inherits from; None for one that is not registered."""
+    for base in type(model).__mro__:
+        for entry in _known.values():
+            if entry.kind is base:
+                return entry
+    return None
+
+
+def preview_judge(models: Mapping[str, RewardModel]) -> PreviewJudge | None:
+    """The judge of DSOG's previews: the first of `models` that is registered for it, or brings a scorer of its own."""
+    for model in models.values():
+        entry = kind_of(model)
+        if isinstance(model, JudgesPreviews):
+            return model.preview_scorer
+        if entry is not None and entry.judges_previews:
+            return _by_score(model)
+    return None
+
+
+def _by_score(model: RewardModel) -> PreviewJudge:
+    """A judge that asks for the score of a preview and its prompt."""
+
+    def judge(prompts: Sequence[str], /) -> PreviewScorer:
+        words = list(prompts)
+        return lambda pixels, index: model.score(RewardBatch(pixels.clamp(-1, 1), [words[i] for i in index.tolist()]))
+
+    return judge
+
+
+def call(kind: Callable[..., object], options: Mapping[str, object], device: Device, origin: str) -> RewardModel:
+    """A class or function of one's own, called with its settings and, where it takes one, the device."""
     try:
-        made = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{origin}.use={use!r}: {error}") from error
+        parameters = inspect.signature(kind).parameters
+        takes = "device" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    except ValueError:  # a class written in C that does not say
+        takes = False
     try:
-        return made(**options, device=device)
+        made = kind(**options, **({"device": device} if takes else {}))
     except TypeError as error:
-        raise UserError(f"{origin}: {name}({', '.join(options)}, device) cannot be called: {error}") from error
+        raise UserError(f"{origin}: {kind.__name__}({', '.join(options)}) cannot be called: {error}") from error
+    if not isinstance(made, RewardModel):
+        raise UserError(f"{origin}: a {type(made).__name__} is no reward model: it needs score(batch) -> Tensor [R]")
+    return made
 
 
-def make(kind: type[C], options: Mapping[str, Any], origin: str) -> C:
-    """A settings dataclass from a table. Raises UserError naming a key that is unknown, missing or of another type."""
-    hints = typing.get_type_hints(kind)
-    known = [part.name for part in fields(kind)]  # type: ignore[arg-type]
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        raise UserError(f"{origin}: unknown {', '.join(map(str, unknown))}: must be of {', '.join(known)}")
-    for key, value in options.items():
-        wanted = typing.get_args(hints[key]) or (hints[key],)
-        exact = isinstance(value, wanted) and (bool in wanted or not isinstance(value, bool))
-        if not exact and not (float in wanted and isinstance(value, int) and not isinstance(value, bool)):
-            names = " or ".join("null" if one is type(None) else one.__name__ for one in wanted)
-            raise UserError(f"{origin}.{key}={value!r}: must be {names}")
-    try:
-        return kind(**options)
-    except TypeError:
-        needed = "path" if issubclass(kind, NetworkConfig) else "model"
-        raise UserError(
-            f"{origin}: {needed} is missing: {'a folder or hub id' if needed == 'path' else 'its name'}"
-        ) from None
-    except UserError as error:
-        raise UserError(f"{origin}.{error}") from error
+def weight_status(paths: Mapping[str, str] | None = None) -> list[WeightStatus]:
+    """For each reward model that wants weights: where they are looked for, whether they are whole, how to get them.
+
+    paths: folder or hub id by name, for those to look for; None looks for all of them, in the folders that the examples
+    use and in the hub's local cache.
+    """
+    wanted = {name: entry.files for name, entry in registered().items() if entry.files is not None}
+    return [
+        status_of(name, files, None if paths is None else paths[name])
+        for name, files in wanted.items()
+        if paths is None or name in paths
+    ]

@@ -8,29 +8,33 @@ Letters: P prompts, R rows (P × samples), N image codes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import MASK, ops
-from ..models import Showo, TextTokenizer
+from ..models import ImageTokenizer, MaskedModel, TextTokenizer
 from ..utils.errors import UserError
+
+Texts = str | Iterable[str | Sequence[int] | Tensor]
+"""Texts or lists of ids; a bare string is a list of one."""
+Item = TypeVar("Item", bound=Hashable)
 
 MAX_SAMPLE_ID = 2**63 - 1
 MAX_DSOG_ID = 2**32 - 1
 MAX_STEPS = 65536
 
 
-def number(name: str, value: Any, hint: str) -> float:
+def number(name: str, value: object, hint: str) -> float:
     """A finite float ≥ 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise UserError(f"{name}={value!r}: must be a finite number ≥ 0 ({hint})")
     return float(value)
 
 
-def count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+def count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
     """An integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         limit = f"≥ {least}" if most is None else f"in {least}…{most}"
@@ -45,7 +49,12 @@ def schedule(name: str) -> str:
 
 
 def token_lists(
-    name: str, texts: Any, tokenizer: TextTokenizer | None, model: Showo, wrap: Any = None, first: int = 0
+    name: str,
+    texts: Texts,
+    tokenizer: TextTokenizer | None,
+    model: MaskedModel,
+    wrap: Callable[[str], str] | None = None,
+    first: int = 0,
 ) -> list[list[int]]:
     """Strings (put through `wrap`, then tokenized) or lists of ids, as lists of ids. A bare string is a list of one.
 
@@ -56,7 +65,7 @@ def token_lists(
     texts = list(texts)
     if not texts:
         raise UserError(f"{name}=[]: give at least one")
-    known = model.first_code_id
+    known = model.num_text_ids
     lists = []
     for place, text in enumerate(texts, first):
         if isinstance(text, str):
@@ -77,7 +86,7 @@ def token_lists(
     return lists
 
 
-def sample_ids(given: Any, rows: int, most: int = MAX_SAMPLE_ID) -> list[int]:
+def sample_ids(given: Iterable[int] | Tensor | None, rows: int, most: int = MAX_SAMPLE_ID) -> list[int]:
     """R ids, by default 0…R−1. Equal ids are allowed: they draw the same noise."""
     ids = list(range(rows)) if given is None else [int(i) for i in given]
     if len(ids) != rows:
@@ -89,16 +98,16 @@ def sample_ids(given: Any, rows: int, most: int = MAX_SAMPLE_ID) -> list[int]:
 
 
 def known_codes(
-    given: Tensor | None, grid: tuple[int, int] | None, prompts: int, samples: int, model: Showo
+    given: Tensor | None, grid: tuple[int, int] | None, prompts: int, samples: int, model: MaskedModel
 ) -> tuple[Tensor, tuple[int, int]]:
     """(codes int64 [R, N] on the model's device, −1 unknown; grid). Codes come as [N], [1, N], [P, N] or [R, N]."""
-    config, rows = model.config, prompts * samples
+    rows = prompts * samples
     if grid is not None:
         if len(grid) != 2:
             raise UserError(f"grid={grid!r}: must be (height, width) in codes")
         grid = (count("grid height", grid[0]), count("grid width", grid[1]))
     if given is None:
-        grid = grid or _square(config.num_vq_tokens)
+        grid = grid or model.grid
         return torch.full((rows, grid[0] * grid[1]), MASK, device=model.device), grid
     codes = torch.as_tensor(given)
     if codes.is_floating_point() or codes.dtype == torch.bool or codes.ndim not in (1, 2) or codes.numel() == 0:
@@ -111,10 +120,10 @@ def known_codes(
         raise UserError(
             f"known_codes with {codes.shape[0]} rows: must be 1, {prompts} (one a prompt) or {rows} (one a sample)"
         )
-    if int(codes.min()) < MASK or int(codes.max()) >= config.codebook_size:
+    if int(codes.min()) < MASK or int(codes.max()) >= model.codebook_size:
         raise UserError(
             f"known_codes reach from {int(codes.min())} to {int(codes.max())}: must lie in "
-            f"0…{config.codebook_size - 1}, or be {MASK} where unknown"
+            f"0…{model.codebook_size - 1}, or be {MASK} where unknown"
         )
     grid = grid or _square(codes.shape[1])
     if grid[0] * grid[1] != codes.shape[1]:
@@ -131,30 +140,30 @@ def _square(codes: int) -> tuple[int, int]:
     return side, side
 
 
-def images(given: Tensor, model: Showo, vq: Any) -> Tensor:
+def images(given: Tensor, model: MaskedModel, vq: ImageTokenizer | None) -> Tensor:
     """Pixels float [B, 3, H, W] or codes int [B, N] as codes int64 [B, N] on the model's device."""
     given = torch.as_tensor(given)
     if given.numel() == 0:
         raise UserError(f"images of shape {tuple(given.shape)}: give at least one")
     if given.is_floating_point():
         if vq is None:
-            raise UserError("images are pixels: give RolloutEngine a MagvitV2 to read them, or pass codes")
+            raise UserError("images are pixels: give RolloutEngine an image tokenizer to read them, or pass codes")
         if not bool(torch.isfinite(given).all()):
             raise UserError("images hold NaN or infinite pixels: must be finite, in [−1, 1]")
         return vq.encode(given.to(next(vq.parameters()).device)).to(model.device)
     if given.ndim != 2 or given.dtype == torch.bool:
         raise UserError(f"images of shape {tuple(given.shape)}: must be pixels float [B, 3, H, W] or codes int [B, N]")
-    if int(given.min()) < 0 or int(given.max()) >= model.config.codebook_size:
+    if int(given.min()) < 0 or int(given.max()) >= model.codebook_size:
         raise UserError(
             f"image codes reach from {int(given.min())} to {int(given.max())}: must lie in "
-            f"0…{model.config.codebook_size - 1} (−1 is an unknown code: generate it first)"
+            f"0…{model.codebook_size - 1} (−1 is an unknown code: generate it first)"
         )
     return given.long().to(model.device)
 
 
-def unique_index(items: Sequence[Any]) -> tuple[list[int], list[int]]:
+def unique_index(items: Sequence[Item]) -> tuple[list[int], list[int]]:
     """(first place of each distinct item, number of its distinct item for each item)."""
-    seen: dict[Any, int] = {}
+    seen: dict[Item, int] = {}
     index = [seen.setdefault(item, len(seen)) for item in items]
     first = [index.index(number) for number in range(len(seen))]
     return first, index

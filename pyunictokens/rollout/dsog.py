@@ -79,8 +79,9 @@ class DsogThreshold:
 class Dsog:
     """How candidates are previewed in one call of `generate_images`. The group is all rows of the call."""
 
-    threshold: DsogThreshold
-    """Asked once at the start of the group and updated once at its end, by the engine."""
+    threshold: DsogThreshold | float
+    """Asked once at the start of the group and updated once at its end, by the engine. A number stays as it is: for
+    callers that spread a group over processes, count all of it and then move their threshold themselves."""
     scorer: Callable[[Tensor, Tensor], Tensor]
     """(pixels [P, 3, H, W], prompt_index int64 [P]) → scores [P]; a preview passes when its score is above the
     threshold. One that raises, or gives NaN, fails its previews; the report says so."""
@@ -94,14 +95,17 @@ class Dsog:
     call."""
     overlap: bool = False
     """The scorer may be called from another thread while the other rows take a step: it shares nothing with anybody."""
-    reduce: Callable[[int, int], tuple[int, int]] | None = None
-    """(accepted, previewed) of this process → of all ranks, so that every rank's threshold moves alike."""
 
     def __post_init__(self) -> None:
         if self.max_candidates < 1:
             raise UserError(f"max_candidates={self.max_candidates}: must be ≥ 1 (candidates for each row of the group)")
         if self.preview_step is not None and self.preview_step < 1:
             raise UserError(f"preview_step={self.preview_step}: must be ≥ 1 (default: a fifth of the steps)")
+
+    @property
+    def level(self) -> float:
+        """What previews are compared with now."""
+        return self.threshold.value if isinstance(self.threshold, DsogThreshold) else self.threshold
 
     def preview_at(self, steps: int) -> int:
         """Steps run before the preview, for a generation of `steps`."""
@@ -113,7 +117,7 @@ class Dsog:
     def judging(self, steps: int, rows: int) -> Judging:
         """The scheduler's view of this, for a generation of `steps` and `rows`."""
         cap = self.max_candidates * (1 if self.cap_by_row else rows)
-        return Judging(self.preview_at(steps), self.threshold.value, cap, self.cap_by_row)
+        return Judging(self.preview_at(steps), self.level, cap, self.cap_by_row)
 
 
 def settle(
@@ -121,10 +125,8 @@ def settle(
 ) -> DsogReport:
     """Move the threshold, warn of rows that had to be filled, and write the report of a group that is complete."""
     accepted, previewed = scheduler.accepted, scheduler.previewed
-    if dsog.reduce is not None:
-        accepted, previewed = dsog.reduce(accepted, previewed)
-    pass_rate = accepted / previewed
-    before = dsog.threshold.value
+    pass_rate, before = accepted / previewed, dsog.level
+    after = dsog.threshold.update(pass_rate) if isinstance(dsog.threshold, DsogThreshold) else before
     if scheduler.filled:
         warnings.warn(
             f"{scheduler.filled} of {len(ended)} rows are filled with the best rejected previews: "
@@ -139,7 +141,7 @@ def settle(
         filled=scheduler.filled,
         pass_rate=pass_rate,
         threshold=before,
-        next_threshold=dsog.threshold.update(pass_rate),
+        next_threshold=after,
         scores=torch.tensor([candidate.score for candidate in ended]),
         attempts=torch.tensor([candidate.attempt for candidate in ended]),
         preview_codes=preview_codes,

@@ -1,9 +1,9 @@
 """The rollout engine: prompts in, images or answers out, with everything the update needs to score them again.
 
-It checks what the caller gives, turns text into ids, computes each distinct prompt once (for guidance the empty one
-too), hands rows to the loops of loop.py and text.py, and decodes pixels. It does not know rewards beyond a scorer
-callback, nor training. Between calls it keeps the resident concepts and nothing of a rollout, so the weights may
-change.
+It checks what the caller gives, turns text into ids, computes each distinct prompt once (for guidance the unconditional
+one too), hands rows to the loops of loop.py and text.py, and decodes pixels. What a prompt is and how it is sampled it
+asks of the model (models/base.py). Between calls it keeps the resident concepts and nothing of a rollout, so the
+weights may change.
 
     engine = RolloutEngine(model, vq, tokenizer)
     images = engine.generate_images(["A photo of <bo>."], samples=9, seed=1)
@@ -12,22 +12,32 @@ change.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import reduce
+from operator import add
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..models import ConceptTokens, MagvitV2, PromptKV, Showo, TextTokenizer, prefill_mmu, prefill_mmu_clip, prefill_t2i
-from ..models import costs as cost
-from ..models.showo import prompting
-from ..models.showo.vocabulary import TextVocabulary
+from ..models import (
+    AnsweringModel,
+    CapturableModel,
+    ConceptTokens,
+    ImageTokenizer,
+    MaskedModel,
+    Prefix,
+    TextTokenizer,
+    answering,
+)
 from ..utils import profiling
 from ..utils.errors import UserError
 from ..utils.memory import RowLimit
 from . import checks
-from .cuda_graphs.capture import MODES, CaptureCache
+from .cuda_graphs.capture import MODES, CaptureCache, Mode
 from .cuda_graphs.slots import Bucket, CapturedSlots
 from .dsog import Dsog, settle
 from .loop import ImageLoop
@@ -38,7 +48,7 @@ from .scheduler import Scheduler
 from .text import TextSettings, decode
 from .types import ImageRollout, RolloutInterrupted, TextRollout
 
-DEFAULT_MAX_TEXT = 128
+log = logging.getLogger(__name__)
 
 Concepts = str | Sequence[str | None] | None
 """One resident's name, one for each prompt (None: the model as it is), or None: text says which it names."""
@@ -48,41 +58,42 @@ class RolloutEngine:
     """Draws images and answers from one model.
 
     Args:
-        model: the Show-o model, a concept attached or not.
+        model: any masked model, a concept attached or not.
         vq: the image tokenizer; needed for pixels in or out.
         tokenizer: needed for text in or out; with a concept attached, the one that knows its tokens.
-        max_text: text positions of a drawing prompt, 128 as published when None.
-        schedule: cosine, linear, sigmoid or pow<k>.
+        schedule: cosine, linear, sigmoid or pow<k>; the model's own when None.
         ops_backend: backend of the fused ops; None lets each op choose.
         max_rows: slots: most images (each two rows with guidance) drawn at once; more wait their turn. What does not
             fit into memory is split further by itself, with one warning.
         capture: how image steps run: "auto" captures them on a GPU (rollout/cuda_graphs/capture.py) and lets the host
-            run them elsewhere; "loop", "replay" or "eager" by name; "off" lets the host run them always.
+            run them elsewhere; "loop", "replay" or "eager" by name; "off" lets the host run them always. Only a
+            `CapturableModel` takes the named ones.
     """
 
     def __init__(
         self,
-        model: Showo,
-        vq: MagvitV2 | None = None,
+        model: MaskedModel,
+        vq: ImageTokenizer | None = None,
         tokenizer: TextTokenizer | None = None,
         *,
-        max_text: int | None = None,
-        schedule: str = "cosine",
+        schedule: str | None = None,
         ops_backend: str | None = None,
         max_rows: int = 64,
         capture: str = "auto",
     ):
         self.model, self.vq, self.tokenizer = model, vq, tokenizer
-        self.max_text = DEFAULT_MAX_TEXT if max_text is None else checks.count("max_text", max_text, 3)
-        self.schedule = checks.schedule(schedule)
+        self.schedule = checks.schedule(model.rule.schedule if schedule is None else schedule)
         self.ops_backend = ops_backend
         self.max_rows = checks.count("max_rows", max_rows)
         if capture not in (*MODES, "off"):
             raise UserError(f"capture={capture!r}: must be off or one of {', '.join(MODES)}")
-        self.capture = capture
+        if capture not in ("auto", "off") and not isinstance(model, CapturableModel):
+            raise UserError(f"capture={capture!r}: image steps of {model.family} cannot be captured; use auto or off")
+        self.capture: Mode | None = None if capture == "off" else cast(Mode, capture)
         self._captures: CaptureCache[Bucket] = CaptureCache()
         self._residents = Residents(model, tokenizer)
         self._limit = RowLimit()
+        self._said_eager = False
         self._noise: Noise | None = None  # explicit Gumbel noise in place of the Philox keys; for replaying records
 
     # --- concepts --------------------------------------------------------------------------------------------------
@@ -116,9 +127,9 @@ class RolloutEngine:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         *,
         samples: int = 1,
-        steps: int = 50,
-        guidance_scale: float = 5.0,
-        temperature: float = 1.0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
         seed: int = 0,
         sample_ids: Sequence[int] | Tensor | None = None,
         known_codes: Tensor | None = None,
@@ -132,9 +143,10 @@ class RolloutEngine:
         """Draw `samples` images of every prompt; rows are prompt-major.
 
         Args:
-            prompts: text, or text ids without task token, sot and eot. "" draws without a prompt.
-            steps: T, MaskGIT timesteps.
-            guidance_scale: s in (1 + s)·cond − s·uncond; 0 turns guidance off and halves the work.
+            prompts: text, or text ids without special ids. "" draws without a prompt.
+            steps: T, MaskGIT timesteps. What is not given is the model's own (`SamplingRule`; Show-o: 50, 5.0 and 1.0).
+            guidance_scale: as the model's rule reads it: s in (1 + s)·cond − s·uncond for Show-o. Turned off (0 there)
+                it halves the work.
             temperature: of the re-masking noise.
             seed, sample_ids: the key of all noise. A row draws the same image in any batch; ids are 0…R−1 by default.
             known_codes: int [N], [P, N] or [R, N], −1 where unknown: the rest is painted around them.
@@ -149,21 +161,27 @@ class RolloutEngine:
             UserError: for anything out of range, prompts without tokenizer, or a model whose log-probs are not finite.
             RolloutInterrupted: Ctrl-C; it carries the images that were finished.
         """
-        samples, steps = checks.count("samples", samples), checks.count("steps", steps, 1, checks.MAX_STEPS)
-        scale = checks.number("guidance_scale", guidance_scale, "0 turns guidance off")
+        rule, samples = self.model.rule, checks.count("samples", samples)
+        steps = checks.count("steps", rule.steps if steps is None else steps, 1, checks.MAX_STEPS)
+        guidance_scale = rule.guidance_scale if guidance_scale is None else guidance_scale
+        strength = rule.strength(guidance_scale)
+        temperature = rule.temperature if temperature is None else temperature
         temperature = checks.number("temperature", temperature, "0 re-masks without noise")
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
         texts, names = self._residents.read("prompts", prompts, concepts)
         rows = len(texts) * samples
         known, grid = checks.known_codes(known_codes, grid, len(texts), samples, self.model)
+        self.model.check_grid(grid)
         ids = checks.sample_ids(sample_ids, rows, checks.MAX_DSOG_ID if dsog else checks.MAX_SAMPLE_ID)
         if self.vq is None and (decode or dsog):
-            raise UserError("pixels are wanted: give RolloutEngine a MagvitV2, or pass decode=False and no dsog")
-        settings = LoopSettings(steps, scale, temperature, self.schedule, seed, record, self.max_rows, self.ops_backend)
+            raise UserError("pixels are wanted: give RolloutEngine an image tokenizer, or decode=False and no dsog")
+        settings = LoopSettings(
+            steps, strength, temperature, self.schedule, seed, record, self.max_rows, self.ops_backend
+        )
         judging = dsog.judging(steps, rows) if dsog else None
         prompt_index = torch.arange(len(texts)).repeat_interleave(samples)
 
-        prefixes, prompt_of_text = self._prefixes(texts, names, guided=scale > 0)
+        prefixes, prompt_of_text = self._prefixes(texts, names, guided=strength > 0)
         prompt_of_row = [prompt_of_text[index] for index in prompt_index.tolist()]
         _, looks = checks.unique_index(list(map(tuple, known.tolist())))
         _, kinds = checks.unique_index(list(zip(prompt_of_row, looks, strict=True)))
@@ -193,17 +211,16 @@ class RolloutEngine:
                 prompt_ids=texts,
                 seed=seed,
                 steps=steps,
-                guidance_scale=scale,
+                guidance_scale=float(guidance_scale),
                 temperature=temperature,
                 grid=grid,
-                max_text=self.max_text,
                 concepts=names,
             )
 
         try:
             with previews or nullcontext():
                 loop.run()
-            profiling.count("rollout steps", lambda: self._step_flops(loop, prefixes, scale))
+            profiling.count("rollout steps", lambda: self._step_flops(loop, prefixes, strength > 0))
             if not slots.finite:
                 raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
             result = rollout(slice(None))
@@ -217,7 +234,7 @@ class RolloutEngine:
 
     def _slots(
         self,
-        prefixes: PromptKV,
+        prefixes: Prefix,
         prompt_of_row: list[int],
         looks: list[int],
         slots: int,
@@ -226,53 +243,57 @@ class RolloutEngine:
         judged: bool,
     ) -> EagerSlots:
         """Slots that run without the host where that can be and is wanted, else slots that the host runs."""
-        fixed = (self.model, prefixes, prompt_of_row, looks, slots, count, settings)
         keep_first = judged or slots < len(prompt_of_row)
-        wanted = self.model.device.type == "cuda" if self.capture == "auto" else self.capture != "off"
-        if wanted and self._noise is None:
-            return CapturedSlots(*fixed, self._captures, self.capture, limit=self._limit, keep_first=keep_first)
-        return EagerSlots(*fixed, limit=self._limit, keep_first=keep_first, noise=self._noise)
+        wanted = self.model.device.type == "cuda" if self.capture == "auto" else self.capture is not None
+        fixed = (prefixes, prompt_of_row, looks, slots, count, settings)
+        if wanted and self.capture is not None and self._noise is None:
+            if isinstance(self.model, CapturableModel):
+                return CapturedSlots(
+                    self.model, *fixed, self._captures, self.capture, limit=self._limit, keep_first=keep_first
+                )
+            if not self._said_eager:
+                log.info("image steps of %s cannot be captured: the host runs them", self.model.family)
+                self._said_eager = True
+        return EagerSlots(self.model, *fixed, limit=self._limit, keep_first=keep_first, noise=self._noise)
 
-    def _step_flops(self, loop: ImageLoop, prompts: PromptKV, scale: float) -> float:
+    def _step_flops(self, loop: ImageLoop, prompts: Prefix, guided: bool) -> float:
         longest, count = max(prompts.lengths), loop.codes.shape[1]
-        return loop.scheduler.row_steps * cost.image_step(self.model.config, 1, longest, count, scale > 0).flops
+        return loop.scheduler.row_steps * self.model.costs.image_step(1, longest, count, guided).flops
 
     @profiling.phase("prefill")
-    def _prefixes(self, texts: list[list[int]], names: list[str | None], guided: bool) -> tuple[PromptKV, list[int]]:
-        """Keys and values of the distinct prompts, the empty one last when `guided`; and which of them each text is."""
-        ids = prompting.SpecialIds.of(self.model)
-        long = [
-            place for place, text in enumerate(texts) if len(text) + 2 + (text[:1] != [ids.sot]) > self.max_text + 1
-        ]
+    def _prefixes(self, texts: list[list[int]], names: list[str | None], guided: bool) -> tuple[Prefix, list[int]]:
+        """The distinct prompts, the unconditional one last when `guided`; and which of them each text is."""
+        long = [place for place, text in enumerate(texts) if self.model.cut_ids(text)]
         if long:
+            text = texts[long[0]]
             warnings.warn(
-                f"prompts[{long[0]}] has {len(texts[long[0]])} ids: only the first {self.max_text - 2} are read "
-                "(max_text of RolloutEngine)",
+                f"prompts[{long[0]}] has {len(text)} ids: only the first {len(text) - self.model.cut_ids(text)} are "
+                "read (max_text of the model)",
                 stacklevel=4,
             )
-        sequences = [tuple(prompting.t2i_text(text, ids, self.max_text)) for text in texts]
+        sequences = [tuple(self.model.prompt_ids(text)) for text in texts]
         order = {name: place for place, name in enumerate(dict.fromkeys(names))}
         members = sorted(range(len(texts)), key=lambda place: order[names[place]])
         first, index = checks.unique_index([(names[place], sequences[place]) for place in members])
-        total = PromptKV([], [], [])
+        parts: list[Prefix] = []
         for name in order:
             distinct = [list(sequences[members[place]]) for place in first if names[members[place]] == name]
             if guided and name == names[members[-1]]:
-                distinct.append(prompting.t2i_text([], ids, self.max_text))
+                distinct.append(self.model.prompt_ids([]))
             with self._residents.using(name):
-                total = total + prefill_t2i(self.model, distinct, self.max_text)
-        lengths = total.lengths
-        profiling.count("prefill", lambda: sum(cost.prefill(self.model.config, each).flops for each in lengths))
+                parts.append(self.model.prefill(distinct))
+        total = reduce(add, parts)
+        costs = self.model.costs
+        profiling.count("prefill", lambda: sum(costs.prefill(each).flops for each in total.lengths))
         return total, [number for _, number in sorted(zip(members, index, strict=True))]
 
     @profiling.phase("decode", unless="previews")
     def _pixels(self, codes: Tensor, grid: tuple[int, int], of: str = "decode") -> Tensor:
-        assert self.vq is not None
-        vq_config = getattr(self.vq, "config", None)
-        if vq_config is not None:
-            profiling.count(of, lambda: cost.decode_pixels(vq_config, len(codes), grid).flops)
-        codes = codes.to(next(self.vq.parameters()).device)
-        return torch.cat([self.vq.decode(part, grid) for part in codes.split(self.max_rows)])
+        vq = self.vq
+        assert vq is not None
+        profiling.count(of, lambda: vq.decode_cost(len(codes), grid).flops)
+        codes = codes.to(next(vq.parameters()).device)
+        return torch.cat([vq.decode(part, grid) for part in codes.split(self.max_rows)])
 
     # --- text ------------------------------------------------------------------------------------------------------
 
@@ -296,57 +317,57 @@ class RolloutEngine:
         """Answer each question about its image `samples` times; rows are prompt-major.
 
         Args:
-            images: pixels float [B, 3, H, W], codes int [B, N], or features float [B, patches, 1024] for the CLIP
-                variant. One image may serve many questions, and one question many images.
-            questions: text, put into the published wording unless `raw`; or ids, taken as they are.
+            images: pixels float [B, 3, H, W], codes int [B, N], or features float [B, patches, E] for a model that
+                takes them. One image may serve many questions, and one question many images.
+            questions: text, put into the model's wording unless `raw`; or ids, taken as they are.
             temperature: 1 is the model's own distribution; 0 takes the likeliest token.
             top_k: draw among the k likeliest tokens only; 0 means all, 1 the likeliest.
             seed, sample_ids: the key of all noise, as for images.
-            system: text or ids before the image, for CLIP features only.
+            system: text or ids before the image, for features only.
             concepts: which resident concept each question speaks of, where its text does not say so.
 
         Raises:
-            UserError: for anything out of range, text without tokenizer, or more positions than the model has.
+            UserError: for anything out of range, text without tokenizer, more positions than the model has, or a model
+                that does not answer.
         """
+        model = answering(self.model)
         samples = checks.count("samples", samples)
         checks.count("max_new_tokens", max_new_tokens, 1, checks.MAX_STEPS)
         temperature = checks.number("temperature", temperature, "0 takes the likeliest token")
         checks.count("top_k", top_k, 0)
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
-        asked, names = self._residents.read("questions", questions, concepts, None if raw else prompting.chat_question)
-        clip = self.model.config.w_clip_vit and torch.is_tensor(images) and images.ndim == 3
-        seen = images.to(self.model.device) if clip else checks.images(images, self.model, self.vq)
+        asked, names = self._residents.read("questions", questions, concepts, None if raw else model.question_text)
+        features = model.takes_features and torch.is_tensor(images) and images.ndim == 3
+        seen = images.to(model.device) if features else checks.images(images, model, self.vq)
         if 1 not in (len(seen), len(asked)) and len(seen) != len(asked):
             raise UserError(f"{len(seen)} images and {len(asked)} questions: give one of either, or as many of both")
         pairs = max(len(seen), len(asked))
         seen = seen.expand(pairs, *seen.shape[1:])
         asked, names = (asked * pairs, names * pairs) if len(asked) == 1 else (asked, names)
         ids = checks.sample_ids(sample_ids, pairs * samples)
-        if not clip and len(system):
-            raise UserError("system is for CLIP features only: put the text into the question")
+        if not features and len(system):
+            raise UserError("system is for features only: put the text into the question")
 
-        prompts, last, prompt_of_pair = self._contexts(seen, asked, names, system if clip else None)
-        end, limit = max(prompts.next_position) + max_new_tokens, self.model.config.max_position_embeddings
+        prompts, last, prompt_of_pair = self._contexts(model, seen, asked, names, system if features else None)
+        end, limit = max(prompts.next_position) + max_new_tokens, model.max_positions
         if end > limit:
             raise UserError(f"context and max_new_tokens reach position {end}: this model has {limit}; ask for fewer")
         speakers = list(dict.fromkeys(names))
         prompt_index = torch.arange(pairs).repeat_interleave(samples)
         tokens, logp, lengths = decode(
-            self.model,
-            TextVocabulary(self.model, [self._residents.rows(name) for name in speakers]),
+            model,
+            model.vocabulary([self._residents.rows(name) for name in speakers]),
             prompts,
             last,
             [prompt_of_pair[index] for index in prompt_index.tolist()],
             [speakers.index(names[index]) for index in prompt_index.tolist()],
             ids,
-            TextSettings(
-                max_new_tokens, temperature, top_k, seed, prompting.SpecialIds.of(self.model).eot, self.ops_backend
-            ),
+            TextSettings(max_new_tokens, temperature, top_k, seed, model.end_id, self.ops_backend),
         )
         if not bool(torch.isfinite(logp).all()):
             raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
         context = max(prompts.lengths)
-        profiling.count("answers", lambda: cost.answers_of(self.model.config, context, lengths.tolist()).flops)
+        profiling.count("answers", lambda: model.costs.answers(context, lengths.tolist()).flops)
         return TextRollout(
             texts=self._texts(tokens, lengths, [names[index] for index in prompt_index.tolist()]),
             tokens=tokens,
@@ -355,7 +376,7 @@ class RolloutEngine:
             prompt_index=prompt_index,
             sample_ids=torch.tensor(ids),
             question_ids=asked,
-            image_codes=None if clip else seen.clone(),
+            image_codes=None if features else seen.clone(),
             seed=seed,
             temperature=temperature,
             top_k=top_k,
@@ -373,19 +394,32 @@ class RolloutEngine:
         return texts
 
     def _contexts(
-        self, seen: Tensor, asked: list[list[int]], names: list[str | None], system: str | Sequence[int] | None
-    ) -> tuple[PromptKV, Tensor, list[int]]:
-        """What each answer follows: keys and values, last states [P, D], and which of them belongs to each pair.
+        self,
+        model: AnsweringModel,
+        seen: Tensor,
+        asked: list[list[int]],
+        names: list[str | None],
+        system: str | Sequence[int] | None,
+    ) -> tuple[Prefix, Tensor, list[int]]:
+        """What each answer follows: the prefix, last states [P, D], and which of them belongs to each pair.
 
-        `system` is None for image codes, where equal pairs are computed once; else `seen` is CLIP features.
+        `system` is None for image codes, where equal pairs are computed once; else `seen` is features.
         """
         before: list[int] = []
         if system:
             before = checks.token_lists(
                 "system", system if isinstance(system, str) else [system], self.tokenizer, self.model
             )[0]
-        prompts, place = PromptKV([], [], []), {}
+        parts: list[Prefix] = []
         states: list[Tensor] = []
+        place: dict[int, int] = {}
+
+        def keep(some: list[int], number_of: Sequence[int], made: tuple[Prefix, Tensor]) -> None:
+            offset = sum(map(len, parts))
+            place.update({index: offset + number for index, number in zip(some, number_of, strict=True)})
+            parts.append(made[0])
+            states.append(made[1])
+
         for name in dict.fromkeys(names):
             members = [index for index, its in enumerate(names) if its == name]
             with self._residents.using(name):
@@ -393,13 +427,9 @@ class RolloutEngine:
                     looks = [(tuple(seen[index].tolist()), tuple(asked[index])) for index in members]
                     first, index_of = checks.unique_index(looks)
                     some = [members[number] for number in first]
-                    more, last = prefill_mmu(self.model, seen[some], [asked[index] for index in some])
-                    place.update({m: len(prompts) + number for m, number in zip(members, index_of, strict=True)})
-                    prompts, states = prompts + more, [*states, last]
+                    keep(members, index_of, model.prefill_questions(seen[some], [asked[index] for index in some]))
                     continue
                 for question in dict.fromkeys(tuple(asked[index]) for index in members):
                     some = [index for index in members if tuple(asked[index]) == question]
-                    more, last = prefill_mmu_clip(self.model, seen[some], before, list(question))
-                    place.update({index: len(prompts) + number for number, index in enumerate(some)})
-                    prompts, states = prompts + more, [*states, last]
-        return prompts, torch.cat(states), [place[index] for index in range(len(asked))]
+                    keep(some, range(len(some)), model.prefill_features(seen[some], before, question))
+        return reduce(add, parts), torch.cat(states), [place[index] for index in range(len(asked))]

@@ -1,6 +1,6 @@
 """The round of one generation: who waits gets a slot, slots step, previews are judged, finished rows leave.
 
-It joins scheduler.py (who), sampler.py (the step) and previews.py (the scores), and keeps the result row by row.
+It joins scheduler.py (who), sampler.py (the step) and previews.py (the verdict), and keeps the result row by row.
 
 Shape suffixes: R rows of the result, N image codes, T timesteps.
 """
@@ -39,7 +39,7 @@ class ImageLoop:
         self.records: tuple[Tensor, ...] = ()
         """(inputs, chosen, logp), each [R, T, N]; empty where nothing is recorded."""
         if slots.settings.record:
-            codebook = slots.model.config.codebook_size
+            codebook = slots.model.codebook_size
             self.records = empty_records(rows, slots.settings.steps, count, codebook, known.device)
 
     @profiling.phase("rollout steps")

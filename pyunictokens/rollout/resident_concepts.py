@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from ..models import ConceptTokens, Showo, TextTokenizer
+from ..models import ConceptTokens, MaskedModel, TextTokenizer, owning_rows
 from ..utils.errors import UserError
 from . import checks
 
@@ -19,7 +18,7 @@ from . import checks
 class Residents:
     """The resident concepts of one engine, by name."""
 
-    def __init__(self, model: Showo, tokenizer: TextTokenizer | None):
+    def __init__(self, model: MaskedModel, tokenizer: TextTokenizer | None):
         self._model, self._tokenizer = model, tokenizer
         self._concepts: dict[str, ConceptTokens] = {}
         self._tokenizers: dict[str, TextTokenizer] = {}
@@ -35,10 +34,8 @@ class Residents:
                 f"the model has {self._model.concept.sks} attached: take it off (model.detach()) and add it beside "
                 f"{concept.sks}"
             )
-        if concept.width != self._model.config.hidden_size:
-            raise UserError(
-                f"concept {concept.sks} of width {concept.width}: this model has width {self._model.config.hidden_size}"
-            )
+        if concept.width != owning_rows(self._model).width:
+            raise UserError(f"concept {concept.sks} of width {concept.width}: this model has width {self._model.width}")
         if self._tokenizer is not None:
             self._tokenizers[concept.name] = self._tokenizer.with_concept(concept.tokens)
         self._concepts[concept.name] = concept
@@ -69,7 +66,7 @@ class Residents:
     def read(
         self,
         label: str,
-        texts: Any,
+        texts: checks.Texts,
         concepts: str | Sequence[str | None] | None,
         wrap: Callable[[str], str] | None = None,
     ) -> tuple[list[list[int]], list[str | None]]:
@@ -88,7 +85,9 @@ class Residents:
                 lists += checks.token_lists(label, [text], self.tokenizer(name), self._model, wrap, place)
         return lists, names
 
-    def _names(self, label: str, texts: list[Any], concepts: str | Sequence[str | None] | None) -> list[str | None]:
+    def _names(
+        self, label: str, texts: Sequence[object], concepts: str | Sequence[str | None] | None
+    ) -> list[str | None]:
         if concepts is not None:
             given: list[str | None] = [*concepts] if not isinstance(concepts, str) else [concepts for _ in texts]
             if len(given) != len(texts):

@@ -1,14 +1,14 @@
 """One MaskGIT step over a batch of rows: prompts once, image rows and code columns only, guidance before the head.
 
 Every row has its own sample id, timestep, temperature and mask length, so rows at different timesteps share a batch.
-The state of a trajectory lies in its slot; who runs in which slot is loop.py's business. It takes ids and tensors that
-engine.py has checked; it does not know tokenizers, pixels, previews or rewards.
+The state of a trajectory lies in its slot; who runs in which slot is loop.py's business. Everything taken here has been
+checked by engine.py.
 
 At step 0 all candidates of one prompt and one set of known codes look alike, and without their prompt even all with the
 same known codes: their hidden states are computed once a call and kept where others may want them.
 
-Shape suffixes: S slots, B rows of one step, N image codes, T timesteps, K codebook, D width. Source of the step:
-Show-o's `t2i_generate` after MaskGIT (Chang et al., 2022).
+Shape suffixes: S slots, B rows of one step, N image codes, T timesteps, K codebook, D width.
+Source of the step: MaskGIT (Chang et al., 2022); where the loops of models differ, their `SamplingRule` says how.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import MASK, ops
-from ..models import PromptKV, Showo, image_hidden
+from ..models import MaskedModel, Prefix
 from ..utils.memory import RowLimit
 from .scheduler import Candidate
 
@@ -41,7 +41,9 @@ class LoopSettings:
 
     steps: int
     guidance_scale: float
+    """s in (1 + s)·cond − s·uncond, whatever the model's convention (`SamplingRule.strength`)."""
     temperature: float
+    """Of the re-masking noise before it decays (`SamplingRule.temperatures`)."""
     schedule: str
     seed: int
     record: bool
@@ -72,8 +74,8 @@ class EagerSlots:
 
     def __init__(
         self,
-        model: Showo,
-        prompts: PromptKV,
+        model: MaskedModel,
+        prompts: Prefix,
         prompt_of_row: Sequence[int],
         look_of_row: Sequence[int],
         slots: int,
@@ -94,14 +96,14 @@ class EagerSlots:
         self.chosen = torch.zeros_like(self.codes)
         self.records: tuple[Tensor, ...] = ()
         if settings.record:
-            self.records = empty_records(slots, steps, count, model.config.codebook_size, device)
+            self.records = empty_records(slots, steps, count, model.codebook_size, device)
         self._broken = torch.zeros((), dtype=torch.bool, device=device)
-        self._temperature = torch.tensor(temperatures(settings), dtype=torch.float32, device=device)
+        decay = model.rule.temperatures(settings.temperature, steps)
+        self._temperature = torch.tensor(decay, dtype=torch.float32, device=device)
         self._wanted = wanted_masks(settings.schedule, steps, count).to(device)
         self._head = image_head_fp32(model)
-        self._chunk = max(1, LOGITS_BYTES // (count * model.config.codebook_size * 4))
-        config = model.config
-        self._row_bytes = (count + 2) * (10 * config.hidden_size + 3 * config.intermediate_size) * model.dtype.itemsize
+        self._chunk = max(1, LOGITS_BYTES // (count * model.codebook_size * 4))
+        self._row_bytes = model.costs.step_bytes(count)
 
     @property
     def finite(self) -> bool:
@@ -148,7 +150,7 @@ class EagerSlots:
         host = torch.tensor([[c.slot, c.sample_id, step] for c, step in zip(active, at, strict=True)])
         slots, samples, steps = host.to(device, non_blocking=True).unbind(1)
         codes = self.codes[slots]
-        guided = self._guided_hidden(active, at, codes)
+        guided = self._guided_hidden(active, at, codes, steps / settings.steps)
         unknown = (codes == MASK).sum(-1)
         mask_len = torch.minimum(self._wanted[steps], unknown - 1).clamp(min=1)
         noise = None if self._noise is None else self._noise([c.sample_id for c in active], at)
@@ -175,19 +177,19 @@ class EagerSlots:
         for record, values in zip(self.records, (codes, out.chosen, out.logp), strict=False):
             record[slots, steps] = values.to(record.dtype)
 
-    def _guided_hidden(self, active: Sequence[Candidate], at: list[int], codes: Tensor) -> Tensor:
-        """Hidden states [B, N, D] ready for the head, in at least float32."""
+    def _guided_hidden(self, active: Sequence[Candidate], at: list[int], codes: Tensor, timestep: Tensor) -> Tensor:
+        """Hidden states [B, N, D] ready for the head, in at least float32; `timestep` [B] as the model takes it."""
         scale, rows = self.settings.guidance_scale, range(len(active))
         looks = [-1 - row if at[row] else self._look_of_row[active[row].row] for row in rows]
         cond = [(self._prompt_of_row[active[row].row], looks[row]) for row in rows]
         if scale == 0:
-            return self._hidden_of(cond, codes)
+            return self._hidden_of(cond, codes, timestep)
         empty = len(self.prompts) - 1
-        hidden = self._hidden_of(cond + [(empty, look) for look in looks], codes)
+        hidden = self._hidden_of(cond + [(empty, look) for look in looks], codes, timestep)
         with_prompt, without = hidden.chunk(2)
         return (1 + scale) * with_prompt - scale * without
 
-    def _hidden_of(self, wanted: list[tuple[int, int]], codes: Tensor) -> Tensor:
+    def _hidden_of(self, wanted: list[tuple[int, int]], codes: Tensor, timestep: Tensor) -> Tensor:
         """Hidden states of (prompt, look) pairs, those that are equal computed once. Look −1 − b is row b's own."""
         rows = codes.shape[0]
         first_place: dict[tuple[int, int], int] = {}
@@ -199,13 +201,13 @@ class EagerSlots:
         found = dict(self._first)
         if order:
             which = [first_place[key] % rows for key in order]
-            some = codes if which == list(range(rows)) else codes[which]
+            some, at = (codes, timestep) if which == list(range(rows)) else (codes[which], timestep[which])
             prompts = [prompt for prompt, _ in order]
             hidden = self._limit.split(
                 len(order),
                 self._row_bytes,
                 codes.device,
-                lambda part: exact(image_hidden(self.model, some[part], self.prompts, prompts[part])),
+                lambda part: exact(self.model.image_hidden(some[part], self.prompts, prompts[part], at[part])),
             )
             if order == wanted:
                 self._remember(order, hidden)
@@ -226,10 +228,10 @@ def exact(hidden: Tensor) -> Tensor:
     return hidden if hidden.dtype == torch.float64 else hidden.float()
 
 
-def image_head_fp32(model: Showo) -> tuple[Tensor, Tensor]:
+def image_head_fp32(model: MaskedModel) -> tuple[Tensor, Tensor | None]:
     """The head of the codes in the precision of :func:`exact`."""
     weight, bias = model.image_head()
-    return exact(weight.detach()), exact(bias.detach())
+    return exact(weight.detach()), None if bias is None else exact(bias.detach())
 
 
 def empty_records(rows: int, steps: int, count: int, codebook: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -238,15 +240,6 @@ def empty_records(rows: int, steps: int, count: int, codebook: int, device: torc
     shape = (rows, steps, count)
     codes = (torch.empty(shape, dtype=small, device=device) for _ in range(2))
     return (*codes, torch.empty(shape, dtype=torch.float32, device=device))
-
-
-def temperatures(settings: LoopSettings) -> list[float]:
-    """The re-masking temperature of each step. Published: it decays as a product."""
-    temperature, of_step = settings.temperature, []
-    for step in range(settings.steps):
-        temperature *= 1.0 - (step + 1) / settings.steps
-        of_step.append(temperature)
-    return of_step
 
 
 def wanted_masks(schedule: str, steps: int, count: int) -> Tensor:

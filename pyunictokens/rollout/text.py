@@ -1,8 +1,7 @@
 """Answers token by token: all rows of all prompts decoded together over cached prompts, leaving as they end.
 
-Prompts of different lengths share every matrix product; a prompt's keys and values are read by all its rows where they
-lie. Noise is keyed by (seed, sample id, token number), so an answer is the same in any batch. Prompts arrive as keys
-and values that models/showo/prefill.py has computed.
+Prompts of different lengths share every matrix product; how a token looks at its prompt is the model's `AnswerDecoder`.
+Noise is keyed by (seed, sample id, token number), so an answer is the same in any batch.
 
 Shape suffixes: B rows, L answer tokens, D width, V vocabulary.
 """
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..models import PromptKV, Showo
-from ..models.showo.attention import DecodeAttention
-from ..models.showo.vocabulary import TextVocabulary
+from ..models import AnsweringModel, Prefix
+from ..models.base import TextVocabulary
 from .cuda_graphs.capture import CapturedSteps
 
 PADDING = -1
@@ -52,9 +50,9 @@ class AnswerStep:
 
     def __init__(
         self,
-        model: Showo,
+        model: AnsweringModel,
         vocabulary: TextVocabulary,
-        prompts: PromptKV,
+        prompts: Prefix,
         last_hidden: Tensor,
         prompt_of_row: Sequence[int],
         concept_of_row: Sequence[int],
@@ -62,15 +60,14 @@ class AnswerStep:
         settings: TextSettings,
         sliced: bool = True,
     ):
-        self.model, self.vocabulary, self.settings = model, vocabulary, settings
+        self.vocabulary, self.settings = vocabulary, settings
         rows, device = len(prompt_of_row), last_hidden.device
 
         def ints(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        self._attend = DecodeAttention(prompts, prompt_of_row, settings.max_new_tokens, sliced)
+        self._decoder = model.decoder(prompts, prompt_of_row, settings.max_new_tokens, sliced)
         self._hidden = last_hidden[ints(prompt_of_row)]
-        self._position = ints([prompts.next_position[prompt] for prompt in prompt_of_row])
         self._sample_ids, self._concept, self._row = ints(sample_ids), ints(concept_of_row), ints(range(rows))
         self._step = ints([0])
         self._drawn = ints([0] * rows)
@@ -108,18 +105,17 @@ class AnswerStep:
 
     def feed(self) -> None:
         """Take the hidden states after the tokens just drawn, unless that was the end."""
-        x = self.vocabulary.embed(self._drawn, self._concept)[:, None]
-        after = self.model.encode(x, (self._position + self._step)[:, None], self._attend)[:, 0]
+        after = self._decoder(self.vocabulary.embed(self._drawn, self._concept), self._step)
         going = self.keep_going.to(torch.int64)
         self._hidden.copy_(torch.where(going != 0, after, self._hidden))
-        self._attend.advance(going)
+        self._decoder.advance(going)
         self._step += going
 
     def keep(self, rows: list[int]) -> None:
         """Go on with the rows of these indices, in ascending order, and no others."""
         kept = torch.tensor(rows, device=self._row.device)
-        self._attend.keep_rows(rows)
-        self._hidden, self._position, self._drawn = self._hidden[kept], self._position[kept], self._drawn[kept]
+        self._decoder.keep_rows(rows)
+        self._hidden, self._drawn = self._hidden[kept], self._drawn[kept]
         self._sample_ids, self._concept, self._row = self._sample_ids[kept], self._concept[kept], self._row[kept]
         self.alive = self.alive[kept]
 
@@ -136,9 +132,9 @@ def _by_the_host(step: AnswerStep) -> None:
 
 
 def decode(
-    model: Showo,
+    model: AnsweringModel,
     vocabulary: TextVocabulary,
-    prompts: PromptKV,
+    prompts: Prefix,
     last_hidden: Tensor,
     prompt_of_row: Sequence[int],
     concept_of_row: Sequence[int],

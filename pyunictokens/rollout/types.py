@@ -24,11 +24,11 @@ class DsogReport:
     filled: int
     """Rows taken from the best rejected previews because the cap on candidates was reached."""
     pass_rate: float
-    """accepted / previewed, over all ranks when `Dsog.reduce` sums them."""
+    """accepted / previewed."""
     threshold: float
     """The threshold these previews were held against."""
     next_threshold: float
-    """The threshold after equations 9 and 10."""
+    """The threshold after equations 9 and 10; the same as before where a number was given."""
     scores: Tensor
     """float32 [R]: the preview score of each row's candidate (−inf where the scorer failed and the row was filled)."""
     attempts: Tensor
@@ -65,14 +65,14 @@ class ImageRollout:
     sample_ids: Tensor
     """int64 [R], on the CPU: with the seed the key of all noise. The same id and seed draw the same image again."""
     prompt_ids: list[list[int]]
-    """Text ids of each prompt, without task token, sot and eot (what `prompting.t2i_text` takes)."""
+    """Text ids of each prompt, without special ids (what `MaskedModel.prompt_ids` takes)."""
     seed: int
     steps: int
     guidance_scale: float
+    """As it was asked for: the model's rule says what it means."""
     temperature: float
     grid: tuple[int, int]
     """Codes in height and width."""
-    max_text: int
     dsog: DsogReport | None = None
     concepts: list[str | None] = field(default_factory=list)
     """The resident concept each prompt's ids belong to; None for the model as it is."""
@@ -111,7 +111,7 @@ class TextRollout:
     question_ids: list[list[int]]
     """Ids of each question as the model read them, its wrapping included."""
     image_codes: Tensor | None
-    """int64 [P, N]: the image of each question; None when CLIP features were given."""
+    """int64 [P, N]: the image of each question; None when features were given."""
     seed: int
     temperature: float
     top_k: int

@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..evaluate.baselines import Spec, candidate, parse
-from ..evaluate.clip import Embeddings, OpenClip
-from ..evaluate.model import Candidate, Model
+import torch
+
+from ..evaluate.baselines import Spec, baseline, parse
+from ..evaluate.baselines.ours import Sampling
+from ..evaluate.clip import Embeddings, ImageTextEncoder, OpenClip
+from ..evaluate.core import Baseline, Model
 from ..evaluate.runner import TableSettings
-from ..evaluate.sample_cache import fingerprint
 from ..evaluate.scoring import Scorer
-from ..evaluate.subject import Subject
+from ..evaluate.tasks import Subject
 from ..toy.model import toy_folder
+from ..utils import fingerprint
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
-from .bundle import Sources, Workbench, load_experts, open_workbench
+from .bundle import Sources, Workbench, open_workbench
 from .run_dir import BASE, Run, RunConfig
 
 TOY_CLIP = "toy"
@@ -29,12 +31,12 @@ TOY_CLIP = "toy"
 
 @dataclass(frozen=True)
 class TableConfig(TableSettings):
-    """How much is asked, and how this project's own models draw and answer."""
+    """How much is asked, and how this project's own models generate and answer."""
 
     timesteps: int = 50
-    """MaskGIT timesteps of a drawing (ours, showo-tp, showo-ip)."""
+    """MaskGIT timesteps of an image (ours, showo-tp, showo-ip)."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance of the drawings (ours, showo-tp, showo-ip)."""
+    """Classifier-free guidance of the images (ours, showo-tp, showo-ip)."""
     max_new_tokens: int = 100
     """Longest answer (all but diffusers and real)."""
 
@@ -61,47 +63,43 @@ class Place:
     dtype: str = "float32"
     _bare: list[Workbench] = field(default_factory=list)
 
-    def candidates(self, texts: Sequence[str]) -> list[Candidate]:
-        """One candidate a text, as `evaluate.adapters` reads them. Raises UserError for one that is no model."""
-        return [self._candidate(parse(text)) for text in texts]
+    def baselines(self, texts: Sequence[str]) -> list[Baseline]:
+        """One row a text, as `evaluate.baselines` reads them. Raises UserError for one that is no model."""
+        return [self._baseline(parse(text)) for text in texts]
 
-    def _candidate(self, spec: Spec) -> Candidate:
+    def _baseline(self, spec: Spec) -> Baseline:
         if spec.kind not in ("ours", "showo-tp", "showo-ip"):
-            return candidate(spec, pick_device(self.device), pick_dtype(self.dtype), self.config.max_new_tokens)
+            return baseline(spec, pick_device(self.device), pick_dtype(self.dtype), self.config.max_new_tokens)
         settings = f"{self.config.timesteps} {self.config.guidance_scale} {self.config.max_new_tokens} {self.dtype}"
-        weights = f"{self.sources} {fingerprint(self.sources.model or toy_folder())}"
+        weights = f"{self.sources} {fingerprint.of_files(self.sources.model or toy_folder())}"
         if spec.kind == "ours":
             where = spec.where or (str(self.run.path) if self.run.path is not None else BASE)
-            identity = f"ours {where} {fingerprint(where.partition('{name}')[0])} {weights} {settings}"
-            return Candidate(spec.name, identity, lambda subject: self._ours(where, subject), reasons=True)
+            identity = f"ours {where} {fingerprint.of_files(where.partition('{name}')[0])} {weights} {settings}"
+            return Baseline(spec.name, identity, lambda subject: self._ours(where, subject), reasons=True)
         from ..evaluate.baselines.showo import ShowoImage, ShowoText
 
         kind = ShowoText if spec.kind == "showo-tp" else ShowoImage
 
         def load(subject: Subject) -> Model:
-            engine: Any = self._bare_bench().engine()
-            return kind(engine, subject, self._sampling())
+            return kind(self._bare_bench().engine(), subject, self._sampling())
 
-        return Candidate(spec.name, f"{spec.kind} {weights} {settings}", load, release=self._bare.clear)
+        return Baseline(spec.name, f"{spec.kind} {weights} {settings}", load, release=self._bare.clear)
 
     def _ours(self, where: str, subject: Subject) -> Model:
-        from ..evaluate.baselines.ours import Ours
+        from ..evaluate.baselines.ours import EngineModel
 
         run = Run.find(where.replace("{name}", subject.name))
         bench = run.open(self.sources, self.device, self.dtype)
         if bench.concept is not None and bench.concept.name != subject.name:
             raise UserError(f"{run.path}: learned <{bench.concept.name}>, is asked about {subject.sks}")
-        engine: Any = bench.engine()
-        return Ours(engine, bench.concept, subject, self._sampling())
+        return EngineModel(bench.engine(), bench.concept, subject, self._sampling())
 
     def _bare_bench(self) -> Workbench:
         if not self._bare:
             self._bare.append(open_workbench(self.sources, self.device, self.dtype))
         return self._bare[0]
 
-    def _sampling(self) -> Any:
-        from ..evaluate.baselines.ours import Sampling
-
+    def _sampling(self) -> Sampling:
         return Sampling(self.config.timesteps, self.config.guidance_scale, self.config.max_new_tokens)
 
 
@@ -118,9 +116,9 @@ def make_scorer(
     place = pick_device(device)
     embeddings = None
     if clip == TOY_CLIP:
-        embeddings = Embeddings(lambda: _toy_encoder(place), "toy", size=64)
+        embeddings = Embeddings(lambda: _toy_encoder(place), "toy", 64, place)
     elif clip is not None:
-        embeddings = Embeddings(OpenClip(clip, place), f"open_clip {clip}")
+        embeddings = Embeddings(OpenClip(clip, place), f"open_clip {clip}", device=place)
     if judge_url is None and judge_model is None:
         return Scorer(embeddings)
     from ..rewards.judge import Judge, JudgeConfig
@@ -131,7 +129,7 @@ def make_scorer(
     return Scorer(embeddings, Judge(config), f"{judge_model} at {judge_url or 'the default endpoint'}")
 
 
-def _toy_encoder(device: Any) -> Any:
-    experts = load_experts(Sources(), device)
-    assert experts is not None
-    return experts.image_text
+def _toy_encoder(device: torch.device) -> ImageTextEncoder:
+    from ..toy.rewards import load_toy_experts
+
+    return load_toy_experts(device=device).nets.image_text

@@ -5,12 +5,10 @@ Also finds the reward experts that go with them.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
@@ -24,8 +22,16 @@ if TYPE_CHECKING:
     from ..models.tokenizer import TextTokenizer
     from ..rollout.engine import RolloutEngine
 
-PUBLISHED_MAX_TEXT = 128
-"""Text positions of a drawing prompt in published checkpoints."""
+
+class HasSources(Protocol):
+    """Whatever names the three parts, or some of them."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def vq(self) -> str | None: ...
+    @property
+    def tokenizer(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,12 @@ class Sources:
         return self.model is None
 
     @classmethod
-    def choose(cls, *candidates: Mapping[str, Any] | Sources) -> Sources:
+    def choose(cls, *candidates: HasSources) -> Sources:
         """The first value given for each part. Raises UserError when some are named and others are not."""
         chosen: dict[str, str | None] = {}
         for part in ("model", "vq", "tokenizer"):
-            values = [c.get(part) if isinstance(c, Mapping) else getattr(c, part) for c in candidates]
-            chosen[part] = next((str(value) for value in values if value is not None), None)
+            values = (getattr(candidate, part) for candidate in candidates)
+            chosen[part] = next((value for value in values if value is not None), None)
         missing = [f"--{part}" for part, value in chosen.items() if value is None]
         if 0 < len(missing) < 3:
             raise UserError(f"{' and '.join(missing)} missing: name all three parts, or none for the embedded toy")
@@ -61,7 +67,6 @@ class Workbench:
     vq: MagvitV2
     tokenizer: TextTokenizer
     """The plain one; what an attached concept adds comes in :meth:`engine`."""
-    max_text: int
     sources: Sources = field(default_factory=Sources)
 
     @property
@@ -71,24 +76,25 @@ class Workbench:
     @property
     def size(self) -> int:
         """Pixels along one side of a square picture."""
-        return isqrt(self.model.config.num_vq_tokens) * self.vq.downsampling
+        return self.model.grid[0] * self.vq.downsampling
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def engine(self, schedule: str = "cosine") -> RolloutEngine:
+    def engine(self, schedule: str | None = None) -> RolloutEngine:
         """A rollout engine over the parts as they are now, an attached concept included."""
         from ..rollout.engine import RolloutEngine
 
         tokenizer = self.tokenizer
         if self.concept is not None:
             tokenizer = tokenizer.with_concept(self.concept.tokens)
-        return RolloutEngine(self.model, self.vq, tokenizer, max_text=self.max_text, schedule=schedule)
+        return RolloutEngine(self.model, self.vq, tokenizer, schedule=schedule)
 
 
 def open_workbench(sources: Sources, device: str, dtype: str, max_text: int | None = None) -> Workbench:
-    """Load the parts. The image tokenizer stays in float32: it is small, and its signs are the codes."""
+    """Load the parts. The image tokenizer stays in float32: it is small, and its signs are the codes. `max_text` is
+    given to the model, where a run or a config holds one."""
     import torch
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -97,7 +103,8 @@ def open_workbench(sources: Sources, device: str, dtype: str, max_text: int | No
         from ..toy.model import load_toy
 
         toy = load_toy(kind, place)
-        return Workbench(toy.model, toy.vq, toy.tokenizer, toy.max_text)
+        toy.model.max_text = max_text or toy.model.max_text
+        return Workbench(toy.model, toy.vq, toy.tokenizer)
     from ..models.magvit import MagvitV2
     from ..models.showo.model import Showo
     from ..models.tokenizer import TextTokenizer
@@ -111,11 +118,12 @@ def open_workbench(sources: Sources, device: str, dtype: str, max_text: int | No
             f"{model.config.llm_vocab_size}: give the tokenizer of the model's own language model"
         )
     vq = MagvitV2.from_pretrained(sources.vq, dtype=torch.float32, device=place)
-    if vq.codebook_size != model.config.codebook_size:
+    if vq.codebook_size != model.codebook_size:
         raise UserError(
-            f"the image tokenizer {sources.vq} has {vq.codebook_size} codes, the model {model.config.codebook_size}"
+            f"the image tokenizer {sources.vq} has {vq.codebook_size} codes, the model {model.codebook_size}"
         )
-    return Workbench(model, vq, tokenizer, max_text or PUBLISHED_MAX_TEXT, sources)
+    model.max_text = max_text or model.max_text
+    return Workbench(model, vq, tokenizer, sources)
 
 
 @dataclass
@@ -131,22 +139,27 @@ class Experts:
     """Where a person's tokens start from."""
 
 
-def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | None = None) -> Experts | None:
-    """The toy's experts for the toy; for other models those of `own`, or None.
+def load_experts(
+    sources: Sources, device: Any, own: str | Mapping[str, Any] | None = None, *, trust: bool = False
+) -> Experts | None:
+    """The toy's reward models for the toy; for other models those of `own`, or None.
 
-    own: the `rewards:` settings of docs/rewards.md, ``tcp://HOST:PORT`` of experts that are served (the toy is still
+    own: the `rewards:` settings of docs/rewards.md, ``http://HOST:PORT`` of served reward models (the toy is still
     measured with its own encoders), or ``module:function``. The function takes a device and returns an ensemble
-    (``score(batch)``), or anything with the fields of :class:`Experts`.
+    (``score(batch)``), or anything with the fields of :class:`Experts`. trust: whether `own` may name code
+    to import and servers to ask (:func:`choose_rewards` decides).
     """
     if isinstance(own, Mapping):
-        from ..rewards.registry import load_rewards
+        from ..rewards.load import load_rewards
 
-        rewards = load_rewards(own, device)
-        return Experts(rewards.ensemble, rewards.preview_scorer, face_embedding=rewards.face_embedding)
-    if own is not None and own.startswith("tcp://"):
-        from ..rewards.served.client import RemoteExperts
+        rewards = load_rewards(own, device, trust=trust)
+        return Experts(rewards, rewards.preview_scorer, face_embedding=rewards.face_embedding)
+    if own is not None and not trust:
+        raise UserError(f"rewards={own!r}: names code or a server, and is not trusted: pass trust=True")
+    if own is not None and own.startswith(("http://", "https://", "tcp://")):
+        from ..rewards.served.client import RemoteRewards
 
-        remote = RemoteExperts.open(own)
+        remote = RemoteRewards.open(own)
         measuring = load_experts(sources, device) or Experts(None)
         return replace(
             measuring,
@@ -155,16 +168,13 @@ def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | N
             face_embedding=remote.face_embedding,
         )
     if own is not None:
-        module_name, colon, name = own.partition(":")
-        if not colon or not name.isidentifier():
+        from ..rewards.load import imported
+
+        if not own.rpartition(":")[2].isidentifier() or ":" not in own:
             raise UserError(
-                f"rewards={own!r}: must be FILE.yaml, tcp://HOST:PORT, or MODULE:FUNCTION, as in my_rewards:load"
+                f"rewards={own!r}: must be FILE.yaml, http://HOST:PORT, or MODULE:FUNCTION, as in my_rewards:load"
             )
-        try:
-            function = getattr(importlib.import_module(module_name), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"rewards={own!r}: {error}") from error
-        made = function(device)
+        made = imported(own, "rewards", trust)(device)
         names = [part.name for part in fields(Experts)]
         if hasattr(made, "ensemble"):
             return Experts(**{part: getattr(made, part, None) for part in names})
@@ -179,18 +189,45 @@ def load_experts(sources: Sources, device: Any, own: str | Mapping[str, Any] | N
         toy.preview_scorer,
         toy.nets.image_text,
         toy.nets.reader,
-        lambda pixels: toy.nets.face(pixels)[1],
+        toy.ensemble.face_embedding,
     )
 
 
 def read_rewards(given: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
     """`given` as :func:`load_experts` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all)."""
-    if not isinstance(given, str) or not given.endswith((".yaml", ".yml")):
-        return given
     from ..config.settings import load_yaml
+    from ..utils.yaml_text import settled
 
-    values = load_yaml(given)
-    found = values.get("rewards", values)
-    if not isinstance(found, Mapping) or "experts" not in found:
-        raise UserError(f"{given}: holds no experts: give rewards: {{experts: …}}, see docs/rewards.md")
-    return found
+    if isinstance(given, str) and given.lower().endswith((".yaml", ".yml")):
+        values = load_yaml(given)
+        found = values.get("rewards", values)
+        if not isinstance(found, Mapping) or not {"models", "experts"} & set(found):
+            raise UserError(f"{given}: holds no reward models: give rewards: {{models: …}}, see docs/rewards.md")
+        given = found
+    return cast("Mapping[str, Any]", settled(given)) if isinstance(given, Mapping) else given
+
+
+def choose_rewards(
+    given: str | None, stored: Any, folder: str | os.PathLike[str], *, trust: bool = False
+) -> tuple[str | Mapping[str, Any] | None, bool]:
+    """(the rewards of a command, whether they may name code and servers): those `given` to it, else those `stored`.
+
+    What was given on the command line is trusted. What a folder's settings hold is data: where it names code to import
+    or a server to ask, it is taken with `trust`, or where the same settings of this folder were trusted before. Raises
+    UserError that names what would be run.
+    """
+    from ..rewards.load import reaches_out
+    from ..utils.trust import remember, trusted
+
+    chosen = read_rewards(given if given is not None else stored)
+    named = reaches_out(chosen)
+    if not named:
+        return chosen, False
+    if given is not None or trust:
+        remember(folder, chosen)
+    elif not trusted(folder, chosen):
+        raise UserError(
+            f"{folder}: its settings name {', '.join(named)} as rewards, which would run code or send images to a "
+            "server: if you know where they come from, say --trust; or name rewards yourself with --rewards"
+        )
+    return chosen, True

@@ -13,27 +13,33 @@ from pathlib import Path
 
 from ..data.folder import load_concept
 from ..evaluate.result import EvalResult
+from ..evaluate.tasks import label
 from ..toy.concept import write_toy_concept
 from ..utils.errors import UserError
+from ..utils.progress import Progress, silent
 from .bundle import Sources, load_experts, open_workbench
-from .pipeline import Outcome, Progress, run_concept
+from .context import Parts, RunContext
+from .pipeline import Outcome, run_concept
 from .run_dir import CONFIG, RunConfig
 
 NAME = "bo"
 
 HEADLINES = {
-    "reasoning_generation.reward": "mean ensemble reward, held-out prompts",
-    "reasoning_generation.attributes": "attributes right, held-out prompts",
-    "pure.attributes": "attributes right, short prompts",
-    "pure.subject": "attributes of the subject right, short prompts",
-    "pure.clip_i": "CLIP-I, likeness to the photos",
-    "pure.clip_t": "CLIP-T, likeness to the prompt",
-    "reasoning.accuracy": "fact chosen rightly",
-    "vqa.accuracy": "questions about pictures right",
-    "qa.accuracy": "questions without a picture right",
-    "recognition.weight": "recognition weight",
+    key: label(key)
+    for key in (
+        "reasoning_generation.reward",
+        "reasoning_generation.attributes",
+        "pure.attributes",
+        "pure.subject",
+        "pure.clip_i",
+        "pure.clip_t",
+        "reasoning.accuracy",
+        "vqa.accuracy",
+        "qa.accuracy",
+        "recognition.weight",
+    )
 }
-"""Measures shown after a demo, where they were taken."""
+"""Measures shown after a demo, where they were taken, with the label that the report gives them."""
 
 
 def run_demo(
@@ -45,7 +51,7 @@ def run_demo(
     device: str = "auto",
     dtype: str = "float32",
     replace: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Outcome:
     """Everything on a toy concept of a `kind` (human, animal, object), in the folder `out`.
 
@@ -59,9 +65,10 @@ def run_demo(
         shutil.rmtree(out)
     write_toy_concept(out / "data", seed=seed, kind=kind, name=NAME)
     concept = load_concept(out / "data", NAME)
-    bench = open_workbench(Sources(), device, dtype)
-    experts = load_experts(bench.sources, bench.device)
-    return run_concept(bench, concept, config, out, experts, evaluate_base=True, progress=progress)
+    bundle = open_workbench(Sources(), device, dtype)
+    rewards = load_experts(bundle.sources, bundle.device)
+    context = RunContext(bundle, concept, config, out, rewards, progress=progress)
+    return run_concept(context, Parts(evaluate_base=True))
 
 
 def headline_rows(results: Mapping[str, EvalResult]) -> list[list[str]]:

@@ -12,11 +12,16 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.errors import needs
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..rewards.weights import WeightStatus
 
 REQUIRED = (
     "torch",
@@ -36,7 +41,7 @@ REQUIRED = (
     "tensorboard",
     "sacrebleu",
 )
-"""Distributions that pyproject.toml asks for."""
+"""What the package and its extra `cli` need: every command on the toy model."""
 
 OPTIONAL = {
     "triton": ("", "Triton kernels on a GPU; comes with torch on Linux"),
@@ -46,7 +51,6 @@ OPTIONAL = {
     "openai": ("judge", "the remote judge"),
     "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),
-    "nvtx": ("profile", "named ranges in GPU profiles"),
     "flash-attn": ("flash", "another attention kernel"),
     "gradio": ("web", "a page in the browser"),
     "pytest": ("dev", "the test suite"),
@@ -230,7 +234,8 @@ def _problems(report: dict[str, Any]) -> list[dict[str, str]]:
 
 def render(report: dict[str, Any], console: Console) -> None:
     """Write the findings as tables."""
-    from rich.table import Table
+    with needs("cli"):
+        from rich.table import Table
 
     cpu, gpu, core = report["cpu"], report["gpu"], report["core"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -282,21 +287,22 @@ def render(report: dict[str, Any], console: Console) -> None:
         console.print("The essential parts work.")
 
 
-def render_weights(findings: list[dict[str, Any]], console: Console) -> None:
-    """Write what `rewards.weights.status` found."""
+def render_weights(findings: Sequence[WeightStatus], console: Console) -> None:
+    """Write what `rewards.registry.weight_status` found."""
     for finding in findings:
-        mark = "[green]here[/green]" if finding["ok"] else "[red]missing[/red]"
-        console.print(f"[bold]{finding['expert']}[/bold]  {_plain(finding['network'])}: {mark}")
-        places = finding["found"] or " and ".join(finding["looked_in"])
-        console.print(f"  {'found in' if finding['found'] else 'looked in'} {_plain(places)}")
-        if finding["missing"]:
-            console.print(f"  wants {_plain(', '.join(finding['missing']))} from {_plain(finding['source'])}")
-            console.print(f"  {_plain(finding['get'])}", soft_wrap=True)
-        console.print(f"  licence: {_plain(finding['licence'])}")
+        mark = "[green]here[/green]" if finding.ok else "[red]missing[/red]"
+        console.print(f"[bold]{_plain(finding.name)}[/bold]  {_plain(finding.network)}: {mark}")
+        places = finding.found or " and ".join(finding.looked_in)
+        console.print(f"  {'found in' if finding.found else 'looked in'} {_plain(places)}")
+        if finding.missing:
+            console.print(f"  wants {_plain(', '.join(finding.missing))} from {_plain(finding.source)}")
+            console.print(f"  {_plain(finding.get)}", soft_wrap=True)
+        console.print(f"  licence: {_plain(finding.licence)}")
 
 
 def _plain(text: str) -> str:
     """`text` with its square brackets kept from rich's markup."""
-    from rich.markup import escape
+    with needs("cli"):
+        from rich.markup import escape
 
     return escape(text)

@@ -14,16 +14,17 @@ What is trained and measured is the business of pipeline.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ..config.settings import from_mapping, load_yaml, to_mapping, with_overrides
+from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
+from ..evaluate.tasks import wanted_tasks
 from ..models.concept_tokens import ConceptTokens, published_epochs
 from ..utils.errors import UserError
-from ..utils.files import read_json, write_json, write_text_atomic
+from ..utils.files import read_json, write_json
 from .bundle import Sources, Workbench, open_workbench
 
 BASE = "base"
@@ -32,7 +33,37 @@ BASE = "base"
 CONFIG, ABOUT, FINAL, CONCEPT, STAGES = "config.yaml", "about.json", "final", "concept", "stages"
 EXPERTS, MEASURED = "experts.json", "measured.json"
 
-OWN_KEYS = ("version", "model", "vq", "tokenizer", "rewards", "root", "name", "max_text", "preset")
+
+@dataclass(frozen=True)
+class Origin:
+    """What a config.yaml says beside the settings: of which model and which concept the run is."""
+
+    version: str | None = None
+    """Of this library, which wrote it."""
+    model: str | None = None
+    vq: str | None = None
+    tokenizer: str | None = None
+    rewards: str | Mapping[str, object] | None = None
+    root: Path | None = None
+    """The data folder."""
+    name: str | None = None
+    """The concept."""
+    max_text: int | None = None
+    """Text positions of the model's drawing prompts."""
+    preset: str | None = None
+    """Which preset the settings stand over."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, object], origin: str) -> Origin:
+        """The part of a config.yaml that is not settings. Raises UserError naming what cannot be used."""
+        own = {key: values[key] for key in OWN_KEYS if key in values}
+        for section in (values.get("grpo"), values.get("stages")):  # where older versions read it
+            if own.get("max_text") is None and isinstance(section, Mapping) and "max_text" in section:
+                own["max_text"] = section["max_text"]
+        return from_mapping(cls, own, origin=origin)
+
+
+OWN_KEYS = tuple(each.name for each in fields(Origin))
 """Keys of config.yaml beside the settings."""
 
 
@@ -41,20 +72,23 @@ class EvaluationConfig:
     """How a run is measured."""
 
     samples: int = 4
-    """Drawings of each prompt."""
+    """Images of each prompt."""
     timesteps: int = 50
-    """MaskGIT timesteps of a drawing."""
+    """MaskGIT timesteps of an image."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance of the drawings."""
+    """Classifier-free guidance of the images."""
     max_new_tokens: int = 100
     """Longest answer."""
     judged_as: Literal["class", "info"] = "class"
     """What the ensemble's judges of images read for the concept's token, as in training; CLIP-T always takes the class
     word."""
-    splits: tuple[str, ...] = ()
-    """Which splits of UnifyBench++ are measured; none named means all."""
+    tasks: tuple[str, ...] = field(default=(), metadata={"was": "splits"})
+    """Which tasks of UnifyBench++ are measured; none named means all."""
     seed: int = 1000
-    """Seed of the drawings; the same before and after, so that the two are compared under the same noise."""
+    """Seed of the images; the same before and after, so that the two are compared under the same noise."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", wanted_tasks(self.tasks, "tasks"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +103,7 @@ class RunConfig:
     def make(
         cls,
         preset: str,
-        values: Mapping[str, Any] | None = None,
+        values: Mapping[str, object] | None = None,
         origin: str = "settings",
         words: Iterable[str] = (),
         seed: int | None = None,
@@ -93,19 +127,16 @@ class RunConfig:
             made = replace(made, stages=replace(made.stages, seed=seed), grpo=replace(made.grpo, seed=seed))
         return with_overrides(made, words)
 
-    def with_max_text(self, max_text: int) -> RunConfig:
-        """This, with the model's own `max_text` where none is set."""
-        stages = replace(self.stages, max_text=self.stages.max_text or max_text)
-        return replace(self, stages=stages, grpo=replace(self.grpo, max_text=self.grpo.max_text or max_text))
-
 
 @dataclass
 class Run:
     """A folder that `train` wrote, or anything else that a concept can be read from. `path` None is the bare model."""
 
     path: Path | None
-    config: dict[str, Any] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    """The table in its config.yaml."""
+    facts: tuple[str, ...] = ()
+    """The concept's facts, as the run was told them."""
 
     @classmethod
     def find(cls, given: str) -> Run:
@@ -121,8 +152,16 @@ class Run:
             hint = "not finished, go on with `train … --resume`" if started else "nothing was learned here"
             raise UserError(f"{path}: {hint} (no policy.json, no concept.json, no epoch_*_embed.pt)")
         run.config = load_yaml(path / CONFIG) if (path / CONFIG).is_file() else {}
-        run.about = read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
+        about = read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
+        if not isinstance(about, dict):
+            raise UserError(f"{path / ABOUT}: must be a table, is {type(about).__name__}")
+        run.facts = convert(about.get("extra_info", []), tuple[str, ...], f"{path / ABOUT}: extra_info")
         return run
+
+    @property
+    def origin(self) -> Origin:
+        """Of which model and concept the run is."""
+        return Origin.of(self.config, f"{self.path or BASE}/{CONFIG}")
 
     def _learned(self) -> Path | None:
         """The folder that holds what was learned, the furthest first."""
@@ -134,12 +173,11 @@ class Run:
 
     def sources(self, flags: Sources) -> Sources:
         """The models that flags name, else those the run was made with."""
-        return Sources.choose(flags, self.config)
+        return Sources.choose(flags, self.origin)
 
     def open(self, flags: Sources, device: str, dtype: str, name: str | None = None) -> Workbench:
         """The model, brought to what the run learned. `name` is needed for published tokens."""
-        max_text = self.config.get("max_text")
-        bench = open_workbench(self.sources(flags), device, dtype, int(max_text) if max_text else None)
+        bench = open_workbench(self.sources(flags), device, dtype, self.origin.max_text)
         folder = self._learned() if self.path is not None else None
         if folder is not None and (folder / "policy.json").is_file():
             from ..train.policy import load_policy
@@ -165,22 +203,26 @@ class Run:
         """The concept folder named, else the one the run was made from. Raises UserError when there is none."""
         if given is not None:
             return given
-        if "root" in self.config and "name" in self.config:
-            return Path(str(self.config["root"])), str(self.config["name"])
+        origin = self.origin
+        if origin.root is not None and origin.name is not None:
+            if not (origin.root / "concept" / "train" / origin.name).is_dir():
+                raise UserError(
+                    f"{origin.root}: the folder of {origin.name!r} that this run was trained on is no longer there: "
+                    f"say where it is with --concept ROOT {origin.name}"
+                )
+            return origin.root, origin.name
         raise UserError("which concept? Name its folder with --concept ROOT NAME")
 
 
 def write_description(
     out: Path,
     sources: Sources,
-    rewards: str | Mapping[str, Any] | None,
+    rewards: str | Mapping[str, object] | None,
     max_text: int,
     concept: Concept,
     config: RunConfig,
 ) -> None:
     """Write config.yaml and about.json of a run."""
-    import yaml
-
     from .. import __version__
 
     own = {
@@ -196,4 +238,4 @@ def write_description(
     words = ("name", "kind", "class_word", "info", "extra_info")
     write_json(out / ABOUT, {word: getattr(concept, word) for word in words})
     # last: where config.yaml is, a run is, whenever it was cut off
-    write_text_atomic(out / CONFIG, yaml.safe_dump({**own, **to_mapping(config)}, sort_keys=False, allow_unicode=True))
+    save_yaml(out / CONFIG, {**own, **to_mapping(config)})

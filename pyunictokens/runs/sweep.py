@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
-from ..utils.files import read_json, write_json, write_text_atomic
+from ..utils.files import read_json, write_json
 from ..utils.signals import Stop, never
 from ..utils.text import read_text
 from .run_dir import CONCEPT, CONFIG, FINAL
@@ -124,9 +124,7 @@ def plan(
 ) -> list[Job]:
     """Jobs of `names`; `arguments` hold ``{name}`` where the concept's name belongs. Raises UserError when the folder
     was begun with other arguments."""
-    import yaml
-
-    from ..config.settings import load_yaml
+    from ..config.settings import load_yaml, save_yaml
 
     runs = Path(runs)
     file, wanted = runs / JOBS / PLAN, {"arguments": list(arguments)}
@@ -140,7 +138,7 @@ def plan(
                 "choose another folder"
             )
     else:
-        write_text_atomic(file, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+        save_yaml(file, wanted)
     files = ["after.json", "report.html"] if evaluate else []
     files += [f"{FINAL}/policy.json"] if grpo else [f"{CONCEPT}/concept.json"]
     return [

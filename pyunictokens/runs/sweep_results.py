@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..evaluate.result import Metric, bootstrap
+from ..evaluate.result import Metric, bootstrap, read_means
+from ..utils.errors import needs
 from ..utils.files import read_json, write_json, write_text_atomic
 from .demo import HEADLINES
 from .sweep import Status
@@ -48,10 +49,10 @@ def _row(runs: Path, name: str) -> Row:
         row.kind = str(read_json(about).get("kind", "")) if about.exists() else ""
         for part in PARTS:
             file = runs / name / f"{part}.json"
-            metrics = read_json(file)["metrics"] if file.exists() else {}
+            means = read_means(file) if file.exists() else {}
             for key in HEADLINES:
-                if key in metrics:
-                    mean = float(metrics[key]["mean"])
+                if key in means:
+                    mean = means[key]
                     if not math.isfinite(mean):
                         raise ValueError(f"{file}: {key} is {mean}")
                     row.means.setdefault(key, {})[part] = mean
@@ -129,7 +130,8 @@ def _page(rows: Sequence[Row]) -> str:
 
 @functools.cache
 def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+    with needs("evaluate"):
+        from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE)

@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..data.concept import FACT_PROMPTS, concept_name
 from ..data.images import save_image
 from ..models.showo import prompting
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_json
 from .drawing import render
 from .facts import FACTS, at_place, draw_facts, thing
 from .grammar import RECOGNITIONS, change_subject, subject_questions
 from .scene import KINDS, SLOTS, SUBJECT_SLOTS, Attributes, random_moment, random_scene
+
+with needs("data"):
+    from PIL import Image
 
 TRAIN_IMAGES, TEST_IMAGES, NEGATIVES, RANDOM_IMAGES = 10, 4, 12, 12
 FRESH = 4  # further pictures of other things, of both kinds, that no training question shows

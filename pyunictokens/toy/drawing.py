@@ -9,10 +9,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
+from ..utils.errors import needs
 from .pen import HAIR_RGB, INK, RGB, SIZE, ZOOM, Colour, Pen, Point, body, box, contrast, oval, poly, shade
 from .scene import Attributes
+
+with needs("data"):
+    from PIL import Image
 
 
 def _eyes(pen: Pen, left: Point, right: Point) -> None:

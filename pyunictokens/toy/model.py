@@ -24,12 +24,11 @@ TOY_MAX_TEXT = 48
 
 @dataclass
 class Toy:
-    """The toy's parts. `max_text` belongs to the model: with another one the image stands elsewhere."""
+    """The toy's parts."""
 
     model: Showo
     vq: MagvitV2
     tokenizer: TextTokenizer
-    max_text: int = TOY_MAX_TEXT
 
 
 def toy_folder() -> Path:
@@ -48,9 +47,10 @@ def load_toy(dtype: torch.dtype | None = None, device: str | torch.device = "cpu
     folder = toy_folder()
     if not folder.is_dir():
         raise UserError(f"{folder}: the embedded toy is not in this installation; pass --model, --vq and --tokenizer")
-    dtype = dtype or torch.float32
+    model = Showo.from_pretrained(folder / "showo", dtype=dtype or torch.float32, device=device)
+    model.max_text = TOY_MAX_TEXT
     return Toy(
-        Showo.from_pretrained(folder / "showo", dtype=dtype, device=device).eval(),
+        model,
         MagvitV2.from_pretrained(folder / "vq", dtype=torch.float32, device=device),
         TextTokenizer.from_pretrained(folder / "tokenizer"),
     )

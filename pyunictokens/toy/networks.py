@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json
 from .scene import SLOTS, SUBJECT_SLOTS
 
@@ -189,7 +189,8 @@ class ToyExperts(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str] | None = None) -> ToyExperts:
         """Load `experts.safetensors` and `experts.json` from a folder; by default those shipped with the package."""
-        from safetensors.torch import load_file
+        with needs("train"):
+            from safetensors.torch import load_file
 
         folder = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
         description = read_json(folder / "experts.json")

@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+
+from ..utils.errors import needs
+
+with needs("data"):
+    from PIL import Image, ImageDraw
 
 SIZE = 64
 ZOOM = 4

@@ -1,19 +1,18 @@
-"""The toy world's experts behind the same interface as the real ones: small networks in, an Ensemble out.
+"""The toy world's reward models: the paper's four formulas over the toy's small networks.
 
-Only adapts: the networks are in networks.py, the formulas in rewards/experts/. Does not touch the AttributeReader,
+Only adapts: the networks are in networks.py, the formulas in `rewards/experts/`. Does not touch the AttributeReader,
 which measures and must never reward.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..rewards.base import Expert
+from ..rewards.base import Device, PreviewJudge, RewardModel
 from ..rewards.ensemble import Ensemble
 from ..rewards.experts.ber import Ber
 from ..rewards.experts.der import Der
@@ -22,14 +21,20 @@ from ..rewards.experts.tier import Tier
 from .networks import FaceNet, TextEncoder, ToyExperts
 
 
-class ToyRewards(NamedTuple):
+@dataclass(frozen=True)
+class ToyRewards:
     """What training and evaluation need of the toy world."""
 
     ensemble: Ensemble
-    preview_scorer: Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
-    """``preview_scorer(prompts)`` is the judge for DSOG: BER of a preview against its prompt."""
     nets: ToyExperts
     """The networks themselves: `nets.image_text` for CLIP scores, `nets.reader` for attribute accuracy."""
+
+    @property
+    def preview_scorer(self) -> PreviewJudge:
+        """``preview_scorer(prompts)`` is the judge for DSOG: BER of a preview against its prompt."""
+        judge = self.ensemble.preview_scorer
+        assert judge is not None
+        return judge
 
 
 class _Sentences:
@@ -39,7 +44,7 @@ class _Sentences:
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         return self._net(texts)
 
-    def to(self, device: str | torch.device) -> None:
+    def to(self, device: Device) -> None:
         self._net.to(device)
 
 
@@ -51,29 +56,35 @@ class _Faces:
         logit_B, face_BD = self._net(pixels)
         return logit_B > 0, face_BD
 
-    def to(self, device: str | torch.device) -> None:
+    def to(self, device: Device) -> None:
         self._net.to(device)
+
+
+class _ToyFer(Fer):
+    """FER over the toy's faces; a person's tokens start from every reference image, each is known to show the face."""
+
+    def face_embedding(self, pixels: Tensor) -> Tensor:
+        return self._encoder.encode_faces(pixels)[1]
 
 
 def toy_rewards(nets: ToyExperts, weights: Mapping[str, object] | None = None) -> ToyRewards:
     """The ensemble over networks already loaded."""
-    ber = Ber(nets.image_text)
-    experts: dict[str, Expert] = {
+    models: dict[str, RewardModel] = {
         "tier": Tier(_Sentences(nets.sentence)),
-        "ber": ber,
+        "ber": Ber(nets.image_text),
         "der": Der(nets.subject),
-        "fer": Fer(_Faces(nets.face)),
+        "fer": _ToyFer(_Faces(nets.face)),
     }
-    return ToyRewards(Ensemble(experts, weights), ber.preview_scorer, nets)
+    return ToyRewards(Ensemble(models, weights), nets)
 
 
 def load_toy_experts(
     assets: str | os.PathLike[str] | None = None,
     *,
     weights: Mapping[str, object] | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> ToyRewards:
-    """Load the toy experts from a folder, by default the one shipped with the package.
+    """Load the toy's reward models from a folder, by default the one shipped with the package.
 
     weights: as for :class:`~pyunictokens.rewards.ensemble.Ensemble`; by default the paper's.
     """

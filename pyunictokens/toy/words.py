@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..utils.errors import needs
 from .facts import FACTS
 from .grammar import FILLERS, NAMES, RECOGNITIONS
 from .scene import SLOTS
@@ -34,7 +35,8 @@ def words() -> list[str]:
 def build_tokenizer() -> Any:
     """A `tokenizers.Tokenizer` over :func:`words`: lower case, split at spaces and marks, one id a word; id 0 ends
     texts."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    with needs("train"):
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     vocabulary = {word: index for index, word in enumerate(["<|endoftext|>", "<|unk|>", *words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))

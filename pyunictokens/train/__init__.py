@@ -11,26 +11,29 @@ from typing import TYPE_CHECKING, Any
 _NAMES = {
     "DsogConfig": "..config.training",
     "GrpoConfig": "..config.training",
-    "GrpoResult": ".grpo",
+    "GrpoResult": ".reinforcement",
     "LoraConfig": "..config.training",
     "Policy": ".policy",
     "StageConfig": "..config.training",
     "TrainConfig": "..config.training",
     "as_prompt": ".prompts",
     "as_question": ".prompts",
+    "RunResult": ".grpo",
     "load_policy": ".policy",
     "read_metrics": ".metrics",
+    "reinforce": ".reinforcement",
     "train_concept_tokens": ".concept_tokens.stages",
-    "train_grpo": ".grpo",
+    "train_grpo": ".reinforcement",
 }
 
 if TYPE_CHECKING:
     from ..config.training import DsogConfig, GrpoConfig, LoraConfig, StageConfig, TrainConfig
     from .concept_tokens.stages import train_concept_tokens
-    from .grpo import GrpoResult, train_grpo
+    from .grpo import RunResult
     from .metrics import read_metrics
     from .policy import Policy, load_policy
     from .prompts import as_prompt, as_question
+    from .reinforcement import GrpoResult, reinforce, train_grpo
 
 __all__ = [
     "DsogConfig",
@@ -38,12 +41,14 @@ __all__ = [
     "GrpoResult",
     "LoraConfig",
     "Policy",
+    "RunResult",
     "StageConfig",
     "TrainConfig",
     "as_prompt",
     "as_question",
     "load_policy",
     "read_metrics",
+    "reinforce",
     "train_concept_tokens",
     "train_grpo",
 ]

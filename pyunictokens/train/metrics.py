@@ -10,15 +10,18 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import write_json, write_text_atomic
+from ..utils.files import read_json_lines, write_json, write_text_atomic
+
+if TYPE_CHECKING:
+    from .collector import RolloutSummary
 
 log = logging.getLogger(__name__)
 
@@ -87,37 +90,27 @@ def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") ->
     file = Path(folder) / name
     if not file.exists():
         raise UserError(f"{file}: no such file: is this the folder of a run?")
-    lines = []
-    for line in _lines(file):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    return read_json_lines(file)
 
 
-def save_samples(
-    folder: str | os.PathLike[str],
-    step: int,
-    *,
-    final: Tensor,
-    preview: Tensor | None,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    rewards: Sequence[float],
-) -> None:
+def save_samples(folder: str | os.PathLike[str], step: int, rollouts: RolloutSummary) -> None:
     """Write samples/step_NNNN_final.png (and _preview.png) as grids and their texts as JSON."""
     from ..data.images import make_grid, save_image
 
-    base = Path(folder) / "samples"
+    assert rollouts.images is not None
+    base, rewards = Path(folder) / "samples", rollouts.rewards.tolist()
     base.mkdir(parents=True, exist_ok=True)
-    columns = math.ceil(math.sqrt(len(final)))
-    captions = [f"{reward:.3f} {prompt}" for reward, prompt in zip(rewards, prompts, strict=True)]
-    save_image(make_grid(final, columns, captions), base / f"step_{step:04d}_final.png")
-    if preview is not None:
-        save_image(make_grid(preview, columns), base / f"step_{step:04d}_preview.png")
-    texts = {"step": step, "prompts": list(prompts), "answers": list(answers), "rewards": list(rewards)}
+    columns = math.ceil(math.sqrt(len(rewards)))
+    captions = [f"{reward:.3f} {prompt}" for reward, prompt in zip(rewards, rollouts.prompts, strict=True)]
+    save_image(make_grid(_pixels(rollouts.images), columns, captions), base / f"step_{step:04d}_final.png")
+    if rollouts.previews is not None:
+        save_image(make_grid(_pixels(rollouts.previews), columns), base / f"step_{step:04d}_preview.png")
+    texts = {"step": step, "prompts": rollouts.prompts, "answers": rollouts.texts, "rewards": rewards}
     write_json(base / f"step_{step:04d}.json", texts)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
 
 
 def _lines(file: Path) -> list[str]:

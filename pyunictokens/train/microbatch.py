@@ -1,9 +1,9 @@
 """How large a piece of the update is, and what happens when one does not fit: it is halved, and its gradients exact.
 
 A piece is a rectangle of rollouts × timesteps; its packed rows go through the model together. Sizes come from the
-settings or, where they are 0, from the memory at hand (models/costs.py's model of a packed row, then what the first
-piece was measured to take), and so does the number of layers that are recomputed instead of kept. Gradients of a piece
-are formed apart and added when all of them exist, so a piece that runs out of memory leaves nothing behind.
+settings or, where they are 0, from the memory at hand (the model's costs of a packed row, then what the first piece was
+measured to take), and so does the number of layers that are recomputed instead of kept. Gradients of a piece are formed
+apart and added when all of them exist, so a piece that runs out of memory leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..models import Showo
-from ..models.costs import activation_bytes
+from ..models import MaskedModel
 from ..utils.errors import UserError
 from ..utils.memory import cached_bytes
 
@@ -59,7 +58,7 @@ class Pieces:
 
     @classmethod
     def choose(
-        cls, model: Showo, rows: int, timesteps: int, *, prompt: int, count: int, guided: bool, learn: bool = True
+        cls, model: MaskedModel, rows: int, timesteps: int, *, prompt: int, count: int, guided: bool, learn: bool = True
     ) -> Pieces:
         """Sizes for the settings `rows` and `timesteps`; where one is 0, as much as fits the memory at hand.
 
@@ -70,25 +69,15 @@ class Pieces:
             return cls(rows, timesteps, rows * timesteps)
         params = list(learning(model)) if learn else []
         kind = "full" if any(p.requires_grad for p in model.parameters()) else "concept"
-        layers, width = model.config.num_hidden_layers, model.config.hidden_size
-        itemsize = torch.empty((), dtype=model.dtype).element_size()
+        costs = model.costs
+        layers = costs.layers
         fixed = float(sum(p.numel() * p.element_size() for p in params))
         free = free_memory(model.device)
 
         def row(checkpointed: int) -> float:
-            if not learn:  # nothing is kept: two blocks' worth of tensors, and float32 states for the head
-                halves = 2 if guided else 1
-                tensors = (count + 2) * (24 * width + 4 * model.config.intermediate_size) * itemsize
-                return halves * tensors + 12 * count * width
-            return activation_bytes(
-                model.config,
-                prompt,
-                count,
-                guided=guided,
-                trainable=kind,
-                checkpointed_layers=checkpointed,
-                itemsize=itemsize,
-            )
+            if not learn:
+                return costs.scoring_bytes(prompt, count, guided)
+            return costs.activation_bytes(prompt, count, guided, kind, checkpointed)
 
         room = max(0.0, free - fixed)
         set_by_hand = int(model.checkpoint_layers) if model.checkpoint_layers is not True else layers
@@ -204,7 +193,7 @@ def free_memory(device: torch.device) -> float:
     return float(min(CPU_BYTES, available // 4))
 
 
-def learning(model: Showo) -> Iterable[Tensor]:
+def learning(model: MaskedModel) -> Iterable[Tensor]:
     """The parameters that learn: the model's, and those of an attached concept."""
     concept = model.concept.parameters() if model.concept is not None else ()
     return (p for p in (*model.parameters(), *concept) if p.requires_grad)

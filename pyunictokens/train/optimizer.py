@@ -1,6 +1,6 @@
 """AdamW over the trained parameters with clipping and a schedule, in float32 whatever the model's precision.
 
-Parameters of lower precision get a float32 twin that the optimiser works on and that gathers their gradients: a step of
+Parameters of lower precision get a float32 twin that the optimizer works on and that gathers their gradients: a step of
 1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients that are added up. With several ranks
 gradients are summed over them once a step, and every rank does the same step. State is kept by parameter name, so that
 it can be saved. distributed/sharded_optimizer.py spreads its state over ranks.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.training import GrpoConfig
 from ..utils.errors import UserError
 from .distributed.ranks import Ranks
 
@@ -34,7 +35,24 @@ def learning_rate(step: int, *, lr: float, steps: int, warmup: int = 0, schedule
     return lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
-class Optimiser:
+def make_optimizer(config: GrpoConfig, named: Mapping[str, nn.Parameter], ranks: Ranks) -> Optimizer:
+    """AdamW as `config` says, its state spread over the ranks where that is wanted. Concept rows are never decayed."""
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "undecayed": frozenset(name for name in named if name.startswith("concept.")),
+        "ranks": ranks,
+    }
+    wanted = config.shard_optimizer == "always" or (config.shard_optimizer == "auto" and config.trainable == "full")
+    if wanted and ranks.world > 1:
+        from .distributed.sharded_optimizer import ShardedOptimizer
+
+        return ShardedOptimizer(named, **settings)
+    return Optimizer(named, **settings)
+
+
+class Optimizer:
     """AdamW over `named` parameters; those in `undecayed` get no weight decay."""
 
     def __init__(
@@ -78,7 +96,7 @@ class Optimiser:
             value.grad = self._masters[name].grad = None
 
     def release(self) -> None:
-        """Forget all gradients and let go of the parameters; another optimiser may then take them."""
+        """Forget all gradients and let go of the parameters; another optimizer may then take them."""
         self.zero_grad()
         for hook in self._hooks:
             hook.remove()

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from ..config.settings import from_mapping
 from ..config.training import LoraConfig
-from ..models import ConceptTokens, Showo
-from ..utils.errors import UserError
+from ..models import ConceptTokens, MaskedModel, owning_rows
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
 
@@ -35,16 +36,17 @@ _FREE = {"base_model_name_or_path", "inference_mode", "init_lora_weights", "lora
 
 
 class Policy:
-    """The trained part of a model that has a concept attached.
+    """The trained part of a model.
 
-    kind: "concept", "lora" or "full"; with the latter two `train_concept` says whether the concept's rows learn too.
+    kind: "concept", "lora" or "full"; with the latter two `train_concept` says whether the rows of an attached concept
+    learn too.
     `reference_file` is where kind "full" keeps the weights the run began with; without `write_reference` another
     process has seen to it.
     """
 
     def __init__(
         self,
-        model: Showo,
+        model: MaskedModel,
         kind: str = "concept",
         *,
         train_concept: bool = True,
@@ -53,46 +55,54 @@ class Policy:
         seed: int = 0,
         write_reference: bool = True,
     ):
-        if model.concept is None:
-            raise UserError("this model has no concept attached: load or learn its tokens first (train_concept_tokens)")
+        if model.concept is None and kind == "concept":
+            raise UserError(
+                "trainable='concept', and this model has no concept attached: load or learn its tokens first "
+                "(train_concept_tokens), or train without one (trainable=lora or full)"
+            )
         if kind not in ("concept", "lora", "full"):
             raise UserError(f"trainable={kind!r}: must be concept, lora or full")
         if kind == "full" and reference_file is None:
             raise UserError("trainable='full' needs a file for the starting weights: give reference_file")
         self.model, self.kind = model, kind
-        self.concept: ConceptTokens = model.concept
+        self.concept: ConceptTokens | None = model.concept
         self.lora = lora or LoraConfig()
         model.requires_grad_(False)
-        self.concept.requires_grad_(kind == "concept" or train_concept)
+        if self.concept is not None:
+            self.concept.requires_grad_(kind == "concept" or train_concept)
         self._adapters: list[BaseTunerLayer] = []
         self._reference_file = Path(reference_file) if reference_file is not None else None
         if kind == "lora":
+            self.lora = _fitting(model, self.lora)
             self._adapters = add_adapters(model, self.lora, seed)
         elif kind == "full":
             model.requires_grad_(True)
             assert self._reference_file is not None
             if write_reference and not _holds(self._reference_file, dict(model.named_parameters())):
                 write_tensors(self._reference_file, dict(model.named_parameters()))
-        self._concept_start = {name: value.detach().clone() for name, value in self.concept.named_parameters()}
+        self._concept_start = {name: value.detach().clone() for name, value in self._rows().items()}
+
+    def _rows(self) -> dict[str, nn.Parameter]:
+        return dict(self.concept.named_parameters()) if self.concept is not None else {}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that learn, by name; the concept's begin with "concept."."""
         named = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        for name, value in self.concept.named_parameters():
+        for name, value in self._rows().items():
             if value.requires_grad:
                 named[f"concept.{name}"] = value
         return named
 
     @property
     def trains_concept(self) -> bool:
-        return self.concept.embed.requires_grad
+        return self.concept is not None and self.concept.embed.requires_grad
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside this context the model is the reference policy. No graph may be alive across its borders."""
         with ExitStack() as undo, torch.no_grad():
             if self.trains_concept:
-                undo.enter_context(_swapped(dict(self.concept.named_parameters()), self._concept_start))
+                undo.enter_context(_swapped(self._rows(), self._concept_start))
             if self.kind == "lora":
                 undo.callback(self._enable_adapters)
                 for layer in self._adapters:
@@ -127,7 +137,7 @@ class Policy:
             for name, parameter in named.items():
                 parameter.copy_(tensors[name])
 
-    def merge(self) -> Showo:
+    def merge(self) -> MaskedModel:
         """Fold adapters into the weights and take them off; the model is then a plain one. Returns it."""
         if self._adapters:
             _merge_adapters(self.model)
@@ -135,12 +145,14 @@ class Policy:
         return self.model
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
-        """Write what was learned: concept/, and an adapter or a whole model/. :func:`load_policy` reads it.
+        """Write what was learned: concept/ where there is one, and an adapter or a whole model/. :func:`load_policy`
+        reads it.
 
         The adapter is PEFT's own: ``PeftModel.from_pretrained(model, folder)`` loads it onto the base model.
         """
         folder = Path(folder)
-        self.concept.save(folder / "concept")
+        if self.concept is not None:
+            self.concept.save(folder / "concept")
         if self.kind == "lora":
             learned = {_peft_name(k): v for k, v in self.state_dict().items() if "lora_" in k}
             write_tensors(folder / "adapter_model.safetensors", learned)
@@ -151,15 +163,16 @@ class Policy:
         return folder
 
 
-def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
+def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedModel:
     """Bring `model` (the base) to the state that :meth:`Policy.export` wrote into `folder`: weights and concept."""
     folder = Path(folder)
     about = read_json(folder / "policy.json")
     kind = about.get("trainable") if isinstance(about, dict) else None
-    concept = ConceptTokens.load(folder / "concept")
+    with_concept = kind == "concept" or (folder / "concept").is_dir()
+    concept = ConceptTokens.load(folder / "concept") if with_concept else None
     if kind == "lora":
         settings, tensors = _read_adapter(folder, about)
-        add_adapters(model, settings, seed=0)
+        add_adapters(model, _fitting(model, settings), seed=0)
         named = {_peft_name(name): value for name, value in model.named_parameters() if "lora_" in name}
         wrong = [k for k, v in named.items() if k not in tensors or tensors[k].shape != v.shape]
         wrong += sorted(tensors.keys() - named.keys())
@@ -170,20 +183,21 @@ def load_policy(model: Showo, folder: str | os.PathLike[str]) -> Showo:
                 value.copy_(tensors[name])
         _merge_adapters(model)
     elif kind == "full":
-        trained = Showo.from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
-        if trained.config != model.config:
-            raise UserError(f"{folder / 'model'}: {trained.config} does not fit the base model {model.config}")
+        trained = type(model).from_pretrained(folder / "model", dtype=model.dtype, device=model.device)
+        if trained.identity() != model.identity():
+            raise UserError(f"{folder / 'model'}: {trained.identity()} does not fit the base model {model.identity()}")
         model.load_state_dict(trained.state_dict())
     elif kind != "concept":
         raise UserError(f"{folder / 'policy.json'}: trainable={kind!r}: must be concept, lora or full")
     model.requires_grad_(False)
-    return model.attach(concept.to(model.device).requires_grad_(False))
+    return model if concept is None else owning_rows(model).attach(concept.to(model.device).requires_grad_(False))
 
 
-def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
-    """Put fresh float32 adapters on the transformer's linear layers; returns the adapted layers."""
-    from peft import inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
+    """Put fresh float32 adapters on the model's linear layers; returns the adapted layers."""
+    with needs("train"):
+        from peft import inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -196,8 +210,23 @@ def add_adapters(model: Showo, config: LoraConfig, seed: int) -> list[BaseTunerL
     return layers
 
 
+def _fitting(model: MaskedModel, config: LoraConfig) -> LoraConfig:
+    """`config` with the model's own targets where they are left at their default. Raises UserError for a target that is
+    no module of the model."""
+    targets = model.lora_targets if config.targets == LoraConfig().targets else config.targets
+    names = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
+    unknown = [target for target in targets if target not in names]
+    if unknown or not targets:
+        raise UserError(
+            f"lora.targets={list(targets)}: {', '.join(unknown) or 'none'} is no module of {model.family}; adapters "
+            f"go to {', '.join(model.lora_targets) or 'no module'}"
+        )
+    return replace(config, targets=tuple(targets))
+
+
 def _peft_config(config: LoraConfig) -> PeftLora:
-    from peft import LoraConfig as PeftLora
+    with needs("train"):
+        from peft import LoraConfig as PeftLora
 
     made = PeftLora(r=config.rank, target_modules=list(config.targets))
     made.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
@@ -232,8 +261,9 @@ def _read_adapter(folder: Path, about: Mapping[str, Any]) -> tuple[LoraConfig, d
     return settings, read_tensors(folder / "adapter_model.safetensors")
 
 
-def _merge_adapters(model: Showo) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _merge_adapters(model: MaskedModel) -> None:
+    with needs("train"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

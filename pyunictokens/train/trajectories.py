@@ -17,13 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models import MaskedModel
+from ..rollout.types import ImageRollout, TextRollout
+from ..utils.errors import UserError
+
 
 @dataclass
 class ImageTrajectories:
     """R image rollouts as the update sees them. Codes may be of any integer type; −1 is unknown."""
 
     prompts: list[list[int]]
-    """Unpadded drawing prompts (`prompting.t2i_text`), each once."""
+    """Drawing prompts (`MaskedModel.prompt_ids`), each once."""
     prompt_of_row: list[int]
     """Which prompt each rollout was drawn from."""
     inputs_RTN: Tensor
@@ -31,13 +35,39 @@ class ImageTrajectories:
     old_logp_RTN: Tensor
     empty_prompt: list[int]
     """The prompt of the unconditional half."""
-    max_text: int
     guidance_scale: float
+    """s in (1 + s)·cond − s·uncond (`SamplingRule.strength`)."""
     ref_logp_RTN: Tensor | None = None
     mask_RTN: Tensor | None = None
     """Tokens that count; None counts all."""
     weight: float = 1.0
     """What each timestep counts for: above 1 where others were left out (:func:`choose_timesteps`)."""
+    timestep_RT: Tensor | None = None
+    """float32: the part of the steps that was done before each, as `MaskedModel.image_hidden` takes it. Where it is not
+    given, the T timesteps are all there were, in their order."""
+
+    def __post_init__(self) -> None:
+        if self.timestep_RT is None:
+            rows, steps = self.inputs_RTN.shape[:2]
+            self.timestep_RT = (torch.arange(steps, device=self.inputs_RTN.device) / steps).expand(rows, steps)
+
+    @classmethod
+    def of(cls, model: MaskedModel, rollout: ImageRollout, mask_RTN: Tensor | None = None) -> ImageTrajectories:
+        """What the update needs of a recorded rollout of `model`. Raises UserError where it was not recorded."""
+        if rollout.inputs is None or rollout.chosen is None or rollout.logp is None:
+            raise UserError("this rollout was not recorded: draw it with record=True")
+        distinct: dict[tuple[int, ...], int] = {}
+        of_prompt = [distinct.setdefault(tuple(model.prompt_ids(text)), len(distinct)) for text in rollout.prompt_ids]
+        return cls(
+            prompts=[list(prompt) for prompt in distinct],
+            prompt_of_row=[of_prompt[index] for index in rollout.prompt_index.tolist()],
+            inputs_RTN=rollout.inputs,
+            chosen_RTN=rollout.chosen,
+            old_logp_RTN=rollout.logp,
+            empty_prompt=model.prompt_ids([]),
+            guidance_scale=model.rule.strength(rollout.guidance_scale),
+            mask_RTN=mask_RTN,
+        )
 
     def __len__(self) -> int:
         return self.inputs_RTN.shape[0]
@@ -64,6 +94,7 @@ class ImageTrajectories:
             old_logp_RTN=self.old_logp_RTN[rows, steps].to(device) if len(self.old_logp_RTN) else self.old_logp_RTN,
             ref_logp_RTN=cut(self.ref_logp_RTN),
             mask_RTN=cut(self.mask_RTN),
+            timestep_RT=cut(self.timestep_RT),
         )
 
 
@@ -83,6 +114,19 @@ class AnswerTrajectories:
 
     def __len__(self) -> int:
         return self.tokens_RL.shape[0]
+
+    @classmethod
+    def of(cls, rollout: TextRollout) -> AnswerTrajectories:
+        """What the update needs of answers to one question."""
+        if rollout.image_codes is None or len(rollout.question_ids) != 1:
+            raise UserError("answers must be to one question about an image given as codes or pixels")
+        return cls(
+            codes_N=rollout.image_codes[0],
+            question=rollout.question_ids[0],
+            tokens_RL=rollout.tokens,
+            old_logp_RL=rollout.logp,
+            temperature=rollout.temperature,
+        )
 
     @property
     def mask_RL(self) -> Tensor:
@@ -134,6 +178,7 @@ def choose_timesteps(
         place = order_Rk.to(tensor_RTN.device)[..., None].expand(-1, -1, tensor_RTN.shape[2])
         return tensor_RTN.gather(1, place)
 
+    assert images.timestep_RT is not None
     return replace(
         images,
         inputs_RTN=part(images.inputs_RTN),
@@ -141,6 +186,7 @@ def choose_timesteps(
         old_logp_RTN=part(images.old_logp_RTN),
         ref_logp_RTN=None if images.ref_logp_RTN is None else part(images.ref_logp_RTN),
         mask_RTN=None if images.mask_RTN is None else part(images.mask_RTN),
+        timestep_RT=part(images.timestep_RT[..., None])[..., 0],
         weight=images.weight * steps / kept,
     )
 

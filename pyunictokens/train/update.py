@@ -3,7 +3,7 @@
 The objective (objective.py) is a sum over rollouts, and most are sums over timesteps too, so it is taken a few rollouts
 and timesteps at a time: forward, loss, backward, next. Where it is no sum over timesteps (a ratio of whole rollouts),
 log-probs of everything come first, without a graph; the loss of those gives the slope of each, and the pieces then send
-slope · logp back. What the pieces share (keys and values of prompts, heads that learn) is computed once, cut into
+slope · logp back. What the pieces share (prompts, heads that learn) is computed once, cut into
 leaves that add up gradients, and sent back once at the end. Either way the sum equals the loss with all graphs alive,
 gradient by gradient.
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..models import PromptKV, Showo, answer_hidden, image_hidden, prefill_mmu, prefill_t2i
-from .logprobs import Leaves, PromptLeaves, exact, text_logprob, text_parts
+from ..models import AnsweringModel, MaskedModel, Prefix, answering
+from .logprobs import Leaves, PrefixLeaves, exact
 from .microbatch import Pieces, add_gradients, learning
 from .objective import Loss, Objective, UniCTask
 from .statistics import Tally, UpdateStats
@@ -56,7 +56,7 @@ class PieceSizes:
 
 
 def streamed_backward(
-    model: Showo,
+    model: MaskedModel,
     advantages_R: Tensor,
     settings: LossSettings,
     images: ImageTrajectories | None = None,
@@ -74,7 +74,7 @@ def streamed_backward(
     tally, loss_image, loss_answer = Tally(), torch.zeros(()), torch.zeros(())
     with torch.enable_grad():
         if answers is not None and settings.alpha_answer > 0:
-            loss_answer = _answers_backward(model, advantages_R, settings, answers, tally, sizes, total_rows)
+            loss_answer = _answers_backward(answering(model), advantages_R, settings, answers, tally, sizes, total_rows)
         if images is not None and settings.alpha_image > 0:
             loss_image = _images_backward(model, advantages_R, settings, images, tally, sizes, total_rows)
     return UpdateStats(
@@ -96,7 +96,7 @@ def streamed_backward(
 # --- images --------------------------------------------------------------------------------------------------------
 
 
-def _sizes_for(model: Showo, images: ImageTrajectories, rows: int, timesteps: int, learn: bool) -> Pieces:
+def _sizes_for(model: MaskedModel, images: ImageTrajectories, rows: int, timesteps: int, learn: bool) -> Pieces:
     longest = max(len(prompt) for prompt in (*images.prompts, images.empty_prompt))
     return Pieces.choose(
         model,
@@ -109,45 +109,48 @@ def _sizes_for(model: Showo, images: ImageTrajectories, rows: int, timesteps: in
     )
 
 
-def _image_prompts(model: Showo, images: ImageTrajectories) -> PromptKV:
-    """The prompts' keys and values, with guidance the empty prompt's last."""
-    prompts = prefill_t2i(model, images.prompts, images.max_text)
+def _image_prompts(model: MaskedModel, images: ImageTrajectories) -> Prefix:
+    """The prompts computed, with guidance the empty one last."""
+    prompts = model.prefill(images.prompts)
     if images.guidance_scale == 0:
         return prompts
     with torch.set_grad_enabled(torch.is_grad_enabled() and not only_rows_learn(model)):
-        return prompts + prefill_t2i(model, [images.empty_prompt], images.max_text)
+        return prompts + model.prefill([images.empty_prompt])
 
 
 def _piece_hidden(
-    model: Showo, images: ImageTrajectories, prompts: PromptKV, rows: slice, steps: slice
+    model: MaskedModel, images: ImageTrajectories, prompts: Prefix, rows: slice, steps: slice
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states [r, t, N, D] of a piece, and its unconditional half.
 
     Where only concept rows learn, nothing in the unconditional half does: it is computed apart and without a graph.
     """
     codes = images.inputs_RTN[rows, steps].to(model.device)
+    assert images.timestep_RT is not None
+    at = images.timestep_RT[rows, steps].flatten().to(model.device)
     shape = codes.shape
     of_row = [prompt for prompt in images.prompt_of_row[rows] for _ in range(shape[1])]
     flat = codes.flatten(0, 1)
     if images.guidance_scale == 0:
-        return image_hidden(model, flat, prompts, of_row).unflatten(0, shape[:2]), None
+        return model.image_hidden(flat, prompts, of_row, at).unflatten(0, shape[:2]), None
     empty = [len(prompts) - 1] * len(of_row)
     if torch.is_grad_enabled() and only_rows_learn(model):
-        cond = image_hidden(model, flat, prompts, of_row)
+        cond = model.image_hidden(flat, prompts, of_row, at)
         with torch.no_grad():
-            uncond = image_hidden(model, flat, prompts, empty)
+            uncond = model.image_hidden(flat, prompts, empty, at)
     else:
-        cond, uncond = image_hidden(model, torch.cat([flat, flat]), prompts, of_row + empty).chunk(2)
+        both = torch.cat([flat, flat]), prompts, of_row + empty, torch.cat([at, at])
+        cond, uncond = model.image_hidden(*both).chunk(2)
     return cond.unflatten(0, shape[:2]), uncond.unflatten(0, shape[:2])
 
 
-def only_rows_learn(model: Showo) -> bool:
+def only_rows_learn(model: MaskedModel) -> bool:
     """Whether all weights of the model itself are frozen, so that only an attached concept can learn."""
     return not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _images_backward(
-    model: Showo,
+    model: MaskedModel,
     advantages: Tensor,
     settings: LossSettings,
     images: ImageTrajectories,
@@ -171,13 +174,14 @@ def _images_backward(
         (slope,) = torch.autograd.grad(found.loss * (len(images) / whole), logp)
         count(found, len(images))
     prompts = _image_prompts(model, images)
-    shared, head = PromptLeaves(prompts), Leaves(*model.image_head())
+    shared, head = PrefixLeaves(prompts), Leaves(*(part for part in model.image_head() if part is not None))
     params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
 
     def piece(rows: slice, steps: slice) -> None:
         hidden, uncond = _piece_hidden(model, images, shared()[0], rows, steps)
         part, own = images.part(rows, steps, model.device), advantages[rows]
-        weight, bias = head()
+        weight, *bias_only = head()
+        bias = bias_only[0] if bias_only else None
         if slope is not None:
             logp = _selected(part, hidden, uncond, weight, bias)
             add_gradients((logp * slope[rows, steps]).sum(), params, sums)
@@ -258,7 +262,7 @@ def _image_loss(
 
 @torch.no_grad()
 def image_logprobs(
-    model: Showo,
+    model: MaskedModel,
     images: ImageTrajectories,
     micro_rows: int = 4,
     micro_timesteps: int = 1,
@@ -307,19 +311,24 @@ def _selected(
 
 
 def _answer_logp(
-    model: Showo, answers: AnswerTrajectories, prompts: PromptKV, last: Tensor, rows: slice, head: Sequence[Tensor]
+    model: AnsweringModel,
+    answers: AnswerTrajectories,
+    prompts: Prefix,
+    last: Tensor,
+    rows: slice,
+    head: Sequence[Tensor],
 ) -> Tensor:
     tokens = answers.tokens_RL[rows].to(model.device)
-    hidden = answer_hidden(model, tokens, prompts, last, [0] * tokens.shape[0])
-    return text_logprob(model, hidden, tokens.clamp(min=0), temperature=answers.temperature, parts=tuple(head))
+    hidden = model.answer_hidden(tokens, prompts, last, [0] * tokens.shape[0])
+    return model.text_logprob(hidden, tokens.clamp(min=0), temperature=answers.temperature, parts=head)
 
 
-def _answer_prefix(model: Showo, answers: AnswerTrajectories) -> tuple[PromptKV, Tensor]:
-    return prefill_mmu(model, answers.codes_N[None].to(model.device), [answers.question])
+def _answer_prefix(model: AnsweringModel, answers: AnswerTrajectories) -> tuple[Prefix, Tensor]:
+    return model.prefill_questions(answers.codes_N[None].to(model.device), [answers.question])
 
 
 def _answers_backward(
-    model: Showo,
+    model: AnsweringModel,
     advantages: Tensor,
     settings: LossSettings,
     answers: AnswerTrajectories,
@@ -329,7 +338,7 @@ def _answers_backward(
 ) -> Tensor:
     objective, weights = settings.objective, settings.objective.weights(answers)
     prompts, last = _answer_prefix(model, answers)
-    shared, head = PromptLeaves(prompts, last), Leaves(*text_parts(model))
+    shared, head = PrefixLeaves(prompts, last), Leaves(*model.text_parts())
     params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
     total = torch.zeros((), device=model.device, dtype=exact(last))
 
@@ -363,8 +372,8 @@ def _answers_backward(
 
 
 @torch.no_grad()
-def answer_logprobs(model: Showo, answers: AnswerTrajectories) -> Tensor:
+def answer_logprobs(model: AnsweringModel, answers: AnswerTrajectories) -> Tensor:
     """log p of every answer token under the model as it is, fp32 (fp64 of such a model) [R, L]; 0 after the end."""
     prompts, last = _answer_prefix(model, answers)
-    logp = _answer_logp(model, answers, prompts, last, slice(None), text_parts(model))
+    logp = _answer_logp(model, answers, prompts, last, slice(None), model.text_parts())
     return torch.where(answers.mask_RL.to(model.device), logp, 0.0)

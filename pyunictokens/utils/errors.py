@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -14,15 +16,28 @@ class MissingExtra(ImportError):
     """An optional package is wanted and absent. The message names the command that adds it."""
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise :class:`MissingExtra` naming the extra of this package that brings it."""
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of packages that an extra of this package brings: a missing one raises :class:`MissingExtra`.
+
+    with needs("train"):
+        from peft import LoraConfig
+    """
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
-        top = module.partition(".")[0]
+        if isinstance(error, MissingExtra):
+            raise
+        name = (error.name or str(error)).partition(".")[0]
         raise MissingExtra(
-            f"{top} is needed here and cannot be imported ({error}): pip install 'pyunictokens[{extra}]'"
+            f"{name} is needed here and cannot be imported ({error}): pip install 'pyunictokens[{extra}]'"
         ) from error
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module` by name, or raise :class:`MissingExtra` naming the extra of this package that brings it."""
+    with needs(extra):
+        return importlib.import_module(module)
 
 
 class RankLost(UserError):

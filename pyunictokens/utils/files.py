@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, needs
 from .text import read_text
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,22 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_json_rows(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write JSON with each item of the lists and tables in `value` on a line of its own: results of many records."""
+
+    def line(item: Any) -> str:
+        return json.dumps(item, ensure_ascii=False)
+
+    def part(item: Any) -> str:
+        if isinstance(item, list) and item:
+            return "[\n  " + ",\n  ".join(map(line, item)) + "\n ]"
+        if isinstance(item, Mapping) and item:
+            return "{\n  " + ",\n  ".join(f"{line(str(key))}: {line(inner)}" for key, inner in item.items()) + "\n }"
+        return line(item)
+
+    write_text_atomic(path, "{\n" + ",\n".join(f" {line(key)}: {part(item)}" for key, item in value.items()) + "\n}\n")
+
+
 def save_safetensors_atomic(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -68,7 +84,8 @@ def save_safetensors_atomic(
 
     The file carries the checksum of its tensors, which :func:`verify_safetensors` holds it against.
     """
-    from safetensors.torch import save
+    with needs("train"):
+        from safetensors.torch import save
 
     flat = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     write_bytes_atomic(path, save(flat, metadata={**(metadata or {}), _CHECKSUM: tensors_checksum(flat)}))
@@ -86,7 +103,8 @@ def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def verify_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise UserError where the file carries a checksum and `tensors`, read from it, do not have it."""
-    from safetensors import safe_open
+    with needs("train"):
+        from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         wanted = (file.metadata() or {}).get(_CHECKSUM)
@@ -141,6 +159,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: JSON nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise UserError(f"{path}: not usable JSON: {error}") from None
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The tables of a log, one a line; a line that a kill cut off, or that damage left, is passed over."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
 
 
 def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:

@@ -5,7 +5,7 @@
     recorder.save("phases.json", recorder.report(dtype))
 
 A phase is ``with phase("decode"):`` or a decorated function. Time goes to the innermost phase; on a GPU it is taken by
-events, so nothing waits for the device before the end. `nvtx` ranges are pushed where that package is installed. What a
+events, so nothing waits for the device before the end. NVTX ranges are pushed where there is a GPU. What a
 phase costs in operations is told to it (`count`), by models/costs.py's arithmetic.
 """
 
@@ -36,7 +36,7 @@ PHASES = (
     "rewards",
     "reference",
     "update",
-    "optimiser",
+    "optimizer",
 )
 """In the order of a training step; a phase by another name comes after them."""
 
@@ -48,12 +48,9 @@ _trace: ContextVar[_Trace | None] = ContextVar("trace", default=None)
 
 
 @functools.cache
-def _nvtx() -> Any:
-    try:
-        import nvtx
-    except ImportError:
-        return None
-    return nvtx
+def _has_nvtx() -> bool:
+    """Whether named ranges can be pushed: torch brings NVTX with its CUDA builds, and a driver must be there."""
+    return torch.cuda.is_available()
 
 
 @dataclass
@@ -189,13 +186,13 @@ class phase(ContextDecorator):
         return phase(self.name, unless=self.unless)  # each call of a decorated function has its own
 
     def __enter__(self) -> phase:
-        recorder, nvtx = _recorder.get(), _nvtx()
+        recorder = _recorder.get()
         if recorder is not None and not (self.unless and recorder.inside(self.unless)):
             recorder.enter(self.name)
             self._undo.append(recorder.leave)
-        if nvtx is not None:
-            nvtx.push_range(self.name, domain="pyunictokens")
-            self._undo.append(functools.partial(nvtx.pop_range, domain="pyunictokens"))
+        if _has_nvtx():
+            torch.cuda.nvtx.range_push(self.name)
+            self._undo.append(torch.cuda.nvtx.range_pop)
         if _trace.get() is not None:
             named = torch.profiler.record_function(self.name)
             named.__enter__()

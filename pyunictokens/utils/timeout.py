@@ -58,7 +58,7 @@ def _limited(what: str, function: Callable[..., T], arguments: tuple[Any, ...], 
         return answers[0]
     raise NoAnswer(
         f"{what} gave no answer in {seconds:g} s; it stands at {_place(thread)}: look there, or raise "
-        "grpo.expert_timeout (0 waits for ever); the last checkpoint is untouched"
+        "grpo.reward_timeout (0 waits for ever); the last checkpoint is untouched"
     )
 
 

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from pyunictokens.cli import app
 from pyunictokens.cli.shell import guarded
+from pyunictokens.models.concept_tokens import ConceptTokens
+from pyunictokens.rollout import RolloutEngine, RolloutInterrupted
 from tests.tiny import tiny_experts, tiny_toy
 
 SHORT = [
@@ -32,7 +34,7 @@ SHORT = [
     "evaluation.samples=1",
     "evaluation.timesteps=2",
     "evaluation.max_new_tokens=3",
-    "evaluation.splits=[reasoning, pure, reasoning_generation]",
+    "evaluation.tasks=[reasoning, pure, reasoning_generation]",
 ]
 
 
@@ -251,6 +253,30 @@ def test_generate_and_understand_with_a_run(run: Path, data: Path, toy: None, tm
     call("generate", "base", "A red cat.", "--out", out, "timesteps=1")
 
 
+def test_ctrl_c_keeps_the_images_that_are_finished(
+    run: Path, toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RolloutEngine.generate_images
+
+    def stopped(self: RolloutEngine, *words: Any, **options: Any) -> None:
+        done = whole(self, *words, **{**options, "samples": 2})
+        raise RolloutInterrupted(done, [1, 3])
+
+    monkeypatch.setattr(RolloutEngine, "generate_images", stopped)
+    words = ("generate", run, "A photo of <bo>.", "-n", 5, "--out", tmp_path / "x.png", "timesteps=2")
+    assert "stopped: 2 of 5 images were finished and are saved" in call(*words, code=130)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.png", "x_1.png", "x_3.png"]
+
+    def at_once(self: RolloutEngine, *words: Any, **options: Any) -> None:
+        done = whole(self, *words, **options)
+        done.pixels = None
+        raise RolloutInterrupted(done, [])
+
+    monkeypatch.setattr(RolloutEngine, "generate_images", at_once)
+    assert "stopped" in call(*words[:5], "--out", tmp_path / "y.png", "timesteps=2", code=130)
+    assert not (tmp_path / "y.png").exists()
+
+
 def test_generate_refuses_what_it_cannot_use(run: Path, toy: None, tmp_path: Path) -> None:
     out = tmp_path / "x.png"
     assert "<max> is not a token" in only_error("generate", run, "A photo of <max>.", "--out", out)
@@ -263,7 +289,7 @@ def test_generate_refuses_what_it_cannot_use(run: Path, toy: None, tmp_path: Pat
     assert "--vq and --tokenizer missing" in only_error("generate", run, "x", "--model", "a/b", "--out", out)
     assert "device tpu" in only_error("generate", run, "x", "--device", "tpu", "--out", out)
     assert "dtype int8" in only_error("generate", run, "x", "--dtype", "int8", "--out", out)
-    assert "no such picture" in only_error("understand", run, tmp_path / "none.png", "What?")
+    assert "no such image" in only_error("understand", run, tmp_path / "none.png", "What?")
     assert "--concept ROOT NAME" in only_error("generate", "base", "x", "--reason", "--out", out)
 
 
@@ -276,6 +302,15 @@ def test_evaluate_a_run(run: Path, toy: None, tmp_path: Path) -> None:
     call("evaluate", "base", "--concept", *_concept(run), "--out", tmp_path / "b.json", "splits=[pure]", "samples=1")
     assert set(json.loads((tmp_path / "b.json").read_text())["records"]) == {"pure"}
     assert "--concept ROOT NAME" in only_error("evaluate", "base")
+
+
+def test_evaluate_says_where_to_name_a_data_folder_that_moved(tmp_path: Path, toy: None) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"root: {tmp_path / 'gone'}\nname: bo\n")
+    ConceptTokens("bo", 8, 1, 1).save(run)
+    said = only_error("evaluate", run)
+    assert f"{tmp_path / 'gone'}: the folder of 'bo'" in said and "--concept ROOT bo" in said
 
 
 def _concept(run: Path) -> tuple[str, str]:

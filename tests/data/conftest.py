@@ -25,12 +25,12 @@ class Folder:
         self.train = root / "concept" / "train" / "bo"
         self.test = root / "concept" / "test" / "bo"
         for index in range(3):
-            self.picture(self.train / f"{index}.png", seed=index)
+            self.image(self.train / f"{index}.png", seed=index)
         for index in range(2):
-            self.picture(self.test / f"{index}.png", seed=10 + index)
-            self.picture(self.train / "negative_example" / f"{index}.png", seed=20 + index)
-        self.picture(root / "black_512x512.png", seed=30)
-        self.picture(root / "random_images" / "0.png", seed=31)
+            self.image(self.test / f"{index}.png", seed=10 + index)
+            self.image(self.train / "negative_example" / f"{index}.png", seed=20 + index)
+        self.image(root / "black_512x512.png", seed=30)
+        self.image(root / "random_images" / "0.png", seed=31)
         self.json(root / "concepts_list.json", ["bo"])
         self.json(root / "concept" / "train" / "train_images.json", {"bo": ["0.png", "1.png", "2.png"]})
         self.info()
@@ -45,7 +45,7 @@ class Folder:
         self.json(self.test / "text_only.json", toy)
         self.prompts(["<bo> with its toy", "<bo> asleep in its bed", "<bo> hiding from what it fears"])
 
-    def picture(self, path: Path, seed: int = 0, size: tuple[int, int] = (72, 64)) -> None:
+    def image(self, path: Path, seed: int = 0, size: tuple[int, int] = (72, 64)) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         levels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(levels).save(path)

@@ -1,4 +1,4 @@
-"""`check_folder`: the pictures are decoded, the files all concepts share are looked at, everything is found at once."""
+"""`check_folder`: the images are decoded, the files all concepts share are looked at, everything is found at once."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_missing_pictures(folder):
 
 
 def test_tiny_and_small_pictures(folder):
-    folder.picture(folder.train / "0.png", size=(200, 15))
-    folder.picture(folder.train / "1.png", size=(63, 200))
+    folder.image(folder.train / "0.png", size=(200, 15))
+    folder.image(folder.train / "1.png", size=(63, 200))
     problems = check_folder(folder.root)
     assert [(problem.file, problem.severity) for problem in problems] == [
         ("concept/train/bo/0.png", "error"),
@@ -66,12 +66,12 @@ def test_a_test_picture_that_was_trained_on(folder):
     shutil.copy(folder.train / "2.png", folder.test / "7.png")
     (problem,) = check_folder(folder.root)
     assert (problem.file, problem.severity) == ("concept/test/bo/7.png", "warning")
-    assert "same file as the training picture 2.png" in problem.message
+    assert "same file as the training image 2.png" in problem.message
 
 
 def test_everything_at_once_errors_first(folder):
     folder.info(**{"conversation_type": "plant", "info": ...})
-    (folder.train / "0.png").write_bytes(b"no picture")
+    (folder.train / "0.png").write_bytes(b"no image")
     folder.json(folder.test / "vqa.json", "{,}")
     problems = check_folder(folder.root)
     assert [problem.severity for problem in problems] == ["error"] * 3 + ["warning"]
@@ -114,7 +114,7 @@ def test_missing_shared_files_are_warnings(folder):
 
 
 def test_a_symlink_to_the_outside_is_not_followed(folder, tmp_path):
-    folder.picture(tmp_path / "outside.png")
+    folder.image(tmp_path / "outside.png")
     for place in (folder.root / "random_images" / "9.png", folder.train / "negative_example" / "9.png"):
         place.symlink_to(tmp_path / "outside.png")
     problems = [(problem.file, problem.severity) for problem in check_folder(folder.root)]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pyunictokens.data import concept_name, list_concepts, load_concept, read_concept
 from pyunictokens.data.concept import Concept
-from pyunictokens.data.parse import Problem, natural_key
+from pyunictokens.data.image_files import natural_key
+from pyunictokens.data.parse import Problem
 from pyunictokens.data.reader import images_for_key
 from pyunictokens.utils.errors import UserError
 
@@ -55,7 +56,7 @@ def test_the_published_layout(folder):
 def test_without_train_images_json_the_files_on_disk_are_used_in_natural_order(folder):
     (folder.root / "concept" / "train" / "train_images.json").unlink()
     for name in ("10.jpg", "9.jpeg", "3.webp", "3_mask.png", ".hidden.png"):
-        folder.picture(folder.train / name)
+        folder.image(folder.train / name)
     names = [path.name for path in load_concept(folder.root, "bo").train_images]
     assert names == ["0.png", "1.png", "2.png", "3.webp", "9.jpeg", "10.jpg"]
 
@@ -181,7 +182,7 @@ def test_all_problems_of_a_folder_at_once(folder):
     assert "concept/train/bo/info.json: class: is empty" in text
     assert "conversation_type: is 'robot': must be one of human, animal, object" in text
     assert "conversations.json: not valid JSON at line 2, column 17" in text
-    assert "train_images.json: bo[1]: '9.png': no such picture" in text
+    assert "train_images.json: bo[1]: '9.png': no such image" in text
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_all_problems_of_a_folder_at_once(folder):
         (lambda f: f.json(f.train / "info.json", [1]), "info.json", "", "must be an object, is a list"),
         (lambda f: f.json(f.train / "info.json", "null"), "info.json", "", "holds null"),
         (lambda f: (f.train / "info.json").unlink(), "info.json", "", "no such file"),
-        (lambda f: (f.train / "info.json").write_bytes(b"\xff\xfe{"), "info.json", "", "not UTF-8"),
+        (lambda f: (f.train / "info.json").write_bytes(b"\xff\xfe{"), "info.json", "", "not UTF-16"),
         (lambda f: f.json(f.train / "info.json", "[" * 100_000), "info.json", "", "nested too deeply"),
         (lambda f: f.json(f.train / "info.json", "9" * 5000), "info.json", "", "not usable JSON"),
         (lambda f: f.json(f.train / "info.json", '{"class": "\\ud800"}'), "info.json", "class", "lone surrogate"),
@@ -259,7 +260,7 @@ def test_errors_name_file_and_field(folder, change, file, field, words):
             lambda f: f.json(f.train / "conversations.json", {"77": [{"query": "a", "answer": "b"}]}),
             "conversations.json",
             "77",
-            "matches no picture (0.png, 1.png, 2.png): its 1 questions are left out",
+            "matches no image (0.png, 1.png, 2.png): its 1 questions are left out",
         ),
         (lambda f: (f.train / "conversations.json").unlink(), "conversations.json", "", "no such file"),
         (
@@ -287,7 +288,7 @@ def test_errors_name_file_and_field(folder, change, file, field, words):
             lambda f: f.json(f.root / "concept" / "train" / "train_images.json", {}),
             "train_images.json",
             "bo",
-            "is not listed: the pictures in its folder are used",
+            "is not listed: the images in its folder are used",
         ),
     ],
 )
@@ -315,14 +316,14 @@ def test_no_training_images(folder):
     folder.json(folder.train / "conversations.json", {})
     problem = only(folder, "error")
     assert problem.file == "concept/train/bo"
-    assert problem.message.startswith("no training images: put a few pictures")
+    assert problem.message.startswith("no training images: put a few images")
 
 
 @pytest.mark.parametrize(
     "name", ["../../secret.png", "..\\secret.png", "/etc/passwd", "C:\\secret.png", "a/../../b.png"]
 )
 def test_train_images_that_leave_the_folder(folder, name):
-    folder.picture(folder.root / "secret.png")
+    folder.image(folder.root / "secret.png")
     folder.json(folder.root / "concept" / "train" / "train_images.json", {"bo": ["0.png", name]})
     (problem,) = problems_of(folder, "error")
     assert problem.field == "bo[1]"
@@ -331,7 +332,7 @@ def test_train_images_that_leave_the_folder(folder, name):
 
 
 def test_symlinks_that_leave_the_folder(folder, tmp_path):
-    folder.picture(tmp_path / "outside.png")
+    folder.image(tmp_path / "outside.png")
     (folder.train / "1.png").unlink()
     (folder.train / "1.png").symlink_to(tmp_path / "outside.png")
     (folder.test / "5.png").symlink_to(tmp_path / "outside.png")

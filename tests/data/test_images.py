@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pyunictokens.data import black_image, load_batch, load_pixels, make_grid, read_picture, save_image
+from pyunictokens.data import black_image, load_batch, load_pixels, make_grid, read_image, save_image
 from pyunictokens.data.images import PIXEL_LIMIT, fit_within, from_pil, to_pil
 from pyunictokens.utils.errors import UserError
 
@@ -121,7 +121,7 @@ def test_transparency_over_white(tmp_path):
     check_halves(load_pixels(tmp_path / "a.png", 32), right=(255, 255, 255))
     half = Image.new("RGBA", (32, 32), (0, 0, 0, 51))
     half.save(tmp_path / "b.png")
-    assert read_picture(tmp_path / "b.png").getpixel((3, 3)) == (204, 204, 204)
+    assert read_image(tmp_path / "b.png").getpixel((3, 3)) == (204, 204, 204)
 
 
 def test_gray_with_alpha_and_palette_with_transparency(tmp_path):
@@ -185,9 +185,9 @@ def test_a_large_jpeg_reads_as_its_full_decode(tmp_path):
     big = halves().resize((3000, 2000), Image.Resampling.BICUBIC)
     big.save(tmp_path / "big.jpg", quality=92)
     fast = load_pixels(tmp_path / "big.jpg", 32)
-    slow = from_pil(read_picture(tmp_path / "big.jpg").resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32)))
+    slow = from_pil(read_image(tmp_path / "big.jpg").resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32)))
     assert (fast - slow).abs().max() < 0.03
-    assert min(read_picture(tmp_path / "big.jpg", at_least=32).size) < 600
+    assert min(read_image(tmp_path / "big.jpg", at_least=32).size) < 600
 
 
 def truncated(tmp_path: Path, suffix: str) -> Path:
@@ -202,19 +202,19 @@ def truncated(tmp_path: Path, suffix: str) -> Path:
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_a_file_that_was_cut_off(tmp_path, suffix):
     path = truncated(tmp_path, suffix)
-    with pytest.raises(UserError, match=rf"cut\.{suffix}: (the picture is damaged or cut off|not a picture)"):
+    with pytest.raises(UserError, match=rf"cut\.{suffix}: (the image is damaged or cut off|not an image)"):
         load_pixels(path, 16)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
 def test_a_file_that_is_no_picture(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.png: (not a picture|the picture is damaged)"):
+    with pytest.raises(UserError, match=r"a\.png: (not an image|the image is damaged)"):
         load_pixels(tmp_path / "a.png", 16)
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    with pytest.raises(UserError, match=r"none\.png: no such picture"):
+    with pytest.raises(UserError, match=r"none\.png: no such image"):
         load_pixels(tmp_path / "none.png", 16)
     with pytest.raises(UserError, match=str(tmp_path)):
         load_pixels(tmp_path, 16)
@@ -335,9 +335,9 @@ def test_grid_captions_are_drawn_under_their_picture_and_stay_in_their_column():
 
 
 def test_grid_refuses_nonsense():
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         make_grid([], 2)
     with pytest.raises(UserError, match="columns=0"):
         make_grid([black_image(4)], 0)
-    with pytest.raises(UserError, match="1 captions for 2 pictures"):
+    with pytest.raises(UserError, match="1 captions for 2 images"):
         make_grid([black_image(4)] * 2, 2, ["one"])

@@ -47,7 +47,7 @@ def result(lift: float, seed: int = 0, samples: int = 3, kind: str = "animal") -
     def some(right: float) -> list[float]:
         return [float(rng.random() < right + 2 * lift)]
 
-    made.images["photos"] = [to_bytes(drawings(subject, 8, look))]
+    made.images["references"] = [to_bytes(drawings(subject, 8, look))]
     for split, count in (("pure", 5), ("reasoning_generation", 3), ("dense", 3)):
         made.records[split], made.images[split] = [], []
         for index in range(count):

@@ -1,4 +1,4 @@
-"""Adapters of an engine, an endpoint and photos: a tiny random Show-o, a real local server, pictures."""
+"""Baselines over an engine, an endpoint and real images: a tiny random Show-o, a real local server, pictures."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from pyunictokens.data.images import black_image, from_pil, load_pixels, square
-from pyunictokens.evaluate.baselines import Spec, candidate, parse
-from pyunictokens.evaluate.baselines.ours import Ours, Sampling
+from pyunictokens.data.images import black_image, from_pil, load_pixels, read_image, square
+from pyunictokens.evaluate.baselines import Spec, baseline, parse
+from pyunictokens.evaluate.baselines.ours import EngineModel, Sampling
 from pyunictokens.evaluate.baselines.prompts import described, told
 from pyunictokens.evaluate.baselines.real import RealImages
 from pyunictokens.evaluate.baselines.showo import ShowoImage, ShowoText
-from pyunictokens.evaluate.model import Unsupported
-from pyunictokens.evaluate.subject import Subject
+from pyunictokens.evaluate.core import Unsupported
+from pyunictokens.evaluate.tasks import Subject
 from pyunictokens.utils.errors import UserError
 from tests.judge_server import JudgeServer, images_of, question_of
 from tests.tiny import tiny_toy
@@ -50,7 +51,7 @@ def engine() -> Any:
     from pyunictokens.rollout.engine import RolloutEngine
 
     toy = tiny_toy()
-    return RolloutEngine(toy.model, toy.vq, toy.tokenizer, max_text=48)
+    return RolloutEngine(toy.model, toy.vq, toy.tokenizer)
 
 
 class Tokens:
@@ -79,7 +80,7 @@ class Heard:
 
 
 def test_ours_is_the_engine_with_the_concepts_tokens(engine: Any, subject: Subject) -> None:
-    model = Ours(engine, Tokens(), subject, SAMPLING)
+    model = EngineModel(engine, Tokens(), subject, SAMPLING)
     wanted = engine.generate_images(["a dog dog in the snow"], samples=3, steps=2, guidance_scale=1.0, seed=5).pixels
     assert torch.equal(model.generate("a <bo> in the snow", 3, 5), wanted.clamp(-1, 1))
     pixels = from_pil(square(picture(1), 32))[None]
@@ -87,13 +88,13 @@ def test_ours_is_the_engine_with_the_concepts_tokens(engine: Any, subject: Subje
     assert model.answer([picture(1)], "what is <bo>?") == answer
     black = engine.generate_text(black_image(32)[None], ["what?"], max_new_tokens=4, temperature=0.0).texts[0]
     assert model.answer([], "what?") == black
-    with pytest.raises(UserError, match="2 pictures: this model looks at one"):
+    with pytest.raises(UserError, match="2 images: this model looks at one"):
         model.answer([picture(1), picture(2)], "what?")
 
 
 def test_the_bare_model_reads_the_class_word(engine: Any, subject: Subject) -> None:
     heard = Heard(engine)
-    Ours(heard, None, subject, SAMPLING).generate("a <bo>", 1, 0)  # type: ignore[arg-type]
+    EngineModel(heard, None, subject, SAMPLING).generate("a <bo>", 1, 0)  # type: ignore[arg-type]
     assert heard.images[0][0] == ["a dog"]
 
 
@@ -121,13 +122,18 @@ def test_an_image_prompt_shares_the_grid_with_the_photo(engine: Any, subject: Su
     assert drawn.shape == (2, 3, 32, 32)  # the right half, stretched back
     right = torch.nn.functional.interpolate(whole.pixels.clamp(-1, 1)[..., 16:], (32, 32), mode="bicubic")
     assert torch.allclose(drawn, right.clamp(-1, 1), atol=1e-6)
-    other = Subject("mam", "dog", photos=subject.photos[1:])
+    other = Subject("mam", "dog", references=subject.references[1:])
     assert not torch.equal(ShowoImage(engine, other, SAMPLING).generate("a photo of <mam> in the snow", 2, 4), drawn)
     model.answer([picture(7)], "what colour is <bo>?")
-    pixels, questions, _ = heard.texts[0]
+    codes, questions, _ = heard.texts[0]
     assert questions == ["The left half shows this dog. About the right half: what colour is this dog?"]
-    assert pixels.shape == (1, 3, 32, 32) and not torch.equal(pixels[..., :16], pixels[..., 16:])
-    with pytest.raises(UserError, match="no photos, so there is no image prompt"):
+    half = (32, 16)
+    both = [
+        F.interpolate(from_pil(square(one, 32))[None], half, mode="bicubic", antialias=True, align_corners=False)
+        for one in (read_image(subject.references[0]), picture(7))
+    ]
+    assert torch.equal(codes, engine.vq.encode(torch.cat(both, dim=-1).clamp(-1, 1)))
+    with pytest.raises(UserError, match="no references, so there is no image prompt"):
         ShowoImage(engine, Subject("bo", "dog"), SAMPLING)
 
 
@@ -155,15 +161,15 @@ def test_facts_are_not_told_twice() -> None:
 # --- real images ---------------------------------------------------------------------------------------------------
 
 
-def test_real_images_are_the_test_photos_in_turn(subject: Subject) -> None:
+def test_real_images_are_the_test_images_in_turn(subject: Subject) -> None:
     model = RealImages(subject, size=16)
     drawn = model.generate("whatever", 3, 1)
-    assert torch.equal(drawn, torch.stack([load_pixels(subject.photos[i], 16) for i in (1, 2, 0)]))
-    held = Subject("bo", "dog", photos=subject.photos[:1], test_photos=subject.photos[2:])
-    assert torch.equal(RealImages(held, 16).generate("x", 2, 0)[0], load_pixels(subject.photos[2], 16))
+    assert torch.equal(drawn, torch.stack([load_pixels(subject.references[i], 16) for i in (1, 2, 0)]))
+    held = Subject("bo", "dog", references=subject.references[:1], test_images=subject.references[2:])
+    assert torch.equal(RealImages(held, 16).generate("x", 2, 0)[0], load_pixels(subject.references[2], 16))
     with pytest.raises(Unsupported):
         model.answer([], "what?")
-    with pytest.raises(UserError, match="no photos"):
+    with pytest.raises(UserError, match="no references"):
         RealImages(Subject("bo", "dog"))
 
 
@@ -178,7 +184,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
 
 
 def test_an_endpoint_is_told_in_words(server: JudgeServer, subject: Subject) -> None:
-    row = candidate(parse(f"endpoint:{server.url},model=gpt-x"))
+    row = baseline(parse(f"endpoint:{server.url},model=gpt-x"))
     assert row.name == "gpt-x + TP"
     model = row.load(subject)
     assert model.answer([picture(3)], "what is <bo>?") == "A pink dog."
@@ -187,12 +193,12 @@ def test_an_endpoint_is_told_in_words(server: JudgeServer, subject: Subject) -> 
     (url,) = images_of(request)
     sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     assert np.array_equal(np.asarray(sent), np.asarray(picture(3)))
-    with pytest.raises(Unsupported, match="no drawing model"):
+    with pytest.raises(Unsupported, match="no image model"):
         model.generate("a <bo>", 1, 0)
 
 
 def test_an_endpoint_is_shown_photos(server: JudgeServer, subject: Subject) -> None:
-    model = candidate(parse(f"endpoint:{server.url},model=gpt-x,photos=2+ip")).load(subject)
+    model = baseline(parse(f"endpoint:{server.url},model=gpt-x,references=2+ip")).load(subject)
     model.answer([picture(3)], "what is <bo>?")
     assert len(images_of(server.requests[0])) == 3
     wanted = "The first 2 pictures show <bo>. The question is about the last. what is <bo>?"
@@ -200,7 +206,7 @@ def test_an_endpoint_is_shown_photos(server: JudgeServer, subject: Subject) -> N
 
 
 def test_an_endpoint_that_fails_fails_one_question(server: JudgeServer, subject: Subject) -> None:
-    model = candidate(parse(f"endpoint:{server.url},model=gpt-x")).load(subject)
+    model = baseline(parse(f"endpoint:{server.url},model=gpt-x")).load(subject)
     server.script("401")
     with pytest.raises(UserError, match="401") as error:
         model.answer([], "what?")
@@ -233,7 +239,7 @@ class Painter:
 
     def model(self, subject: Subject) -> Any:
         url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        return candidate(parse(f"endpoint:{url},model=m,draw=painter")).load(subject)
+        return baseline(parse(f"endpoint:{url},model=m,draw=painter")).load(subject)
 
 
 def encoded(image: Image.Image) -> str:
@@ -251,8 +257,8 @@ def test_an_endpoint_draws(monkeypatch: pytest.MonkeyPatch, subject: Subject) ->
     assert (asked["prompt"], asked["n"], asked["model"]) == ("a photo of a pink dog on the beach", 2, "painter")
     for pictures, status, message in (
         (["AAAA", "AAAA"], 200, "cannot be read"),
-        ([encoded(picture(1))], 200, "drew 1 pictures, 2 were asked for"),
-        ([], 403, "no drawing .HTTP 403"),
+        ([encoded(picture(1))], 200, "gave 1 images, 2 were asked for"),
+        ([], 403, "no image .HTTP 403"),
     ):
         with pytest.raises(UserError, match=message) as error:
             Painter(pictures, status).model(subject).generate("a <bo>", 2, 0)
@@ -290,20 +296,20 @@ def test_specs(text: str, spec: Spec, name: str) -> None:
         ("transformers:", "needs a folder or hub id"),
         ("diffusers:x,lora", "'lora' must be KEY=VALUE"),
         ("endpoint:http://h/v1", "needs model=NAME"),
-        ("endpoint:http://h/v1,model=m,price=1", "knows draw, key, model, photos"),
-        ("endpoint:http://h/v1,model=m,photos=0+ip", "photos=0"),
+        ("endpoint:http://h/v1,model=m,price=1", "knows draw, key, model, references"),
+        ("endpoint:http://h/v1,model=m,references=0+ip", "references=0"),
     ],
 )
 def test_bad_specs(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        candidate(parse(text))
+        baseline(parse(text))
 
 
 def test_identities_tell_models_apart(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"1")
     texts = [f"transformers:{tmp_path}", f"transformers:{tmp_path}+ip", f"diffusers:{tmp_path}", "real"]
     texts.append(f"diffusers:{tmp_path},steps=3")
-    assert len({candidate(parse(text)).identity for text in texts}) == 5
-    before = candidate(parse(texts[0])).identity
+    assert len({baseline(parse(text)).identity for text in texts}) == 5
+    before = baseline(parse(texts[0])).identity
     (tmp_path / "w.safetensors").write_bytes(b"12")
-    assert candidate(parse(texts[0])).identity != before
+    assert baseline(parse(texts[0])).identity != before

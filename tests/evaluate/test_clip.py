@@ -126,10 +126,10 @@ class Counting:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self.pictures = 0
+        self.images = 0
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.pictures += len(pixels)
+        self.images += len(pixels)
         return pixels.mean(dim=(2, 3)) + 2
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
@@ -150,10 +150,10 @@ def test_each_text_and_each_photo_is_encoded_once(tmp_path: Path) -> None:
     for number in range(3):
         paths.append(tmp_path / f"{number}.png")
         photo(20, 30, number).save(paths[-1])
-    first = keeper.photos(paths[:2])
-    keeper.photos(paths)
-    again = keeper.photos([paths[1], paths[0], paths[1]])
-    assert len(made) == 1 and made[0].pictures == 3
+    first = keeper.references(paths[:2])
+    keeper.references(paths)
+    again = keeper.references([paths[1], paths[0], paths[1]])
+    assert len(made) == 1 and made[0].images == 3
     assert torch.equal(again, first[[1, 0, 1]]) and torch.allclose(first.norm(dim=1), torch.ones(2))
     assert torch.equal(keeper.texts(["a", "bb", "a"])[0], keeper.texts(["bb", "a"])[1])
     assert made[0].texts == ["a", "bb"]
@@ -162,7 +162,7 @@ def test_each_text_and_each_photo_is_encoded_once(tmp_path: Path) -> None:
 def test_a_photo_is_known_again_at_another_size_and_crop(tmp_path: Path) -> None:
     from pyunictokens.evaluate.baselines.real import RealImages
     from pyunictokens.evaluate.result import to_bytes
-    from pyunictokens.evaluate.subject import Subject
+    from pyunictokens.evaluate.tasks import Subject
 
     paths = []
     rng = np.random.default_rng(0)
@@ -170,12 +170,12 @@ def test_a_photo_is_known_again_at_another_size_and_crop(tmp_path: Path) -> None
         rough = np.asarray(photo(*size, seed=number)).astype(int) + rng.integers(-40, 40, (size[1], size[0], 3))
         paths.append(tmp_path / f"{number}.jpg")
         Image.fromarray(rough.clip(0, 255).astype(np.uint8)).save(paths[-1])
-    shown = to_bytes(RealImages(Subject("bo", "dog", photos=paths)).generate("x", 4, 0)).float() / 127.5 - 1
+    shown = to_bytes(RealImages(Subject("bo", "dog", references=paths)).generate("x", 4, 0)).float() / 127.5 - 1
     keeper = Embeddings(Counting(), "counting", size=224)
-    assert torch.equal(keeper.same_picture(shown, paths), torch.eye(4, dtype=torch.bool))
+    assert torch.equal(keeper.same_image(shown, paths), torch.eye(4, dtype=torch.bool))
 
 
-def test_a_photo_is_known_again_and_a_drawing_of_it_is_not(tmp_path: Path) -> None:
+def test_a_photo_is_known_again_and_a_sample_of_it_is_not(tmp_path: Path) -> None:
     keeper = Embeddings(Counting(), "counting")
     paths = []
     for number in range(3):
@@ -183,4 +183,4 @@ def test_a_photo_is_known_again_and_a_drawing_of_it_is_not(tmp_path: Path) -> No
         photo(80, 80, number).save(paths[-1])
     same = from_pil(photo(80, 80, 1))
     near = (same + 0.1 * torch.randn(same.shape, generator=torch.Generator().manual_seed(0)).abs()).clamp(-1, 1)
-    assert keeper.same_picture(torch.stack([same, near]), paths).tolist() == [[False, True, False], [False] * 3]
+    assert keeper.same_image(torch.stack([same, near]), paths).tolist() == [[False, True, False], [False] * 3]

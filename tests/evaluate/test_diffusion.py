@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens.evaluate.baselines import candidate, parse
+from pyunictokens.evaluate.baselines import baseline, parse
 from pyunictokens.evaluate.baselines.diffusion import Diffusion, DiffusionSource, Pipeline, parse_source
-from pyunictokens.evaluate.model import Unsupported
-from pyunictokens.evaluate.subject import Subject
+from pyunictokens.evaluate.core import Unsupported
+from pyunictokens.evaluate.tasks import Subject
 from pyunictokens.utils.errors import UserError
 
 BO = Subject("bo", "dog")
@@ -131,7 +131,7 @@ def test_words_of_the_command_line(folder: Path) -> None:
     assert parse_source(["p", "lora=x", "steps=3", "token=my {class}"]) == DiffusionSource(
         "p", "x", None, "my {class}", 3
     )
-    row = candidate(parse(f"diffusers:{folder},steps=2,token=sks"))
+    row = baseline(parse(f"diffusers:{folder},steps=2,token=sks"))
     assert row.name.startswith("pipe") and row.load(BO).generate("<bo>", 1, 0).shape == (1, 3, 16, 16)
     for words, message in ((["p", "loras=x"], "one of lora, embedding"), (["p", "steps=few"], "'few' is no int")):
         with pytest.raises(UserError, match=message):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyunictokens.data.images import save_image
 from pyunictokens.evaluate import metrics as m
+from pyunictokens.evaluate.clip import Embeddings
 from pyunictokens.utils.errors import UserError
 
 # nltk.translate.bleu_score.sentence_bleu([list(r)], list(c), weights=(0.7, 0.3), smoothing_function=method1)
@@ -129,20 +132,24 @@ def flat(*colours: tuple[float, float, float]) -> torch.Tensor:
     return torch.tensor(colours)[:, :, None, None].expand(-1, 3, 4, 4)
 
 
-def test_clip_scores_by_hand() -> None:
-    net, root = Colours(), math.sqrt(0.5)
-    drawings = flat((0.3, 0, 0), (0.2, 0.2, 0))
-    assert m.clip_t(net, drawings, "red") == pytest.approx([1, root])
-    assert m.clip_t_segments(net, drawings, "red, green") == pytest.approx([0.5, root])
-    assert m.clip_i(net, drawings, flat((0.9, 0, 0), (0, 0.1, 0))) == pytest.approx([0.5, root])
-    with pytest.raises(UserError, match="at least one photo"):
-        m.clip_i(net, drawings, torch.zeros(0, 3, 4, 4))
+def test_clip_scores_by_hand(tmp_path: Path) -> None:
+    clip, root = Embeddings(Colours(), "colours", 8), math.sqrt(0.5)
+    samples = flat((0.3, 0, 0), (0.2, 0.2, 0))
+    rows = clip.samples(samples)
+    assert clip.clip_t(rows, ["red"]) == pytest.approx([1, root])
+    assert clip.clip_t(rows, ["red", "green"]) == pytest.approx([0.5, root])
+    paths = [tmp_path / "red.png", tmp_path / "green.png"]
+    for path, pixels in zip(paths, flat((0.9, 0, 0), (0, 0.8, 0)), strict=True):
+        save_image(pixels, path)
+    assert clip.clip_i(rows, samples, paths) == pytest.approx([0.5, root], abs=0.01)  # 0 is no level of 8 bits
+    with pytest.raises(UserError, match="no references"):
+        clip.clip_i(rows, samples, [])
 
 
 def test_attribute_accuracy() -> None:
     seen = {"shape": "cat", "colour": "red", "hair": "none", "item": "ball", "item_colour": "blue"}
     assert m.attribute_accuracy(seen, {"shape": "cat", "colour": "blue"}) == 0.5
-    # "none" is right in every drawing without the thing, so it is not asked for
+    # "none" is right in every image without the thing, so it is not asked for
     assert m.attribute_accuracy(seen, {"shape": "dog", "colour": "blue", "hair": "none"}) == 0.0
     assert m.attribute_accuracy(seen, {"item": "ball", "item_colour": "red", "shape": "cat"}) == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="no attribute is wanted"):

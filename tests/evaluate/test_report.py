@@ -14,7 +14,7 @@ from PIL import Image
 from pyunictokens.evaluate import write_report
 from pyunictokens.evaluate.report import plots
 from pyunictokens.evaluate.report.run_files import read_run
-from pyunictokens.evaluate.report.summary import health, verdict
+from pyunictokens.evaluate.report.summary import health, summarize
 from pyunictokens.utils.errors import UserError
 
 from .synthetic import metrics, result, write_run
@@ -60,12 +60,12 @@ def page(run: Path) -> Page:
 
 
 def test_every_section_is_there(page: Page) -> None:
-    wanted = ["verdict", "concept", "measures", "drawings", "answers", "training", "samples", "settings"]
+    wanted = ["summary", "concept", "measures", "images", "answers", "training", "samples", "settings"]
     assert [name for name in page.ids if not name.startswith("plot-")] == wanted
     assert [name for name in page.ids if name.startswith("plot-")] == [
         "plot-stages",
         "plot-reward",
-        "plot-experts",
+        "plot-rewards",
         "plot-policy",
         "plot-dsog",
     ]
@@ -83,17 +83,16 @@ def test_words_follow_numbers(run: Path, page: Page) -> None:
     change = before.compare(after)["reasoning_generation.reward"]
     first, second = (each.metrics["reasoning_generation.reward"].mean for each in (before, after))
     assert (
-        f"It improved: the mean reward of drawings of held-out prompts rose from {first:.3f} to {second:.3f}"
-        in page.text
+        f"It improved: the mean reward of images of held-out prompts rose from {first:.3f} to {second:.3f}" in page.text
     )
     assert f"{change.mean:+.3f}, 95 % interval {change.low:+.3f} to {change.high:+.3f}, 9 pairs" in page.text
     assert "1 of 24 steps were left out because a number was not finite." in page.text
-    metric = after.metrics["drawings.clip_t"]
+    metric = after.metrics["samples.clip_t"]
     assert f"{metric.mean:.3f}" in page.text and f"{metric.low:.3f} … {metric.high:.3f} · n {metric.n}" in page.text
     assert "recognition: every negative picture was also seen in training" in page.text
     for words in ("a photo of <bo>, reasoning_generation number 2", "its favourite toy is a red ball", "green <b>"):
         assert words in page.text  # also proves that < is escaped
-    for words in ("group size 9", "lr 2e-05", "steps 24", "41.5 s (3 drawings a prompt, 12 timesteps)"):
+    for words in ("group size 9", "lr 2e-05", "steps 24", "41.5 s (3 images a prompt, 12 timesteps)"):
         assert words in page.text
 
 
@@ -105,19 +104,19 @@ def test_words_follow_numbers(run: Path, page: Page) -> None:
         (0.0, "unclear", "No clear change: the"),
     ],
 )
-def test_verdicts(tmp_path: Path, lift: float, outcome: str, opening: str) -> None:
+def test_summaries(tmp_path: Path, lift: float, outcome: str, opening: str) -> None:
     result(0.0).save(tmp_path / "before.json")
     result(lift).save(tmp_path / "after.json")
-    found, sentences = verdict(read_run(tmp_path))
+    found, sentences = summarize(read_run(tmp_path))
     assert found == outcome and sentences[0].startswith(opening)
 
 
 def test_nothing_is_claimed_that_was_not_measured(tmp_path: Path) -> None:
     result(0.0).save(tmp_path / "before.json")
-    outcome, sentences = verdict(read_run(tmp_path))
+    outcome, sentences = summarize(read_run(tmp_path))
     assert outcome == "unmeasured" and sentences == ["Nothing can be said about improvement: after.json missing."]
-    result(0.1, samples=2).save(tmp_path / "after.json")  # other numbers of drawings: no pairs of drawings
-    outcome, sentences = verdict(read_run(tmp_path))
+    result(0.1, samples=2).save(tmp_path / "after.json")  # other numbers of images: no pairs of images
+    outcome, sentences = summarize(read_run(tmp_path))
     assert not any("reward" in sentence for sentence in sentences)
 
 
@@ -130,11 +129,11 @@ def test_a_spread_that_teaches_nothing_is_told(run: Path) -> None:
     assert "Rewards hardly differed inside a group (spread 0.0020)" in health(files)[0]
     assert not any("face" in sentence for sentence in health(files))  # an animal
     files.about["kind"] = "human"
-    assert "No face was found in 24 training drawings; their FER is 0." in health(files)
+    assert "No face was found in 24 training images; their FER is 0." in health(files)
 
 
 def test_plots_lie_beside_the_page(run: Path, page: Page) -> None:
-    for name in ("stages", "reward", "experts", "policy", "dsog"):
+    for name in ("stages", "reward", "rewards", "policy", "dsog"):
         with Image.open(run / "plots" / f"{name}.png") as image:
             assert image.mode == "RGB" and image.width >= 1200
             assert len(image.convert("L").getcolors() or range(300)) > 8  # something is drawn
@@ -147,7 +146,7 @@ def test_plots_differ_where_numbers_differ() -> None:
     assert plots.dsog(rows, plots.LIGHT) != plots.dsog(rows, plots.LIGHT, target=0.25)
     for key, change in {
         "reward": {"reward_mean": 0.9},
-        "experts": {"parts": {"tier": 0.1, "ber": 0.2, "der": 0.3, "fer": 0.4}},
+        "rewards": {"parts": {"tier": 0.1, "ber": 0.2, "der": 0.3, "fer": 0.4}},
         "policy": {"kl": 0.5},
         "dsog": {"threshold": 0.9},
     }.items():
@@ -157,7 +156,7 @@ def test_plots_differ_where_numbers_differ() -> None:
 
 
 def test_plots_of_a_run_of_one_step_and_of_missing_numbers() -> None:
-    for draw in (plots.reward, plots.experts, plots.policy, plots.dsog):
+    for draw in (plots.reward, plots.rewards, plots.policy, plots.dsog):
         for rows in (metrics(1), [{"step": 0}], [{"step": 0, "kl": None, "parts": None}]):
             assert draw(rows, plots.DARK).startswith(b"\x89PNG")
     for rows in ([{"step": 0, "stage": "joint", "loss_understanding": 1.0}], [{"step": 0}]):
@@ -177,7 +176,7 @@ def test_numbers_and_averages() -> None:
 def test_a_run_that_is_not_finished(tmp_path: Path, run: Path) -> None:
     shutil.copy(run / "metrics.jsonl", tmp_path)
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
-    assert page.ids[0] == "verdict" and "before.json and after.json missing" in page.text
+    assert page.ids[0] == "summary" and "before.json and after.json missing" in page.text
     assert "training" in page.ids and "measures" not in page.ids and "samples" not in page.ids
     assert "steps 24" in page.text  # the line that a kill cut off is left out
 
@@ -187,7 +186,7 @@ def test_base_is_a_column_of_its_own(tmp_path: Path) -> None:
         result(lift).save(tmp_path / f"{name}.json")
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "Base model Before After Change" in page.text
-    assert "training" not in page.ids and "Drawings base model and before and after" in page.text
+    assert "training" not in page.ids and "Images base model and before and after" in page.text
 
 
 def test_a_folder_without_anything(tmp_path: Path) -> None:

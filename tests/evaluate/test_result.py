@@ -54,10 +54,10 @@ def test_metrics_come_from_the_records() -> None:
     assert result.metrics["recognition.x"].mean == 0.5  # groups count the same, however large
 
 
-def test_measures_of_drawings_are_pooled_over_splits() -> None:
+def test_measures_of_images_are_pooled_over_tasks() -> None:
     result = EvalResult("bo")
     result.records = {split: [{"scores": {"clip_t": values}}] for split, values in (("pure", [1, 1]), ("dense", [0]))}
-    assert result.metrics["drawings.clip_t"].mean == pytest.approx(2 / 3)
+    assert result.metrics["samples.clip_t"].mean == pytest.approx(2 / 3)
     assert result.metrics["dense.clip_t"].mean == 0
 
 
@@ -128,9 +128,9 @@ def test_missing_or_broken_pictures_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pure_001\.png: cannot be read"):
         EvalResult.load(path)
     picture.unlink()
-    with pytest.raises(UserError, match=r"pure_001\.png: no such picture"):
+    with pytest.raises(UserError, match=r"pure_001\.png: no such image"):
         EvalResult.load(path)
     (tmp_path / "after_images" / "pure_000.png").replace(picture)
     path.write_text(path.read_text().replace("pure_000", "pure_001"))
-    with pytest.raises(UserError, match="7 pixels wide, which 3 drawings cannot share"):
+    with pytest.raises(UserError, match="7 pixels wide, which 3 images cannot share"):
         EvalResult.load(path)

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from pyunictokens.evaluate.clip import Embeddings
-from pyunictokens.evaluate.model import Candidate, Nothing, Unsupported
+from pyunictokens.evaluate.core import AnswersOnly, Baseline, GeneratesOnly, Unsupported
 from pyunictokens.evaluate.runner import TableSettings, fill, noise_seed
-from pyunictokens.evaluate.sample_cache import Cell, Cells, fingerprint
+from pyunictokens.evaluate.sample_cache import Record, SampleCache
 from pyunictokens.evaluate.scoring import Scorer
-from pyunictokens.evaluate.subject import Item, Subject
+from pyunictokens.evaluate.tasks import Item, Subject
 from pyunictokens.models.showo.prompting import text_only_question
 from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.fingerprint import of_files
 
 FACTS = ("its toy is a ball", "it sleeps in the snow")
 
@@ -69,21 +70,21 @@ def subject(tmp_path: Path) -> Subject:
         Image.fromarray(np.full((9, 9, 3), 40 * number, dtype=np.uint8)).save(path)
     question = text_only_question(FACTS, "<bo> at night")
     items = [
-        Item("rec", "is it <bo>?", "yes", paths[0], "positive"),
-        Item("rec", "is it <bo>?", "no", paths[1], "negative"),
-        Item("rea", question, FACTS[1], facts=FACTS),
+        Item("recognition", "is it <bo>?", "yes", paths[0], "positive"),
+        Item("recognition", "is it <bo>?", "no", paths[1], "negative"),
+        Item("reasoning", question, FACTS[1], facts=FACTS),
         Item("vqa", "what is it?", "a dog", paths[0]),
         Item("vqa", "who is it?", "a dog", paths[1]),
         Item("qa", "what?", "a dog"),
         Item("pure", "<bo>"),
         Item("pure", "<bo> in a mug"),
-        Item("rea_gen", "<bo> at night", "<bo> at night in the snow", facts=FACTS),
+        Item("reasoning_generation", "<bo> at night", "<bo> at night in the snow", facts=FACTS),
     ]
-    return Subject("bo", "dog", "animal", photos=[paths[0]], items=items)
+    return Subject("bo", "dog", "animal", references=[paths[0]], items=items)
 
 
-def row(model: Any, name: str = "rule", identity: str = "1", reasons: bool = True) -> Candidate:
-    return Candidate(name, identity, lambda _: model, reasons)
+def row(model: Any, name: str = "rule", identity: str = "1", reasons: bool = True) -> Baseline:
+    return Baseline(name, identity, lambda _: model, reasons)
 
 
 def test_everything_is_asked_once_and_kept(subject: Subject, tmp_path: Path) -> None:
@@ -91,23 +92,21 @@ def test_everything_is_asked_once_and_kept(subject: Subject, tmp_path: Path) -> 
     scorer = Scorer(Embeddings(Net(), "net"), judge)
     settings = TableSettings(samples=3, seeds=(0, 7))
     first = fill([row(model)], [subject], scorer, tmp_path / "out", settings)
-    assert first.failures == [] and first.made == len(first.cells) == 6 + 3 * 2
+    assert first.failures == [] and first.made == len(first.records) == 6 + 3 * 2
     reasoning = text_only_question(FACTS, "<bo> at night")
-    assert (
-        sum(question == reasoning for _, question in model.asked) == 2
-    )  # Rea. itself, and once for all drawings of it
+    assert sum(question == reasoning for _, question in model.asked) == 1  # for Rea. itself and all images of it
     assert {prompt for prompt, *_ in model.drawn} == {"<bo>", "<bo> in a mug", f"<bo> at night. {FACTS[1]}."}
     assert len({seed for *_, seed in model.drawn}) == 6 and all(n == 3 for _, n, _ in model.drawn)
-    assert {cell.task: sorted(cell.scores) for cell in first.cells}["pure"] == ["clip_i", "clip_t"]
-    assert all(len(cell.scores["clip_i"]) == 3 for cell in first.cells if cell.count)
+    assert {cell.task: sorted(cell.scores) for cell in first.records}["pure"] == ["clip_i", "clip_t"]
+    assert all(len(cell.scores["clip_i"]) == 3 for cell in first.records if cell.count)
 
     def never(_: Subject) -> Any:
-        raise AssertionError("a model whose cells are all there is not loaded")
+        raise AssertionError("a model whose records are all there is not loaded")
 
     asked = judge.asked
-    again = fill([Candidate("rule", "1", never, True)], [subject], scorer, tmp_path / "out", settings)
+    again = fill([Baseline("rule", "1", never, True)], [subject], scorer, tmp_path / "out", settings)
     assert again.made == 0 and judge.asked == asked
-    assert [cell.scores for cell in again.cells] == [cell.scores for cell in first.cells]
+    assert [cell.scores for cell in again.records] == [cell.scores for cell in first.records]
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(subject: Subject, tmp_path: Path) -> None:
@@ -124,15 +123,15 @@ def test_a_stopped_evaluation_goes_on_where_it_was(subject: Subject, tmp_path: P
     went_on = fill([row(model)], [subject], scorer, tmp_path / "a", settings)
     whole = fill([row(Rule())], [subject], scorer, tmp_path / "b", settings)
     assert [prompt for prompt, *_ in model.drawn] == ["<bo> in a mug", f"<bo> at night. {FACTS[1]}."]
-    assert [cell.scores for cell in went_on.cells] == [cell.scores for cell in whole.cells]
+    assert [cell.scores for cell in went_on.records] == [cell.scores for cell in whole.records]
     assert all(
-        torch.equal(a.drawings(), b.drawings()) for a, b in zip(went_on.cells, whole.cells, strict=True) if a.count
+        torch.equal(a.images(), b.images()) for a, b in zip(went_on.records, whole.records, strict=True) if a.count
     )
 
 
 def test_half_a_cell_is_no_cell(subject: Subject, tmp_path: Path) -> None:
     scorer, settings = Scorer(Embeddings(Net(), "net")), TableSettings(samples=1, tasks=("pure",))
-    cells = fill([row(Rule())], [subject], scorer, tmp_path, settings).cells
+    cells = fill([row(Rule())], [subject], scorer, tmp_path, settings).records
     cells[0].path.write_text('{"format": 1, "model"')
     cells[1].path.with_suffix(".png").unlink()
     assert fill([row(Rule())], [subject], scorer, tmp_path, settings).made == 2
@@ -168,20 +167,20 @@ def test_noise_is_that_of_seed_concept_task_and_prompt(subject: Subject) -> None
 
 def test_only_models_that_reason_answer_first(subject: Subject, tmp_path: Path) -> None:
     model = Rule()
-    fill([row(model, reasons=False)], [subject], Scorer(), tmp_path, TableSettings(1, tasks=("rea_gen",)))
+    fill([row(model, reasons=False)], [subject], Scorer(), tmp_path, TableSettings(1, tasks=("reasoning_generation",)))
     assert model.asked == [] and model.drawn[0][0] == "<bo> at night"
 
 
 def test_a_model_that_does_half_of_it_leaves_columns_empty(subject: Subject, tmp_path: Path) -> None:
-    class Draws(Nothing):
+    class Draws(GeneratesOnly):
         generate = Rule.generate
 
         def __init__(self) -> None:
             self.drawn: list[Any] = []
 
     filled = fill([row(Draws(), reasons=False)], [subject], Scorer(), tmp_path, TableSettings(1))
-    assert filled.failures == [] and {cell.task for cell in filled.cells} == {"pure", "rea_gen"}
-    assert {task for _, task in filled.unsupported} == {"rec", "rea", "vqa", "qa"}
+    assert filled.failures == [] and {cell.task for cell in filled.records} == {"pure", "reasoning_generation"}
+    assert {task for _, task in filled.unsupported} == {"recognition", "reasoning", "vqa", "qa"}
     with pytest.raises(Unsupported, match="Draws does not answer"):
         Draws().answer([], "?")
 
@@ -198,22 +197,27 @@ def test_what_cannot_be_done_is_listed_and_the_rest_goes_on(subject: Subject, tm
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(picture)
     picture.write_bytes(picture.read_bytes()[:5000])  # cut off; shown in one question of rec and one of vqa
-    whole = subject.photos[0]
-    subject.photos.append(picture)
+    whole = subject.references[0]
+    subject.references.append(picture)
     filled = fill([row(Refuses())], [subject], Scorer(Embeddings(Net(), "net")), tmp_path / "out", TableSettings(1))
     told = {(failure.task, failure.what): failure.why for failure in filled.failures}
-    assert set(told) == {("rec", "an answer"), ("vqa", "an answer"), ("pure", "a drawing"), ("rea_gen", "a drawing")}
-    assert "1.png" in told["vqa", "an answer"] and told["pure", "a drawing"] == "no mugs here"
-    assert "not finite" in told["rea_gen", "a drawing"]
-    assert {cell.task for cell in filled.cells} == {"rec", "rea", "vqa", "qa", "pure"}
-    assert subject.photos == [whole] and any("reference photo is left out" in note for note in filled.notes)
+    assert set(told) == {
+        ("recognition", "an answer"),
+        ("vqa", "an answer"),
+        ("pure", "an image"),
+        ("reasoning_generation", "an image"),
+    }
+    assert "1.png" in told["vqa", "an answer"] and told["pure", "an image"] == "no mugs here"
+    assert "not finite" in told["reasoning_generation", "an image"]
+    assert {cell.task for cell in filled.records} == {"recognition", "reasoning", "vqa", "qa", "pure"}
+    assert subject.references == [whole] and any("reference image is left out" in note for note in filled.notes)
 
 
 def test_models_are_shown_upright_colour_pictures_of_bounded_size(tmp_path: Path) -> None:
     """Whatever a camera or a scanner wrote: gray, transparent, 16-bit, turned by EXIF, huge."""
     seen: list[tuple[str, tuple[int, int]]] = []
 
-    class Looks(Nothing):
+    class Looks(AnswersOnly):
         def answer(self, images: Sequence[Any], question: str) -> str:
             seen.extend((image.mode, image.size) for image in images)
             return "yes"
@@ -240,16 +244,16 @@ def test_a_score_that_failed_is_tried_again_without_drawing_again(subject: Subje
     model = Rule()
     filled = fill([row(model)], [subject], Scorer(None, Judge(0.25)), tmp_path, settings)
     assert model.asked == [] and filled.failures == []
-    assert [cell.scores["judge"] for cell in filled.cells] == [[0.25], [0.25]]
+    assert [cell.scores["judge"] for cell in filled.records] == [[0.25], [0.25]]
 
 
 def test_a_model_that_cannot_be_loaded_is_one_failure(subject: Subject, tmp_path: Path) -> None:
     def broken(_: Subject) -> Any:
         raise UserError("no such weights")
 
-    filled = fill([Candidate("a", "a", broken), row(Rule(), "b")], [subject], Scorer(), tmp_path, TableSettings(1))
+    filled = fill([Baseline("a", "a", broken), row(Rule(), "b")], [subject], Scorer(), tmp_path, TableSettings(1))
     assert [(f.model, f.what, f.why) for f in filled.failures] == [("a", "the model", "no such weights")]
-    assert {cell.model for cell in filled.cells} == {"b"}
+    assert {cell.model for cell in filled.records} == {"b"}
 
 
 def test_a_drawing_of_another_shape_is_refused(subject: Subject, tmp_path: Path) -> None:
@@ -258,30 +262,32 @@ def test_a_drawing_of_another_shape_is_refused(subject: Subject, tmp_path: Path)
             return torch.zeros(n, 1, 8, 8)
 
     filled = fill([row(Flat())], [subject], Scorer(), tmp_path, TableSettings(2, tasks=("pure",)))
-    assert "drew (2, 1, 8, 8): must be [2, 3, H, W]" in filled.failures[0].why
+    assert "generated (2, 1, 8, 8): must be [2, 3, H, W]" in filled.failures[0].why
 
 
 def test_one_model_is_held_at_a_time(subject: Subject, tmp_path: Path) -> None:
     told: list[str] = []
 
-    def candidate(name: str) -> Candidate:
+    def baseline(name: str) -> Baseline:
         def load(_: Subject) -> Any:
             told.append(f"load {name}")
             return Rule()
 
-        return Candidate(name, name, load, release=lambda: told.append(f"free {name}"))
+        return Baseline(name, name, load, release=lambda: told.append(f"free {name}"))
 
     other = Subject("mam", "dog", items=[Item("pure", "<mam>")])
     settings = TableSettings(1, tasks=("pure",))
-    fill([candidate("a"), candidate("b")], [subject, other], Scorer(), tmp_path, settings)
+    fill([baseline("a"), baseline("b")], [subject, other], Scorer(), tmp_path, settings)
     assert told == ["load a", "load a", "free a", "load b", "load b", "free b"]
 
 
 def test_limit_takes_the_first_of_each_half(subject: Subject, tmp_path: Path) -> None:
-    subject.items += [Item("rec", f"question {n}", "yes", subject.items[0].image, "positive") for n in range(3)]
-    filled = fill([row(Rule())], [subject], Scorer(), tmp_path, TableSettings(1, tasks=("rec", "pure"), limit=1))
-    assert [cell.group for cell in filled.cells if cell.task == "rec"] == ["positive", "negative"]
-    assert len([cell for cell in filled.cells if cell.task == "pure"]) == 1
+    subject.items += [Item("recognition", f"question {n}", "yes", subject.items[0].image, "positive") for n in range(3)]
+    filled = fill(
+        [row(Rule())], [subject], Scorer(), tmp_path, TableSettings(1, tasks=("recognition", "pure"), limit=1)
+    )
+    assert [cell.group for cell in filled.records if cell.task == "recognition"] == ["positive", "negative"]
+    assert len([cell for cell in filled.records if cell.task == "pure"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -290,7 +296,7 @@ def test_limit_takes_the_first_of_each_half(subject: Subject, tmp_path: Path) ->
         ({"samples": 0}, "samples=0"),
         ({"seeds": ()}, r"seeds=\[\]"),
         ({"seeds": (1, 1)}, r"seeds=\[1, 1\]"),
-        ({"tasks": ("draw",)}, "must be some of rec, rea"),
+        ({"tasks": ("draw",)}, "must be some of recognition, vqa"),
         ({"limit": -1}, "limit=-1"),
     ],
 )
@@ -306,31 +312,31 @@ def test_models_need_names_of_their_own(subject: Subject, tmp_path: Path) -> Non
 
 
 def test_names_from_data_stay_inside_the_folder(tmp_path: Path) -> None:
-    cells, item = Cells(tmp_path / "cells"), Item("pure", "x")
-    place = cells.place("../../evil: ü/model", "1", Subject("bo", "dog"), item, 0, 1)
-    assert place.resolve().is_relative_to(tmp_path / "cells") and ".." not in place.as_posix()
+    cache, item = SampleCache(tmp_path / "out"), Item("pure", "x")
+    place = cache.place("../../evil: ü/model", "1", Subject("bo", "dog"), item, 0, 1)
+    assert place.resolve().is_relative_to(tmp_path / "out") and ".." not in place.as_posix()
     with pytest.raises(UserError, match="concept name"):
-        cells.place("m", "1", Subject("../bo", "dog"), item, 0, 1)
-    assert cells.place("ü", "1", Subject("bo", "dog"), item, 0, 1) != cells.place(
+        cache.place("m", "1", Subject("../bo", "dog"), item, 0, 1)
+    assert cache.place("ü", "1", Subject("bo", "dog"), item, 0, 1) != cache.place(
         "ä", "2", Subject("bo", "dog"), item, 0, 1
     )
 
 
 def test_weights_trained_anew_are_another_model(tmp_path: Path) -> None:
-    assert fingerprint("") == fingerprint(tmp_path / "none") == fingerprint("owner/name") == ""
+    assert of_files("") == of_files(tmp_path / "none") == of_files("owner/name") == ""
     (tmp_path / "w.safetensors").write_bytes(b"1234")
-    first = fingerprint(tmp_path)
+    first = of_files(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    assert fingerprint(tmp_path) == first
+    assert of_files(tmp_path) == first
     (tmp_path / "w.safetensors").write_bytes(b"12345")
-    assert fingerprint(tmp_path) not in ("", first)
+    assert of_files(tmp_path) not in ("", first)
 
 
-def test_cells_read_back_as_they_were_written(tmp_path: Path) -> None:
-    cell = Cell(
+def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
+    cell = Record(
         "m", "bo", "animal", "pure", "d", "t", "t", scores={"clip_t": [0.25]}, count=2, path=tmp_path / "c.json"
     )
     pixels = torch.randint(0, 256, (2, 3, 6, 4), dtype=torch.uint8)
-    Cells.write(cell, pixels)
-    read = Cells.read(cell.path)
-    assert read == cell and read is not None and torch.equal(read.drawings(), pixels)
+    SampleCache.write(cell, pixels)
+    read = SampleCache.read(cell.path)
+    assert read == cell and read is not None and torch.equal(read.images(), pixels)

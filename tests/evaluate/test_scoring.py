@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pyunictokens.evaluate import judge_prompts as judging
+from pyunictokens.evaluate import judge_prompts as prompts
 from pyunictokens.evaluate.clip import Embeddings
-from pyunictokens.evaluate.sample_cache import Cell, Cells
-from pyunictokens.evaluate.scoring import METRICS, Scorer, picked
-from pyunictokens.evaluate.subject import DRAWING, TASKS, Item, Subject
+from pyunictokens.evaluate.metrics import picked
+from pyunictokens.evaluate.sample_cache import Record, SampleCache
+from pyunictokens.evaluate.scoring import Scorer
+from pyunictokens.evaluate.tasks import IMAGE_TASKS, TASKS, Item, Subject
 from pyunictokens.utils.errors import UserError
 
 FACTS = ("its toy is a red ball", "it sleeps in the snow")
@@ -58,15 +59,15 @@ def colour(name: str) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)
 
 
-def drawn(folder: Path, item: Item, *colours: str) -> Cell:
+def drawn(folder: Path, item: Item, *colours: str) -> Record:
     path = folder / f"{item.digest}.json"
-    cell = Cell("m", "bo", "animal", item.task, item.digest, item.text, item.meant, count=len(colours), path=path)
-    Cells.write(cell, torch.stack([colour(name) for name in colours]))
+    cell = Record("m", "bo", "animal", item.task, item.digest, item.text, item.meant, count=len(colours), path=path)
+    SampleCache.write(cell, torch.stack([colour(name) for name in colours]))
     return cell
 
 
-def said(item: Item, answer: str) -> Cell:
-    return Cell("m", "bo", "animal", item.task, item.digest, item.text, item.meant, item.group, answer=answer)
+def said(item: Item, answer: str) -> Record:
+    return Record("m", "bo", "animal", item.task, item.digest, item.text, item.meant, item.group, answer=answer)
 
 
 @pytest.fixture
@@ -75,33 +76,33 @@ def subject(tmp_path: Path) -> Subject:
     for name in ("red", "green"):
         photos.append(tmp_path / f"{name}.png")
         Image.fromarray(colour(name).permute(1, 2, 0).numpy()).save(photos[-1])
-    return Subject("bo", "dog", "animal", photos=photos)
+    return Subject("bo", "dog", "animal", references=photos)
 
 
 def test_every_task_has_measures() -> None:
-    assert set(METRICS) == set(TASKS)
-    assert all("clip_i" in METRICS[task] for task in DRAWING)
+    assert all(task.measures for task in TASKS.values())
+    assert all("clip_i" in TASKS[task].measures for task in IMAGE_TASKS)
 
 
 @pytest.mark.parametrize(
     ("item", "answer", "scores"),
     [
-        (Item("rec", "q", "yes", group="positive"), "Yes, it is.", {"weight": 1.0}),
-        (Item("rec", "q", "no", group="negative"), "Yes.", {"weight": 0.0}),
-        (Item("rec", "q", "no", group="negative"), "", {"weight": 0.0}),
+        (Item("recognition", "q", "yes", group="positive"), "Yes, it is.", {"weight": 1.0}),
+        (Item("recognition", "q", "no", group="negative"), "Yes.", {"weight": 0.0}),
+        (Item("recognition", "q", "no", group="negative"), "", {"weight": 0.0}),
         (Item("vqa", "q", "red"), "Red.", {"accuracy": 1.0}),
         (Item("vqa", "q", "abab"), "abab", {"bleu": 1.0, "accuracy": 1.0}),
         (Item("qa", "q", "grey", options=("red", "grey")), "B", {"accuracy": 1.0}),
         (Item("qa", "q", "grey", options=("red", "grey")), "It is red.", {"accuracy": 0.0}),
-        (Item("rea", "q", FACTS[1], facts=FACTS), "sleeps in snow", {"accuracy": 1.0}),
-        (Item("rea", "q", FACTS[0], facts=FACTS), "sleeps in snow", {"accuracy": 0.0}),
-        (Item("rea", "q", FACTS[0], facts=FACTS), "", {"accuracy": 0.0, "bleu": 0.0, "word_bleu": 0.0}),
+        (Item("reasoning", "q", FACTS[1], facts=FACTS), "sleeps in snow", {"accuracy": 1.0}),
+        (Item("reasoning", "q", FACTS[0], facts=FACTS), "sleeps in snow", {"accuracy": 0.0}),
+        (Item("reasoning", "q", FACTS[0], facts=FACTS), "", {"accuracy": 0.0, "bleu": 0.0, "word_bleu": 0.0}),
     ],
 )
 def test_answers(item: Item, answer: str, scores: dict[str, float], subject: Subject) -> None:
     cell = said(item, answer)
     assert Scorer().score([(cell, item)], subject) == []
-    assert set(cell.scores) == set(METRICS[item.task]) - {"judge"}
+    assert set(cell.scores) == set(TASKS[item.task].measures) - {"judge"}
     assert {name: cell.scores[name][0] for name in scores} == pytest.approx(scores)
 
 
@@ -127,7 +128,7 @@ def test_which_option_was_picked(answer: str, option: str | None) -> None:
 def test_clip_scores_have_the_values_of_their_definition(subject: Subject, tmp_path: Path) -> None:
     net = Colours()
     scorer = Scorer(Embeddings(net, "colours"))
-    plain = Item("rea_gen", "<bo> with its toy", "<bo> with a red thing", facts=FACTS)
+    plain = Item("reasoning_generation", "<bo> with its toy", "<bo> with a red thing", facts=FACTS)
     long = Item("dense", "<bo> in red, in blue.")
     cells = [drawn(tmp_path, plain, "blue", "red"), drawn(tmp_path, long, "blue", "blue")]
     assert scorer.score(list(zip(cells, (plain, long), strict=True)), subject) == []
@@ -145,7 +146,7 @@ def test_clip_scores_have_the_values_of_their_definition(subject: Subject, tmp_p
 
 def test_the_judge_scores_parts_and_answers_in_one_call(subject: Subject, tmp_path: Path) -> None:
     def rule(item: Any) -> float:
-        part = judging.field(item.question, judging.PART)
+        part = prompts.field(item.question, prompts.PART)
         if part is None:
             return 0.75
         assert len(item.images) == 1 and item.images[0].shape == (3, 8, 8)
@@ -161,7 +162,7 @@ def test_the_judge_scores_parts_and_answers_in_one_call(subject: Subject, tmp_pa
     assert cells[0].by["judge"] == "rule" and cells[0].details["judge"][3]["part"] == "in blue"
     question = judge.items[-1].question
     assert (
-        judging.field(question, judging.REFERENCE) == "a ball" and judging.field(question, judging.GIVEN) == "one ball"
+        prompts.field(question, prompts.REFERENCE) == "a ball" and prompts.field(question, prompts.GIVEN) == "one ball"
     )
 
 
@@ -211,15 +212,15 @@ def test_another_encoder_or_judge_scores_anew(subject: Subject, tmp_path: Path) 
 
 
 def test_an_answer_cannot_write_into_the_question() -> None:
-    text = judging.answer_question("q", "truth", f"x\n{judging.REFERENCE} x")
-    assert judging.field(text, judging.REFERENCE) == "truth"
+    text = prompts.answer_question("q", "truth", f"x\n{prompts.REFERENCE} x")
+    assert prompts.field(text, prompts.REFERENCE) == "truth"
 
 
 def test_a_subject_without_photos(tmp_path: Path) -> None:
     item = Item("pure", "<bo> in red.")
     cell = drawn(tmp_path, item, "red")
     (failure,) = Scorer(Embeddings(Colours(), "c")).score([(cell, item)], Subject("bo", "dog"))
-    assert "no photos" in failure.why
+    assert "no references" in failure.why
 
 
 def test_pictures_of_every_kind_can_be_photos(tmp_path: Path) -> None:
@@ -233,6 +234,6 @@ def test_pictures_of_every_kind_can_be_photos(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     red.save(paths[4], exif=exif)
-    rows = Embeddings(Colours(), "c").photos(paths)
+    rows = Embeddings(Colours(), "c").references(paths)
     assert torch.isfinite(rows).all() and rows.shape == (5, 3)
     assert rows[3, 0] > 0.99 and rows[4, 0] > 0.99 and rows[0].std() < 1e-3

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from pyunictokens.data import load_concept
-from pyunictokens.evaluate.subject import TASKS, Item, Subject
 from pyunictokens.evaluate.suites import open_suite
 from pyunictokens.evaluate.suites.dreambooth import is_live, templates
 from pyunictokens.evaluate.suites.files import inline_options
+from pyunictokens.evaluate.tasks import TASKS, Item, Subject
 from pyunictokens.models.showo.prompting import text_only_question
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.utils.errors import UserError
@@ -48,18 +48,18 @@ def test_unifybench_asks_every_task_of_the_held_out_half(toy: Path) -> None:
     assert {item.task for item in subject.items} == set(TASKS)
     facts = tuple(concept.extra_info)
     held_out = dict(concept.fact_pairs_test)
-    rea = {item.text: item.truth for item in subject.of("rea")}
+    rea = {item.text: item.truth for item in subject.of("reasoning")}
     assert rea == {text_only_question(facts, p): facts[r] for p, r in held_out.items()}
-    drawn = subject.of("rea_gen")
+    drawn = subject.of("reasoning_generation")
     assert [item.text for item in drawn] == list(held_out) and all(item.facts == facts for item in drawn)
-    for item in drawn + subject.of("dense_rea_gen"):
+    for item in drawn + subject.of("dense_reasoning_generation"):
         assert item.truth != item.text and any(fact in item.meant for fact in facts)
     trained = {prompt for prompt, _ in concept.fact_pairs_train}
     assert not trained & {item.text for item in subject.items}
-    assert not any(prompt in item.text for prompt in trained for item in subject.of("rea"))
-    dense = subject.of("dense_rea")
-    assert len(dense) == len(subject.of("dense_rea_gen")) and all(item.truth in facts for item in dense)
-    assert {item.group for item in subject.of("rec")} == {"positive", "negative"}
+    assert not any(prompt in item.text for prompt in trained for item in subject.of("reasoning"))
+    dense = subject.of("reasoning_dense")
+    assert len(dense) == len(subject.of("dense_reasoning_generation")) and all(item.truth in facts for item in dense)
+    assert {item.group for item in subject.of("recognition")} == {"positive", "negative"}
     assert all(not item.facts and item.meant == item.text for item in subject.of("pure"))
     assert len(subject.of("vqa")) == len({(qa.image, qa.query) for qa in concept.vqa})
 
@@ -72,9 +72,9 @@ def test_plain_unifybench_leaves_notes_for_the_new_fields(toy: Path, tmp_path: P
     lists = json.loads(file.read_text())
     put(file, {key: value for key, value in lists.items() if key == "pure_generation"})
     subject = open_suite(str(tmp_path / "old")).subject("bo")
-    assert {item.task for item in subject.items} == {"rec", "vqa", "qa", "pure"}
+    assert {item.task for item in subject.items} == {"recognition", "vqa", "qa", "pure"}
     missing = {note.partition(":")[0] for note in subject.notes}
-    assert missing == {"rea", "dense_rea", "dense", "rea_gen", "dense_rea_gen"}
+    assert missing == {"reasoning", "reasoning_dense", "dense", "reasoning_generation", "dense_reasoning_generation"}
 
 
 # --- Yo'LLaVA ------------------------------------------------------------------------------------------------------
@@ -102,9 +102,11 @@ def test_yollava(yollava: Path) -> None:
     suite = open_suite(f"yollava:{yollava}")
     assert suite.names == ("bo", "mam")
     subject = suite.subject("bo")
-    assert subject.class_word == "dog" and [path.name for path in subject.photos] == ["0.png", "1.png"]
+    assert subject.class_word == "dog" and [path.name for path in subject.references] == ["0.png", "1.png"]
     rec = [
-        (item.image.name, item.image.parent.name, item.truth, item.group) for item in subject.of("rec") if item.image
+        (item.image.name, item.image.parent.name, item.truth, item.group)
+        for item in subject.of("recognition")
+        if item.image
     ]
     assert rec == [
         ("9.png", "bo", "yes", "positive"),
@@ -163,8 +165,8 @@ def mcllava(tmp_path: Path) -> Path:
 def test_mcllava(mcllava: Path) -> None:
     suite = open_suite(f"mcllava:{mcllava}", ["Anna"])
     subject = suite.subject("Anna")
-    assert subject.kind == "human" and [path.name for path in subject.photos] == ["0.png", "1.png"]
-    negatives = [item.image for item in subject.of("rec") if item.group == "negative"]
+    assert subject.kind == "human" and [path.name for path in subject.references] == ["0.png", "1.png"]
+    negatives = [item.image for item in subject.of("recognition") if item.group == "negative"]
     assert sorted({path.parent.name for path in negatives if path}) == ["Ben", "Cleo"]
     (vqa,) = subject.of("vqa")
     assert (vqa.text, vqa.truth, vqa.options) == ("What does <Anna> wear?", "A red coat.", ())
@@ -208,7 +210,7 @@ def test_dreambench(tmp_path: Path) -> None:
     assert (dog.kind, bowl.kind, toy.kind) == ("animal", "object", "object")
     for subject in (dog, bowl, toy):
         assert len(subject.of("pure")) == 25 and all(subject.sks in item.text for item in subject.items)
-        assert len(subject.photos) == 2
+        assert len(subject.references) == 2
     assert {item.text for item in dog.items} != {item.text.replace("berry_bowl", "dog6") for item in bowl.items}
     put(tmp_path / "dataset" / "prompts.json", {"object": ["a {} in space"], "live": ["{} asleep"]})
     assert [item.text for item in suite.subject("dog6").items] == ["<dog6> asleep"]
@@ -245,7 +247,67 @@ def test_items_are_told_apart_by_what_they_ask() -> None:
     assert first.digest == Item("vqa", "q", "a", Path("there/bo/0.png")).digest
     others = [Item("qa", "q", "a"), Item("vqa", "q", "b", Path("0.png")), Item("vqa", "q", "a", Path("here/mam/0.png"))]
     assert len({item.digest for item in [first, *others]}) == 4
-    subject = Subject("bo", "dog", items=[first, first, others[0]])
-    assert len(subject.of("vqa")) == 1
+    subject = Subject("bo", "dog", items=[first, others[0], others[1]])
+    assert subject.of("vqa") == [first, others[1]]
     with pytest.raises(UserError, match="task='draw'"):
         Item("draw", "x")
+
+
+# --- shapes that people have ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "asked"),
+    [
+        ([{"image": "x/0.png", "Human": "Is it red?", "AI": "Yes."}], 1),
+        ({"x/0.png": None}, 0),
+        (None, 0),
+        ([], 0),
+    ],
+)
+def test_mcllava_questions_as_a_list_or_none(mcllava: Path, content: Any, asked: int) -> None:
+    put(mcllava / "two_concept/concept/test/Anna/vqa.json", content)
+    assert len(open_suite(f"mcllava:{mcllava}").subject("Anna").of("vqa")) == asked
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("vqa.json", ["0.png"], r"vqa\.json\[0\]: must be an object \{image, question\}, is text '0\.png'"),
+        ("vqa.json", {"0.png": ["Is it red?"]}, r"0\.png: must be an object \{Human, AI\}, is text 'Is it red\?'"),
+        ("vqa.json", {"0.png": 3}, r"vqa\.json: 0\.png: must be a list of questions, is a number 3"),
+        ("qa.json", ["Who?"], r"qa\.json\[0\]: must be an object \{question, answer\}, is text 'Who\?'"),
+        ("qa.json", "Who?", r"qa\.json: must be a list of questions, is text 'Who\?'"),
+    ],
+)
+def test_mcllava_names_what_is_no_question(mcllava: Path, file: str, content: Any, message: str) -> None:
+    put(mcllava / "two_concept/concept/test/Anna" / file, content)
+    with pytest.raises(UserError, match=message):
+        open_suite(f"mcllava:{mcllava}").subject("Anna")
+
+
+def test_yollava_entries_as_a_list_or_none(yollava: Path) -> None:
+    question = {"question": "Is <sks> red?", "options": {"A": "yes", "B": "no"}, "correct_answer": "A"}
+    put(yollava / "yollava-visual-qa.json", {"bo": [{"image": "x/9.png", **question}], "mug": None})
+    put(yollava / "yollava-text-qa.json", {"bo": None})
+    put(yollava / "classes.json", {"bo": None})
+    subject = open_suite(f"yollava:{yollava}").subject("bo")
+    assert [item.truth for item in subject.of("vqa")] == ["yes"] and not subject.of("qa")
+    assert subject.class_word == "subject"
+    for content in ({"bo": ["x"]}, {"bo": {"9.png": "x"}}, {"bo": 3}, ["x"]):
+        put(yollava / "yollava-visual-qa.json", content)
+        with pytest.raises(UserError, match=r"yollava-visual-qa\.json.* must be an? "):
+            open_suite(f"yollava:{yollava}").subject("bo")
+
+
+@pytest.mark.parametrize("layout", ["yollava", "unify"])
+def test_one_folder_that_cannot_be_a_concept_does_not_stop_a_suite(
+    request: pytest.FixtureRequest, toy: Path, layout: str, tmp_path: Path
+) -> None:
+    root = request.getfixturevalue("yollava") if layout == "yollava" else write_toy_concept(tmp_path, seed=3)
+    home = root / "train" if layout == "yollava" else root / "concept" / "train"
+    before = open_suite(f"{layout}:{root}").names
+    pictures(home / "sks", "0.png")
+    pictures(home / "@eaDir", "0.png")
+    with pytest.warns(UserWarning, match="'sks'.*left out"):
+        assert open_suite(f"{layout}:{root}").names == before

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pyunictokens.data.images import to_pil
 from pyunictokens.evaluate import judge_prompts as judging
-from pyunictokens.evaluate.subject import DRAWING
+from pyunictokens.evaluate.tasks import IMAGE_TASKS
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.toy.drawing import render
 from pyunictokens.toy.scene import random_scene
@@ -66,7 +66,7 @@ def judge() -> Iterator[str]:
     server.server_close()
 
 
-def test_the_whole_row_with_a_judge_and_two_adapters(data: Path, toy: None, judge: str, tmp_path: Path) -> None:
+def test_the_whole_row_with_a_judge_and_two_baselines(data: Path, toy: None, judge: str, tmp_path: Path) -> None:
     judged = ("--judge-url", judge, "--judge-model", "toy", "--judge-key-env", "none")
     models = ("-m", "ours:base", "-m", "showo-tp", "-m", "showo-ip", "-m", "real")
     text = call("evaluate", "table", data, *models, *judged, "--out", tmp_path, *TINY)
@@ -77,14 +77,14 @@ def test_the_whole_row_with_a_judge_and_two_adapters(data: Path, toy: None, judg
 
     for model in ("ours (base)", "Show-o + TP", "Show-o + IP"):
         assert {column.key for column in TABLE_1} <= set(found[model]), model
-    assert set(found["Real images"]) == {key for key in found["Show-o + TP"] if key.partition(".")[0] in DRAWING}
+    assert set(found["Real images"]) == {key for key in found["Show-o + TP"] if key.partition(".")[0] in IMAGE_TASKS}
     assert content["failures"] == [] and (tmp_path / "pages" / "index.html").is_file()
     again = call("evaluate", "table", data, *models, *judged, "--out", tmp_path, *TINY)
     assert "0 of" in again.splitlines()[-1]
     differences = call(
         "evaluate", "compare", tmp_path, tmp_path, "--model-a", "Show-o + TP", "--model-b", "ours (base)"
     )
-    assert "Show-o + TP → ours (base)" in differences and "rec.weight" in differences
+    assert "Show-o + TP → ours (base)" in differences and "recognition.weight" in differences
 
 
 def test_without_a_judge_the_rest_is_filled(data: Path, toy: None, tmp_path: Path) -> None:

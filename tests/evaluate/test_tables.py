@@ -13,28 +13,28 @@ import pytest
 import torch
 
 from pyunictokens.evaluate.report.gallery import write_gallery
-from pyunictokens.evaluate.sample_cache import Cell, Cells
-from pyunictokens.evaluate.scoring import METRICS, Failure
-from pyunictokens.evaluate.subject import DRAWING, TASKS
+from pyunictokens.evaluate.sample_cache import Record, SampleCache
+from pyunictokens.evaluate.scoring import Failure
 from pyunictokens.evaluate.table_files import Table, told
 from pyunictokens.evaluate.tables import TABLE_1, TABLES, compare, metric_of, rows, seed_means
+from pyunictokens.evaluate.tasks import IMAGE_TASKS, TASKS
 from pyunictokens.utils.errors import UserError
 
 
-def cells(model: str, lift: float = 0.0, concepts: int = 3, seeds: int = 2, samples: int = 3) -> list[Cell]:
+def cells(model: str, lift: float = 0.0, concepts: int = 3, seeds: int = 2, samples: int = 3) -> list[Record]:
     """Random scores for every task, unevenly many items a concept."""
     rng = np.random.default_rng(5)
     made = []
     for concept in range(concepts):
         for task in TASKS:
             for number in range(3 + concept):
-                group = ("positive", "negative")[number % 2] if task == "rec" else ""
-                for seed in range(seeds if task in DRAWING else 1):
-                    count = samples if task in DRAWING else 0
-                    scores = {n: (rng.random(max(count, 1)) * 0.5 + lift).tolist() for n in METRICS[task]}
+                group = ("positive", "negative")[number % 2] if task == "recognition" else ""
+                for seed in range(seeds if task in IMAGE_TASKS else 1):
+                    count = samples if task in IMAGE_TASKS else 0
+                    scores = {n: (rng.random(max(count, 1)) * 0.5 + lift).tolist() for n in TASKS[task].measures}
                     kind = "animal" if concept else "human"
                     made.append(
-                        Cell(
+                        Record(
                             model,
                             f"c{concept}",
                             kind,
@@ -65,9 +65,11 @@ def test_means_are_those_of_concepts_of_items() -> None:
         metric = metric_of(made, key)
         assert metric is not None and metric.mean == pytest.approx(np.mean(by_concept))
         assert metric.low < metric.mean < metric.high and metric.n == 3 + 4 + 5
-    rec = metric_of(made, "rec.weight")
+    rec = metric_of(made, "recognition.weight")
     halves = [
-        np.mean([c.scores["weight"][0] for c in made if (c.task, c.concept, c.group) == ("rec", concept, group)])
+        np.mean(
+            [c.scores["weight"][0] for c in made if (c.task, c.concept, c.group) == ("recognition", concept, group)]
+        )
         for concept in ("c0", "c1", "c2")
         for group in ("positive", "negative")
     ]
@@ -75,7 +77,7 @@ def test_means_are_those_of_concepts_of_items() -> None:
 
 
 def test_half_of_recognition_is_no_recognition() -> None:
-    assert metric_of([cell for cell in cells("m") if cell.group != "negative"], "rec.weight") is None
+    assert metric_of([cell for cell in cells("m") if cell.group != "negative"], "recognition.weight") is None
     assert metric_of([], "vqa.bleu") is None
 
 
@@ -85,14 +87,14 @@ def test_drawings_of_one_prompt_do_not_narrow_the_interval() -> None:
 
 
 def test_the_columns_are_those_of_the_paper() -> None:
-    heads = [f"{column.group} {column.label}" for column in TABLE_1]
+    heads = [f"{column.heading} {column.label}" for column in TABLE_1]
     assert len(heads) == 15 and heads[:3] == ["Rec. Weight", "Rea. BLEU", "Dense Rea. Judge"]
     assert [h for h in heads if h.startswith("Dense Rea. Gen.")] == ["Dense Rea. Gen. Judge", "Dense Rea. Gen. CLIP-I"]
     assert [c.label for c in TABLES["yollava"]] == ["Weight", "Acc.", "Acc.", "CLIP-I"]
     assert [c.label for c in TABLES["mcllava"]] == ["Weight", "BLEU", "Acc."]
     assert [c.label for c in TABLES["dreambench"]] == ["CLIP-I", "CLIP-T"]
     for columns in TABLES.values():
-        assert all(column.metric in METRICS[column.task] for column in columns)
+        assert all(column.metric in TASKS[column.task].measures for column in columns)
 
 
 def table() -> Table:
@@ -117,7 +119,7 @@ def test_the_files_hold_the_same_numbers(tmp_path: Path) -> None:
     assert f"{wanted.mean:.3f} [{wanted.low:.3f}, {wanted.high:.3f}] ({wanted.n})" in text
     assert "## By concept" in text and "## By kind" in text and "out of range" in text and "a note" in text
     first = text.splitlines()[0]
-    assert all(f"{column.group} {column.label}" in first for column in TABLE_1)
+    assert all(f"{column.heading} {column.label}" in first for column in TABLE_1)
     widths = {line.count("|") for line in text.splitlines()[:4]}
     assert len(widths) == 1
     tex = (tmp_path / "table.tex").read_text()
@@ -131,7 +133,7 @@ def test_a_table_reads_back(tmp_path: Path) -> None:
     made.save(tmp_path / "x")
     read = Table.load(tmp_path / "x")
     assert read.models == made.models and read.failures == made.failures and read.settings == made.settings
-    assert [row.metrics for row in rows(read.cells)] == [row.metrics for row in rows(made.cells)]
+    assert [row.metrics for row in rows(read.records)] == [row.metrics for row in rows(made.records)]
     (tmp_path / "bad.json").write_text('{"format": 1, "layout": "unify", "cells": [{"x": 1}]}')
     (tmp_path / "other.json").write_text("[]")
     for name, message in (("bad.json", "not a whole table"), ("other.json", "not a table"), ("none", "no such file")):
@@ -144,7 +146,7 @@ def test_a_table_reads_back(tmp_path: Path) -> None:
 def test_comparison_is_on_pairs() -> None:
     a, b = cells("a"), cells("b", 0.125)
     changes = compare(a, b)
-    assert set(changes) == {f"{task}.{name}" for task in TASKS for name in METRICS[task]}
+    assert set(changes) == {f"{task}.{name}" for task in TASKS for name in TASKS[task].measures}
     for change in changes.values():  # the same noise lifted: the difference has no spread at all
         assert change.mean == change.low == change.high == pytest.approx(0.125) or change.high - change.low < 1e-12
     fewer = [cell for cell in b if cell.item != "vqa0"]
@@ -174,7 +176,7 @@ def test_pages_need_nothing_else(tmp_path: Path) -> None:
     for model in ("a", "<b>"):
         for number in range(2):
             path = tmp_path / "cells" / f"{model.strip('<>')}{number}.json"
-            cell = Cell(
+            cell = Record(
                 model,
                 "bo",
                 "animal",
@@ -186,7 +188,7 @@ def test_pages_need_nothing_else(tmp_path: Path) -> None:
                 scores={"clip_t": [0.25, 0.5]},
                 path=path,
             )
-            Cells.write(cell, torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8))
+            SampleCache.write(cell, torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8))
             made.append(cell)
     shown = Table("unify", made)
     shown.save(tmp_path)

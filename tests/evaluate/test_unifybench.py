@@ -49,7 +49,7 @@ class Vq:
 class Rule:
     """An engine that knows everything, or nothing. Drawings carry their attributes as gray levels of a first row."""
 
-    model = SimpleNamespace(config=SimpleNamespace(num_vq_tokens=64), device="cpu")
+    model = SimpleNamespace(grid=(8, 8), device="cpu")
     vq = Vq()
 
     def __init__(self, concept: Concept, truth: dict[str, Any], knows: bool = True):
@@ -134,10 +134,10 @@ def test_one_who_knows_everything(concept: Concept, truth: dict[str, Any]) -> No
         assert means[f"{key}.accuracy"] == means[f"{key}.bleu"] == 1
     assert means["recognition.weight"] == 0.5
     assert means["reasoning_generation.reward"] == means["reasoning_generation.tier"] == 1
-    for split in ("pure", "reasoning_generation", "dense", "dense_reasoning"):
+    for split in ("pure", "reasoning_generation", "dense", "dense_reasoning_generation"):
         assert means[f"{split}.attributes"] == means[f"{split}.subject"] == means[f"{split}.prompted"] == 1
         assert means[f"{split}.clip_t"] == pytest.approx(1)
-    assert means["drawings.attributes"] == 1
+    assert means["samples.attributes"] == 1
     assert result.metrics["pure.attributes"].n == 2 * len(concept.generation_prompts["pure_generation"])
 
 
@@ -148,7 +148,7 @@ def test_one_who_knows_nothing(concept: Concept, truth: dict[str, Any]) -> None:
     means = {key: metric.mean for key, metric in result.metrics.items()}
     assert means["vqa.accuracy"] == means["vqa.exact"] < 0.3 and 0 < means["vqa.bleu"] < 0.6
     assert means["reasoning_generation.reward"] == 0
-    assert means["drawings.prompted"] < 0.5 and means["drawings.subject"] < 0.5
+    assert means["samples.prompted"] < 0.5 and means["samples.subject"] < 0.5
     record = result.records["reasoning_generation"][0]
     assert record["drawn"] == f"{record['prompt']}. nobody knows."  # its own wrong answer is what it draws
     assert record["truth"] == concept.extra_info[concept.fact_pairs_test[0][1]]
@@ -203,7 +203,7 @@ def test_the_same_call_gives_the_same_result(concept: Concept, truth: dict[str, 
     read = EvalResult.load(first.save(tmp_path / "after.json"))
     assert read.records == first.records and read.notes == first.notes
     assert torch.equal(read.images["dense"][1], first.images["dense"][1])
-    assert len(read.images["photos"][0]) == 8
+    assert len(read.images["references"][0]) == 8
 
 
 def test_a_model_without_the_concept_reads_the_class_word(concept: Concept, truth: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ def test_batches_do_not_change_the_answers(concept: Concept, truth: dict[str, An
 def test_what_is_missing_is_noted(concept: Concept, truth: dict[str, Any]) -> None:
     result = run(Rule(concept, truth), concept, reader=None, splits=["pure"])
     notes = " ".join(result.notes)
-    assert "no image–text encoder" in notes and "no experts" in notes and "attribute accuracy" in notes
+    assert "no image–text encoder" in notes and "no reward models" in notes and "attribute accuracy" in notes
     assert set(result.metrics) == set()
     bare = Concept(**{**vars(concept), "generation_prompts": {}, "test_text_only": []})
     result = run(Rule(concept, truth), bare, splits=["qa", "pure", "vqa"])
@@ -261,7 +261,7 @@ def test_with_a_real_engine(tmp_path: Path) -> None:
     made = world(tmp_path)
     made.model.attach(made.concept)
     tokenizer = made.tokenizer.with_concept(made.concept.tokens)
-    engine = RolloutEngine(made.model, made.vq, tokenizer, max_text=48)
+    engine = RolloutEngine(made.model, made.vq, tokenizer)
 
     def measured(**more: Any) -> EvalResult:
         settings = {"samples": 2, "steps": 3, "guidance_scale": 1.0, "max_new_tokens": 4, **more}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pyunictokens.evaluate.baselines import candidate, parse
+from pyunictokens.evaluate.baselines import baseline, parse
 from pyunictokens.evaluate.baselines.vlm import Backbone, Vlm
-from pyunictokens.evaluate.model import Unsupported
-from pyunictokens.evaluate.subject import Subject
+from pyunictokens.evaluate.core import Unsupported
+from pyunictokens.evaluate.tasks import Subject
 from pyunictokens.utils.errors import UserError
 
 WORDS = [
@@ -249,14 +249,14 @@ def test_questions_without_a_picture(backbone: Backbone, subject: Subject) -> No
 
 
 def test_it_does_not_draw(backbone: Backbone, subject: Subject) -> None:
-    with pytest.raises(Unsupported, match="does not draw"):
+    with pytest.raises(Unsupported, match="generates no images"):
         Vlm(backbone, subject).generate("a photo", 1, 0)
 
 
 def test_bad_checkpoints_and_subjects(backbone: Backbone, subject: Subject, tmp_path: Path) -> None:
-    row = candidate(parse(f"transformers:{tmp_path}+ip"))
+    row = baseline(parse(f"transformers:{tmp_path}+ip"))
     assert row.name.endswith("+ IP")
     with pytest.raises(UserError, match="cannot be loaded as an image-text-to-text model"):
         row.load(subject)
-    with pytest.raises(UserError, match="no photos, so there is no image prompt"):
+    with pytest.raises(UserError, match="no references, so there is no image prompt"):
         Vlm(backbone, Subject("bo", "dog"), shown=1)

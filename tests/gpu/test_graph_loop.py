@@ -19,7 +19,7 @@ from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop, GuidedHidde
 from pyunictokens.rollout.sampler import LoopSettings
 from pyunictokens.utils.errors import UserError
 from tests.rollout.test_device_step import prefixes
-from tests.rollout.tiny import CONFIG, tiny_model
+from tests.rollout.tiny import tiny_model
 
 MODES = ("loop", "replay", "eager")
 STEPS, COUNT = 6, 9
@@ -162,7 +162,7 @@ def loop_on(model: Showo, rows: int, mode: str, pool: GraphPool | None = None) -
     n = LoopSettings(STEPS, 2.0, 1.3, "cosine", 3, True, 64)
     of_row = [row % 3 for row in range(rows)]
     hidden = GuidedHidden(model, prefixes(model, TEXTS, True), of_row, 2.0, COUNT)
-    state = StepState.make(rows, COUNT, CONFIG.codebook_size, n, model.device)
+    state = StepState.make(model, rows, COUNT, n)
     return DeviceLoop(hidden, image_head(model), state, n.seed, mode=mode, pool=pool)  # type: ignore[arg-type]
 
 

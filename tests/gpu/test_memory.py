@@ -36,7 +36,6 @@ def learner(device: str) -> tuple[Showo, ImageTrajectories, Tensor]:
         chosen_RTN=chosen,
         old_logp_RTN=torch.empty(0),
         empty_prompt=prompting.t2i_text([], ids, 12),
-        max_text=12,
         guidance_scale=1.0,
     )
     images.old_logp_RTN = image_logprobs(model, images)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyunictokens.rewards import RewardBatch
-from pyunictokens.rewards.registry import load_rewards
+from pyunictokens.rewards.load import load_rewards
 
 from ..rewards.checkpoints import SENTENCES, Folders, save_blip2, save_dinov2, save_ernie, save_facenet
 
@@ -23,7 +23,7 @@ def scored(saved: Folders, device: str, memory: str) -> dict[str, torch.Tensor]:
     pixels = torch.rand(5, 3, 96, 80, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
     facts, answers = SENTENCES[:3], [SENTENCES[n % 4] for n in range(5)]
     batch = RewardBatch(pixels, [SENTENCES[n % 3] for n in range(5)], answers, facts, 1, pixels[:2], "animal")
-    ensemble = load_rewards({"experts": saved.settings(), "memory": memory}, device).ensemble
+    ensemble = load_rewards({"experts": saved.settings(), "memory": memory}, device)
     for _ in range(3):  # the first asks every network, the others find photos and texts kept
         score = ensemble.score(batch)
     assert set(ensemble.throughput()) == set(score.parts)
@@ -40,7 +40,7 @@ def test_scores_are_those_of_the_cpu(saved: Folders, device: str, memory: str) -
 
 def test_lean_leaves_nothing_on_the_device(saved: Folders, device: str) -> None:
     settings = {"experts": saved.settings("der"), "memory": "lean", "weights": {"der": 1}}
-    ensemble = load_rewards(settings, device).ensemble
+    ensemble = load_rewards(settings, device)
     pixels = torch.zeros(2, 3, 64, 64, device=device)
     ensemble.score(RewardBatch(pixels, ["p"] * 2, references=pixels))
     net = ensemble.experts["der"]._encoder  # type: ignore[attr-defined]

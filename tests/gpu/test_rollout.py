@@ -13,11 +13,11 @@ from pyunictokens.models import PromptKV
 from pyunictokens.models.showo.attention import CausalAfterPrompt, PromptAttention
 from pyunictokens.rollout import Dsog
 
-from ..rollout.tiny import MAX_TEXT, CodesAsPixels, tiny_model
+from ..rollout.tiny import CodesAsPixels, tiny_model
 
 
 def engine(device: str) -> RolloutEngine:
-    return RolloutEngine(tiny_model().to(device), CodesAsPixels().to(device), max_text=MAX_TEXT, max_rows=4)
+    return RolloutEngine(tiny_model().to(device), CodesAsPixels().to(device), max_rows=4)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

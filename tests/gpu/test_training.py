@@ -47,7 +47,6 @@ def _trajectories(model: Showo, device: str) -> ImageTrajectories:
         chosen_RTN=chosen,
         old_logp_RTN=torch.empty(0),
         empty_prompt=prompting.t2i_text([], ids, 24),
-        max_text=24,
         guidance_scale=2.0,
         mask_RTN=unknown,
     )
@@ -57,22 +56,22 @@ def _trajectories(model: Showo, device: str) -> ImageTrajectories:
 
 @functools.lru_cache(maxsize=4)
 def _losses(device: str, backend: str) -> tuple[float, ...]:
-    before = _dispatch._PREFERENCE
-    _dispatch._PREFERENCE = {name: (backend, "reference") for name in ("cpu", "cuda")}
+    before = _dispatch.BACKENDS
+    _dispatch.BACKENDS = {"reference": (), backend: ("cpu", "cuda")}
     try:
         model = _model(device).requires_grad_(True)
         images = _trajectories(model, device)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=RATE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
         advantages = torch.linspace(-1, 1, len(images), device=device)
         settings = LossSettings(micro_rows=2, micro_timesteps=2, beta=0.05)
         losses = []
         for _ in range(STEPS):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             losses.append(streamed_backward(model, advantages, settings, images).loss)
-            optimiser.step()
+            optimizer.step()
         return tuple(losses)
     finally:
-        _dispatch._PREFERENCE = before
+        _dispatch.BACKENDS = before
 
 
 def test_losses_of_training_are_those_of_the_reference(device: str, backend: str) -> None:

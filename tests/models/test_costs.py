@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import showo_plain
 from pyunictokens import MASK
-from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, image_hidden, prefill_t2i
-from pyunictokens.models import costs as cost
+from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig
+from pyunictokens.models.showo import costs as cost
 from pyunictokens.models.showo import prompting
 from pyunictokens.models.showo.attention import DecodeAttention
 from pyunictokens.train.update import LossSettings, streamed_backward
@@ -29,8 +29,7 @@ def counted(call) -> float:
 
 
 def prompts_of(model: Showo, lengths: list[int]):
-    ids = prompting.SpecialIds.of(model)
-    return prefill_t2i(model, [prompting.t2i_text(list(range(n - 3)), ids, MAX_TEXT) for n in lengths], MAX_TEXT)
+    return model.prefill([model.prompt_ids(list(range(n - 3))) for n in lengths])
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -52,7 +51,7 @@ def test_prefill_and_image_steps():
         codes = torch.full((2 * rows, count), MASK)
 
         def step(codes=codes, prompts=prompts, rows=rows):
-            hidden = image_hidden(model, codes, prompts, [0] * rows + [1] * rows)[:rows]
+            hidden = model.image_hidden(codes, prompts, [0] * rows + [1] * rows)[:rows]
             torch.nn.functional.linear(hidden, *model.image_head())
 
         assert counted(step) == cost.image_step(CONFIG, rows, 9, count).flops
@@ -132,12 +131,12 @@ def test_memory_of_a_packed_row(checkpointed):
     """What autograd saves, tensor by tensor, is what the model of memory says."""
     model = trained_model(width=64, layers=3).requires_grad_(True)
     model.checkpoint_layers = bool(checkpointed)
-    prompts, count = prefill_t2i(model, [[1, 2, 3, 4, 5, 6]], 8), model.config.num_vq_tokens
-    prompts = prompts.leaves()
+    prompts, count = model.prefill([[1, 2, 3, 4, 5, 6]]), model.config.num_vq_tokens
+    prompts = prompts.with_tensors([tensor.detach().requires_grad_() for tensor in prompts.tensors()])
     codes = torch.full((4, count), MASK)
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    weights |= {t.untyped_storage().data_ptr() for part in (prompts.keys, prompts.values) for ls in part for t in ls}
+    weights |= {t.untyped_storage().data_ptr() for t in prompts.tensors()}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -146,7 +145,7 @@ def test_memory_of_a_packed_row(checkpointed):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = image_hidden(model, codes, prompts, [0] * 4)
+        hidden = model.image_hidden(codes, prompts, [0] * 4)
     assert hidden.requires_grad
     wanted = 4 * cost.activation_bytes(
         model.config, 6, count, guided=False, checkpointed_layers=3 if checkpointed else 0, itemsize=4

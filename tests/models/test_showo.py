@@ -13,14 +13,9 @@ from pyunictokens.models import (
     PromptKV,
     Showo,
     ShowoConfig,
-    answer_hidden,
-    image_hidden,
-    prefill_mmu,
-    prefill_mmu_clip,
-    prefill_t2i,
 )
 from pyunictokens.models.showo.attention import DecodeAttention
-from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, mmu, mmu_clip_allowed, t2i, t2i_text
+from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, mmu, mmu_clip_allowed, t2i
 from pyunictokens.utils.errors import UserError
 
 SMALL = ShowoConfig(
@@ -98,38 +93,37 @@ def _t2i_batch(model: Showo, texts: list[list[int]], codes: torch.Tensor, max_te
 
 @pytest.mark.parametrize("count", [1, 9, 12])
 def test_cached_image_rows_equal_the_plain_path(count):
-    model, max_text = small(), 13
+    model, max_text = small(max_text=13), 13
     texts = [[3, 4, 5], [7], list(range(20)), [3, 4, 5], [9, 8, 2]]
     codes = torch.randint(-1, 24, (5, count))
     plain = _t2i_batch(model, texts, codes, max_text)[:, -(count + 1) : -1]
     ids = SpecialIds.of(model)
-    prompts = prefill_t2i(model, [t2i_text(text, ids, max_text) for text in texts], max_text)
-    hidden = image_hidden(model, codes, prompts, range(5))
+    prompts = model.prefill([model.prompt_ids(text) for text in texts])
+    hidden = model.image_hidden(codes, prompts, range(5))
     weight, bias = model.image_head()
     first = ids.first_code
     assert (F.linear(hidden, weight, bias) - plain[..., first : first + 24]).abs().max() < 1e-10
     order = [4, 0, 2]
-    mixed = image_hidden(model, codes[order], prompts, order)
+    mixed = model.image_hidden(codes[order], prompts, order)
     assert (mixed - hidden[order]).abs().max() < 1e-10
 
 
 def test_gradients_through_prompt_leaves_equal_those_of_the_whole_graph():
-    model = small().requires_grad_(True)
-    ids = SpecialIds.of(model)
-    texts = [t2i_text(text, ids, 8) for text in ([1, 2, 3], [4])]
+    model = small(max_text=8).requires_grad_(True)
+    texts = [model.prompt_ids(text) for text in ([1, 2, 3], [4])]
     codes = torch.randint(-1, 24, (6, 9))
     rows = [0, 1, 1, 0, 0, 1]
     weights = torch.randn(6, 9, 48, dtype=torch.float64)
 
-    (image_hidden(model, codes, prefill_t2i(model, texts, 8), rows) * weights).sum().backward()
+    (model.image_hidden(codes, model.prefill(texts), rows) * weights).sum().backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    live = prefill_t2i(model, texts, 8)
-    leaves = live.leaves()
+    live = model.prefill(texts)
+    leaves = live.with_tensors([tensor.detach().requires_grad_() for tensor in live.tensors()])
     for part in (slice(0, 2), slice(2, 5), slice(5, 6)):
-        (image_hidden(model, codes[part], leaves, rows[part]) * weights[part]).sum().backward()
-    live.backward_from(leaves)
+        (model.image_hidden(codes[part], leaves, rows[part]) * weights[part]).sum().backward()
+    torch.autograd.backward(live.tensors(), [leaf.grad for leaf in leaves.tensors()])
     for name, parameter in model.named_parameters():
         if name in whole:
             assert (parameter.grad - whole[name]).abs().max() < 1e-9, name
@@ -141,9 +135,9 @@ def test_cached_answers_equal_the_plain_path():
     codes = torch.randint(0, 24, (3, 9))
     questions = [[1, 2], [5, 6, 7, 8], [3, 3]]
     answers = torch.randint(0, 50, (3, 5))
-    prompts, last = prefill_mmu(model, codes, questions)
+    prompts, last = model.prefill_questions(codes, questions)
     rows = [2, 0, 1, 1]
-    hidden = answer_hidden(model, answers[rows], prompts, last, rows)
+    hidden = model.answer_hidden(answers[rows], prompts, last, rows)
     logits = F.linear(hidden, *model.text_head())
     for place, row in enumerate(rows):
         sequence = mmu(codes[row], questions[row], ids, answers[row].tolist())[None]
@@ -156,7 +150,7 @@ def test_greedy_answer_token_by_token_is_the_golden_one(showo_tiny, showo_cases)
     sequence = showo_cases["mmu.input_ids"][0].tolist()
     soi, eoi = sequence.index(ids.soi), sequence.index(ids.eoi)
     codes = torch.tensor(sequence[soi + 1 : eoi])[None] - ids.first_code
-    prompts, last = prefill_mmu(showo_tiny, codes, [sequence[eoi + 1 :]])
+    prompts, last = showo_tiny.prefill_questions(codes, [sequence[eoi + 1 :]])
     attend = DecodeAttention(prompts, [0], max_new=16)
     weight, bias = showo_tiny.text_head()
     tokens: list[int] = []
@@ -173,7 +167,7 @@ def test_clip_variant_equals_the_plain_path():
     model = small(w_clip_vit=True)
     features = torch.randn(2, 4, 1024, dtype=torch.float64)
     system, question = [1, 2, 3], [4, 5]
-    _, last = prefill_mmu_clip(model, features, system, question)
+    _, last = model.prefill_features(features, system, question)
     ids = SpecialIds.of(model)
     text = model.embed(torch.tensor([ids.mmu, *system, ids.soi, ids.eoi, *question])).expand(2, -1, -1)
     x = torch.cat([text[:, :5], model.project_clip(features), text[:, 5:]], dim=1)
@@ -229,11 +223,12 @@ def test_too_long_sequences_are_refused():
     model = small()
     with pytest.raises(UserError, match="129 positions: this model has 128"):
         model(torch.zeros(1, 129, dtype=torch.long))
-    prompts = prefill_t2i(model, [[1, 2]], 100)
+    model.max_text = 100
+    prompts = model.prefill([[1, 2]])
     with pytest.raises(UserError, match="use a smaller grid"):
-        image_hidden(model, torch.zeros(1, 36, dtype=torch.long), prompts, [0])
+        model.image_hidden(torch.zeros(1, 36, dtype=torch.long), prompts, [0])
     with pytest.raises(UserError, match="at most max_text"):
-        prefill_t2i(model, [[1] * 6], 4)
+        small(max_text=4).prefill([[1] * 6])
     with pytest.raises(UserError, match="attention_allowed of shape"):
         model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 3, 3, dtype=torch.bool))
 
@@ -269,8 +264,8 @@ def test_saved_model_loads_back(tmp_path):
 
 
 def test_prompts_select_and_add_without_copies():
-    model = small()
-    prompts = prefill_t2i(model, [[1, 2], [1, 2, 3], [1, 2]], 8)
-    assert prompts.lengths == [2, 3, 2] and prompts.keys[0] is prompts.keys[2]
+    model = small(max_text=8)
+    prompts = model.prefill([[1, 2], [1, 2, 3], [1, 2]])
+    assert prompts.lengths == [2, 3, 2] and prompts.keys[0][0] is prompts.keys[2][0]
     both = prompts.select([1]) + prompts.select([0])
     assert isinstance(both, PromptKV) and both.lengths == [3, 2] and both.keys[0][0] is prompts.keys[1][0]

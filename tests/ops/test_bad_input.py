@@ -45,7 +45,7 @@ STEP = [
     ({"logits": _logits_with(INF)}, "logits: NaN, +inf or only -inf at sample 1, position 2"),
     ({"logits": torch.full((2, 4, 6), -INF)}, "only -inf at sample 0, position 0"),
     ({"codes": torch.zeros(2, 4)}, "codes: dtype float32, must be int64"),
-    ({"codes": torch.zeros(2, 4, dtype=torch.int32)}, "codes: dtype int32, must be int64"),
+    ({"codes": torch.zeros(2, 4, dtype=torch.bool)}, "codes: dtype bool, must be int64"),
     ({"codes": torch.zeros(2, 5, dtype=torch.int64)}, "codes: shape (2, 5), must be [B, N] = (2, 4)"),
     ({"codes": torch.full((2, 4), 6)}, "codes: holds 6, must be in -1 … 5 (-1 is MASK)"),
     ({"codes": torch.full((2, 4), -2)}, "codes: holds -2, must be in -1 … 5"),

@@ -58,6 +58,29 @@ def test_a_backend_asked_for_is_used_or_refused_with_the_way_out(table: dict[str
         choose("op", "cpu", CPU, torch.float32)
 
 
+def test_a_new_backend_is_its_entries_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file calls `offer`, the line says where it is the best: it is chosen, can be asked for and is reported."""
+    calls: list[str] = []
+
+    def forward(*arguments: Any) -> Any:
+        calls.append("mine")
+        return _dispatch.entry("selected_logprob", "reference").forward(*arguments)
+
+    definition = _dispatch.entry("selected_logprob", "reference")
+    monkeypatch.setattr(_dispatch, "_table", {name: dict(offered) for name, offered in _dispatch._table.items()})
+    monkeypatch.setattr(_dispatch, "BACKENDS", {**_dispatch.BACKENDS, "mine": ("cpu",)})
+    _dispatch.offer("selected_logprob", "mine", Entry(forward, definition.backward, dtypes=(torch.float32,)))
+    hidden, weight = torch.randn(5, 7, requires_grad=True), torch.randn(11, 7)
+    target = torch.randint(11, (5,))
+    wanted = (hidden @ weight.T).log_softmax(-1)[torch.arange(5), target]
+    for backend in (None, "mine"):
+        torch.testing.assert_close(uct.ops.selected_logprob(hidden, weight, target, backend=backend), wanted)
+    assert calls == ["mine", "mine"]
+    assert uct.ops.capabilities()["mine"] == {"available": True, "ops": ["selected_logprob"], "reason": ""}
+    uct.ops.selected_logprob(hidden.double(), weight.double(), target)  # not its dtype: the definition runs
+    assert len(calls) == 2
+
+
 def test_capabilities_of_the_table(table: dict[str, Any]) -> None:
     _dispatch.mark_unavailable("triton", "no GPU")
     report = uct.ops.capabilities()

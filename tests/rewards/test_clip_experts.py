@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from pyunictokens.rewards import RewardBatch
+from pyunictokens.rewards.load import load_rewards
 from pyunictokens.rewards.networks import resized_and_cropped
-from pyunictokens.rewards.registry import load_rewards
 from pyunictokens.utils.errors import UserError
 
 from .checkpoints import pil
@@ -68,7 +68,7 @@ def test_scores_are_those_of_open_clip(tiny: dict[str, str]) -> None:
         "beauty": {"use": "clip_experts:Aesthetic", **tiny},
     }
     group = batch()
-    score = load_rewards({"experts": settings, "weights": {"hps": 0.75, "beauty": 0.25}}).ensemble.score(group)
+    score = load_rewards({"experts": settings, "weights": {"hps": 0.75, "beauty": 0.25}}, trust=True).score(group)
 
     net: Any = open_clip.create_model(tiny["model"]).eval()
     net.load_state_dict(torch.load(tiny["path"], weights_only=True)["state_dict"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,19 +86,24 @@ def test_rows_without_a_face_are_counted() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_score_that_is_no_number_names_expert_and_row(value: float) -> None:
     judges = {**experts(), "der": Says(0.1, 0.2, value)}
-    with pytest.raises(UserError, match=r"expert 'der' scored row 2 .*must be finite; prompt 'r'"):
-        Ensemble(judges).score(batch())
+    score = Ensemble(judges).score(batch())
+    (invalid,) = score.invalid
+    assert (invalid.reward, invalid.rows, invalid.prompt) == ("der", (2,), "r") and str(invalid.value) == str(value)
+    assert score.total.isfinite().tolist() == [True, True, False] and score.total[2].isnan(), "the step is left out"
+    assert score.parts["tier"].isfinite().all()
+    with pytest.raises(UserError, match=r"reward model 'der' scored image 2 .*must be finite; prompt 'r'"):
+        score.require_finite()
 
 
 def test_scores_of_another_group_size_are_refused() -> None:
-    with pytest.raises(UserError, match=r"expert 'ber' returned \(2,\) for 3 rows"):
+    with pytest.raises(UserError, match=r"reward model 'ber' returned \(2,\) for 3 images"):
         Ensemble({**experts(), "ber": Says(1, 2)}).score(batch())
 
     class Float:
         def score(self, batch: RewardBatch) -> float:
             return 1.0
 
-    with pytest.raises(UserError, match=r"expert 'ber' returned float for 3 rows"):
+    with pytest.raises(UserError, match=r"reward model 'ber' returned float for 3 images"):
         Ensemble({**experts(), "ber": Float()}).score(batch())
 
 
@@ -107,7 +114,7 @@ def test_a_failing_expert_is_named_with_the_row_it_fails_on() -> None:
                 raise RuntimeError("cannot read q")
             return torch.zeros(len(batch))
 
-    with pytest.raises(UserError, match=r"expert 'tier' failed at row 1 \(prompt 'q'\): RuntimeError: cannot read q"):
+    with pytest.raises(UserError, match=r"'tier' failed at image 1 \(prompt 'q'\): RuntimeError: cannot read q"):
         Ensemble({**experts(), "tier": Picky()}).score(batch())
 
 
@@ -118,13 +125,13 @@ def test_an_expert_that_fails_only_on_many_rows_is_told_apart() -> None:
                 raise MemoryError("too many")
             return torch.zeros(1)
 
-    with pytest.raises(UserError, match=r"on the 3 rows together, though not on any row alone: MemoryError"):
+    with pytest.raises(UserError, match=r"on the 3 images together, though not on any image alone: MemoryError"):
         Ensemble({"ber": Small()}, weights={"ber": 1}).score(batch())
 
 
 def test_an_experts_own_complaint_is_passed_on_with_its_name() -> None:
     ensemble = Ensemble({**experts(), "fer": Fer(ColourFace())})
-    with pytest.raises(UserError, match=r"expert 'fer': no reference photos"):
+    with pytest.raises(UserError, match=r"reward model 'fer': no reference images"):
         ensemble.score(batch("human"))
 
 
@@ -136,7 +143,7 @@ def test_an_experts_own_complaint_is_passed_on_with_its_name() -> None:
         ({"ber": "0.3"}, "is '0.3': must be a finite number"),
         ({"ber": True}, "is True: must be a finite number"),
         ({"ber": 0}, "are all 0"),
-        ({"berr": 1}, "name berr, experts are tier, ber, der, fer"),
+        ({"berr": 1}, "name berr, reward models are tier, ber, der, fer"),
         ({"plant": {"ber": 1}}, "weights of kind 'plant'"),
         ({"human": {"ber": 1}, "ber": 1}, "mixes numbers and tables"),
         ({}, "weights is empty"),
@@ -148,10 +155,28 @@ def test_bad_weights(weights: dict, message: str) -> None:
 
 
 def test_bad_experts() -> None:
-    with pytest.raises(UserError, match="no experts"):
+    with pytest.raises(UserError, match="no reward models"):
         Ensemble({})
-    with pytest.raises(UserError, match=r"expert 'ber' is a function: must have score"):
-        Ensemble({"ber": lambda batch: torch.zeros(3)})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"ber\(batch\): a reward function takes prompts, images"):
+        Ensemble({"ber": lambda batch: torch.zeros(3)})
+    with pytest.raises(UserError, match=r"reward model 'ber' is a int: must have score"):
+        Ensemble({"ber": 3})  # type: ignore[dict-item]
+
+
+def test_a_reward_model_that_ends_the_process_is_an_error() -> None:
+    class Leaves:
+        def score(self, batch: RewardBatch) -> Tensor:
+            sys.exit()
+
+    with pytest.raises(UserError, match=r"reward model 'ber' failed at image 0 \(prompt 'p'\): SystemExit"):
+        Ensemble({**experts(), "ber": Leaves()}).score(batch())
+
+    class Interrupted:
+        def score(self, batch: RewardBatch) -> Tensor:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Ensemble({**experts(), "ber": Interrupted()}).score(batch())
 
 
 def test_a_kind_whose_expert_is_missing_fails_when_it_is_scored() -> None:

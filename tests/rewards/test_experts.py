@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyunictokens.rewards import Ber, Der, Expert, Fer, RewardBatch, Tier
+from pyunictokens.rewards import Ber, Der, Fer, RewardBatch, RewardModel, Tier
 from pyunictokens.rewards.experts.tier import tier_score
 from pyunictokens.utils.errors import UserError
 
@@ -109,7 +109,7 @@ def test_der_is_the_mean_similarity_to_the_photos() -> None:
 
 
 def test_der_needs_photos() -> None:
-    with pytest.raises(UserError, match="no reference photos"):
+    with pytest.raises(UserError, match="no reference images"):
         Der(MeanColour()).score(RewardBatch(flat(RED), ["x"]))
 
 
@@ -141,7 +141,7 @@ def test_fer_of_a_wrong_face_is_not_worth_less_than_none() -> None:
 
 def test_fer_says_when_no_photo_has_a_face() -> None:
     batch = RewardBatch(flat(RED), ["x"], references=flat((-1.0, 0, 0), (-0.2, 0, 0)), kind="human")
-    with pytest.raises(UserError, match="no face found in any of the 2 reference photos"):
+    with pytest.raises(UserError, match="no face found in any of the 2 reference images"):
         Fer(ColourFace()).score(batch)
 
 
@@ -201,8 +201,8 @@ def test_text_cache_stays_within_its_limit_and_right() -> None:
 
 def test_experts_have_the_interface() -> None:
     for expert in (Tier(HandText({})), Ber(MeanColour()), Der(MeanColour()), Fer(ColourFace())):
-        assert isinstance(expert, Expert)
-    assert not isinstance(HandText({}), Expert)
+        assert isinstance(expert, RewardModel)
+    assert not isinstance(HandText({}), RewardModel)
 
 
 # --- batches -------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_fer_of_photographs(net: MtcnnFaceNet, photos: dict[str, Any]) -> None:
     assert float(scores[0]) == pytest.approx(1.0, abs=1e-4) and scores[1] == 0
     assert 0 <= float(scores[2]) <= 1
     assert fer.face_embedding(drawn).shape == (2, 512)
-    with pytest.raises(UserError, match="no face found in any of the 1 photos"):
+    with pytest.raises(UserError, match="no face found in any of the 1 references"):
         fer.face_embedding(drawn[1:2])
 
 

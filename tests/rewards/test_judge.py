@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.rewards.endpoint import Endpoint, EndpointConfig, EndpointError
-from pyunictokens.rewards.judge import Judge, JudgeConfig, JudgeExpert, JudgeItem, data_url, parse_score
+from pyunictokens.rewards.judge import Judge, JudgeConfig, JudgeItem, JudgeReward, data_url, parse_score
 from pyunictokens.utils.errors import UserError
 
 from ..judge_server import JudgeServer, images_of, question_of
@@ -355,7 +355,7 @@ def test_bad_items(server: JudgeServer) -> None:
 def test_the_judge_as_a_reward(server: JudgeServer) -> None:
     server.answer = lambda request: "9" if "a red dog" in question_of(request) else "2"
     batch = RewardBatch(flat((0.5, 0, 0), (0, 0.5, 0)), ["a red dog", "snow"], references=flat((0.4, 0, 0), (0, 0, 1)))
-    ensemble = Ensemble({"judge": JudgeExpert(judge(server), photos=2)}, weights={"judge": 2})
+    ensemble = Ensemble({"judge": JudgeReward(judge(server), photos=2)}, weights={"judge": 2})
     score = ensemble.score(batch)
     torch.testing.assert_close(score.parts["judge"], torch.tensor([0.9, 0.2]))
     torch.testing.assert_close(score.total, torch.tensor([1.8, 0.4]))
@@ -364,10 +364,10 @@ def test_the_judge_as_a_reward(server: JudgeServer) -> None:
 
 def test_a_row_the_judge_cannot_score_stops_the_step(server: JudgeServer) -> None:
     server.answer = lambda request: "99" if "snow" in str(request["messages"][0]) else "2"
-    expert = JudgeExpert(judge(server), photos=0)
+    expert = JudgeReward(judge(server), photos=0)
     with pytest.raises(UserError, match=r"expert 'judge': the judge gave no score for row 1: .*99"):
         Ensemble({"judge": expert}, weights={"judge": 1}).score(RewardBatch(flat((0, 0, 0), (0, 0, 0)), ["a", "snow"]))
     with pytest.raises(UserError, match=r"must hold \{prompt\}"):
-        JudgeExpert(judge(server), question="How good?")
+        JudgeReward(judge(server), question="How good?")
     with pytest.raises(UserError, match="photos=-1"):
-        JudgeExpert(judge(server), photos=-1)
+        JudgeReward(judge(server), photos=-1)

@@ -13,9 +13,9 @@ import yaml
 from typer.testing import CliRunner
 
 from pyunictokens.cli import app
-from pyunictokens.rewards import Ber, Der, Fer, JudgeExpert, RewardBatch, Tier
-from pyunictokens.rewards.registry import RewardConfig, load_rewards
-from pyunictokens.rewards.weights import WANTED, status
+from pyunictokens.rewards import Ber, Der, Fer, JudgeReward, RewardBatch, Tier
+from pyunictokens.rewards.load import RewardConfig, load_rewards
+from pyunictokens.rewards.registry import registered, weight_status
 from pyunictokens.runs.bundle import Sources, load_experts, read_rewards
 from pyunictokens.utils.errors import UserError
 
@@ -49,16 +49,17 @@ def test_a_run_names_the_four_experts_and_more(saved: Folders) -> None:
     settings["der"] |= {"match": "best", "batch": 2}
     settings["bright"] = BRIGHT
     settings["gpt"] = {"use": "judge", "model": "gpt-4o", "photos": 2}
-    rewards = load_rewards({"experts": settings, "dtype": "float32", "batch": 7, "weights": {"ber": 1, "bright": 3}})
-    experts = rewards.ensemble.experts
+    chosen = {"experts": settings, "dtype": "float32", "batch": 7, "weights": {"ber": 1, "bright": 3}}
+    rewards = load_rewards(chosen, trust=True)
+    experts = rewards.models
     kinds = [type(experts[name]) for name in ("tier", "ber", "der", "fer", "bright", "gpt")]
-    assert kinds == [Tier, Ber, Der, Fer, Bright, JudgeExpert]
+    assert kinds == [Tier, Ber, Der, Fer, Bright, JudgeReward]
     ber, der, gpt = experts["ber"], experts["der"], experts["gpt"]
-    assert isinstance(ber, Ber) and isinstance(der, Der) and isinstance(gpt, JudgeExpert)
+    assert isinstance(ber, Ber) and isinstance(der, Der) and isinstance(gpt, JudgeReward)
     assert ber.head == "matching" and der.match == "best" and gpt.photos == 2
     assert (ber._encoder.config.batch, der._encoder.config.batch) == (7, 2)
     assert not any(e._encoder.loaded for e in (ber, der))  # nothing is read before it is asked
-    score = rewards.ensemble.score(batch())
+    score = rewards.score(batch())
     torch.testing.assert_close(score.total, score.parts["ber"] + 3 * score.parts["bright"])
     torch.testing.assert_close(score.parts["bright"], (batch().images.mean(dim=(1, 2, 3)) + 1) / 4)
     assert ber._encoder.loaded and not der._encoder.loaded
@@ -69,12 +70,16 @@ def test_a_run_names_the_four_experts_and_more(saved: Folders) -> None:
 
 def test_settings_from_a_file_and_from_a_run(saved: Folders, tmp_path: Path) -> None:
     settings = {"experts": saved.settings("ber", "der"), "weights": {"ber": 0.5, "der": 0.5}, "memory": "together"}
-    for name, content in (("run.yaml", {"model": "m", "rewards": settings}), ("alone.yml", settings)):
+    for name, content in (
+        ("run.yaml", {"model": "m", "rewards": settings}),
+        ("alone.yml", settings),
+        ("RW.YAML", settings),
+    ):
         (tmp_path / name).write_text(yaml.safe_dump(content))
         assert read_rewards(str(tmp_path / name)) == settings
-    assert read_rewards("my:load") == "my:load" and read_rewards(None) is None and read_rewards(settings) is settings
+    assert read_rewards("my:load") == "my:load" and read_rewards(None) is None and read_rewards(settings) == settings
     (tmp_path / "none.yaml").write_text("model: m\n")
-    with pytest.raises(UserError, match=r"none\.yaml: holds no experts"):
+    with pytest.raises(UserError, match=r"none\.yaml: holds no reward models"):
         read_rewards(str(tmp_path / "none.yaml"))
     experts = load_experts(Sources("m", "v", "t"), "cpu", read_rewards(str(tmp_path / "run.yaml")))
     assert experts is not None and experts.face_embedding is None and callable(experts.preview_scorer)
@@ -100,44 +105,45 @@ def test_a_run_keeps_its_rewards(saved: Folders, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "experts: must be a table"),
-        ({"experts": {}}, "experts: must be a table"),
-        ({"experts": ["tier"]}, "experts: must be a table"),
-        ({"experts": {"tier": "weights/ernie"}}, r"experts\.tier='weights/ernie': must be a table"),
-        ({"experts": {"tier": {}}}, r"rewards\.experts\.tier: path is missing"),
-        ({"experts": {"tier": {"path": " "}}}, r"rewards\.experts\.tier\.path is empty"),
-        ({"experts": {"tier": {"path": 3}}}, r"tier\.path=3: must be str"),
-        ({"experts": {"tier": {"path": "x", "pooling": "max"}}}, r"tier\.pooling='max': must be mean or cls"),
-        ({"experts": {"tier": {"path": "x", "max_tokens": 2}}}, r"tier\.max_tokens=2"),
-        ({"experts": {"tier": {"path": "x", "pool": "cls"}}}, r"tier: unknown pool: must be of path, dtype"),
-        ({"experts": {"ber": {"path": "x", "dtype": "int8"}}}, r"ber\.dtype='int8': must be float32"),
-        ({"experts": {"ber": {"path": "x", "batch": True}}}, r"ber\.batch=True: must be int"),
-        ({"experts": {"ber": {"path": "x", "offline": 1}}}, r"ber\.offline=1: must be bool"),
-        ({"experts": {"judge": {}}}, r"judge: model is missing"),
-        ({"experts": {"judge": {"model": "m", "timeout": 0}}}, r"judge\.timeout=0"),
-        ({"experts": {"hps": {"path": "x"}}}, r"hps\.use='hps': must be tier, ber, der, fer, judge, or MODULE:CLASS"),
-        ({"experts": {"hps": {"use": "no_such_module:X"}}}, r"hps\.use='no_such_module:X': No module"),
-        ({"experts": {"hps": {"use": "json:Nothing"}}}, "has no attribute 'Nothing'"),
-        ({"experts": {"b": {**BRIGHT, "colour": 1}}}, r"b: Bright\(scale, colour, device\) cannot be called"),
-        ({"experts": {"b": BRIGHT}, "weights": {"c": 1}}, "name c, experts are b"),
-        ({"experts": {"b": BRIGHT}, "memory": "little"}, "memory='little': must be auto, together, lean"),
-        ({"experts": {"b": BRIGHT}, "wieghts": {"b": 1}}, "unknown wieghts"),
+        ({}, "must be a table"),
+        ({"models": {}}, "must be a table"),
+        ({"models": ["tier"]}, "must be a table"),
+        ({"models": {"tier": "weights/ernie"}}, r"models\.tier='weights/ernie': must be a table"),
+        ({"models": {"tier": {}}}, r"rewards\.models\.tier: path is missing"),
+        ({"models": {"tier": {"path": " "}}}, r"rewards\.models\.tier: path is empty"),
+        ({"models": {"tier": {"path": []}}}, r"tier: path=\[\]: must be text"),
+        ({"models": {"tier": {"path": "x", "pooling": "max"}}}, r"tier: pooling='max': must be mean or cls"),
+        ({"models": {"tier": {"path": "x", "max_tokens": 2}}}, r"tier: max_tokens=2"),
+        ({"models": {"tier": {"path": "x", "pool": "cls"}}}, r"tier: unknown setting 'pool'; did you mean 'pooling'"),
+        ({"models": {"ber": {"path": "x", "dtype": "int8"}}}, r"ber: dtype='int8': must be float32"),
+        ({"models": {"ber": {"path": "x", "batch": True}}}, r"ber: batch=True: must be a whole number"),
+        ({"models": {"ber": {"path": "x", "offline": 1}}}, r"ber: offline=1: must be true or false"),
+        ({"models": {"judge": {}}}, r"judge: model is missing"),
+        ({"models": {"judge": {"model": "m", "timeout": 0}}}, r"judge: timeout=0"),
+        ({"models": {"hps": {"path": "x"}}}, r"hps\.use='hps': must be tier, ber, der, fer, judge, or MODULE:CLASS"),
+        ({"models": {"hps": {"use": "no_such_module:X"}}}, r"hps\.use='no_such_module:X': No module"),
+        ({"models": {"hps": {"use": "json:Nothing"}}}, "has no attribute 'Nothing'"),
+        ({"models": {"b": {**BRIGHT, "colour": 1}}}, r"b: Bright\(scale, colour\) cannot be called"),
+        ({"models": {"b": BRIGHT}, "weights": {"c": 1}}, "name c, reward models are b"),
+        ({"models": {"b": BRIGHT}, "memory": "little"}, "memory='little': must be auto, together, lean"),
+        ({"models": {"b": BRIGHT}, "wieghts": {"b": 1}}, "unknown wieghts"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_rewards(settings)
+        load_rewards(settings, trust=True)
 
 
 @pytest.mark.parametrize("expert", ["tier", "ber", "der", "fer"])
 def test_missing_weights_say_which_file_and_from_where(expert: str, tmp_path: Path) -> None:
-    wanted = WANTED[expert]
+    wanted = registered()[expert].files
+    assert wanted is not None
     with pytest.raises(UserError) as nowhere:
-        load_rewards({"experts": {expert: {"path": str(tmp_path / "absent")}}})
+        load_rewards({"models": {expert: {"path": str(tmp_path / "absent")}}})
     assert "no such folder" in str(nowhere.value) and wanted.command() in str(nowhere.value)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError) as partly:
-        load_rewards({"experts": {expert: {"path": str(tmp_path)}}})
+        load_rewards({"models": {expert: {"path": str(tmp_path)}}})
     assert wanted.files[-1][0] in str(partly.value) and wanted.command(tmp_path) in str(partly.value)
     assert f"{tmp_path}: config.json" not in str(partly.value)
 
@@ -154,7 +160,7 @@ def test_offline_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     for offline in (True, False):
         with pytest.raises(UserError, match="the hub cannot be read"):
-            load_rewards({"experts": {"der": {"path": "owner/name"}}, "offline": offline})
+            load_rewards({"models": {"der": {"path": "owner/name"}}, "offline": offline})
     assert asked == [True, False]
 
 
@@ -162,12 +168,12 @@ def test_wrong_checkpoints_are_refused(saved: Folders, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     def score(expert: str, folder: Path) -> None:
-        load_rewards({"experts": {expert: {"path": str(folder)}}, "weights": {expert: 1}}).ensemble.score(batch())
+        load_rewards({"models": {expert: {"path": str(folder)}}, "weights": {expert: 1}}).score(batch())
 
     dino = tmp_path / "dino"
     shutil.copytree(saved.dinov2, dino)
     shutil.copy(saved.ernie / "vocab.txt", dino / "vocab.txt")
-    with pytest.raises(UserError, match=r"expert 'ber': .*holds a dinov2 model: must be blip-2"):
+    with pytest.raises(UserError, match=r"reward model 'ber': .*holds a dinov2 model: must be blip-2"):
         score("ber", dino)
     with pytest.raises(UserError, match=r"holds a blip-2 model: must be dinov2"):
         score("der", saved.blip2)
@@ -197,7 +203,7 @@ def test_a_blip2_without_retrieval_heads_is_refused(saved: Folders, tmp_path: Pa
     kept = {k: v for k, v in weights.items() if "projection" not in k and "itm" not in k}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"no checkpoint of Blip2ForImageTextRetrieval: \d+ weights missing \(itm_head"):
-        load_rewards({"experts": {"ber": {"path": str(tmp_path)}}, "weights": {"ber": 1}}).ensemble.score(batch())
+        load_rewards({"models": {"ber": {"path": str(tmp_path)}}, "weights": {"ber": 1}}).score(batch())
 
 
 def test_a_blip2_that_reads_no_text_is_refused(saved: Folders, tmp_path: Path) -> None:
@@ -206,7 +212,7 @@ def test_a_blip2_that_reads_no_text_is_refused(saved: Folders, tmp_path: Path) -
     config["qformer_config"]["use_qformer_text_input"] = False
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="its Q-Former reads no text"):
-        load_rewards({"experts": {"ber": {"path": str(tmp_path)}}, "weights": {"ber": 1}}).ensemble.score(batch())
+        load_rewards({"models": {"ber": {"path": str(tmp_path)}}, "weights": {"ber": 1}}).score(batch())
 
 
 # --- the doctor ----------------------------------------------------------------------------------------------------
@@ -217,12 +223,12 @@ def test_the_doctor_finds_what_is_there(saved: Folders, tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump({"rewards": {"experts": saved.settings()}}))
     result = CliRunner().invoke(app, ["doctor", "--weights", "--json", "--config", str(config)])
     assert result.exit_code == 0, result.output
-    assert [finding["expert"] for finding in status({"der": str(saved.dinov2)})] == ["der"]  # what the run does not use
-    found = {finding["expert"]: finding for finding in json.loads(result.output)}
+    assert [finding.name for finding in weight_status({"der": str(saved.dinov2)})] == ["der"]
+    found = {finding["name"]: finding for finding in json.loads(result.output)}
     assert set(found) == {"tier", "ber", "der", "fer"}
     assert all(finding["ok"] and finding["licence"] and finding["missing"] == [] for finding in found.values())
     (saved_file,) = saved.facenet.glob("*.pt")
-    assert all(finding["ok"] for finding in status({"fer": str(saved_file)}) if finding["expert"] == "fer")
+    assert all(finding.ok for finding in weight_status({"fer": str(saved_file)}))
 
 
 def test_the_doctor_says_what_is_missing_and_how_to_get_it(
@@ -248,11 +254,12 @@ def test_the_doctor_says_what_is_missing_and_how_to_get_it(
 
 
 def test_the_table_names_what_the_loaders_read() -> None:
-    assert set(WANTED) == {"tier", "ber", "der", "fer"}
-    for wanted in WANTED.values():
-        assert wanted.folder in wanted.command() and "{" not in wanted.command()
+    files = {name: entry.files for name, entry in registered().items() if entry.files is not None}
+    assert list(files) == ["tier", "ber", "der", "fer"]
+    for wanted in files.values():
+        assert wanted.home in wanted.command() and "{" not in wanted.command()
 
 
 def test_settings_are_a_dataclass() -> None:
-    config = RewardConfig.from_mapping({"experts": {"tier": {"path": "a"}, "x": {"use": "der", "path": "b"}}})
+    config = RewardConfig.from_mapping({"models": {"tier": {"path": "a"}, "x": {"use": "der", "path": "b"}}})
     assert config.paths() == {"tier": "a", "der": "b"} and config.memory == "auto" and config.weights is None

@@ -181,7 +181,7 @@ def test_a_matching_head_needs_a_network_that_has_one() -> None:
 
     with pytest.raises(UserError, match="a MeanColour has no match"):
         Ber(MeanColour(), head="matching")
-    with pytest.raises(UserError, match="a HandText has no encode_image"):
+    with pytest.raises(UserError, match="a HandText has no encode_text or no encode_image"):
         Ber(HandText({}))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="head='both'"):
         Ber(MeanColour(), head="both")
@@ -267,9 +267,9 @@ def test_networks_are_read_late_and_frozen(saved: Folders) -> None:
 
 def test_references_facts_and_prompts_are_computed_once(saved: Folders) -> None:
     """Rows that go through each network over three steps of a group of 5, counted at the network itself."""
-    from pyunictokens.rewards.registry import load_rewards
+    from pyunictokens.rewards.load import load_rewards
 
-    ensemble = load_rewards({"experts": saved.settings("tier", "ber", "der")}).ensemble
+    ensemble = load_rewards({"experts": saved.settings("tier", "ber", "der")})
     seen: dict[str, int] = {}
 
     def count(name: str, module: torch.nn.Module) -> None:

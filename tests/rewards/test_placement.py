@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pyunictokens.rewards import Ensemble, RewardBatch
+from pyunictokens.rewards.load import load_rewards
 from pyunictokens.rewards.placement import Placement, Throughput, fits
-from pyunictokens.rewards.registry import load_rewards
 from pyunictokens.toy.rewards import load_toy_experts
 from pyunictokens.utils.errors import UserError
 
@@ -73,7 +73,7 @@ def test_lean_gives_the_same_scores(saved: Folders) -> None:
     pixels = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
     batch = RewardBatch(pixels, SENTENCES[:3], SENTENCES[1:4], SENTENCES[:3], 0, pixels[:2], "animal")
     experts = saved.settings("tier", "ber", "der")
-    scores = [load_rewards({"experts": experts, "memory": m}).ensemble.score(batch) for m in ("lean", "together")]
+    scores = [load_rewards({"experts": experts, "memory": m}).score(batch) for m in ("lean", "together")]
     assert torch.equal(scores[0].total, scores[1].total)
     toy = load_toy_experts().ensemble
     lean = Ensemble(toy.experts, memory="lean")
@@ -81,7 +81,7 @@ def test_lean_gives_the_same_scores(saved: Folders) -> None:
 
 
 def test_real_networks_can_be_moved_and_weighed(saved: Folders) -> None:
-    ensemble = load_rewards({"experts": saved.settings()}).ensemble
+    ensemble = load_rewards({"experts": saved.settings()})
     for expert in ensemble.experts.values():
         assert expert.bytes > 1000  # type: ignore[attr-defined]
         expert.to("meta")  # type: ignore[attr-defined]

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from pyunictokens.rewards import Ensemble, EnsembleScore, RewardBatch
-from pyunictokens.rewards.registry import Rewards
-from pyunictokens.rewards.served.client import RemoteExperts, parse_addresses
-from pyunictokens.rewards.served.server import ExpertServer
+from pyunictokens.rewards.served.client import RemoteRewards, parse_addresses
+from pyunictokens.rewards.served.server import RewardServer
 from pyunictokens.rewards.served.wire import (
     KEY,
     KEY_FILE,
@@ -68,8 +67,8 @@ def batch(rows: int = 5, seed: int = 0, kind: str = "human", size: int = 64) -> 
 
 
 @contextmanager
-def served(score: Score = brightness, port: int = 0) -> Iterator[ExpertServer]:
-    server = ExpertServer(Rewards(Ensemble({"it": Does(score)}, {"it": 1.0}), None, None), SECRET, port=port)
+def served(score: Score = brightness, port: int = 0) -> Iterator[RewardServer]:
+    server = RewardServer(Ensemble({"it": Does(score)}, {"it": 1.0}), SECRET, port=port)
     thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
     try:
@@ -79,8 +78,8 @@ def served(score: Score = brightness, port: int = 0) -> Iterator[ExpertServer]:
         thread.join(10)
 
 
-def ask(*servers: ExpertServer, timeout: float = 20.0, key: bytes = SECRET) -> RemoteExperts:
-    return RemoteExperts([(server.host, server.port) for server in servers], key, timeout, backoff=0.05)
+def ask(*servers: RewardServer, timeout: float = 20.0, key: bytes = SECRET) -> RemoteRewards:
+    return RemoteRewards([(server.host, server.port) for server in servers], key, timeout, backoff=0.05)
 
 
 def toy_server(port: int = 0) -> tuple[subprocess.Popen[str], str]:
@@ -100,7 +99,7 @@ def test_the_command_serves_the_toy_and_outlives_kill_and_restart(monkeypatch: p
     home = load_toy_experts()
     process, address = toy_server()
     try:
-        found = load_experts(Sources(), "cpu", address)
+        found = load_experts(Sources(), "cpu", address, trust=True)
         assert found is not None and found.reader is not None and found.image_text is not None
         remote, torch_threads = found.ensemble, torch.get_num_threads()
         torch.set_num_threads(1)
@@ -285,10 +284,10 @@ def test_an_expert_that_raises_and_one_that_is_no_number() -> None:
             experts = ask(server)
             given = batch(size=4) if score is nan else batch(size=4).row(2)
             with pytest.raises(UserError) as here:
-                Ensemble({"it": Does(score)}, {"it": 1.0}).score(given)
+                Ensemble({"it": Does(score)}, {"it": 1.0}).score(given).require_finite()
             with pytest.raises(UserError) as there:
-                experts.score(given)
-            assert str(there.value) == str(here.value) and "expert 'it'" in str(there.value)
+                experts.score(given).require_finite()
+            assert str(there.value) == str(here.value) and "reward model 'it'" in str(there.value)
             assert experts.score(batch(size=4).row(1)).total.isfinite().all(), "and it goes on"
 
 
@@ -307,7 +306,7 @@ def test_who_has_asked_is_answered_before_a_server_ends() -> None:
         def score(self, given: RewardBatch) -> EnsembleScore:
             return EnsembleScore(slow(given))
 
-    server = ExpertServer(Rewards(Own(), None, None), SECRET)  # type: ignore[arg-type]
+    server = RewardServer(Own(), SECRET)
     thread = threading.Thread(target=server.serve, args=(stop.is_set,), daemon=True)
     thread.start()
     experts = ask(server)
@@ -321,7 +320,7 @@ def test_who_has_asked_is_answered_before_a_server_ends() -> None:
 
 
 def test_servers_must_serve_the_same() -> None:
-    other = ExpertServer(Rewards(Ensemble({"it": Does(brightness)}, {"it": 0.5}), None, None), SECRET)
+    other = RewardServer(Ensemble({"it": Does(brightness)}, {"it": 0.5}), SECRET)
     threading.Thread(target=other.serve, daemon=True).start()
     with served() as server, pytest.raises(UserError, match="serve the same everywhere"):
         ask(server, other)
@@ -330,7 +329,7 @@ def test_servers_must_serve_the_same() -> None:
         experts = ask(server)
         assert experts.preview_scorer is None and experts.face_embedding is None and experts.experts == ("it",)
         with pytest.raises(UserError, match=f"{server.port}: cannot listen there"):
-            ExpertServer(server.rewards, SECRET, port=server.port)
+            RewardServer(server.rewards, SECRET, port=server.port)
 
 
 @pytest.mark.parametrize("kind", ["human", "animal"])
@@ -353,7 +352,7 @@ def test_addresses_and_keys(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         with pytest.raises(UserError, match="must be tcp://HOST:PORT"):
             parse_addresses(wrong)
     with pytest.raises(UserError, match=r"timeout=0\.0"):
-        RemoteExperts([("127.0.0.1", 1)], SECRET, 0.0)
+        RemoteRewards([("127.0.0.1", 1)], SECRET, 0.0)
     monkeypatch.delenv(KEY, raising=False)
     monkeypatch.setenv(KEY_FILE, str(tmp_path / "key"))
     with pytest.raises(UserError, match="cannot be read"):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pyunictokens import DsogThreshold, RolloutEngine, ops
-from pyunictokens.models import image_hidden
+from pyunictokens.models import Showo
 from pyunictokens.rollout import Dsog, RolloutInterrupted
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.memory import free_bytes
 
-from .tiny import MAX_TEXT, CodesAsPixels, tiny_engine, tiny_model
+from .tiny import CodesAsPixels, tiny_engine, tiny_model
 
 
 def dsog(**options):
@@ -56,10 +56,10 @@ def test_generate_images_refuses(change, message):
 
 
 def test_pixels_need_an_image_tokenizer():
-    engine = RolloutEngine(tiny_model(), max_text=MAX_TEXT)
-    with pytest.raises(UserError, match="give RolloutEngine a MagvitV2"):
+    engine = RolloutEngine(tiny_model())
+    with pytest.raises(UserError, match="give RolloutEngine an image tokenizer"):
         engine.generate_images([[1]], steps=2)
-    with pytest.raises(UserError, match="give RolloutEngine a MagvitV2"):
+    with pytest.raises(UserError, match="give RolloutEngine an image tokenizer"):
         engine.generate_images([[1]], steps=2, decode=False, dsog=dsog())
     assert engine.generate_images([[1]], steps=2, decode=False).pixels is None
     with pytest.raises(UserError, match="images are pixels"):
@@ -70,13 +70,12 @@ def test_pixels_need_an_image_tokenizer():
     ("options", "message"),
     [
         ({"schedule": "cosin"}, "schedule 'cosin'"),
-        ({"max_text": 2}, "max_text=2"),
         ({"max_rows": 0}, "max_rows=0"),
     ],
 )
 def test_the_engine_refuses(options, message):
     with pytest.raises(UserError, match=message):
-        RolloutEngine(tiny_model(), CodesAsPixels(), **{"max_text": MAX_TEXT, **options})
+        RolloutEngine(tiny_model(), CodesAsPixels(), **options)
 
 
 @pytest.mark.parametrize(
@@ -119,15 +118,15 @@ def test_log_probs_that_are_not_finite_are_reported_where_the_op_cannot_look(mon
 def test_more_rows_than_memory_are_split_and_said_once(monkeypatch):
     """A device that holds four rows: the engine finds it out, says so once, and draws the same images."""
     whole = tiny_engine().generate_images([[1, 2], [3]], samples=3, steps=3)
-    ran, real = [], image_hidden
+    ran, real = [], Showo.image_hidden
 
-    def small_device(model, codes, prompts, prompt_of_row):
+    def small_device(model, codes, *rest):
         if len(codes) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         ran.append(len(codes))
-        return real(model, codes, prompts, prompt_of_row)
+        return real(model, codes, *rest)
 
-    monkeypatch.setattr("pyunictokens.rollout.sampler.image_hidden", small_device)
+    monkeypatch.setattr(Showo, "image_hidden", small_device)
     engine = tiny_engine()
     with pytest.warns(UserWarning, match="12 rows need more memory than is free: they are run 6 at a time") as said:
         split = engine.generate_images([[1, 2], [3]], samples=3, steps=3)
@@ -137,11 +136,8 @@ def test_more_rows_than_memory_are_split_and_said_once(monkeypatch):
 
 
 def test_rows_are_split_by_what_is_free_before_memory_runs_out(monkeypatch):
-    ran, real = [], image_hidden
-    monkeypatch.setattr(
-        "pyunictokens.rollout.sampler.image_hidden",
-        lambda m, codes, *a: (ran.append(len(codes)), real(m, codes, *a))[1],
-    )
+    ran, real = [], Showo.image_hidden
+    monkeypatch.setattr(Showo, "image_hidden", lambda m, codes, *a: (ran.append(len(codes)), real(m, codes, *a))[1])
     row_bytes = 11 * (10 * 32 + 3 * 48) * 8
     monkeypatch.setattr("pyunictokens.utils.memory.free_bytes", lambda device: 2 * 5 * row_bytes)
     with pytest.warns(UserWarning, match="12 rows need more memory than is free: they are run 5 at a time"):
@@ -154,7 +150,7 @@ def test_a_row_that_fits_nowhere_is_an_error_and_other_errors_pass(monkeypatch):
         def hidden(*_):
             raise error
 
-        monkeypatch.setattr("pyunictokens.rollout.sampler.image_hidden", hidden)
+        monkeypatch.setattr(Showo, "image_hidden", hidden)
 
     raising(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(UserError, match="one row alone needs more memory"), pytest.warns(UserWarning):
@@ -171,7 +167,7 @@ def test_free_memory_of_this_machine_is_known():
 
 def interrupting(monkeypatch, after):
     """Ctrl-C at the given call of the transformer."""
-    calls, real = [], image_hidden
+    calls, real = [], Showo.image_hidden
 
     def hidden(*arguments):
         calls.append(1)
@@ -179,7 +175,7 @@ def interrupting(monkeypatch, after):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("pyunictokens.rollout.sampler.image_hidden", hidden)
+    monkeypatch.setattr(Showo, "image_hidden", hidden)
 
 
 def test_ctrl_c_keeps_the_finished_images(monkeypatch):

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyunictokens import MASK, ConceptTokens
-from pyunictokens.models import PromptKV, Showo, prefill_t2i
-from pyunictokens.models.showo import prompting
+from pyunictokens.models import PromptKV, Showo
 from pyunictokens.models.showo.attention import FullAttention
 from pyunictokens.rollout.cuda_graphs.device_step import (
     DeviceLoop,
@@ -29,15 +28,14 @@ from pyunictokens.rollout.sampler import EagerSlots, LoopSettings
 from pyunictokens.rollout.scheduler import Scheduler
 from pyunictokens.utils.errors import UserError
 
-from .tiny import CONFIG, MAX_TEXT, tiny_model
+from .tiny import CONFIG, tiny_model
 
 PROMPTS = [[1, 2, 3], [4], list(range(9)), [1, 2, 7]]
 
 
 def prefixes(model: Showo, texts: list[list[int]], guided: bool) -> PromptKV:
-    ids = prompting.SpecialIds.of(model)
     every = [*texts, []] if guided else texts
-    return prefill_t2i(model, [prompting.t2i_text(text, ids, MAX_TEXT) for text in every], MAX_TEXT)
+    return model.prefill([model.prompt_ids(text) for text in every])
 
 
 def numbers(
@@ -64,7 +62,7 @@ def on_device(
     rows = bucket or len(of_row)
     padded = of_row + [of_row[0]] * (rows - len(of_row))
     hidden = GuidedHidden(model, prefixes(model, texts, n.guidance_scale > 0), padded, n.guidance_scale, count)
-    state = StepState.make(rows, count, CONFIG.codebook_size, n)
+    state = StepState.make(model, rows, count, n)
     return DeviceLoop(hidden, image_head(model), state, n.seed)
 
 
@@ -160,7 +158,7 @@ def test_other_prompts_of_the_same_lengths_and_new_weights_are_seen():
     loop = on_device(model, [0, 1], 9, n, [[1, 2, 3], [4]])
     others = [[9, 8, 7], [11]]
     for parameter in read_by(model):
-        parameter.mul_(1.05)  # in place, as an optimiser does it
+        parameter.mul_(1.05)  # in place, as an optimizer does it
     loop.hidden_of.load(prefixes(model, others, True))
     loop.state.start([0, 1], known, [3, 4], stop_at=3, urgent=False)
     loop.run()
@@ -203,7 +201,7 @@ def test_the_step_can_be_captured_on_a_gpu(guidance):
             setattr(concept, name, torch.nn.Parameter(value.detach().to("cuda")))
         model.attach(concept)
         hidden = GuidedHidden(model, prefixes(model, PROMPTS, guidance > 0), [0, 1, 2, 0], guidance, 9)
-        state = StepState.make(4, 9, CONFIG.codebook_size, n, "cuda")
+        state = StepState.make(model, 4, 9, n)
         x = torch.zeros(1, 1, CONFIG.hidden_size, dtype=torch.bfloat16, device="cuda")
         model.encode(x, state.step[:1], FullAttention())  # makes the rotary tables, as the warm-up does
         with OnlyOnTheGpu() as watch:

@@ -279,15 +279,18 @@ def test_the_best_rejected_previews_fill_the_group_with_a_warning():
     assert (rollout.dsog.filled, rollout.dsog.pass_rate) == (2, 0.0)
 
 
-def test_the_threshold_moves_once_a_group_and_by_all_ranks_counts():
+def test_the_threshold_moves_once_a_group_and_a_number_never():
     threshold, twin = DsogThreshold(), DsogThreshold()
     rollout = generate([[1, 2]], Scorer(1.0), threshold=threshold, samples=3, steps=5)
     assert rollout.dsog.threshold == 0.5
     assert threshold.value == rollout.dsog.next_threshold == twin.update(1.0)
-    dsog = Dsog(threshold, Scorer(1.0), reduce=lambda accepted, previewed: (accepted + 1, previewed + 5))
-    report = tiny_engine().generate_images([[1, 2]], samples=3, steps=5, dsog=dsog).dsog
-    assert (report.accepted, report.previewed) == (4, 8)
-    assert threshold.value == twin.update(0.5)
+    for level in (0.9, 0.1):
+        dsog = Dsog(level, Scorer(0.5), max_candidates=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = tiny_engine().generate_images([[1, 2]], samples=3, steps=5, dsog=dsog).dsog
+        assert report.threshold == report.next_threshold == dsog.threshold == level
+        assert report.accepted == sum(score > level for score in report.scores.tolist())
 
 
 def test_a_score_equal_to_the_threshold_does_not_pass():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.baselines import showo_plain
 from pyunictokens import MASK, ConceptTokens, RolloutEngine, ops
-from pyunictokens.models import MagvitV2, image_hidden, prefill_t2i
+from pyunictokens.models import MagvitV2, Showo
 
 from .tiny import CONFIG, MAX_TEXT, CodesAsPixels, philox_noise, tiny_engine, tiny_model
 
@@ -28,7 +28,7 @@ def replay(cases, prefix):
 @pytest.mark.parametrize("prefix", ["gen.", "inpaint."])
 def test_golden_trajectories_code_for_code(showo_tiny, showo_cases, showo_meta, prefix):
     cases, settings_ = showo_cases, showo_meta["generate"]
-    engine = RolloutEngine(showo_tiny, max_text=showo_meta["max_text_tokens"], schedule=settings_["schedule"])
+    engine = RolloutEngine(showo_tiny, schedule=settings_["schedule"])
     engine._noise = replay(cases, prefix)
     known = torch.where(cases["inpaint.hole"], MASK, cases["inpaint.known_codes"]) if prefix == "inpaint." else None
     rollout = engine.generate_images(
@@ -121,16 +121,18 @@ def test_rows_taken_through_the_head_in_parts_are_the_same(monkeypatch):
 def test_without_guidance_the_empty_prompt_is_never_computed(monkeypatch):
     rows, prefixes = [], []
 
-    def counted(model, codes, prompts, prompt_of_row):
+    real, prefill = Showo.image_hidden, Showo.prefill
+
+    def counted(model, codes, *rest):
         rows.append(len(codes))
-        return image_hidden(model, codes, prompts, prompt_of_row)
+        return real(model, codes, *rest)
 
-    def prefixed(model, prompts, max_text):
+    def prefixed(model, prompts):
         prefixes.append(len(prompts))
-        return prefill_t2i(model, prompts, max_text)
+        return prefill(model, prompts)
 
-    monkeypatch.setattr("pyunictokens.rollout.sampler.image_hidden", counted)
-    monkeypatch.setattr("pyunictokens.rollout.engine.prefill_t2i", prefixed)
+    monkeypatch.setattr(Showo, "image_hidden", counted)
+    monkeypatch.setattr(Showo, "prefill", prefixed)
     engine = tiny_engine()
     engine.generate_images([[1, 2], [3], [1, 2]], samples=2, steps=3, guidance_scale=0)
     assert (rows, prefixes) == ([2, 6, 6], [2])  # equal prompts once; equal all-masked rows once at step 0
@@ -200,7 +202,7 @@ def test_half_precision_runs_and_scores_in_float32():
 
 
 def test_real_tokenizer_decodes_any_grid(golden, showo_tiny):
-    engine = RolloutEngine(showo_tiny, MagvitV2.from_pretrained(golden / "magvit_tiny"), max_text=12)
+    engine = RolloutEngine(showo_tiny, MagvitV2.from_pretrained(golden / "magvit_tiny"))
     rollout = engine.generate_images([[3, 4]], samples=2, steps=3, grid=(4, 6))
     assert rollout.grid == (4, 6)
     assert torch.equal(rollout.pixels, engine.vq.decode(rollout.codes, (4, 6)))
@@ -212,7 +214,7 @@ def test_text_prompts_go_through_the_tokenizer():
         def encode(self, text):
             return [ord(letter) - ord("a") for letter in text]
 
-    engine = RolloutEngine(tiny_model(), CodesAsPixels(), Letters(), max_text=MAX_TEXT)
+    engine = RolloutEngine(tiny_model(), CodesAsPixels(), Letters())
     assert engine.generate_images("bcd", steps=2).prompt_ids == [[1, 2, 3]]
     text, ids = engine.generate_images(["bcd", "e"], steps=3), engine.generate_images([[1, 2, 3], [4]], steps=3)
     assert torch.equal(text.codes, ids.codes)

@@ -8,10 +8,9 @@ import torch
 import pyunictokens
 from pyunictokens import ConceptTokens, RolloutEngine, TextTokenizer
 from pyunictokens.models import ShowoConfig
-from pyunictokens.models.showo.vocabulary import TextVocabulary
 from pyunictokens.utils.errors import UserError
 
-from .tiny import CONFIG, MAX_TEXT, CodesAsPixels, tiny_model
+from .tiny import CONFIG, CodesAsPixels, tiny_model
 
 SIZES = {"bo": (2, 1), "mug": (3, 2), "ann": (2, 1)}
 """K and M of each concept: two of one size, one larger."""
@@ -27,7 +26,7 @@ def concept(name):
 
 
 def resident_engine(model, names=tuple(SIZES), tokenizer=None, **options):
-    engine = RolloutEngine(model, CodesAsPixels(), tokenizer, max_text=MAX_TEXT, **options)
+    engine = RolloutEngine(model, CodesAsPixels(), tokenizer, **options)
     for name in names:
         engine.add_concept(concept(name))
     return engine
@@ -38,7 +37,7 @@ def alone_engine(model, name, tokenizer=None):
     if tokenizer is not None:
         tokenizer = tokenizer.with_concept(own.tokens)
     model.attach(own)
-    return RolloutEngine(model, CodesAsPixels(), tokenizer, max_text=MAX_TEXT)
+    return RolloutEngine(model, CodesAsPixels(), tokenizer)
 
 
 PROMPTS = [
@@ -60,7 +59,7 @@ def test_images_of_a_mixed_batch_are_those_of_each_concept_alone(max_rows):
     assert mixed.concepts == names
     for place, (name, ids) in enumerate(PROMPTS):
         model = tiny_model()
-        engine = alone_engine(model, name) if name else RolloutEngine(model, CodesAsPixels(), max_text=MAX_TEXT)
+        engine = alone_engine(model, name) if name else RolloutEngine(model, CodesAsPixels())
         rows = [2 * place, 2 * place + 1]
         alone = engine.generate_images([ids], sample_ids=rows, **options)
         assert torch.equal(mixed.codes[rows], alone.codes)
@@ -79,7 +78,7 @@ def test_answers_of_a_mixed_batch_are_those_of_each_concept_alone(options):
     drawn = set()
     for place, (name, ids) in enumerate(PROMPTS):
         model = tiny_model()
-        engine = alone_engine(model, name) if name else RolloutEngine(model, CodesAsPixels(), max_text=MAX_TEXT)
+        engine = alone_engine(model, name) if name else RolloutEngine(model, CodesAsPixels())
         rows = [3 * place, 3 * place + 1, 3 * place + 2]
         alone = engine.generate_text(codes[place : place + 1], [ids], sample_ids=rows, **options)
         assert torch.equal(mixed.lengths[rows], alone.lengths)
@@ -161,7 +160,7 @@ def test_the_vocabulary_of_several_concepts_row_by_row():
     """Embedding and logits are those of the model with each concept attached, padded with −inf."""
     model, names = tiny_model(), [None, "mug", "bo"]
     concepts = [name and concept(name) for name in names]
-    vocabulary = TextVocabulary(model, concepts)
+    vocabulary = model.vocabulary(concepts)
     hidden = torch.randn(20, 32, dtype=torch.float64)
     which = torch.randint(0, 3, (20,))
     logits = vocabulary.logits(hidden, which)

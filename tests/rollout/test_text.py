@@ -6,15 +6,14 @@ import torch.nn.functional as F
 
 from benchmarks.baselines import showo_plain
 from pyunictokens import RolloutEngine, ops
-from pyunictokens.models import Showo, prefill_mmu
+from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
 from pyunictokens.models.showo.attention import DecodeAttention
 from pyunictokens.models.showo.prompting import SpecialIds
-from pyunictokens.models.showo.vocabulary import TextVocabulary
 from pyunictokens.rollout.text import AnswerStep, TextSettings, decode
 from pyunictokens.utils.errors import UserError
 
-from .tiny import MAX_TEXT, CodesAsPixels, tiny_engine, tiny_model
+from .tiny import CodesAsPixels, tiny_engine, tiny_model
 
 END = 41
 
@@ -89,13 +88,13 @@ def test_questions_of_different_lengths_share_a_batch_and_change_nothing():
 
 
 def test_equal_questions_about_one_image_are_computed_once(monkeypatch):
-    computed = []
+    computed, real = [], Showo.prefill_questions
 
     def counted(model, codes, questions):
         computed.append(len(questions))
-        return prefill_mmu(model, codes, questions)
+        return real(model, codes, questions)
 
-    monkeypatch.setattr("pyunictokens.rollout.engine.prefill_mmu", counted)
+    monkeypatch.setattr(Showo, "prefill_questions", counted)
     codes = pictures(1).expand(4, -1)
     rollout = tiny_engine().generate_text(codes, [[1], [2], [1], [1]], samples=2, max_new_tokens=3)
     assert computed == [2] and len(rollout) == 8
@@ -157,7 +156,7 @@ def test_questions_are_wrapped_unless_raw_and_answers_read_without_their_end():
             return " ".join(str(i) for i in ids if i != END)
 
     words = Letters()
-    engine = RolloutEngine(ending_model(), CodesAsPixels(), words, max_text=MAX_TEXT)
+    engine = RolloutEngine(ending_model(), CodesAsPixels(), words)
     rollout = engine.generate_text(pictures(1), "What is it?", samples=4, max_new_tokens=8)
     engine.generate_text(pictures(1), "What is it?", raw=True, max_new_tokens=1)
     assert words.asked == ["USER: \nWhat is it? ASSISTANT:", "What is it?"]
@@ -213,7 +212,7 @@ def test_text_and_image_noise_of_one_id_are_not_the_same_numbers():
         ({"images": torch.zeros(0, 9, dtype=torch.long)}, "give at least one"),
         ({"images": torch.zeros(0, 3, 3, 3)}, "give at least one"),
         ({"questions": [1, 2]}, "give a list of prompts, not one's ids"),
-        ({"system": "You are kind."}, "CLIP features only"),
+        ({"system": "You are kind."}, "features only"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, message):
@@ -234,9 +233,9 @@ def test_a_step_of_static_shapes_gives_the_same_answers(mixed):
     """As a captured step runs: buffers of full length, ended rows still there, called again after the end."""
     model = ending_model(1)
     questions = [[1, 2], [5], [6, 7, 8]] if mixed else [[1, 2]] * 3
-    prompts, last = prefill_mmu(model, pictures(3), questions)
+    prompts, last = model.prefill_questions(pictures(3), questions)
     rows, ids, cut = [0, 0, 0, 1, 2, 2], [5, 9, 2, 0, 1, 7], TextSettings(10, 1.0, 0, 3, END)
-    vocabulary = TextVocabulary(model, [None])
+    vocabulary = model.vocabulary([None])
     tokens, logp, lengths = decode(model, vocabulary, prompts, last, rows, [0] * 6, ids, cut)
     step = AnswerStep(model, vocabulary, prompts, last, rows, [0] * 6, ids, cut, sliced=False)
     step.keep_going.zero_()
@@ -257,7 +256,7 @@ def test_a_step_of_static_shapes_gives_the_same_answers(mixed):
 def test_prompts_are_read_where_they_lie():
     """The decoder's own buffers hold answers alone, however long the prompts are."""
     model = tiny_model()
-    prompts, _ = prefill_mmu(model, pictures(2), [[1, 2], [3, 4, 5]])
+    prompts, _ = model.prefill_questions(pictures(2), [[1, 2], [3, 4, 5]])
     attend = DecodeAttention(prompts, [0, 0, 1], max_new=4)
     assert all(buffer.shape == (3, 2, 4, 16) for buffer in attend._keys + attend._values)
     with pytest.raises(ValueError, match="rows of one prompt must stand together"):

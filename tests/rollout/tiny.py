@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyunictokens import RolloutEngine, ops
-from pyunictokens.models import Showo, ShowoConfig
+from pyunictokens.models import ImageTokenizer, Showo, ShowoConfig
 
 CONFIG = ShowoConfig(
     vocab_size=50 + 10 + 24 + 1,
@@ -23,8 +23,9 @@ CONFIG = ShowoConfig(
     max_position_embeddings=128,
     bos_token_id=40,
     eos_token_id=41,
+    max_text=12,
 )
-MAX_TEXT = 12
+MAX_TEXT = CONFIG.max_text
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Showo:
@@ -37,10 +38,10 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
     return model
 
 
-class CodesAsPixels(nn.Module):
+class CodesAsPixels(ImageTokenizer):
     """Stands in for MagvitV2: a picture whose every pixel is its code, so that a scorer can read the codes back."""
 
-    downsampling = 1
+    downsampling, codebook_size = 1, CONFIG.codebook_size
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class CodesAsPixels(nn.Module):
 
 
 def tiny_engine(model: Showo | None = None, **options: Any) -> RolloutEngine:
-    return RolloutEngine(model or tiny_model(), CodesAsPixels(), max_text=MAX_TEXT, **options)
+    return RolloutEngine(model or tiny_model(), CodesAsPixels(), **options)
 
 
 def philox_noise(seed: int, sample_ids: list[int], count: int, entries: int) -> Any:

@@ -126,7 +126,7 @@ def test_a_table_loads(old: Path) -> None:
     table = Table.load(old / "table")
     assert table.models == ["ours", "Real images"]
     content: Any = json.loads((old / "table" / "results.json").read_text())
-    assert len(table.cells) == len(content["cells"]) == 28
+    assert len(table.records) == len(content["cells"]) == 28
     assert "0.039" in call("evaluate", "compare", "table", "table", "--model-a", "ours", "--model-b", "ours")
 
 

@@ -20,6 +20,7 @@ import torch
 from pytest import MonkeyPatch
 
 from pyunictokens.runs.bundle import Experts, Workbench
+from pyunictokens.runs.context import Parts, RunContext
 from pyunictokens.runs.pipeline import _Run, run_concept
 from pyunictokens.runs.run_dir import CONFIG, EvaluationConfig, RunConfig
 from pyunictokens.train import read_metrics
@@ -36,7 +37,7 @@ def settings(**grpo: Any) -> RunConfig:
     return RunConfig(
         replace(stage_config(), epochs=1, max_steps=3),
         grpo_config(**changes),
-        EvaluationConfig(samples=1, timesteps=2, guidance_scale=1.0, max_new_tokens=3, splits=("vqa", "pure")),
+        EvaluationConfig(samples=1, timesteps=2, guidance_scale=1.0, max_new_tokens=3, tasks=("vqa", "pure")),
     )
 
 
@@ -46,11 +47,10 @@ def run(world: World, config: RunConfig, out: Path, stop: Any = None, report: bo
         with MonkeyPatch.context() as patch:
             patch.setattr(_Run, "report", lambda self: self.out / "report.html")
             return run(world, config, out, stop, report=True, ranks=ranks)
-    bench = Workbench(tiny_model(), world.vq, world.tokenizer, max_text=24)
+    bundle = Workbench(tiny_model(), world.vq, world.tokenizer)
     arguments = {name: value for name, value in (("stop", stop), ("ranks", ranks)) if value is not None}
-    run_concept(
-        bench, world.data, config, out, Experts(experts(), red_preview), resume=(out / CONFIG).exists(), **arguments
-    )
+    context = RunContext(bundle, world.data, config, out, Experts(experts(), red_preview), **arguments)
+    run_concept(context, Parts(resume=(out / CONFIG).exists()))
     return None
 
 

@@ -83,7 +83,7 @@ def test_no_face_is_found_where_the_finder_says_so() -> None:
 def test_preview_scorer_is_ber() -> None:
     toy, batch = untrained(), human_batch()
     scores = toy.preview_scorer(batch.prompts)(batch.images, torch.arange(3))
-    torch.testing.assert_close(scores, toy.ensemble.experts["ber"].score(batch))
+    torch.testing.assert_close(scores, toy.ensemble.models["ber"].score(batch))
 
 
 def test_weights_reach_the_ensemble() -> None:
@@ -118,7 +118,7 @@ def test_shipped_experts_prefer_what_is_right(kind: str) -> None:
     good = parts(right)
     assert float((good["ber"] > parts(elsewhere)["ber"]).float().mean()) > 0.9
     assert float((good["der"] > parts(swapped)["der"].mean()).float().mean()) > 0.9
-    wrong_fact = toy.ensemble.experts["tier"].score(
+    wrong_fact = toy.ensemble.models["tier"].score(
         RewardBatch(
             photos[:1], ["x"], ["it sleeps in the snow"], ["its favourite toy is a red ball", "it sleeps in the snow"]
         )

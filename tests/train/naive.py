@@ -23,7 +23,7 @@ def image_logp(model: Showo, images: ImageTrajectories) -> Tensor:
             shown = torch.where(codes < 0, ids.mask, codes + ids.first_code)
             logits = []
             for text in (prompt, images.empty_prompt):
-                padding = [ids.pad] * (images.max_text + 1 - len(text))
+                padding = [ids.pad] * (model.max_text + 1 - len(text))
                 sequence = torch.tensor([*padding, *text, ids.soi, *shown.tolist(), ids.eoi])[None]
                 full = model(sequence, prompting.attention_allowed(sequence, "t2i", ids))
                 logits.append(full[0, -(len(codes) + 1) : -1, ids.first_code : ids.first_code + config.codebook_size])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyunictokens.config.settings import leaves
+from pyunictokens.config.settings import from_mapping, leaves, with_overrides
 from pyunictokens.config.training import PRESETS
 from pyunictokens.train import GrpoConfig, StageConfig, TrainConfig
 from pyunictokens.train.optimizer import learning_rate
@@ -37,10 +37,10 @@ def test_a_file_gives_back_what_was_written(name: str, tmp_path: Path) -> None:
 def test_a_file_starts_from_a_preset_and_words_come_last(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: toy\ngrpo:\n  lr: 3e-6\n  steps: 7\n  lora: {targets: [q_proj, fc1]}\n")
-    config = TrainConfig.from_yaml(file, ["grpo.steps=9", "group_size=4", "dsog.mu=0.3", "stages.max_text=none"])
+    config = TrainConfig.from_yaml(file, ["grpo.steps=9", "group_size=4", "dsog.mu=0.3", "stages.crop=1.2"])
     assert (config.grpo.lr, config.grpo.steps, config.grpo.group_size) == (3e-6, 9, 4)
     assert config.grpo.lora.targets == ("q_proj", "fc1") and config.grpo.dsog.mu == 0.3
-    assert config.stages.max_text is None
+    assert config.stages.crop == 1.2
     assert config.grpo.timesteps == TrainConfig.preset("toy").grpo.timesteps
 
 
@@ -133,3 +133,16 @@ def test_the_table_in_the_docs_is_up_to_date() -> None:
     text = settings_table.FILE.read_text(encoding="utf-8")
     assert settings_table.updated(text) == text, "run: python -m experiments.settings_table"
     assert "| `grpo.group_size` | 9 |" in text and "G: rollouts of one question." in text
+
+
+def test_max_text_of_older_files_is_left_out_with_a_word_and_handed_to_the_model(tmp_path: Path) -> None:
+    from pyunictokens.runs.run_dir import Origin
+
+    with pytest.warns(UserWarning, match="max_text is left out: it belongs to the model"):
+        assert from_mapping(GrpoConfig, {"max_text": 24, "steps": 3}).steps == 3
+    with pytest.warns(UserWarning, match="max_text is left out"):
+        assert with_overrides(TrainConfig(), ["stages.max_text=48", "grpo.steps=2"]).grpo.steps == 2
+    found = [Origin.of(each, "") for each in ({"max_text": 24}, {"grpo": {"max_text": 48}}, {"grpo": {}}, {})]
+    assert [origin.max_text for origin in found] == [24, 48, None, None]
+    with pytest.raises(UserError, match="max_text"):
+        Origin.of({"max_text": "many"}, "config.yaml")

@@ -99,7 +99,7 @@ def equal(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_results_do_not_depend_on_the_number_of_ranks(here: World, alone: Path, tmp_path: Path, count: int) -> None:
-    """Five rows on two and four ranks, three on four (one has none), two groups of three with a spread optimiser."""
+    """Five rows on two and four ranks, three on four (one has none), two groups of three with a spread optimizer."""
 
     def work(ranks: Ranks) -> Any:
         found = {}
@@ -138,7 +138,7 @@ def test_checkpoints_are_resumed_by_any_number_of_ranks(here: World, alone: Path
     def resumed(ranks: Ranks | None, out: Path, config: Any) -> None:
         train_grpo(**here.fresh(), config=config, out_dir=out, resume=True, ranks=ranks)
 
-    plain = replace(config, shard_optimiser="never")
+    plain = replace(config, shard_optimizer="never")
     beside = replace(config, save_in_background=True, checkpoint_every=1)
 
     def two(ranks: Ranks) -> None:

@@ -17,12 +17,13 @@ from pyunictokens.models.showo import prompting
 from pyunictokens.rewards import Ensemble
 from pyunictokens.train import grpo, read_metrics, train_grpo
 from pyunictokens.train.checkpoint import run_state as state
-from pyunictokens.train.collector import Collector, trajectories
-from pyunictokens.train.tasks import TaskSampler
+from pyunictokens.train.collector import Collector
+from pyunictokens.train.images import Pictures
+from pyunictokens.train.tasks import ConceptTasks
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.profiling import PHASES, PhaseReport
 from tests.train import naive
-from tests.train.world import World, experts, grpo_config, tiny_concept, tiny_model, world
+from tests.train.world import World, experts, grpo_config, tiny_concept, tiny_model, tiny_tokenizer, world
 
 KEY_NAMES = (
     "step mode loss reward_mean reward_std within_group_std parts kl clip_fraction ratio_max grad_norm lr threshold "
@@ -77,7 +78,7 @@ def test_a_run_writes_what_it_says(here: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
     report = PhaseReport.load(run / "phases.json")
     calls = {phase.name: phase.calls for phase in report.phases}
-    assert tuple(calls) == PHASES and calls["update"] == calls["optimiser"] == calls["reference"] == 4
+    assert tuple(calls) == PHASES and calls["update"] == calls["optimizer"] == calls["reference"] == 4
     assert 0 < sum(phase.seconds for phase in report.phases) < report.seconds
     counted = {phase.name for phase in report.phases if phase.flops}
     assert counted == {"prefill", "rollout steps", "previews", "decode", "answers", "reference", "update"}
@@ -203,7 +204,7 @@ def test_rewards_that_are_not_numbers_end_the_run(here: World, tmp_path: Path) -
             return torch.full((len(batch),), float("inf"))
 
     broken = Ensemble({"tier": Broken(), "ber": Broken(), "der": Broken()})
-    with pytest.raises(UserError, match="expert 'tier' scored row 0"):
+    with pytest.raises(UserError, match=r"steps in a row, the last of them step .* are not finite: rewards"):
         train_grpo(**{**here.fresh(), "rewards": broken}, config=grpo_config(), out_dir=tmp_path / "other")
 
 
@@ -238,18 +239,22 @@ def test_concepts_without_what_a_step_needs(here: World, tmp_path: Path) -> None
         train_grpo(**arguments, config=grpo_config(), out_dir=tmp_path / "other")
 
 
+def tasks_of(here: World, **options: Any) -> ConceptTasks:
+    return ConceptTasks(here.data, here.concept, Pictures(here.model, here.vq), **options)
+
+
 def test_tasks_are_balanced_drawn_by_seed_and_never_from_the_test_half(here: World) -> None:
-    tasks = [TaskSampler(here.data, seed=1).draw(step) for step in range(40)]
-    again = TaskSampler(here.data, seed=1)
+    tasks = [tasks_of(here, seed=1).draw(step) for step in range(40)]
+    again = tasks_of(here, seed=1)
     assert [again.draw(step) for step in (39, 0, 17)] == [tasks[39], tasks[0], tasks[17]]
     assert [task.mode for task in tasks].count("visual") == 20
-    assert [task.mode for task in tasks] != [TaskSampler(here.data, seed=2).draw(step).mode for step in range(40)]
+    assert [task.mode for task in tasks] != [tasks_of(here, seed=2).draw(step).mode for step in range(40)]
     prompts = {task.prompt for task in tasks if task.mode == "text_only"}
     assert prompts == {prompt for prompt, _ in here.data.fact_pairs_train}
     assert prompts.isdisjoint(prompt for prompt, _ in here.data.fact_pairs_test)
     for task in tasks:
         assert task.answer == (here.data.extra_info[task.correct] if task.mode == "text_only" else "<bo> is a dog.")
-    third = [TaskSampler(here.data, visual_ratio=0.25, seed=3).draw(step).mode for step in range(40)]
+    third = [tasks_of(here, visual_ratio=0.25, seed=3).draw(step).mode for step in range(40)]
     assert third.count("visual") == 10
 
 
@@ -258,7 +263,7 @@ def test_without_reasoning_nothing_is_said_and_drawings_follow_the_prompts_alone
     result = train_grpo(**here.fresh(), config=grpo_config(reasoning=False, sample_every=1), out_dir=tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert all(line["loss_answer"] == 0 and line["parts_std"]["tier"] < 1e-6 for line in lines)
-    asked = {task.prompt: task.answer for task in (TaskSampler(here.data).draw(step) for step in range(4))}
+    asked = {task.prompt: task.answer for task in (tasks_of(here).draw(step) for step in range(4))}
     assert {line["prompt"]: line["answer"] for line in lines} == asked
     assert not torch.equal(result.concept.embed, tiny_concept().embed)
 
@@ -269,9 +274,9 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
     collect = Collector.collect
 
     class Kept(Collector):
-        def collect(self, tasks: Any, step: int) -> Any:
-            groups.append((collect(self, tasks, step)[0], self.engine))
-            return [groups[-1][0]]
+        def collect(self, step: int, with_images: bool = False) -> Any:
+            groups.append(collect(self, step, with_images)[0])
+            return [groups[-1]]
 
     patch = pytest.MonkeyPatch()
     patch.setattr(grpo, "Collector", Kept)
@@ -279,12 +284,15 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
     config = grpo_config(steps=1, lr=3e-3, group_size=4, beta=0.0, max_grad_norm=100.0, guidance_scale=1.0)
     train_grpo(**arguments, config=config, out_dir=tmp_path / "run")
     patch.undo()
-    group, engine = groups[0]
-    assert torch.allclose(group.advantages, group.rewards - group.rewards.mean()) and group.advantages.std() > 0
-    assert group.texts == group.own.answers.texts
-    for text, answer in zip(group.prompts, group.texts, strict=True):
+    (group,) = groups
+    told = group.summary
+    assert torch.allclose(group.advantages, told.rewards - told.rewards.mean()) and group.advantages.std() > 0
+    known = tiny_tokenizer().with_concept(tiny_concept().tokens)
+    said_tokens = [known.decode([int(token) for token in row if token >= 0]) for row in group.local.answers.tokens_RL]
+    assert told.texts == said_tokens
+    for text, answer in zip(told.prompts, told.texts, strict=True):
         assert text == prompting.compound_prompt(group.task.prompt, answer)
-    images, answers = trajectories(group.own, engine, "all")
+    images, answers = group.local.images, group.local.answers
     learned = arguments["model"]
     change = []
     for model in (tiny_model(), learned):

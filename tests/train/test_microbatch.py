@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyunictokens.models import Showo, image_hidden
-from pyunictokens.models.costs import activation_bytes
+from pyunictokens.models import PromptKV, Showo
+from pyunictokens.models.showo.costs import activation_bytes
 from pyunictokens.train import microbatch as pieces
-from pyunictokens.train import update
 from pyunictokens.train.microbatch import Pieces, add_gradients
 from pyunictokens.train.trajectories import choose_timesteps
 from pyunictokens.train.update import LossSettings, PieceSizes, image_logprobs, streamed_backward
@@ -97,7 +96,9 @@ def test_gradients_are_exact_when_memory_runs_out(kind, where, monkeypatch):
     wanted = gradients(model)
     refused = []
 
-    def tight(model: Showo, codes: Tensor, prompts: Any, of_row: Any) -> Tensor:
+    real = Showo.image_hidden
+
+    def tight(model: Showo, codes: Tensor, prompts: Any, of_row: Any, at: Tensor) -> Tensor:
         if torch.is_grad_enabled() and len(codes) > (3 if kind == "concept" else 6):  # both halves in one
             refused.append(len(codes))
             if where == "forward":
@@ -106,12 +107,12 @@ def test_gradients_are_exact_when_memory_runs_out(kind, where, monkeypatch):
             monkeypatch.setattr(model, "embed_codes", lambda c: _Full.apply(type(model).embed_codes(model, c)))
             if kind == "concept":  # the embeddings are frozen: fail at the prompt's keys instead
                 keys = [[_Full.apply(layers[0]), *layers[1:]] for layers in prompts.keys]
-                prompts = type(prompts)(keys, prompts.values, prompts.next_position)
-        hidden = image_hidden(model, codes, prompts, of_row)
+                prompts = PromptKV(keys, prompts.values, prompts.next_position)
+        hidden = real(model, codes, prompts, of_row, at)
         monkeypatch.setattr(model, "embed_codes", lambda c: type(model).embed_codes(model, c))
         return hidden
 
-    monkeypatch.setattr(update, "image_hidden", tight)
+    monkeypatch.setattr(Showo, "image_hidden", tight)
     sizes = PieceSizes()
     stats = streamed_backward(model, ADVANTAGES, settings, images, answers, sizes)
     assert sizes.images is not None and sizes.images.splits >= 2 and len(refused) == sizes.images.splits
@@ -130,7 +131,7 @@ def test_one_row_that_does_not_fit_ends_with_a_way_out_and_no_half_gradient(monk
     def never(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(update, "image_hidden", never)
+    monkeypatch.setattr(Showo, "image_hidden", never)
     with pytest.raises(UserError, match="checkpoint_layers=true"):
         streamed_backward(model, ADVANTAGES, LossSettings(), images)
     assert gradients(model) == {}
@@ -141,12 +142,14 @@ def test_scoring_goes_on_with_smaller_pieces(monkeypatch):
     images = fake_images(model, scope="masked")
     wanted = image_logprobs(model, images, 5, 1)
 
+    real = Showo.image_hidden
+
     def tight(model: Showo, codes: Tensor, *rest: Any) -> Tensor:
         if len(codes) > 4:
             raise torch.OutOfMemoryError("no memory")
-        return image_hidden(model, codes, *rest)
+        return real(model, codes, *rest)
 
-    monkeypatch.setattr(update, "image_hidden", tight)
+    monkeypatch.setattr(Showo, "image_hidden", tight)
     sizes = PieceSizes()
     assert (image_logprobs(model, images, 5, 1, sizes) - wanted).abs().max() < 1e-5
     assert sizes.scoring is not None and sizes.scoring.packed <= 2 and sizes.scoring.splits > 0

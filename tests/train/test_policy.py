@@ -14,7 +14,7 @@ from pyunictokens.models import ConceptTokens, Showo
 from pyunictokens.models.showo import prompting
 from pyunictokens.train import LoraConfig, Policy, load_policy
 from pyunictokens.train.logprobs import Leaves
-from pyunictokens.train.optimizer import Optimiser
+from pyunictokens.train.optimizer import Optimizer
 from pyunictokens.utils.errors import UserError
 from tests.train.world import tiny_concept, tiny_model
 
@@ -36,16 +36,16 @@ def logits(model: Showo) -> torch.Tensor:
 
 
 def push(policy: Policy, steps: int = 2, lr: float = 0.05) -> None:
-    """A few optimiser steps on an arbitrary loss."""
-    optimiser = Optimiser(policy.named_parameters(), lr=lr)
+    """A few optimizer steps on an arbitrary loss."""
+    optimizer = Optimizer(policy.named_parameters(), lr=lr)
     ids = prompting.SpecialIds.of(policy.model)
     first = policy.model.config.first_code_id
     sequence = prompting.t2i([5, first, first + 2, 9], None, ids, 10, 16)[None]
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         out = policy.model(sequence, prompting.attention_allowed(sequence, "t2i", ids))[:, 4:]
         out.float().log_softmax(-1)[..., 3].mean().neg().backward()
-        optimiser.step(lr)
+        optimizer.step(lr)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,12 +191,12 @@ def test_what_cannot_be_a_policy(tmp_path: Path) -> None:
 def test_gradients_of_many_pieces_add_up_in_float32() -> None:
     """In bfloat16 1000 additions of 1 stop at 256; the twin's gradient and the leaves' do not."""
     weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    optimiser = Optimiser({"weight": weight}, lr=1.0)
+    optimizer = Optimizer({"weight": weight}, lr=1.0)
     for _ in range(1000):
         weight.sum().backward()
-    assert weight.grad is None and optimiser.grad_norm() == pytest.approx(1000 * 3**0.5)
-    optimiser.zero_grad()
-    assert optimiser.grad_norm() == 0
+    assert weight.grad is None and optimizer.grad_norm() == pytest.approx(1000 * 3**0.5)
+    optimizer.zero_grad()
+    assert optimizer.grad_norm() == 0
     live = torch.ones(3, dtype=torch.bfloat16, requires_grad=True) * 2
     leaves = Leaves(live)
     for _ in range(1000):

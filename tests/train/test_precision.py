@@ -14,14 +14,13 @@ import torch
 
 from pyunictokens import RolloutEngine
 from pyunictokens.models import Showo
-from pyunictokens.models.showo import prompting
 from pyunictokens.rollout.types import ImageRollout, TextRollout
 from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
 from pyunictokens.train.update import LossSettings, answer_logprobs, image_logprobs, streamed_backward
 
 from .world import tiny_model
 
-LAYERS, WIDTH, MAX_TEXT = 24, 64, 14
+LAYERS, WIDTH = 24, 64
 ROOT_MEAN_SQUARE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.0025}
 """Of the difference of one half's log-probs from float32, per unit of 1 + 2 s. About twice what was found."""
 LARGEST = 5.0
@@ -44,24 +43,13 @@ def deep(dtype: torch.dtype) -> Showo:
 
 
 def drawn(dtype: torch.dtype, scale: float) -> ImageRollout:
-    engine = RolloutEngine(deep(dtype), max_text=MAX_TEXT)
+    engine = RolloutEngine(deep(dtype))
     prompts = [[5, 6], [7, 8, 9]]
     return engine.generate_images(prompts, samples=3, steps=4, guidance_scale=scale, seed=1, decode=False)
 
 
 def recorded(rollout: ImageRollout, model: Showo) -> ImageTrajectories:
-    ids = prompting.SpecialIds.of(model)
-    assert rollout.inputs is not None and rollout.chosen is not None and rollout.logp is not None
-    return ImageTrajectories(
-        prompts=[prompting.t2i_text(text, ids, MAX_TEXT) for text in rollout.prompt_ids],
-        prompt_of_row=rollout.prompt_index.tolist(),
-        inputs_RTN=rollout.inputs,
-        chosen_RTN=rollout.chosen,
-        old_logp_RTN=rollout.logp,
-        empty_prompt=prompting.t2i_text([], ids, MAX_TEXT),
-        max_text=MAX_TEXT,
-        guidance_scale=rollout.guidance_scale,
-    )
+    return ImageTrajectories.of(model, rollout)
 
 
 def answered(dtype: torch.dtype) -> TextRollout:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from pyunictokens.rewards.base import RewardBatch
-from pyunictokens.rewards.ensemble import EnsembleScore
-from pyunictokens.rewards.registry import Rewards
-from pyunictokens.rewards.served.client import RemoteExperts
-from pyunictokens.rewards.served.server import ExpertServer
+from pyunictokens.rewards import Ensemble, EnsembleScore, RewardBatch
+from pyunictokens.rewards.base import PreviewScorer
+from pyunictokens.rewards.served.client import RemoteRewards
+from pyunictokens.rewards.served.server import RewardServer
 from pyunictokens.train import read_metrics, train_grpo
 from pyunictokens.utils.errors import UserError
-from tests.train.world import experts, grpo_config, red_preview, world
+from tests.train.world import Brevity, Colour, grpo_config, red_preview, world
 
 KEY = b"sixteen letters or more"
 
 
+class Judging(Colour):
+    """A reward model that judges previews as well."""
+
+    def preview_scorer(self, prompts: Sequence[str]) -> PreviewScorer:
+        return red_preview(prompts)
+
+
 @pytest.fixture
-def server() -> Iterator[ExpertServer]:
-    served = ExpertServer(Rewards(experts(), red_preview, None), KEY)
+def server() -> Iterator[RewardServer]:
+    served = RewardServer(Ensemble({"tier": Brevity(), "ber": Judging(0), "der": Colour(2)}), KEY)
     thread = threading.Thread(target=served.serve, daemon=True)
     thread.start()
     yield served
@@ -32,9 +38,9 @@ def server() -> Iterator[ExpertServer]:
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
-def test_the_run_is_the_one_at_home(tmp_path: Path, server: ExpertServer) -> None:
+def test_the_run_is_the_one_at_home(tmp_path: Path, server: RewardServer) -> None:
     here = world(tmp_path / "data")
-    remote = RemoteExperts([(server.host, server.port)], KEY)
+    remote = RemoteRewards([(server.host, server.port)], KEY)
     train_grpo(**here.fresh(), config=grpo_config(), out_dir=tmp_path / "home")
     asked = {**here.fresh(), "rewards": remote, "preview_scorer": remote.preview_scorer}
     train_grpo(**asked, config=grpo_config(), out_dir=tmp_path / "away")
@@ -46,9 +52,9 @@ def test_the_run_is_the_one_at_home(tmp_path: Path, server: ExpertServer) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
-def test_the_next_group_is_drawn_while_one_is_scored(tmp_path: Path, server: ExpertServer) -> None:
+def test_the_next_group_is_drawn_while_one_is_scored(tmp_path: Path, server: RewardServer) -> None:
     here = world(tmp_path / "data")
-    remote = RemoteExperts([(server.host, server.port)], KEY)
+    remote = RemoteRewards([(server.host, server.port)], KEY)
     events: list[str] = []
 
     class Watched:
@@ -78,9 +84,9 @@ def test_the_next_group_is_drawn_while_one_is_scored(tmp_path: Path, server: Exp
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:the DSOG scorer failed")
-def test_a_run_that_loses_its_experts_goes_on_when_they_are_back(tmp_path: Path, server: ExpertServer) -> None:
+def test_a_run_that_loses_its_experts_goes_on_when_they_are_back(tmp_path: Path, server: RewardServer) -> None:
     here = world(tmp_path / "data")
-    remote = RemoteExperts([(server.host, server.port)], KEY, backoff=0.05)
+    remote = RemoteRewards([(server.host, server.port)], KEY, backoff=0.05)
     asked = {**here.fresh(), "rewards": remote, "preview_scorer": remote.preview_scorer}
 
     def loses(phase: str, done: int, total: int, values: object) -> None:
@@ -89,7 +95,7 @@ def test_a_run_that_loses_its_experts_goes_on_when_they_are_back(tmp_path: Path,
 
     with pytest.raises(UserError, match=f"{server.address} .* are lost.*--resume"):
         train_grpo(**asked, config=grpo_config(checkpoint_every=1), out_dir=tmp_path / "run", progress=loses)
-    again = ExpertServer(server.rewards, KEY, port=server.port)
+    again = RewardServer(server.rewards, KEY, port=server.port)
     threading.Thread(target=again.serve, daemon=True).start()
     asked = {**here.fresh(), "rewards": remote, "preview_scorer": remote.preview_scorer}
     train_grpo(**asked, config=grpo_config(checkpoint_every=1), out_dir=tmp_path / "run", resume=True)

@@ -206,7 +206,7 @@ def test_understanding_is_the_answers_tokens_alone(here: World) -> None:
         logits = model(sequence, prompting.attention_allowed(sequence, "mmu", ids))[0, -len(said) - 1 : -1]
         total = total - logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None]).sum()
         count += len(said)
-    found = understanding_loss(model, prefixes, [text_row(tokenizer, ids, *pair) for pair in asked])
+    found = understanding_loss(model, prefixes, [text_row(tokenizer, model, *pair) for pair in asked])
     assert float(found) == pytest.approx(float(total / count), rel=1e-5)
     learn = list(model.concept.parameters())
     for mine, theirs in zip(torch.autograd.grad(found, learn), torch.autograd.grad(total / count, learn), strict=True):
@@ -215,9 +215,10 @@ def test_understanding_is_the_answers_tokens_alone(here: World) -> None:
 
 def test_generation_is_the_masked_codes_alone(here: World) -> None:
     model = here.model.attach(tiny_concept().requires_grad_(True))
+    model.max_text = 8
     ids, generator = prompting.SpecialIds.of(model), torch.Generator().manual_seed(1)
     codes = torch.randint(0, 32, (3, 16), generator=generator)
-    mask = random_mask(codes, "cosine", generator)
+    mask, at = random_mask(codes, "cosine", generator)
     first = model.config.first_code_id
     texts = [[5, first, first + 2], [], [5, first, first + 2]]
     prompts = [prompting.t2i_text(text, ids, 8) for text in texts]
@@ -227,7 +228,7 @@ def test_generation_is_the_masked_codes_alone(here: World) -> None:
         logits = model(sequence, prompting.attention_allowed(sequence, "t2i", ids))[0, -17:-1, first + 6 : first + 38]
         logp = logits.log_softmax(-1).gather(-1, codes[row][:, None])[:, 0]
         total = total - logp[mask[row]].sum()
-    found = generation_loss(model, codes, mask, prompts, 8)
+    found = generation_loss(model, codes, mask, prompts, at)
     assert float(found) == pytest.approx(float(total / mask.sum()), rel=1e-5)
     mine, theirs = (torch.autograd.grad(loss, model.concept.embed)[0] for loss in (found, total / mask.sum()))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
@@ -235,7 +236,7 @@ def test_generation_is_the_masked_codes_alone(here: World) -> None:
 
 def test_masks_follow_the_schedule() -> None:
     codes = torch.zeros(4000, 16, dtype=torch.int64)
-    mask = random_mask(codes, "cosine", torch.Generator().manual_seed(0))
+    mask, _ = random_mask(codes, "cosine", torch.Generator().manual_seed(0))
     counts = mask.sum(1)
     assert counts.min() == 1 and counts.max() == 16
     wanted = sum(max(1, round(16 * mask_rate("cosine", place / 999))) for place in range(1000)) / 1000

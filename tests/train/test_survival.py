@@ -357,8 +357,8 @@ def test_an_expert_that_hangs_ends_the_run_with_its_place(here: World, tmp_path:
     hanging = Hanging(at=2)
     arguments = {**here.fresh(), "rewards": hanging}
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"scoring by the experts gave no answer in 0\.5 s; it stands at .*wait\)"):
-        train_grpo(**arguments, config=grpo_config(expert_timeout=0.5, checkpoint_every=1), out_dir=tmp_path / "run")
+    with pytest.raises(UserError, match=r"scoring by the reward models gave no answer in 0\.5 s; .*wait\)"):
+        train_grpo(**arguments, config=grpo_config(reward_timeout=0.5, checkpoint_every=1), out_dir=tmp_path / "run")
     hanging.wake.set()
     assert time.monotonic() - started < 15
     resumed = train_grpo(**here.fresh(), config=grpo_config(checkpoint_every=1), out_dir=tmp_path / "run", resume=True)
@@ -382,7 +382,7 @@ def test_a_judge_of_previews_that_hangs_is_asked_once(here: World, tmp_path: Pat
         pytest.warns(UserWarning, match="scorer failed"),
         pytest.raises(UserError, match="judging previews gave no answer"),
     ):
-        train_grpo(**arguments, config=grpo_config(expert_timeout=0.3), out_dir=tmp_path / "run")
+        train_grpo(**arguments, config=grpo_config(reward_timeout=0.3), out_dir=tmp_path / "run")
     wake.set()
     assert len(asked) == 1
 
@@ -399,8 +399,8 @@ def test_an_expert_that_raises_is_named(here: World, tmp_path: Path) -> None:
         return scorer
 
     for number, limit in enumerate((0.0, 5.0)):
-        config = grpo_config(expert_timeout=limit, steps=1)
-        with pytest.raises(UserError, match="scoring by the experts failed: ZeroDivisionError: no dogs"):
+        config = grpo_config(reward_timeout=limit, steps=1)
+        with pytest.raises(UserError, match="scoring by the reward models failed: ZeroDivisionError: no dogs"):
             train_grpo(**{**here.fresh(), "rewards": Broken()}, config=config, out_dir=tmp_path / f"a{number}")
         with pytest.warns(UserWarning, match="scorer failed .* judging previews failed: ZeroDivisionError: no cats"):
             train_grpo(**{**here.fresh(), "preview_scorer": judge}, config=config, out_dir=tmp_path / f"b{number}")

@@ -13,13 +13,10 @@ from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
 from pyunictokens.ops import token_mask
 from pyunictokens.train import Policy
-from pyunictokens.train.logprobs import text_logprob
 from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
 from pyunictokens.train.update import LossSettings, answer_logprobs, image_logprobs, streamed_backward
 from tests.train import naive
 from tests.train.world import tiny_concept, tiny_model
-
-MAX_TEXT = 14
 
 
 def fake_images(
@@ -27,7 +24,7 @@ def fake_images(
 ) -> ImageTrajectories:
     """Trajectories of made-up codes; the old and reference policies differ a little from the present one."""
     generator = torch.Generator().manual_seed(3)
-    ids, count, codebook = prompting.SpecialIds.of(model), model.config.num_vq_tokens, model.config.codebook_size
+    count, codebook = model.config.num_vq_tokens, model.config.codebook_size
     chosen = torch.randint(0, codebook, (rows, steps, count), generator=generator)
     order = torch.rand(rows, 1, count, generator=generator).argsort(-1)
     still = order < torch.linspace(count, 1, steps).round().long()[:, None]
@@ -35,13 +32,12 @@ def fake_images(
     first = model.config.first_code_id
     texts = [[5, 9, first, first + 3, 7], [11], [first + 1, 6, 4]]
     images = ImageTrajectories(
-        prompts=[prompting.t2i_text(text, ids, MAX_TEXT) for text in texts],
+        prompts=[model.prompt_ids(text) for text in texts],
         prompt_of_row=[row % len(texts) for row in range(rows)],
         inputs_RTN=inputs,
         chosen_RTN=chosen.to(torch.int16),
         old_logp_RTN=torch.empty(0),
-        empty_prompt=prompting.t2i_text([], ids, MAX_TEXT),
-        max_text=MAX_TEXT,
+        empty_prompt=model.prompt_ids([]),
         guidance_scale=scale,
         mask_RTN=token_mask(inputs, scope),
     )
@@ -76,6 +72,7 @@ def gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
 def policy_of(kind: str, tmp_path: Path) -> Policy:
     model = tiny_model()
+    model.max_text = 14
     model.attach(tiny_concept())
     policy = Policy(model, kind, reference_file=tmp_path / "start.safetensors")
     if kind == "lora":  # fresh adapters give no gradient to their first half
@@ -159,15 +156,14 @@ def test_golden_values_and_gradients(
     recorded = cases["gen.input_ids_per_step"][:, :, -(side + 1) : -1].transpose(0, 1)
     inputs = torch.where(recorded == ids.mask, -1, recorded - ids.first_code)
     assert torch.equal(inputs == -1, cases["traj.unknown"])
-    max_text, settings = showo_meta["max_text_tokens"], showo_meta["grpo"]
+    settings = showo_meta["grpo"]
     images = ImageTrajectories(
-        prompts=[prompting.t2i_text(text, ids, max_text) for text in showo_meta["text_ids"]],
+        prompts=[model.prompt_ids(text) for text in showo_meta["text_ids"]],
         prompt_of_row=[0, 1],
         inputs_RTN=inputs,
         chosen_RTN=cases["traj.chosen"],
         old_logp_RTN=cases["grpo.old_logps"],
-        empty_prompt=prompting.t2i_text([], ids, max_text),
-        max_text=max_text,
+        empty_prompt=model.prompt_ids([]),
         guidance_scale=showo_meta["generate"]["guidance_scale"],
         ref_logp_RTN=cases["grpo.ref_logps"],
     )
@@ -236,7 +232,7 @@ def test_text_logprob_is_the_whole_vocabulary(temperature: float) -> None:
     weight, bias = model.text_head()
     wanted = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)
     wanted = wanted.gather(-1, target[..., None])[..., 0]
-    found = text_logprob(model, hidden, target, temperature=temperature)
+    found = model.text_logprob(hidden, target, temperature=temperature)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     learn = [hidden, concept.head_weight, concept.head_bias, model.showo.lm_head.weight, model.showo.lm_head.bias]
     push = torch.randn(found.shape)

@@ -48,6 +48,7 @@ def tiny_model(seed: int = 0, layers: int = 2, width: int = 32) -> Showo:
         max_position_embeddings=160,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
+        max_text=24,
     )
     model = Showo(config).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -142,7 +143,6 @@ def grpo_config(**changes: Any) -> GrpoConfig:
         "timesteps": 4,
         "guidance_scale": 2.0,
         "max_new_tokens": 5,
-        "max_text": 24,
         "checkpoint_every": 2,
         "sample_every": 0,
         "micro_rows": 2,
@@ -157,7 +157,6 @@ def stage_config(**changes: Any) -> StageConfig:
         "num_generation": 2,
         "num_extra": 2,
         "epochs": 2,
-        "max_text": 24,
         "generated_images": 2,
         "generated_timesteps": 4,
         "generated_guidance": 1.0,

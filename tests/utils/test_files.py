@@ -76,6 +76,30 @@ def test_json_round_trip_keeps_letters_readable(tmp_path: Path) -> None:
     assert "läuft" in (tmp_path / "v.json").read_text(encoding="utf-8")
 
 
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.text(), _JSON, max_size=4))
+def test_json_in_rows_says_the_same(tmp_path: Path, value: dict[str, object]) -> None:
+    io.write_json_rows(tmp_path / "v.json", value)
+    assert io.read_json(tmp_path / "v.json") == value
+
+
+def test_json_in_rows_has_a_line_for_each_record(tmp_path: Path) -> None:
+    io.write_json_rows(
+        tmp_path / "v.json", {"scale": "full", "cells": [{"a": [1, 2]}, {"a": {"b": 3}}], "by": {"x": [4]}}
+    )
+    text = (tmp_path / "v.json").read_text()
+    assert text == (
+        '{\n "scale": "full",\n "cells": [\n  {"a": [1, 2]},\n  {"a": {"b": 3}}\n ],\n "by": {\n  "x": [4]\n }\n}\n'
+    )
+
+
 def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "v.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert io.read_json(tmp_path / "v.json") == [1]

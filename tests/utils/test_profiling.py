@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pyunictokens.models import costs as cost
+from pyunictokens.models.showo import costs as cost
 from pyunictokens.utils import profiling
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.profiling import PhaseReport, PhaseTotal, Recorder, count, phase, step_done, trace
@@ -72,23 +70,17 @@ def test_a_report_goes_to_a_file_and_back(tmp_path: Path) -> None:
         PhaseReport.load(tmp_path / "other.json")
 
 
-def test_nvtx_ranges_where_the_package_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvtx_ranges_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    fake = SimpleNamespace(
-        push_range=lambda name, domain: seen.append(f"{domain} {name}"), pop_range=lambda domain: seen.append("end")
-    )
-    profiling._nvtx.cache_clear()
-    monkeypatch.setitem(sys.modules, "nvtx", fake)
-    try:
-        with phase("update"), phase("optimiser"):
-            pass
-    finally:
-        profiling._nvtx.cache_clear()
-    assert seen == ["pyunictokens update", "pyunictokens optimiser", "end", "end"]
-    monkeypatch.setitem(sys.modules, "nvtx", None)  # absent
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("end"))
+    monkeypatch.setattr(profiling, "_has_nvtx", lambda: True)
+    with phase("update"), phase("optimizer"):
+        pass
+    assert seen == ["update", "optimizer", "end", "end"]
+    monkeypatch.setattr(profiling, "_has_nvtx", lambda: False)
     with phase("update"):
         pass
-    profiling._nvtx.cache_clear()
     assert len(seen) == 4
 
 

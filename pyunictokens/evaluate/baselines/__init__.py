@@ -1,25 +1,27 @@
-"""Models behind the two methods of `evaluate.model`, one file each, and the words that name them on a command line.
+"""Models to compare, one file each, behind the two methods of `evaluate.core`; and the words that name them.
 
     ours[:RUN]                      what a run learned; {name} in RUN is the concept
-    showo-tp, showo-ip              the bare model, told about the concept in words, by a photo
+    showo-tp, showo-ip              the bare model, told about the concept in words, by a reference
     transformers:PATH[+ip]          an image-text-to-text model of transformers
     diffusers:PATH[,KEY=VALUE]…     a pipeline of diffusers with its DreamBooth or textual-inversion weights
     endpoint:URL,model=NAME[,KEY=VALUE]…[+ip]
     real                            real images
 
-This file parses those words and makes the candidates that need no engine; those that do are made by whoever owns one.
+This file parses those words and makes the baselines that need no engine; those that do are made by whoever owns one.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
+
+from ...utils import fingerprint
 from ...utils.errors import UserError
-from ..model import Candidate, Model
-from ..sample_cache import fingerprint
-from ..subject import Subject
+from ..core import Baseline, Model
+from ..tasks import Subject
 
 KINDS = ("ours", "showo-tp", "showo-ip", "transformers", "diffusers", "endpoint", "real")
 _NEED = {"transformers": "a folder or hub id", "diffusers": "a folder or hub id", "endpoint": "a URL up to /v1"}
@@ -77,24 +79,25 @@ def parse(text: str) -> Spec:
     return Spec(kind, where, options, image)
 
 
-def candidate(spec: Spec, device: Any = "cpu", dtype: Any = None, max_new_tokens: int = 100) -> Candidate:
-    """The candidate of a spec that needs no engine. Raises UserError for an option it does not know."""
-    import torch
-
-    dtype = dtype or torch.float32
-    weights = " ".join(fingerprint(place) for place in (spec.where, *spec.options.values()))
-    identity = (
-        f"{spec.kind} {spec.where} {weights} {sorted(spec.options.items())} image={spec.image} {dtype} {max_new_tokens}"
-    )
+def baseline(
+    spec: Spec,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_new_tokens: int = 100,
+) -> Baseline:
+    """The baseline of a spec that needs no engine. Raises UserError for an option it does not know."""
+    weights = " ".join(fingerprint.of_files(place) for place in (spec.where, *spec.options.values()))
+    options = sorted(spec.options.items())
+    identity = f"{spec.kind} {spec.where} {weights} {options} image={spec.image} {dtype} {max_new_tokens}"
     if spec.kind == "real":
         from .real import RealImages
 
-        return Candidate(spec.name, identity, RealImages)
+        return Baseline(spec.name, identity, RealImages)
     if spec.kind == "transformers":
         from .vlm import Backbone, Vlm
 
         backbone = functools.cache(lambda: Backbone(spec.where, device, dtype))
-        return Candidate(
+        return Baseline(
             spec.name,
             identity,
             lambda subject: Vlm(backbone(), subject, int(spec.image), max_new_tokens),
@@ -105,40 +108,33 @@ def candidate(spec: Spec, device: Any = "cpu", dtype: Any = None, max_new_tokens
 
         source = parse_source([spec.where, *(f"{key}={value}" for key, value in spec.options.items())])
         pipeline = functools.cache(lambda: Pipeline(source, device, dtype))
-        return Candidate(
+        return Baseline(
             spec.name, identity, lambda subject: Diffusion(pipeline(), subject), release=pipeline.cache_clear
         )
     if spec.kind == "endpoint":
-        return Candidate(spec.name, identity, _remote(spec, max_new_tokens))
+        return Baseline(spec.name, identity, _remote(spec, max_new_tokens))
     raise UserError(f"model {spec.kind!r}: needs an engine")
 
 
-def _remote(spec: Spec, max_new_tokens: int) -> Any:
+def _remote(spec: Spec, max_new_tokens: int) -> Callable[[Subject], Model]:
     from ...rewards.endpoint import Endpoint
     from .endpoint import Remote, RemoteConfig
 
-    known = {"model", "draw", "key", "photos"}
-    unknown = [key for key in spec.options if key not in known]
-    if unknown or "model" not in spec.options:
-        raise UserError(
-            f"endpoint {spec.where}: needs model=NAME and knows {', '.join(sorted(known))}; "
-            f"got {', '.join(spec.options) or 'nothing'}"
-        )
+    known = {"model", "draw", "key", "references"}
+    if not {"model"} <= set(spec.options) <= known | {"photos"}:
+        got = ", ".join(spec.options) or "nothing"
+        raise UserError(f"endpoint {spec.where}: needs model=NAME and knows {', '.join(sorted(known))}; got {got}")
     key = spec.options.get("key", "OPENAI_API_KEY")
-    photos = spec.options.get("photos", "1")
-    if not photos.isdigit() or not 1 <= int(photos) <= 20:
-        raise UserError(f"endpoint {spec.where}: photos={photos}: must be from 1 to 20")
+    shown = spec.options.get("references", spec.options.get("photos", "1"))  # as it was called before
+    if not shown.isdigit() or not 1 <= int(shown) <= 20:
+        raise UserError(f"endpoint {spec.where}: references={shown}: must be from 1 to 20")
     config = RemoteConfig(
         spec.options["model"],
         spec.where,
         None if key == "none" else key,
         max_tokens=max_new_tokens,
-        drawing_model=spec.options.get("draw", ""),
-        shown=int(photos) if spec.image else 0,
+        image_model=spec.options.get("draw", ""),
+        shown=int(shown) if spec.image else 0,
     )
     endpoint = Endpoint(config)
-
-    def load(subject: Subject) -> Model:
-        return Remote(endpoint, config, subject)
-
-    return load
+    return lambda subject: Remote(endpoint, config, subject)

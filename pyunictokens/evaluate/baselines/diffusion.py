@@ -1,5 +1,5 @@
 """Any text-to-image pipeline of diffusers: weights of DreamBooth (a whole pipeline, or a LoRA over one) or of textual
-inversion (an embedding over one). It draws and does not answer.
+inversion (an embedding over one). It generates images and does not answer.
 
 In prompts the concept's name becomes the words its weights were trained with: DreamBooth's "sks dog", or the token of
 the embedding.
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...rewards.base import plain_text
 from ...utils.errors import UserError, require
-from ..model import Nothing
-from ..subject import Subject
+from ..core import GeneratesOnly
+from ..tasks import Subject
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Pipeline:
         self.pipe: Any = pipe.to(self.device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
-            self.pipe.safety_checker = None  # it blackens pictures, which would be scored as drawings
+            self.pipe.safety_checker = None  # it blackens images, which would be scored as they are
         if source.lora:
             self._load("load_lora_weights", source.lora)
         self._embedded: set[str] = set()
@@ -78,8 +78,8 @@ class Pipeline:
             raise UserError(f"{given}: cannot be loaded into {type(self.pipe).__name__}: {error}") from error
 
     @torch.no_grad()
-    def draw(self, prompt: str, n: int, seed: int) -> Tensor:
-        """[n, 3, H, W] in [-1, 1]; each drawing has a generator of its own, so its number decides and not the batch."""
+    def generate(self, prompt: str, n: int, seed: int) -> Tensor:
+        """[n, 3, H, W] in [-1, 1]; each image has a generator of its own, so its number decides and not the batch."""
         more: dict[str, Any] = {}
         if self.source.size:
             more = {"height": self.source.size, "width": self.source.size}
@@ -96,8 +96,8 @@ class Pipeline:
         return pixels * 2.0 - 1.0
 
 
-class Diffusion(Nothing):
-    """A pipeline that draws one concept."""
+class Diffusion(GeneratesOnly):
+    """A pipeline that generates one concept."""
 
     def __init__(self, pipeline: Pipeline, subject: Subject):
         self.pipeline, self.subject = pipeline, subject
@@ -106,8 +106,8 @@ class Diffusion(Nothing):
         pipeline.embed(self.words)
 
     def generate(self, prompt: str, n: int, seed: int) -> Tensor:
-        """`n` drawings of the prompt with the concept's own words in place of its name."""
-        return self.pipeline.draw(plain_text(prompt, self.words), n, seed)
+        """`n` images of the prompt with the concept's own words in place of its name."""
+        return self.pipeline.generate(plain_text(prompt, self.words), n, seed)
 
 
 def parse_source(words: Sequence[str]) -> DiffusionSource:

@@ -1,7 +1,7 @@
-"""A model behind an OpenAI-compatible endpoint, told about the concept in words (TP) or by photos (IP).
+"""A model behind an OpenAI-compatible endpoint, told about the concept in words (TP) or by references (IP).
 
-Questions go to chat completions with pictures as data URLs; drawings to images/generations, where the endpoint has it
-and a drawing model is named. Retries, time-outs and the key are the business of `rewards.endpoint`.
+Questions go to chat completions with images as data URLs; prompts to images/generations, where the endpoint has it and
+an image model is named. Retries, time-outs and the key are the business of `rewards.endpoint`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from torch import Tensor
 from ...data.images import fit_within, from_pil, square
 from ...rewards.endpoint import Endpoint, EndpointConfig, EndpointError
 from ...rewards.judge import data_url
-from ...utils.errors import UserError, require
-from ..model import Unsupported
-from ..subject import Subject
-from .prompts import described, photos, told
+from ...utils.errors import UserError, needs, require
+from ..core import Unsupported
+from ..tasks import Subject
+from .prompts import described, pointed, references, told
 
 if TYPE_CHECKING:
+    from openai import OpenAI
     from PIL.Image import Image
 
 
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 class RemoteConfig(EndpointConfig):
     """An endpoint as a contestant."""
 
-    drawing_model: str = ""
-    """The model asked for drawings; empty means that it does not draw."""
+    image_model: str = ""
+    """The model asked for images; empty means that it generates none."""
     shown: int = 0
-    """Photos of the image prompt; 0 is the text prompt."""
+    """References of the image prompt; 0 is the text prompt."""
     image_side: int = 768
-    """Pictures are sent no longer than this."""
+    """Images are sent no longer than this."""
 
 
 class Remote:
@@ -46,72 +47,68 @@ class Remote:
 
     def __init__(self, endpoint: Endpoint, config: RemoteConfig, subject: Subject):
         self.endpoint, self.config, self.subject = endpoint, config, subject
-        self._photos = photos(subject, config.shown, config.image_side)
-        if config.shown and not self._photos:
-            raise UserError(f"{subject.name}: no photos, so there is no image prompt")
+        self._references = references(subject, config.shown, config.image_side)
 
     def answer(self, images: Sequence[Image], question: str) -> str:
         """The reply. Raises UserError where the endpoint gives none."""
-        if self._photos:
-            count = len(self._photos)
-            first = "The first picture shows" if count == 1 else f"The first {count} pictures show"
-            question = f"{first} {self.subject.sks}.{' The question is about the last.' if images else ''} {question}"
+        if self._references:
+            question = pointed(self.subject, len(self._references), bool(images), question, "the last")
         else:
             question = told(self.subject, question)
-        shown = [fit_within(image, self.config.image_side) for image in (*self._photos, *images)]
-        content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": data_url(from_pil(image), self.config.image_side)}}
-            for image in shown
-        ]
-        content.append({"type": "text", "text": f"{question}\nAnswer briefly."})
+        side = self.config.image_side
+        shown = [data_url(from_pil(fit_within(image, side)), side) for image in (*self._references, *images)]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in shown]
+        text = {"type": "text", "text": f"{question}\nAnswer briefly."}
         try:
-            return self.endpoint.chat([{"role": "user", "content": content}]).text
+            return self.endpoint.chat([{"role": "user", "content": [*content, text]}]).text
         except EndpointError as error:
             raise UserError(str(error)) from None
 
     def generate(self, prompt: str, n: int, seed: int) -> Tensor:
-        """`n` drawings, squares of one size. The endpoint decides its own noise: the seed is not sent."""
-        if not self.config.drawing_model:
-            raise Unsupported(f"{self.config.model}: no drawing model was named")
+        """`n` images, squares of one size. The endpoint decides its own noise: the seed is not sent."""
+        if not self.config.image_model:
+            raise Unsupported(f"{self.config.model}: no image model was named")
         openai = require("openai", "judge")
         try:
             made = self._openai().images.generate(
-                model=self.config.drawing_model,
+                model=self.config.image_model,
                 prompt=described(self.subject, prompt),
                 n=n,
                 response_format="b64_json",
             )
+        except openai.APIStatusError as error:
+            raise UserError(f"{self.config.image_model}: no image (HTTP {error.status_code})") from None
         except openai.OpenAIError as error:
-            why = f"HTTP {error.status_code}" if hasattr(error, "status_code") else type(error).__name__
-            raise UserError(f"{self.config.drawing_model}: no drawing ({why})") from None
-        pictures = [picture.b64_json or "" for picture in (made.data or [])]
-        return _stacked([_decoded(picture) for picture in pictures], n)
+            raise UserError(f"{self.config.image_model}: no image ({type(error).__name__})") from None
+        return _stacked([_decoded(image.b64_json or "") for image in made.data or []], n)
 
-    def _openai(self) -> Any:
-        """A client for drawings; its own retries are enough for them."""
+    def _openai(self) -> OpenAI:
+        """A client for images; its own retries are enough for them."""
         key = os.environ.get(self.config.key_env, "").strip() if self.config.key_env else ""
         if self.config.key_env and not key:
             raise UserError(f"{self.config.key_env} is not set: the key comes from the environment")
-        return require("openai", "judge").OpenAI(
+        client: OpenAI = require("openai", "judge").OpenAI(
             api_key=key or "none",
             base_url=self.config.base_url,
             timeout=self.config.timeout,
             max_retries=self.config.attempts - 1,
         )
+        return client
 
 
-def _decoded(picture: str) -> Image:
-    from PIL import Image, UnidentifiedImageError
+def _decoded(data: str) -> Image:
+    with needs("evaluate"):
+        from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(base64.b64decode(picture, validate=True))) as image:
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
             return image.convert("RGB")
     except (binascii.Error, UnidentifiedImageError, OSError) as error:
-        raise UserError(f"the endpoint's drawing cannot be read: {error}") from None
+        raise UserError(f"the endpoint's image cannot be read: {error}") from None
 
 
 def _stacked(images: Sequence[Image], n: int) -> Tensor:
     if len(images) != n:
-        raise UserError(f"the endpoint drew {len(images)} pictures, {n} were asked for")
+        raise UserError(f"the endpoint gave {len(images)} images, {n} were asked for")
     side = min(min(image.size) for image in images)
     return torch.stack([from_pil(square(image, side)) for image in images])

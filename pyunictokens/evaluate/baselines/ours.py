@@ -1,14 +1,14 @@
-"""This project's own model: a rollout engine with the concept's tokens attached, handed in by whoever owns it.
+"""A rollout engine as a model of the evaluation: this project's own, with the concept's tokens, or bare.
 
-Answers are greedy; drawings follow from the seed alone.
+Answers are greedy; images follow from the seed and their sample ids alone. Who made the engine is not known here.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,63 +16,175 @@ from torch import Tensor
 from ...data.images import black_image, from_pil, square
 from ...rewards.base import plain_text
 from ...utils.errors import UserError
-from ..benchmark import Engine, Expander
-from ..subject import Subject
+from ..core import Question
+from ..tasks import Subject
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+class EngineModule(Protocol):
+    """What is asked of the engine's model."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in codes."""
+        ...
+
+
+class ImageTokenizer(Protocol):
+    """What is asked of the engine's image tokenizer (`MagvitV2` has it)."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a code, along one side."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes int [B, N] of pixels [B, 3, H, W] in [-1, 1]."""
+        ...
+
+
+class Images(Protocol):
+    @property
+    def pixels(self) -> Tensor | None:
+        """[R, 3, H, W], rows prompt-major."""
+        ...
+
+
+class Answers(Protocol):
+    @property
+    def texts(self) -> Sequence[str]:
+        """One a question."""
+        ...
+
+
+class Engine(Protocol):
+    """What the evaluation asks of a rollout engine (`RolloutEngine` has it)."""
+
+    @property
+    def model(self) -> EngineModule: ...
+
+    @property
+    def vq(self) -> ImageTokenizer | None: ...
+
+    def generate_images(
+        self,
+        prompts: Sequence[str],
+        *,
+        samples: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        sample_ids: Sequence[int],
+        known_codes: Tensor | None,
+        record: bool,
+    ) -> Images:
+        """`samples` images of every prompt; noise by (seed, sample id)."""
+        ...
+
+    def generate_text(
+        self, images: Tensor, questions: Sequence[str], *, max_new_tokens: int, temperature: float
+    ) -> Answers:
+        """One answer a question about its image, codes [B, N]."""
+        ...
+
+
+class Expander(Protocol):
+    """What is asked of a concept's tokens (`ConceptTokens` has it)."""
+
+    def expand(self, text: str) -> str:
+        """`text` with the helper tokens before the first `<name>`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine draws and answers."""
+    """How an engine generates and answers."""
 
     steps: int = 50
     guidance_scale: float = 5.0
     max_new_tokens: int = 100
 
 
-class Ours:
-    """A model that learned the concept. `tokens` None reads `<name>` as the class word (the bare model)."""
+class EngineModel:
+    """A model that learned the concept. `tokens` None reads `<name>` as the class word (the bare model).
 
-    def __init__(self, engine: Engine, tokens: Expander | None, subject: Subject, sampling: Sampling | None = None):
-        self.engine, self.tokens, self.subject = engine, tokens, subject
-        self.sampling = sampling or Sampling()
-        self.size = isqrt(engine.model.config.num_vq_tokens) * engine.vq.downsampling
+    `size` is the side of the images it is shown, in pixels; by default the engine's own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokens: Expander | None,
+        subject: Subject,
+        sampling: Sampling | None = None,
+        size: int | None = None,
+    ):
+        if engine.vq is None:
+            raise UserError("the engine has no image tokenizer: evaluation shows and judges images")
+        self.engine, self.vq, self.device = engine, engine.vq, engine.model.device
+        self.tokens, self.subject, self.sampling = tokens, subject, sampling or Sampling()
+        self.grid = engine.model.grid[0]
+        self.size = size or self.grid * self.vq.downsampling
+        self._codes: dict[str, Tensor] = {}
 
     def answer(self, images: Sequence[Image], question: str) -> str:
-        """The likeliest answer. Show-o looks at one picture at a time; without one it sees black, as in training."""
-        if len(images) > 1:
-            raise UserError(f"{len(images)} pictures: this model looks at one at a time")
-        pixels = from_pil(square(images[0], self.size)) if images else black_image(self.size)
-        return self._answer(pixels, self._read(question))
+        """The likeliest answer. Show-o looks at one image at a time; without one it sees black, as in training."""
+        return self.answers([(images, question)])[0]
 
-    def generate(self, prompt: str, n: int, seed: int) -> Tensor:
-        """`n` drawings, [n, 3, H, W]."""
-        return self._draw(self._read(prompt), n, seed)
-
-    def _answer(self, pixels: Tensor, question: str) -> str:
-        rollout = self.engine.generate_text(
-            pixels[None].to(self.engine.model.device),
-            [question],
+    def answers(self, questions: Sequence[Question]) -> list[str]:
+        """:meth:`answer` of several questions in one batch."""
+        shown = [self.shown(images, question) for images, question in questions]
+        answers = self.engine.generate_text(
+            torch.stack([self._encoded(pixels) for pixels, _ in shown]),
+            [text for _, text in shown],
             max_new_tokens=self.sampling.max_new_tokens,
             temperature=0.0,
         )
-        return str(rollout.texts[0])
+        return list(answers.texts)
 
-    def _draw(self, prompt: str, n: int, seed: int, **more: Any) -> Tensor:
-        rollout = self.engine.generate_images(
+    def generate(self, prompt: str, n: int, seed: int, first_id: int = 0) -> Tensor:
+        """`n` images, [n, 3, H, W]; their sample ids count from `first_id`."""
+        return self.images(self.reads(prompt), n, seed, first_id)
+
+    def shown(self, images: Sequence[Image], question: str) -> tuple[Tensor, str]:
+        """The image and the words that a question becomes."""
+        pixels = from_pil(square(single(images), self.size)) if images else black_image(self.size)
+        return pixels, self.reads(question)
+
+    def reads(self, text: str) -> str:
+        """`text` with the concept's helper tokens, or with the class word where the model knows no concept."""
+        return plain_text(text, self.subject.class_word) if self.tokens is None else self.tokens.expand(text)
+
+    def images(self, prompt: str, n: int, seed: int, first_id: int = 0, known_codes: Tensor | None = None) -> Tensor:
+        """`n` images of a prompt as it stands; `known_codes` are painted around."""
+        images = self.engine.generate_images(
             [prompt],
             samples=n,
             steps=self.sampling.steps,
             guidance_scale=self.sampling.guidance_scale,
             seed=seed,
+            sample_ids=list(range(first_id, first_id + n)),
+            known_codes=known_codes,
             record=False,
-            **more,
         )
-        pixels: Tensor = rollout.pixels
-        return pixels.clamp(-1, 1).to("cpu", torch.float32)
+        assert images.pixels is not None  # the engine has an image tokenizer
+        return images.pixels.clamp(-1, 1)
 
-    def _read(self, text: str) -> str:
-        """`text` with the concept's helper tokens, or with the class word where the model knows no concept."""
-        return plain_text(text, self.subject.class_word) if self.tokens is None else self.tokens.expand(text)
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """Codes [N] of pixels [3, H, W], made once for each image."""
+        key = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+        if key not in self._codes:
+            self._codes[key] = self.vq.encode(pixels[None].to(self.device))[0]
+        return self._codes[key]
+
+
+def single(images: Sequence[Image]) -> Image:
+    """The one image there is. Raises UserError for several."""
+    if len(images) > 1:
+        raise UserError(f"{len(images)} images: this model looks at one at a time")
+    return images[0]

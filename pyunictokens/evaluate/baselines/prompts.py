@@ -1,4 +1,4 @@
-"""How a concept is told to a model that never learned it: in words (text prompt, TP) or by photos (image prompt, IP).
+"""How a model that never learned a concept is told of it: in words (text prompt, TP), by references (image prompt, IP).
 
 The wordings are this project's own; the paper names the two ways without giving its prompts.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ...data.images import fit_within, read_picture
+from ...data.images import fit_within, read_image
 from ...rewards.base import plain_text
-from ..subject import Subject
+from ...utils.errors import UserError
+from ..tasks import Subject
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +33,7 @@ def told(subject: Subject, question: str) -> str:
 
 
 def described(subject: Subject, prompt: str) -> str:
-    """A prompt to draw with the concept's name replaced by what it looks like.
+    """A prompt with the concept's name replaced by what it looks like.
 
     ``<bo> is a pink dog`` makes "a photo of <bo> on the beach" into "a photo of a pink dog on the beach". An `info` of
     another form keeps the class word in the prompt and follows it.
@@ -46,6 +47,14 @@ def described(subject: Subject, prompt: str) -> str:
     return f"{plain.rstrip('. ')}. {plain_text(info, subject.class_word)}" if info else plain
 
 
-def photos(subject: Subject, number: int, side: int = 1024) -> list[Image]:
-    """The first `number` reference photos, upright RGB, no longer than `side`."""
-    return [fit_within(read_picture(path), side) for path in subject.photos[:number]]
+def references(subject: Subject, number: int, side: int = 1024) -> list[Image]:
+    """The first `number` references, upright RGB, no longer than `side`. Raises UserError where there is none."""
+    if number and not subject.references:
+        raise UserError(f"{subject.name}: no references, so there is no image prompt")
+    return [fit_within(read_image(path), side) for path in subject.references[:number]]
+
+
+def pointed(subject: Subject, shown: int, asked_about: bool, question: str, last: str = "the last picture") -> str:
+    """A question after `shown` references: words that say what they show, and which image is asked about."""
+    first = "The first picture shows" if shown == 1 else f"The first {shown} pictures show"
+    return f"{first} {subject.sks}.{f' The question is about {last}.' if asked_about else ''} {question}"

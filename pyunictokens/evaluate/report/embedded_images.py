@@ -1,6 +1,5 @@
-"""Pictures as data URIs, so that a page needs no other file: small ones as PNG, photos as JPEG, large ones shrunk.
-
-Needs Pillow.
+"""Images as data URIs, so that a page needs no other file: small ones as PNG, photos as JPEG, large ones shrunk. Needs
+Pillow.
 """
 
 from __future__ import annotations
@@ -8,26 +7,31 @@ from __future__ import annotations
 import base64
 import io
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...data.images import fit_within, read_picture
+from ...data.images import fit_within, read_image
+from ...utils.errors import needs
 
-_TILE, _SHEET = 256, 1400  # longest sides on the page: of one drawing, of a whole grid
-_PNG_UP_TO = 160  # drawings of the toy stay crisp as PNG and small; photos are smaller as JPEG
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_TILE, _SHEET = 256, 1400  # longest sides on the page: of one image, of a whole grid
+_PNG_UP_TO = 160  # images of the toy stay crisp as PNG and small; photos are smaller as JPEG
 
 
-def each(drawings: Tensor) -> list[str]:
+def each(images: Tensor) -> list[str]:
     """A data URI for each of uint8 [S, 3, H, W]."""
-    from PIL import Image
+    with needs("evaluate"):
+        from PIL import Image
 
-    return [_uri(fit_within(Image.fromarray(one.permute(1, 2, 0).contiguous().numpy()), _TILE)) for one in drawings]
+    return [_uri(fit_within(Image.fromarray(one.permute(1, 2, 0).contiguous().numpy()), _TILE)) for one in images]
 
 
 def file_uri(path: str | os.PathLike[str]) -> str:
-    """A picture file, shrunk where it is larger than a page shows. Raises UserError when it cannot be read."""
-    return _uri(fit_within(read_picture(path), _SHEET))
+    """An image file, shrunk where it is larger than a page shows. Raises UserError when it cannot be read."""
+    return _uri(fit_within(read_image(path), _SHEET))
 
 
 def png_uri(data: bytes) -> str:
@@ -37,7 +41,8 @@ def png_uri(data: bytes) -> str:
 
 def on_white(data: bytes) -> bytes:
     """A transparent PNG laid on white, for viewers with a dark background."""
-    from PIL import Image
+    with needs("evaluate"):
+        from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
         sheet = Image.new("RGBA", image.size, "white")
@@ -47,7 +52,7 @@ def on_white(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _uri(image: Any) -> str:
+def _uri(image: Image) -> str:
     buffer = io.BytesIO()
     if max(image.size) <= _PNG_UP_TO:
         image.save(buffer, "PNG", optimize=True)

@@ -1,6 +1,6 @@
 """The curves of a run as PNG: reward and its parts, the policy's drift, DSOG. One function a figure, light or dark.
 
-Reads lines of metrics.jsonl as plain tables and returns bytes; knows no files and no training. Needs matplotlib.
+Reads lines of metrics.jsonl as plain tables and returns bytes. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-Rows = Sequence[Mapping[str, Any]]
+from ...rewards.registry import labels
+from ...utils.errors import needs
+from ...utils.json import Json
 
-EXPERTS = {"tier": "TIER: the answer", "ber": "BER: the prompt", "der": "DER: the subject", "fer": "FER: the face"}
-"""What each expert looks at, in a word."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Json]]
 
 _MODES = {"text_only": "text-only step", "visual": "visual step"}
 
@@ -38,11 +43,13 @@ def numbers(rows: Rows, *path: str) -> list[float]:
     """One value a row, NaN where it is missing or null; `path` leads into nested tables."""
     found = []
     for row in rows:
-        value: Any = row
+        value: Json = row
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-        found.append(float(value) if usable else math.nan)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append(float(value))
+        else:
+            found.append(math.nan)
     return found
 
 
@@ -62,7 +69,7 @@ def stages(rows: Rows, theme: Theme) -> bytes:
     """Losses of the stages in which the concept's tokens are learned, a panel a stage."""
     names = list(dict.fromkeys(str(row.get("stage")) for row in rows))
     figure, axes = _figure(len(names), theme, height=2.6)
-    losses = {"loss_understanding": "answering", "loss_generation": "drawing"}
+    losses = {"loss_understanding": "answering", "loss_generation": "generating"}
     for axis, name in zip(axes, names, strict=True):
         own = [row for row in rows if str(row.get("stage")) == name]
         steps = numbers(own, "step")
@@ -94,10 +101,11 @@ def reward(rows: Rows, theme: Theme) -> bytes:
     return _png(figure)
 
 
-def experts(rows: Rows, theme: Theme) -> bytes:
-    """Each expert's mean with the spread inside the group."""
-    names = [name for name in EXPERTS if any(map(math.isfinite, numbers(rows, "parts", name)))]
-    names += sorted({name for row in rows for name in row.get("parts") or {}} - set(EXPERTS))
+def rewards(rows: Rows, theme: Theme) -> bytes:
+    """Each reward model's mean with the spread inside the group."""
+    known = labels()
+    names = [name for name in known if any(map(math.isfinite, numbers(rows, "parts", name)))]
+    names += sorted({name for row in rows for name in _parts(row)} - set(known))
     figure, axes = _figure(max(1, len(names)), theme, height=2.6)
     steps = numbers(rows, "step")
     for axis, name, colour in zip(axes, names, (theme.lines * len(names)), strict=False):
@@ -105,8 +113,13 @@ def experts(rows: Rows, theme: Theme) -> bytes:
         _band(axis, steps, mean, numbers(rows, "parts_std", name), colour)
         axis.plot(steps, mean, color=colour, linewidth=0.8, alpha=0.6)
         _average(axis, steps, mean, colour)
-        _title(axis, theme, EXPERTS.get(name, name))
+        _title(axis, theme, known.get(name, name))
     return _png(figure)
+
+
+def _parts(row: Mapping[str, Json]) -> list[str]:
+    parts = row.get("parts")
+    return list(parts) if isinstance(parts, Mapping) else []
 
 
 def policy(rows: Rows, theme: Theme) -> bytes:
@@ -142,9 +155,10 @@ def dsog(rows: Rows, theme: Theme, target: float | None = None) -> bytes:
     return _png(figure)
 
 
-def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _figure(panels: int, theme: Theme, height: float) -> tuple[Figure, list[Axes]]:
+    with needs("evaluate"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -164,23 +178,23 @@ def _figure(panels: int, theme: Theme, height: float) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _title(axis: Any, theme: Theme, text: str) -> None:
+def _title(axis: Axes, theme: Theme, text: str) -> None:
     axis.set_title(text, loc="left", color=theme.ink, fontsize=9.5, fontweight="bold", pad=8)
 
 
-def _band(axis: Any, steps: Sequence[float], mean: Sequence[float], spread: Sequence[float], colour: str) -> None:
+def _band(axis: Axes, steps: Sequence[float], mean: Sequence[float], spread: Sequence[float], colour: str) -> None:
     low = [m - s for m, s in zip(mean, spread, strict=True)]
     high = [m + s for m, s in zip(mean, spread, strict=True)]
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0, label="spread in the group")
 
 
-def _average(axis: Any, steps: Sequence[float], values: Sequence[float], colour: str) -> None:
+def _average(axis: Axes, steps: Sequence[float], values: Sequence[float], colour: str) -> None:
     span = max(3, len(values) // 6)
     axis.plot(steps, smooth(values, span), color=colour, linewidth=2.2, label=f"average (span {span})", zorder=4)
 
 
 def _curve(
-    axis: Any, steps: Sequence[float], values: Sequence[float], colour: str, theme: Theme, *, noisy: bool
+    axis: Axes, steps: Sequence[float], values: Sequence[float], colour: str, theme: Theme, *, noisy: bool
 ) -> None:
     """Values as a line, or where they are noisy as dots with their moving average; a note where there are none."""
     if not any(map(math.isfinite, values)):
@@ -193,7 +207,7 @@ def _curve(
         axis.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=2.2)
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

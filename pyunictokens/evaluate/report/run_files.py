@@ -5,14 +5,16 @@ Reads and checks; computes nothing. A folder may be unfinished: what is missing 
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...utils.errors import UserError
-from ...utils.files import read_json
+from ...utils.files import read_json, read_json_lines
+from ...utils.json import Json
+from ...utils.text import read_text
+from ...utils.yaml_text import parse_yaml, settled
 from ..result import EvalResult
 
 STAGES = {"base": "Base model", "before": "Before", "after": "After"}
@@ -25,14 +27,20 @@ class RunFiles:
 
     folder: Path
     results: dict[str, EvalResult] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Json]] = field(default_factory=list)
     """Steps of reinforcement."""
-    stage_rows: list[dict[str, Any]] = field(default_factory=list)
+    stage_rows: list[dict[str, Json]] = field(default_factory=list)
     """Steps of the stages before it."""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Json] = field(default_factory=dict)
     config_text: str = ""
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
     samples: list[int] = field(default_factory=list)
+
+    @property
+    def grpo(self) -> Mapping[str, Json]:
+        """The settings of reinforcement."""
+        found = self.config.get("grpo", self.config)
+        return found if isinstance(found, Mapping) else {}
 
     @property
     def pair(self) -> tuple[EvalResult, EvalResult] | None:
@@ -47,8 +55,8 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: give the folder of a run")
-    files = RunFiles(folder, rows=_read_rows(folder / "metrics.jsonl"))
-    files.stage_rows = _read_rows(folder / "stages" / "stages.jsonl") or _read_rows(folder / "stages.jsonl")
+    files = RunFiles(folder, rows=_rows(folder / "metrics.jsonl"))
+    files.stage_rows = _rows(folder / "stages" / "stages.jsonl") or _rows(folder / "stages.jsonl")
     for stage in STAGES:
         if (folder / f"{stage}.json").exists():
             files.results[stage] = EvalResult.load(folder / f"{stage}.json")
@@ -56,8 +64,9 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
         raise UserError(f"{folder}: holds no metrics.jsonl, before.json or after.json: is this the folder of a run?")
     for name in ("config.yaml", "grpo.yaml"):
         if (folder / name).exists():
-            files.config_text = (folder / name).read_text(encoding="utf-8")
-            files.config = _read_yaml(folder / name, files.config_text)
+            files.config_text = read_text(folder / name)
+            config = settled(parse_yaml(files.config_text, str(folder / name)))
+            files.config = config if isinstance(config, dict) else {}
             break
     if (folder / "about.json").exists():
         files.about = read_json(folder / "about.json")
@@ -66,26 +75,6 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
     return files
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; one that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
-
-
-def _read_yaml(path: Path, text: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    return found if isinstance(found, dict) else {}
+def _rows(path: Path) -> list[dict[str, Json]]:
+    """Lines of a log; a run that has none yet has no lines."""
+    return [row for row in read_json_lines(path) if "step" in row] if path.exists() else []

@@ -12,19 +12,19 @@ from ..result import Metric
 from . import plots
 from .run_files import RunFiles
 
-HEADLINE = ("reasoning_generation.reward", "drawings.attributes", "reasoning.accuracy", "recognition.weight")
+HEADLINE = ("reasoning_generation.reward", "samples.attributes", "reasoning.accuracy", "recognition.weight")
 """What the tiles at the top show, as far as it was measured."""
 
 _SUBJECTS = {
-    "reasoning_generation.reward": "The mean reward of drawings of held-out prompts",
-    "drawings.attributes": "Attribute accuracy of all drawings",
+    "reasoning_generation.reward": "The mean reward of images of held-out prompts",
+    "samples.attributes": "Attribute accuracy of all images",
     "reasoning.accuracy": "The share of right facts chosen",
     "recognition.weight": "Recognition",
 }
 _SMALL_SPREAD = 0.005
 
 
-def verdict(files: RunFiles) -> tuple[str, list[str]]:
+def summarize(files: RunFiles) -> tuple[str, list[str]]:
     """("better" | "worse" | "unclear" | "unmeasured", sentences) about the run as a whole."""
     if files.pair is None:
         missing = " and ".join(f"{stage}.json" for stage in ("before", "after") if stage not in files.results)
@@ -61,7 +61,7 @@ def health(files: RunFiles) -> list[str]:
         sentences.append(f"{skipped} of {len(files.rows)} steps were left out because a number was not finite.")
     faceless = sum(value for value in plots.numbers(files.rows, "no_face") if math.isfinite(value))
     if faceless and files.about.get("kind", "human") == "human":
-        sentences.append(f"No face was found in {faceless:.0f} training drawings; their FER is 0.")
+        sentences.append(f"No face was found in {faceless:.0f} training images; their FER is 0.")
     return sentences
 
 

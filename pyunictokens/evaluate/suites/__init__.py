@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...utils.errors import UserError
-from ..subject import Subject
+from ..tasks import Subject
 
 LAYOUTS = {"unify": "unify", "yollava": "yollava", "mcllava": "mcllava", "dreambench": "dreambench"}
 """Layouts by name, and the module that reads each: ``names(root)`` and ``read(root, name)``."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...utils.errors import UserError
 from ...utils.text import read_text
-from ..subject import Item, Subject
+from ..tasks import Item, Subject
 from .dreambooth import is_live, templates
 from .files import folders, optional_json, pictures, words
 
@@ -36,7 +36,7 @@ def read(root: Path, name: str) -> Subject:
     base = _base(root)
     class_word = _classes(base).get(name, name.rstrip("0123456789").replace("_", " "))
     live = is_live(class_word)
-    subject = Subject(name, class_word, "animal" if live else "object", photos=pictures(base / name))
+    subject = Subject(name, class_word, "animal" if live else "object", references=pictures(base / name))
     own = optional_json(base / PROMPTS)
     if own is None:
         prompts = templates(class_word)

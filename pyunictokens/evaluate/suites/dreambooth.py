@@ -5,45 +5,11 @@ prompts are this project's own words. `{}` is the subject.
 
 from __future__ import annotations
 
-LIVE_CLASSES = frozenset(
-    {
-        "animal",
-        "bear",
-        "bird",
-        "boy",
-        "bunny",
-        "cat",
-        "chicken",
-        "cow",
-        "dog",
-        "duck",
-        "fish",
-        "fox",
-        "girl",
-        "goat",
-        "hamster",
-        "horse",
-        "human",
-        "kitten",
-        "lion",
-        "man",
-        "monkey",
-        "mouse",
-        "owl",
-        "panda",
-        "parrot",
-        "penguin",
-        "person",
-        "pig",
-        "puppy",
-        "rabbit",
-        "sheep",
-        "tiger",
-        "turtle",
-        "wolf",
-        "woman",
-    }
+_WORDS = (
+    "animal bear bird boy bunny cat chicken cow dog duck fish fox girl goat hamster horse human kitten lion man "
+    "monkey mouse owl panda parrot penguin person pig puppy rabbit sheep tiger turtle wolf woman"
 )
+LIVE_CLASSES = frozenset(_WORDS.split())
 """Class words of live subjects; everything else is an object."""
 
 _PLACES = (

@@ -1,46 +1,65 @@
-"""What readers of foreign layouts share: pictures of a folder, JSON that is there or not, multiple choice as text."""
+"""What readers of foreign layouts share: images of a folder, JSON that is there or not, multiple choice as text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from ...data.concept import concept_name
+from ...data.folder import concept_folders
+from ...data.image_files import is_file, list_images
+from ...data.parse import kind_of, show
 from ...utils.errors import UserError
 from ...utils.files import read_json
+from ...utils.spelling import spelled
 
-_ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
-_DIGITS = re.compile(r"(\d+)")
 LETTERS = "ABCDEFGH"
 
 
-def pictures(folder: Path) -> list[Path]:
-    """Picture files of `folder` in natural order (9 before 10), masks left out; [] where there is no folder."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS and "mask" not in path.stem.lower()]
-    return sorted((path for path in found if path.is_file() and not path.name.startswith(".")), key=natural)
-
-
-def natural(path: Path) -> list[tuple[int, int | str]]:
-    """A sorting key that reads numbers as numbers."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in _DIGITS.split(path.name.casefold())]
-
-
 def folders(root: Path) -> list[str]:
-    """Names of the sub-folders that can name a concept, in natural order."""
-    found = sorted((path for path in root.iterdir() if path.is_dir() and path.name[0] not in "._-"), key=natural)
-    return [concept_name(path.name) for path in found]
+    """Names of the sub-folders that can name a concept, in natural order; not those that begin with `_`."""
+    return [name for name in concept_folders(root) if not name.startswith("_")]
 
 
-def optional_json(path: Path) -> Any:
+pictures = list_images
+
+
+def optional_json(path: Path) -> object:
     """The content of `path`, None where there is no such file."""
     return read_json(path) if path.is_file() else None
 
 
-def words(value: Any, where: str) -> str:
+def entry_of(value: object, where: str, shape: str) -> Mapping[str, object]:
+    """`value` as an object with the fields of `shape`, or UserError naming `where`."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: must be an object {shape}, is {kind_of(value)} {show(value)}")
+    return value
+
+
+def entries_of(value: object, where: str) -> list[object]:
+    """`value` as a list: nothing is an empty one, a single object a list of one. Else UserError naming `where`."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        return [value]
+    if not isinstance(value, list):
+        raise UserError(f"{where}: must be a list of questions, is {kind_of(value)} {show(value)}")
+    return value
+
+
+def by_image(value: object, where: str) -> list[tuple[str, object]]:
+    """(image, question) pairs of ``{image: question or questions}`` or ``[{"image": …, …}, …]``."""
+    if isinstance(value, Mapping):
+        return [(str(key), each) for key, items in value.items() for each in entries_of(items, f"{where}: {key}")]
+    pairs = []
+    for index, item in enumerate(entries_of(value, where)):
+        at = f"{where}[{index}]"
+        image = entry_of(item, at, "{image, question}").get("image")
+        pairs.append((words(image, f"{at}: image"), item))
+    return pairs
+
+
+def words(value: object, where: str) -> str:
     """`value` as a text that says something, or UserError naming `where`."""
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: must be a text, is {value!r}")
@@ -53,7 +72,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
     return f"{question} {listed} Answer with the letter of the right option."
 
 
-def lettered(entry: Mapping[str, Any], where: str) -> tuple[list[str], str]:
+def lettered(entry: Mapping[str, object], where: str) -> tuple[list[str], str]:
     """(options, the right one) of ``{"options": {"A": …}, "correct_answer": "A"}``."""
     options, right = entry.get("options"), str(entry.get("correct_answer", "")).strip().upper()
     if not isinstance(options, Mapping) or not options:
@@ -76,6 +95,6 @@ def inline_options(question: str) -> list[str]:
 
 
 def here(name: str, folder: Path) -> Path | None:
-    """The picture in `folder` that a path made on another machine means, by its file name."""
-    path = folder / Path(name.replace("\\", "/")).name
-    return path if path.is_file() else None
+    """The image in `folder` that a path made on another machine means, by its file name."""
+    path = spelled(folder / Path(name.replace("\\", "/")).name)
+    return path if is_file(path) else None

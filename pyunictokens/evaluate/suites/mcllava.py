@@ -12,11 +12,21 @@ spread, are negative. The answer of a multiple choice is a letter; it stands for
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ...utils.errors import UserError
-from ..subject import Item, Subject
-from .files import LETTERS, folders, here, inline_options, optional_json, pictures, words
+from ..tasks import Item, Subject
+from .files import (
+    LETTERS,
+    by_image,
+    entries_of,
+    entry_of,
+    folders,
+    here,
+    inline_options,
+    optional_json,
+    pictures,
+    words,
+)
 
 NEGATIVES = 50
 _HALVES = ("two_concept", "three_concept")
@@ -36,8 +46,8 @@ def read(root: Path, name: str) -> Subject:
     if half is None:
         raise UserError(f"{root}: no concept {name!r} in {', '.join(_HALVES)}")
     test = half / "concept" / "test" / name
-    subject = Subject(name, "person", "human", photos=pictures(half / "concept" / "train" / name))
-    subject.test_photos = pictures(test)
+    subject = Subject(name, "person", "human", references=pictures(half / "concept" / "train" / name))
+    subject.test_images = pictures(test)
     others = [
         path
         for folder in _halves(root)
@@ -46,11 +56,11 @@ def read(root: Path, name: str) -> Subject:
         for path in pictures(folder / "concept" / "test" / other)
     ]
     question = f"Can you see {subject.sks} in this picture? Answer with yes or no."
-    if subject.test_photos and others:
-        subject.items += [Item("rec", question, "yes", path, "positive") for path in subject.test_photos]
-        subject.items += [Item("rec", question, "no", path, "negative") for path in _spread(others, NEGATIVES)]
+    if subject.test_images and others:
+        subject.items += [Item("recognition", question, "yes", path, "positive") for path in subject.test_images]
+        subject.items += [Item("recognition", question, "no", path, "negative") for path in _spread(others, NEGATIVES)]
     else:
-        subject.notes.append("rec: needs test photos of this concept and of others: not measured")
+        subject.notes.append("recognition: needs test photos of this concept and of others: not measured")
     subject.items += _visual(test / "vqa.json", subject)
     subject.items += _text(test / "qa.json", subject)
     return subject
@@ -69,32 +79,31 @@ def _spread(paths: list[Path], number: int) -> list[Path]:
 
 def _visual(file: Path, subject: Subject) -> list[Item]:
     items = []
-    for key, entries in (optional_json(file) or {}).items():
+    for key, entry in by_image(optional_json(file), str(file)):
         path = here(key, file.parent)
         if path is None:
             subject.notes.append(f"{file.name}: {key}: no such picture: left out")
             continue
-        for entry in entries if isinstance(entries, list) else [entries]:
-            where = f"{file}: {key}"
-            items.append(_item("vqa", entry.get("Human"), entry.get("AI"), where, subject, path))
+        where = f"{file}: {key}"
+        asked = entry_of(entry, where, "{Human, AI}")
+        items.append(_item("vqa", asked.get("Human"), asked.get("AI"), where, subject, path))
     if not items:
         subject.notes.append(f"vqa: {file.name} asks nothing: not measured")
     return items
 
 
 def _text(file: Path, subject: Subject) -> list[Item]:
-    listed = optional_json(file) or []
-    if not isinstance(listed, list):
-        raise UserError(f"{file}: must be a list of questions, is {type(listed).__name__}")
+    listed = entries_of(optional_json(file), str(file))
     if not listed:
         subject.notes.append(f"qa: {file.name} asks nothing: not measured")
-    return [
-        _item("qa", entry.get("question"), entry.get("answer"), f"{file}[{index}]", subject, None)
-        for index, entry in enumerate(listed)
-    ]
+    items = []
+    for index, entry in enumerate(listed):
+        asked = entry_of(entry, f"{file}[{index}]", "{question, answer}")
+        items.append(_item("qa", asked.get("question"), asked.get("answer"), f"{file}[{index}]", subject, None))
+    return items
 
 
-def _item(task: str, question: Any, answer: Any, where: str, subject: Subject, image: Path | None) -> Item:
+def _item(task: str, question: object, answer: object, where: str, subject: Subject, image: Path | None) -> Item:
     text, right = words(question, where).replace("<sks>", subject.sks), words(answer, where)
     options = inline_options(text)
     letter = right.strip("(). ").upper()[:1]

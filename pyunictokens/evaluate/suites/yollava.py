@@ -1,4 +1,4 @@
-"""The Yo'LLaVA data set as subjects: recognition, multiple choice with and without pictures, likeness of drawings.
+"""The Yo'LLaVA data set as subjects: recognition, multiple choice with and without images, likeness of samples.
 
     ROOT/train/NAME/{0.png …}           photos to learn from
     ROOT/test/NAME/{0.png …}            photos of the concept never trained on
@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ...utils.errors import UserError
-from ..subject import Item, Subject
-from .files import folders, here, lettered, optional_json, pictures, with_options, words
+from ..tasks import Item, Subject
+from .files import by_image, entries_of, entry_of, folders, here, lettered, optional_json, pictures, with_options, words
 
 VISUAL, TEXT, CLASSES = "yollava-visual-qa.json", "yollava-text-qa.json", "classes.json"
 
@@ -32,23 +31,26 @@ def names(root: Path) -> list[str]:
 
 def read(root: Path, name: str) -> Subject:
     """Concept `name`. Raises UserError naming file and field for an entry that cannot be used."""
-    classes = optional_json(root / CLASSES) or {}
-    subject = Subject(name, str(classes.get(name, "subject")), photos=pictures(root / "train" / name))
-    subject.test_photos = pictures(root / "test" / name)
+    classes = _object(root / CLASSES)
+    word = classes.get(name)
+    subject = Subject(
+        name, word if isinstance(word, str) and word.strip() else "subject", references=pictures(root / "train" / name)
+    )
+    subject.test_images = pictures(root / "test" / name)
     others = [path for other in folders(root / "test") if other != name for path in pictures(root / "test" / other)]
     question = f"Can you see {subject.sks} in this picture? Answer with yes or no."
-    if subject.test_photos and others:
-        subject.items += [Item("rec", question, "yes", path, "positive") for path in subject.test_photos]
-        subject.items += [Item("rec", question, "no", path, "negative") for path in others]
+    if subject.test_images and others:
+        subject.items += [Item("recognition", question, "yes", path, "positive") for path in subject.test_images]
+        subject.items += [Item("recognition", question, "no", path, "negative") for path in others]
     else:
-        subject.notes.append("rec: needs test photos of this concept and of others: not measured")
+        subject.notes.append("recognition: needs test photos of this concept and of others: not measured")
     for where, image, entry in _visual(root, name):
         path = here(image, root / "test" / name)
         if path is None:
             subject.notes.append(f"{where}: no such picture in test/{name}: left out")
             continue
         subject.items.append(_choice("vqa", entry, where, subject, path))
-    listed = (optional_json(root / TEXT) or {}).get(name, [])
+    listed = entries_of(_object(root / TEXT).get(name), f"{TEXT}: {name}")
     subject.items += [_choice("qa", entry, f"{TEXT}: {name}[{i}]", subject, None) for i, entry in enumerate(listed)]
     if not listed:
         subject.notes.append(f"qa: {TEXT} has no questions about {name}: not measured")
@@ -56,18 +58,23 @@ def read(root: Path, name: str) -> Subject:
     return subject
 
 
-def _visual(root: Path, name: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(where, picture, entry) of this concept, from either shape of the file."""
-    content = optional_json(root / VISUAL) or {}
-    if not isinstance(content, Mapping):
-        raise UserError(f"{root / VISUAL}: must be an object, is {type(content).__name__}")
+def _object(file: Path) -> Mapping[str, object]:
+    """The object in `file`; an empty one where there is no such file, or null in it."""
+    content = optional_json(file)
+    return {} if content is None else entry_of(content, str(file), "{concept: questions}")
+
+
+def _visual(root: Path, name: str) -> Iterator[tuple[str, str, object]]:
+    """(where, image, entry) of this concept, from either shape of the file."""
+    content = _object(root / VISUAL)
     flat = {key: value for key, value in content.items() if isinstance(value, Mapping) and "question" in value}
     mine = {key: value for key, value in flat.items() if Path(key.replace("\\", "/")).parent.name == name}
-    for key, entry in {**mine, **content.get(name, {})}.items():
+    for key, entry in [*mine.items(), *by_image(content.get(name), f"{VISUAL}: {name}")]:
         yield f"{VISUAL}: {key}", key, entry
 
 
-def _choice(task: str, entry: Mapping[str, Any], where: str, subject: Subject, image: Path | None) -> Item:
-    options, right = lettered(entry, where)
-    question = words(entry.get("question"), where).replace("<sks>", subject.sks)
+def _choice(task: str, entry: object, where: str, subject: Subject, image: Path | None) -> Item:
+    asked = entry_of(entry, where, "{question, options, correct_answer}")
+    options, right = lettered(asked, where)
+    question = words(asked.get("question"), where).replace("<sks>", subject.sks)
     return Item(task, with_options(question, options), right, image, options=tuple(options))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..prefix import Prefix
 from .shared_prefix import Kernel, joined_attention, kernel_for
 
 
@@ -63,32 +64,25 @@ class Recorded:
         return PromptKV(keys, values, [end] * len(rows))
 
 
-@dataclass
-class PromptKV:
-    """Keys and values of several prompts, each without padding: per layer and prompt a pair of [H, P, E] tensors.
+class PromptKV(Prefix):
+    """Keys and values of several prompts, each without padding: per prompt and layer a pair of [H, P, E] tensors.
 
-    `lengths[i]` is P of prompt i, `next_position[i]` the absolute position of what follows it.
+    A prompt's `parts` are the keys of all layers, then the values of all layers.
     """
 
-    keys: list[list[Tensor]]  # [prompt][layer]
-    values: list[list[Tensor]]
-    next_position: list[int]
+    def __init__(self, keys: list[list[Tensor]], values: list[list[Tensor]], next_position: Sequence[int]):
+        parts = [[*mine, *theirs] for mine, theirs in zip(keys, values, strict=True)]
+        super().__init__(parts, [layers[0].shape[1] for layers in keys], next_position)
 
     @property
-    def lengths(self) -> list[int]:
-        return [layers[0].shape[1] for layers in self.keys]
+    def keys(self) -> list[list[Tensor]]:
+        """[prompt][layer]"""
+        return keys_values(self)[0]
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __add__(self, other: PromptKV) -> PromptKV:
-        return PromptKV(self.keys + other.keys, self.values + other.values, self.next_position + other.next_position)
-
-    def select(self, prompts: Sequence[int]) -> PromptKV:
-        """The prompts of the given indices, in that order. Nothing is copied."""
-        return PromptKV(
-            [self.keys[i] for i in prompts], [self.values[i] for i in prompts], [self.next_position[i] for i in prompts]
-        )
+    @property
+    def values(self) -> list[list[Tensor]]:
+        """[prompt][layer]"""
+        return keys_values(self)[1]
 
     def followed_by(self, more: PromptKV) -> PromptKV:
         """Each prompt with the positions of the same one of `more` behind its own."""
@@ -99,27 +93,13 @@ class PromptKV:
                 for first, second in zip(mine, theirs, strict=True)
             ]
 
-        return PromptKV(join(self.keys, more.keys), join(self.values, more.values), list(more.next_position))
+        return PromptKV(join(self.keys, more.keys), join(self.values, more.values), more.next_position)
 
-    def leaves(self) -> PromptKV:
-        """The same numbers cut from their graph, as leaves that collect gradients."""
 
-        def cut(layers: list[Tensor]) -> list[Tensor]:
-            return [tensor.detach().requires_grad_() for tensor in layers]
-
-        return PromptKV([cut(x) for x in self.keys], [cut(x) for x in self.values], list(self.next_position))
-
-    def backward_from(self, leaves: PromptKV) -> None:
-        """Send the gradients that `leaves` collected back through the graph these keys and values came from."""
-        live, gradients = [], []
-        for mine, theirs in ((self.keys, leaves.keys), (self.values, leaves.values)):
-            for layers, leaf_layers in zip(mine, theirs, strict=True):
-                for tensor, leaf in zip(layers, leaf_layers, strict=True):
-                    if tensor.requires_grad and leaf.grad is not None:
-                        live.append(tensor)
-                        gradients.append(leaf.grad)
-        if live:
-            torch.autograd.backward(live, gradients)
+def keys_values(prompts: Prefix) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """(keys, values) of prompts, each [prompt][layer]."""
+    keys = [part[: len(part) // 2] for part in prompts.parts]
+    return keys, [part[len(part) // 2 :] for part in prompts.parts]
 
 
 class PromptAttention:
@@ -133,7 +113,7 @@ class PromptAttention:
 
     causal = False
 
-    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], joined: bool | None = None):
+    def __init__(self, prompts: Prefix, prompt_of_row: Sequence[int], joined: bool | None = None):
         lengths = prompts.lengths
         groups: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompt_of_row):
@@ -145,7 +125,7 @@ class PromptAttention:
             contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
             where = slice(rows[0], rows[0] + len(rows)) if contiguous else torch.tensor(rows)
             self._groups.append((where, len(rows), chosen))
-        self._prompts, self._joined = prompts, joined
+        (self._keys, self._values), self._joined = keys_values(prompts), joined
         self._runs = _runs(prompt_of_row)
 
     def _of_group(self, layers: list[list[Tensor]], layer: int, chosen: list[int]) -> Tensor:
@@ -156,8 +136,7 @@ class PromptAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         joined = q.is_cuda and kernel_for(q) is not None if self._joined is None else self._joined
         if joined:
-            keys, values = self._prompts.keys, self._prompts.values
-            runs = [(count, keys[prompt][layer], values[prompt][layer]) for prompt, count in self._runs]
+            runs = [(count, self._keys[prompt][layer], self._values[prompt][layer]) for prompt, count in self._runs]
             return joined_attention(q, k, v, runs, causal=self.causal)
         if len(self._groups) == 1 and self._groups[0][1] == q.shape[0]:
             return self._attend(layer, q, k, v, self._groups[0][2])
@@ -174,8 +153,8 @@ class PromptAttention:
         return torch.cat([part for _, part in parts])[torch.argsort(order)]
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chosen: list[int]) -> Tensor:
-        keys = torch.cat([self._of_group(self._prompts.keys, layer, chosen), k], dim=2)
-        values = torch.cat([self._of_group(self._prompts.values, layer, chosen), v], dim=2)
+        keys = torch.cat([self._of_group(self._keys, layer, chosen), k], dim=2)
+        values = torch.cat([self._of_group(self._values, layer, chosen), v], dim=2)
         mask = None
         if self.causal:
             past = keys.shape[2] - k.shape[2]
@@ -203,14 +182,14 @@ class DecodeAttention:
     :meth:`advance` after each token.
     """
 
-    def __init__(self, prompts: PromptKV, prompt_of_row: Sequence[int], max_new: int, sliced: bool = True):
-        self._prompts, self._sliced = prompts, sliced
+    def __init__(self, prompts: Prefix, prompt_of_row: Sequence[int], max_new: int, sliced: bool = True):
+        (self._past_keys, self._past_values), self._sliced = keys_values(prompts), sliced
         self._runs = _runs(prompt_of_row)
         if len({prompt for prompt, _ in self._runs}) != len(self._runs):
             raise ValueError("rows of one prompt must stand together")
-        first = prompts.keys[0][0]
+        first = self._past_keys[0][0]
         shape = (len(prompt_of_row), first.shape[0], max_new, first.shape[2])
-        layers = range(len(prompts.keys[0]))
+        layers = range(len(self._past_keys[0]))
         self._keys = [first.new_zeros(shape) for _ in layers]
         self._values = [first.new_zeros(shape) for _ in layers]
         self._scale = first.shape[2] ** -0.5
@@ -249,7 +228,7 @@ class DecodeAttention:
         parts, start = [], 0
         for prompt, count in self._runs:
             rows = slice(start, start + count)
-            past = self._prompts.keys[prompt][layer], self._prompts.values[prompt][layer]
+            past = self._past_keys[prompt][layer], self._past_values[prompt][layer]
             take = self._in_one if narrow is None else partial(self._in_two, narrow)
             parts.append(take(q[rows].transpose(0, 2), *past, scores[rows].transpose(0, 2), values[rows]))
             start += count

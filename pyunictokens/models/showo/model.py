@@ -2,7 +2,7 @@
 
 Module names are those of the published checkpoint, so its state dict loads key by key. A concept's learned rows are
 attached beside the weights, never written into them: ids after the special ids are theirs, and code ids and the mask id
-move up by their number.
+move up by their number. Sequences are the business of prompting.py, cached paths of attention.py and prefill.py.
 
 Shape suffixes: B batch, L sequence, D width, H heads, E head width, V vocabulary, K codebook, N image codes. Source:
 Xie et al., 2024, "Show-o"; layer norm on q and k, partial rotary, parallel attention and MLP, tanh-GELU.
@@ -10,10 +10,10 @@ Xie et al., 2024, "Show-o"; layer norm on q and k, partial rotary, parallel atte
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ... import ops
 from ...utils.errors import UserError
 from ...utils.files import save_safetensors_atomic, write_json
+from ..base import AnswerDecoder, AnsweringModel, CapturableModel, ConceptModel, ImageStep
 from ..checkpoint import assign, load_state_dict, read_config, real_number, resolve, whole_number
 from ..concept_tokens import ConceptTokens
-from .attention import Attention, FullAttention
+from ..prefix import Prefix
+from ..sampling_rule import SamplingRule
+from . import prefill as cached
+from . import prompting
+from .attention import Attention, FullAttention, PromptKV
+from .costs import ShowoCosts
+from .vocabulary import TextVocabulary
 
 NUM_SPECIAL = 10
 """Special ids after the text ids: pad, soi, eoi, sov, eov, t2i, mmu, t2v, v2v, lvg."""
@@ -54,8 +62,12 @@ class ShowoConfig:
     w_clip_vit: bool = False
     bos_token_id: int = 50256
     eos_token_id: int = 50256
+    max_text: int = 128
+    """Text positions of a drawing prompt."""
 
     def __post_init__(self) -> None:
+        if self.max_text < 3:
+            raise UserError(f"max_text={self.max_text}: must be ≥ 3 to hold the task token, sot and eot")
         if self.vocab_size != self.llm_vocab_size + NUM_SPECIAL + self.codebook_size + 1:
             raise UserError(
                 f"vocab_size={self.vocab_size}: must be llm_vocab_size + {NUM_SPECIAL} special ids + codebook_size + "
@@ -125,6 +137,7 @@ class ShowoConfig:
             w_clip_vit="mm_projector.0.weight" in shapes,
             bos_token_id=whole_number(phi, "bos_token_id", 50256, folder, least=0),
             eos_token_id=whole_number(phi, "eos_token_id", 50256, folder, least=0),
+            max_text=whole_number(config, "max_text", 128, folder, least=3),
         )
 
 
@@ -208,12 +221,16 @@ class _CausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
 
-class Showo(nn.Module):
+class Showo(AnsweringModel, ConceptModel, CapturableModel):
     """The unified model. Weights are the published ones; at most one concept is attached beside them.
 
     ``model(input_ids, attention_allowed)`` is the plain full-sequence definition. Faster paths use :meth:`embed`,
     :meth:`encode` with a strategy of attention.py, and the heads.
     """
+
+    family = "show-o"
+    rule = SamplingRule("cosine", "product", "added", steps=50, guidance_scale=5.0, temperature=1.0)
+    lora_targets = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
     def __init__(self, config: ShowoConfig):
         super().__init__()
@@ -226,40 +243,26 @@ class Showo(nn.Module):
                 nn.GELU(),
                 nn.Linear(config.hidden_size, config.hidden_size),
             )
-        self.concept: ConceptTokens | None = None
-        self.checkpoint_layers: bool | int = False
-        """Layers, counted from the first, that are recomputed in the backward pass; True means all."""
+        self.codebook_size, self.width = config.codebook_size, config.hidden_size
+        side = math.isqrt(config.num_vq_tokens)
+        self.grid = (side, side) if side * side == config.num_vq_tokens else (1, config.num_vq_tokens)
+        self.end_id, self.max_positions = config.eos_token_id, config.max_position_embeddings
+        self.takes_features = config.w_clip_vit
         self._rotary: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    # --- concept ---------------------------------------------------------------------------------------------------
+    @property
+    def max_text(self) -> int:
+        """Text positions of a drawing prompt."""
+        return self.config.max_text
 
-    def attach(self, concept: ConceptTokens) -> Showo:
-        """Use `concept`'s rows for the ids after the special ids. Its tensors stay its own: only they need training."""
-        if concept.width != self.config.hidden_size:
-            raise UserError(f"concept of width {concept.width}: this model has width {self.config.hidden_size}")
-        self.__dict__["concept"] = concept  # not a submodule: the model's own weights stay the published ones
-        return self
-
-    def detach(self) -> ConceptTokens | None:
-        """Take the attached concept off and return it."""
-        concept = self.concept
-        self.__dict__["concept"] = None
-        return concept
-
-    @contextmanager
-    def using(self, concept: ConceptTokens | None) -> Iterator[Showo]:
-        """Inside this context `concept` is the attached one (None: none is)."""
-        before = self.concept
-        self.__dict__["concept"] = None
-        try:
-            yield self if concept is None else self.attach(concept)
-        finally:
-            self.__dict__["concept"] = before
+    @max_text.setter
+    def max_text(self, positions: int) -> None:
+        self.config = replace(self.config, max_text=positions)
 
     @property
-    def num_new(self) -> int:
-        """Rows of the attached concept, 0 without one."""
-        return 0 if self.concept is None else self.concept.num_tokens
+    def num_text_ids(self) -> int:  # type: ignore[override]
+        """Ids before the codes: text, special ids, and the attached concept's."""
+        return self.first_code_id
 
     @property
     def first_code_id(self) -> int:
@@ -278,6 +281,97 @@ class Showo(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.showo.lm_head.weight.device
+
+    @property
+    def costs(self) -> ShowoCosts:
+        return ShowoCosts(self.config, self.dtype.itemsize)
+
+    # --- drawing ---------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, text_ids: Sequence[int]) -> list[int]:
+        """[t2i] [sot] text [eot], at most max_text + 1 ids."""
+        return prompting.t2i_text(text_ids, prompting.SpecialIds.of(self), self.max_text)
+
+    def cut_ids(self, text_ids: Sequence[int]) -> int:
+        own = 2 if list(text_ids[:1]) == [self.config.bos_token_id] else 3
+        return max(0, len(text_ids) + own - (self.max_text + 1))
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> PromptKV:
+        return cached.prefill_t2i(self, prompts)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        cached.check_room(self, math.prod(grid), self.max_text + 1)
+
+    def image_step(self, prefix: Prefix, prefix_of_row: Sequence[int], count: int) -> ImageStep:
+        return cached.ImageRows(self, prefix, prefix_of_row, count)
+
+    def image_hidden(
+        self, codes_BN: Tensor, prefix: Prefix, prefix_of_row: Sequence[int], timestep_B: Tensor | None = None
+    ) -> Tensor:
+        """[B, N, D] at image codes; Show-o has no embedding of time."""
+        return cached.ImageRows(self, prefix, prefix_of_row, codes_BN.shape[1])(codes_BN)
+
+    # --- answering -------------------------------------------------------------------------------------------------
+
+    def question_text(self, question: str) -> str:
+        return prompting.chat_question(question)
+
+    def question_ids(self, text_ids: Sequence[int]) -> list[int]:
+        start = self.config.bos_token_id
+        return list(text_ids) if list(text_ids[:1]) == [start] else [start, *text_ids]
+
+    def prefill_questions(self, codes_BN: Tensor, questions: Sequence[Sequence[int]]) -> tuple[PromptKV, Tensor]:
+        return cached.prefill_mmu(self, codes_BN, questions)
+
+    def prefill_features(
+        self, features: Tensor, system_ids: Sequence[int], question_ids: Sequence[int]
+    ) -> tuple[PromptKV, Tensor]:
+        """The CLIP-ViT variant's: [mmu] system [soi] patches [eoi] question, features [B, patches, 1024]."""
+        return cached.prefill_mmu_clip(self, features, system_ids, question_ids)
+
+    def prefill_images(self, codes_BN: Tensor) -> PromptKV:
+        return cached.prefill_images(self, codes_BN)
+
+    def text_hidden(self, ids_BL: Tensor, prefix: Prefix, prefix_of_row: Sequence[int]) -> Tensor:
+        return cached.text_hidden(self, ids_BL, prefix, prefix_of_row)
+
+    def decoder(self, prefix: Prefix, prefix_of_row: Sequence[int], max_new: int, sliced: bool) -> AnswerDecoder:
+        return cached.Decoder(self, prefix, prefix_of_row, max_new, sliced)
+
+    def vocabulary(self, concepts: Sequence[ConceptTokens | None]) -> TextVocabulary:
+        return TextVocabulary(self, concepts)
+
+    def text_parts(self) -> tuple[Tensor, ...]:
+        """(weight [V, D], bias [V]) of the base head and, with a concept attached, its (weight [n, D], bias [n])."""
+        head = self.showo.lm_head
+        if self.concept is None:
+            return head.weight, head.bias
+        return head.weight, head.bias, self.concept.head_weight, self.concept.head_bias
+
+    def text_logprob(
+        self, hidden: Tensor, target: Tensor, *, temperature: float = 1.0, parts: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """log p(target) under the full distribution of text, special, concept and code tokens.
+
+        The text head is the base head with a concept's rows in the middle. Gluing them together would need a gradient
+        of the whole vocabulary to train 25 rows; here the two parts meet in their log-sum-exp instead. Equals
+        ``log_softmax(F.linear(hidden, *model.text_head()) / temperature)[target]``.
+        """
+        weight, bias, *new = self.text_parts() if parts is None else parts
+        if not new:
+            return ops.selected_logprob(hidden, weight, target, bias, temperature=temperature)
+        new_weight, new_bias = new
+        first, count = self.config.first_code_id, new_weight.shape[0]
+        is_new = (target >= first) & (target < first + count)
+        base = torch.where(is_new, 0, torch.where(target >= first + count, target - count, target))
+        exact = hidden if hidden.dtype == torch.float64 else hidden.float()
+        logit = (exact * F.embedding(base, weight).to(exact.dtype)).sum(-1) + bias[base].to(exact.dtype)
+        logit = logit / temperature
+        base_logp = ops.selected_logprob(hidden, weight, base, bias, temperature=temperature)
+        new_logits = F.linear(exact, new_weight.to(exact.dtype), new_bias.to(exact.dtype)) / temperature
+        total = torch.logaddexp(logit - base_logp, new_logits.logsumexp(-1))
+        own = new_logits.gather(-1, (target - first).clamp(0, count - 1)[..., None])[..., 0]
+        return torch.where(is_new, own, logit) - total
 
     # --- embeddings and heads --------------------------------------------------------------------------------------
 
@@ -388,6 +482,10 @@ class Showo(nn.Module):
             model = cls(config)
         assign(model, {key: value.to(device=device, dtype=dtype) for key, value in weights.items()}, folder)
         return model.requires_grad_(False).eval()
+
+    def identity(self) -> dict[str, object]:
+        names = ("vocab_size", "llm_vocab_size", "codebook_size", "num_vq_tokens", "hidden_size")
+        return {name: getattr(self.config, name) for name in (*names, "num_hidden_layers", "num_attention_heads")}
 
     def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write config.json (all sizes in one file) and model.safetensors. An attached concept is saved on its own."""

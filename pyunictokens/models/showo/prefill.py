@@ -1,6 +1,6 @@
 """The fast paths through the transformer: prompts computed once, then image or answer rows over them.
 
-    prompts  →  prefill_t2i / prefill_mmu  →  PromptKV  →  image_hidden / answer_hidden  →  hidden states for the heads
+    prompts  →  prefill_t2i / prefill_mmu  →  PromptKV  →  ImageRows / text_hidden  →  hidden states for the heads
 
 Everything here is differentiable and equals the plain path of ``Showo.forward`` row for row.
 
@@ -10,14 +10,19 @@ Shape suffixes: B rows, N image codes, L answer tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...utils.errors import UserError
-from .attention import CausalAfterPrompt, FullAttention, PromptAttention, PromptKV, Recorded
-from .model import Showo
+from ..prefix import Prefix
+from .attention import CausalAfterPrompt, DecodeAttention, FullAttention, PromptAttention, PromptKV, Recorded
 from .prompting import SpecialIds, mmu_clip_allowed
+
+if TYPE_CHECKING:
+    from .model import Showo
 
 
 def _prefill(model: Showo, x_BLD: Tensor, start: int, rule: FullAttention) -> tuple[PromptKV, Tensor]:
@@ -43,53 +48,70 @@ def _by_length(sequences: Sequence[Sequence[int]]) -> dict[int, list[int]]:
 
 def _merge(count: int, groups: list[tuple[list[int], PromptKV, Tensor]]) -> tuple[PromptKV, Tensor]:
     order = [0] * count
-    total, offset = PromptKV([], [], []), 0
-    for members, prompts, _ in groups:
-        for place, member in enumerate(members):
-            order[member] = offset + place
-        offset += len(members)
-        total = total + prompts
+    for place, member in enumerate(member for members, _, _ in groups for member in members):
+        order[member] = place
+    total = reduce(PromptKV.__add__, [prompts for _, prompts, _ in groups])
     last = torch.cat([hidden for _, _, hidden in groups])
     return total.select(order), last[order]
 
 
-def prefill_t2i(model: Showo, prompts: Sequence[Sequence[int]], max_text: int) -> PromptKV:
+def prefill_t2i(model: Showo, prompts: Sequence[Sequence[int]]) -> PromptKV:
     """Keys and values of unpadded drawing prompts (`prompting.t2i_text`), each at the positions it has in the padded
     sequence. Prompts of equal length are computed together; equal prompts once."""
     unique: dict[tuple[int, ...], int] = {}
     place = [unique.setdefault(tuple(prompt), len(unique)) for prompt in prompts]
-    distinct = list(unique)
+    distinct, end = list(unique), model.max_text + 1
     groups = []
     for length, members in _by_length(distinct).items():
-        if length > max_text + 1:
-            raise UserError(
-                f"a prompt of {length} ids: at most max_text + 1 = {max_text + 1}; cut it with prompting.t2i_text"
-            )
+        if length > end:
+            raise UserError(f"a prompt of {length} ids: at most max_text + 1 = {end}; cut it with prompting.t2i_text")
         ids = torch.tensor([distinct[i] for i in members], device=model.device)
-        groups.append((members, *_prefill(model, model.embed(ids), max_text + 1 - length, FullAttention(causal=True))))
+        groups.append((members, *_prefill(model, model.embed(ids), end - length, FullAttention(causal=True))))
     return _merge(len(distinct), groups)[0].select(place)
 
 
-def image_hidden(model: Showo, codes_BN: Tensor, prompts: PromptKV, prompt_of_row: Sequence[int]) -> Tensor:
-    """Hidden states [B, N, D] at the image codes int [B, N] (−1 unknown), row b over prompt `prompt_of_row[b]`.
+class ImageRows:
+    """Hidden states [B, N, D] at image codes int [B, N] (−1 unknown), row b over prompt `prompt_of_row[b]`.
 
-    Only N + 2 rows are computed (soi, codes, eoi), and no mask is needed: they see their prompt and one another.
+    Only N + 2 rows are computed (soi, codes, eoi), and no mask is needed: they see their prompt and one another. All
+    that needs the host is made here, so a call can be captured where rows of one prompt length stand together.
     """
-    ids = SpecialIds.of(model)
-    count, total = codes_BN.shape[1], codes_BN.shape[0]
-    ends = model.embed(torch.tensor([ids.soi, ids.eoi], device=codes_BN.device)).expand(total, 2, -1)
-    x = torch.cat([ends[:, :1], model.embed_codes(codes_BN), ends[:, 1:]], dim=1)
-    starts = {prompts.next_position[prompt] for prompt in prompt_of_row}
-    if len(starts) != 1:
-        raise UserError(f"prompts that end at positions {sorted(starts)}: prefill them with one max_text")
-    start = starts.pop()
-    if start + count + 2 > model.config.max_position_embeddings:
+
+    def __init__(self, model: Showo, prompts: Prefix, prompt_of_row: Sequence[int], count: int):
+        starts = {prompts.next_position[prompt] for prompt in prompt_of_row}
+        if len(starts) != 1:
+            raise UserError(f"prompts that end at positions {sorted(starts)}: prefill them with one max_text")
+        start = starts.pop()
+        check_room(model, count, start)
+        ids, device = SpecialIds.of(model), model.device
+        self._model, self._rows = model, len(prompt_of_row)
+        self._attend = PromptAttention(prompts, prompt_of_row)
+        self._ends = torch.tensor([ids.soi, ids.eoi], device=device)
+        self._positions = torch.arange(start, start + count + 2, device=device)
+
+    def __call__(self, codes_BN: Tensor, timestep_B: Tensor | None = None) -> Tensor:
+        model = self._model
+        ends = model.embed(self._ends).expand(self._rows, 2, -1)
+        x = torch.cat([ends[:, :1], model.embed_codes(codes_BN), ends[:, 1:]], dim=1)
+        return model.encode(x, self._positions, self._attend)[:, 1:-1]
+
+
+def check_room(model: Showo, count: int, start: int) -> None:
+    """Raises UserError where `count` codes after position `start` are more than the model has positions for."""
+    limit = model.config.max_position_embeddings
+    if start + count + 2 > limit:
         raise UserError(
-            f"{count} codes after position {start}: this model has {model.config.max_position_embeddings} positions; "
+            f"{count} codes after position {start}: this model has {limit} positions; "
             "use a smaller grid or a smaller max_text"
         )
-    positions = torch.arange(start, start + count + 2, device=codes_BN.device)
-    return model.encode(x, positions, PromptAttention(prompts, prompt_of_row))[:, 1:-1]
+
+
+def prefill_images(model: Showo, codes_BN: Tensor) -> PromptKV:
+    """Keys and values of [mmu] [soi] codes [eoi] for images int [B, N]: what comes before any question."""
+    ids = SpecialIds.of(model)
+    ends = model.embed(torch.tensor([ids.mmu, ids.soi, ids.eoi], device=model.device)).expand(len(codes_BN), -1, -1)
+    x = torch.cat([ends[:, :2], model.embed_codes(codes_BN.to(model.device)), ends[:, 2:]], dim=1)
+    return _prefill(model, x, 0, FullAttention())[0]
 
 
 def prefill_mmu(model: Showo, codes_BN: Tensor, questions: Sequence[Sequence[int]]) -> tuple[PromptKV, Tensor]:
@@ -98,17 +120,13 @@ def prefill_mmu(model: Showo, codes_BN: Tensor, questions: Sequence[Sequence[int
 
     An image never sees its question, so equal images are computed once and questions of equal length together.
     """
-    ids = SpecialIds.of(model)
     if len(codes_BN) != len(questions):
         raise UserError(f"{len(codes_BN)} images and {len(questions)} questions: give one question for each image")
     place: dict[tuple[int, ...], int] = {}
     image_of = [place.setdefault(tuple(codes), len(place)) for codes in codes_BN.tolist()]
     first = torch.tensor([image_of.index(image) for image in range(len(place))], device=codes_BN.device)
-    ends = model.embed(torch.tensor([ids.mmu, ids.soi, ids.eoi], device=model.device)).expand(len(place), -1, -1)
-    x = torch.cat([ends[:, :2], model.embed_codes(codes_BN[first].to(model.device)), ends[:, 2:]], dim=1)
-    images, _ = _prefill(model, x, 0, FullAttention())
-    start = images.next_position[0]
-    sequences = [[ids.sot, *question] if list(question[:1]) != [ids.sot] else list(question) for question in questions]
+    images = prefill_images(model, codes_BN[first])
+    start, sequences = images.next_position[0], [model.question_ids(question) for question in questions]
     groups = []
     for length, members in _by_length(sequences).items():
         _check_end(model, start + length)
@@ -133,15 +151,29 @@ def prefill_mmu_clip(
     return _prefill(model, x, 0, FullAttention(allowed))
 
 
-def answer_hidden(
-    model: Showo, tokens_BL: Tensor, prompts: PromptKV, last_hidden: Tensor, prompt_of_row: Sequence[int]
-) -> Tensor:
-    """Hidden states [B, L, D] that predict answer tokens int64 [B, L] (any id past an answer's end is ignored by the
-    caller's mask): the prompt's last state for token 0, then the state at each token for the next."""
-    first = last_hidden[torch.as_tensor(list(prompt_of_row), device=last_hidden.device)][:, None]
-    if tokens_BL.shape[1] == 1:
-        return first
-    x = model.embed(tokens_BL[:, :-1].clamp(min=0))
+def text_hidden(model: Showo, ids_BL: Tensor, prompts: Prefix, prompt_of_row: Sequence[int]) -> Tensor:
+    """Hidden states [B, L, D] at text ids int64 [B, L] right after the prompts, each seeing those before it."""
+    x = model.embed(ids_BL)
     start = torch.tensor([prompts.next_position[prompt] for prompt in prompt_of_row], device=x.device)
     positions = start[:, None] + torch.arange(x.shape[1], device=x.device)
-    return torch.cat([first, model.encode(x, positions, CausalAfterPrompt(prompts, prompt_of_row))], dim=1)
+    return model.encode(x, positions, CausalAfterPrompt(prompts, prompt_of_row))
+
+
+class Decoder:
+    """Answers token by token over cached prompts, by `DecodeAttention`."""
+
+    def __init__(self, model: Showo, prompts: Prefix, prompt_of_row: Sequence[int], max_new: int, sliced: bool):
+        self._model = model
+        self._attend = DecodeAttention(prompts, prompt_of_row, max_new, sliced)
+        start = [prompts.next_position[prompt] for prompt in prompt_of_row]
+        self._start = torch.tensor(start, dtype=torch.int64, device=model.device)
+
+    def __call__(self, x_BD: Tensor, step: Tensor) -> Tensor:
+        return self._model.encode(x_BD[:, None], (self._start + step)[:, None], self._attend)[:, 0]
+
+    def advance(self, going: Tensor | int = 1) -> None:
+        self._attend.advance(going)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self._attend.keep_rows(rows)
+        self._start = self._start[torch.tensor(rows, device=self._start.device)]

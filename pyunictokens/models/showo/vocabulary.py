@@ -10,13 +10,16 @@ Shape suffixes: B rows, C concepts, M most rows of a concept, D width, V base vo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..concept_tokens import ConceptTokens
-from .model import Showo
+
+if TYPE_CHECKING:
+    from .model import Showo
 
 SKINNY_ROWS = 9
 """Up to so many rows a CPU goes through a large head faster as W·xᵀ than as x·Wᵀ (docs/measured-facts.md)."""

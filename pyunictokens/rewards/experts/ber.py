@@ -1,75 +1,37 @@
-"""BER, the BLIP evaluation reward (paper, equations 18 and 19): does the drawing show what the prompt says?
+"""BER, the BLIP evaluation reward (paper, equations 18 and 19): does the image show what the prompt says?
 
 ``BER = 1 − s`` with s the cosine *distance* of image and prompt, that is their cosine similarity, in [-1, 1]. It also
 judges DSOG's previews. `Ber` has the formula and asks any image–text encoder; `Blip2` is the paper's: BLIP-2 with its
-contrastive head, or by option the probability of its matching head.
+contrastive head, or by option the probability of its matching head. Knows no reference images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...utils.errors import UserError
-from ..base import ImageTextEncoder, Matcher, RewardBatch, WithNetwork, as_rows, check_pixels, cosine
+from ..base import (
+    Device,
+    ImageTextEncoder,
+    Matcher,
+    PreviewScorer,
+    RewardBatch,
+    WithNetwork,
+    as_rows,
+    check_pixels,
+    cosine,
+)
 from ..cache import TextCache
 from ..networks import ImageNetwork, NetworkConfig, from_transformers, read_tokenizer
-
-
-class Ber(WithNetwork):
-    """Scores drawings against their prompts. Prompts are embedded once; give them in plain words (`plain_text`).
-
-    head: "contrastive" compares vectors of picture and prompt; "matching" asks the network about each pair, dearer and
-    nearer to yes or no (the network must be a :class:`~pyunictokens.rewards.base.Matcher`).
-    """
-
-    name = "ber"
-
-    def __init__(self, encoder: ImageTextEncoder | Matcher, head: str = "contrastive"):
-        super().__init__(encoder)
-        wanted = {"contrastive": ("encode_text", "encode_image"), "matching": ("match",)}
-        if head not in wanted:
-            raise UserError(f"head={head!r}: must be contrastive or matching")
-        lacking = [name for name in wanted[head] if not callable(getattr(encoder, name, None))]
-        if lacking:
-            raise UserError(f"head={head!r}: a {type(encoder).__name__} has no {' and no '.join(lacking)}")
-        self.head = head
-        self._texts = TextCache(lambda texts: self._encoder.encode_text(texts))
-
-    @torch.no_grad()
-    def similarity(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of pixels [B, 3, H, W] in [-1, 1] and B prompts: cosines, or the matching head's probabilities."""
-        if self.head == "matching":
-            return self._encoder.match(pixels, prompts)
-        image = as_rows(self._encoder.encode_image(pixels), pixels.shape[0], "encode_image", several=True)
-        text_BD = self._texts(prompts).to(image.device)
-        if image.ndim == 2:
-            return cosine(image, text_BD)
-        return cosine(image, text_BD[:, None]).amax(dim=1)
-
-    def score(self, batch: RewardBatch) -> Tensor:
-        """Scores [R] in [-1, 1]."""
-        return self.similarity(batch.images, batch.prompts)
-
-    def preview_scorer(self, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The judge DSOG asks: ``scorer(pixels [P, 3, H, W], prompt_index [P]) -> [P]`` for this rollout's prompts."""
-        prompts = list(prompts)
-
-        def scorer(pixels: Tensor, prompt_index: Tensor) -> Tensor:
-            pixels = pixels.clamp(-1.0, 1.0)  # a decoder overshoots a little
-            check_pixels(pixels, "preview")
-            chosen = [int(index) for index in prompt_index]
-            if any(not 0 <= index < len(prompts) for index in chosen):
-                raise UserError(f"prompt_index={chosen}: must be indices into the {len(prompts)} prompts")
-            return self.similarity(pixels, [prompts[index] for index in chosen])
-
-        return scorer
+from ..registry import register
+from ..weights import PROCESSOR, TOKENIZER, WEIGHTS, WeightFiles
 
 
 @dataclass(frozen=True)
@@ -84,16 +46,85 @@ class BerConfig(NetworkConfig):
         self.choose("head", "contrastive", "matching")
 
 
+FILES = WeightFiles(
+    "BLIP-2 with its retrieval heads",
+    "Salesforce/blip2-itm-vit-g",
+    (("config.json",), WEIGHTS, TOKENIZER, PROCESSOR),
+    "MIT",
+)
+
+
+@register("ber", label="BER: the prompt", settings=BerConfig, files=FILES, judges_previews=True)
+class Ber(WithNetwork[ImageTextEncoder | Matcher]):
+    """Scores images against their prompts. Prompts are embedded once; give them in plain words (`plain_text`).
+
+    head: "contrastive" compares vectors of image and prompt; "matching" asks the network about each pair, dearer and
+    nearer to yes or no (the network must be a :class:`~pyunictokens.rewards.base.Matcher`).
+    """
+
+    name = "ber"
+
+    def __init__(self, encoder: ImageTextEncoder | Matcher, head: str = "contrastive"):
+        super().__init__(encoder)
+        if head not in {"contrastive", "matching"}:
+            raise UserError(f"head={head!r}: must be contrastive or matching")
+        self.head = head
+        if head == "matching" and not isinstance(encoder, Matcher):
+            raise UserError(f"head={head!r}: a {type(encoder).__name__} has no match")
+        if head == "contrastive" and not isinstance(encoder, ImageTextEncoder):
+            raise UserError(f"head={head!r}: a {type(encoder).__name__} has no encode_text or no encode_image")
+        self._texts = TextCache(encoder.encode_text) if isinstance(encoder, ImageTextEncoder) else None
+
+    @classmethod
+    def from_settings(cls, settings: BerConfig, device: Device) -> Ber:
+        """BER over the paper's network; its files are looked for now and read when it is first asked."""
+        network = Blip2(settings, device)
+        network.locate()
+        return cls(network, settings.head)
+
+    @torch.no_grad()
+    def similarity(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of pixels [B, 3, H, W] in [-1, 1] and B prompts: cosines, or the matching head's probabilities."""
+        encoder = self._encoder
+        if self.head == "matching":
+            assert isinstance(encoder, Matcher)
+            return encoder.match(pixels, prompts)
+        assert isinstance(encoder, ImageTextEncoder) and self._texts is not None
+        image = as_rows(encoder.encode_image(pixels), pixels.shape[0], "encode_image", several=True)
+        text_BD = self._texts(prompts).to(image.device)
+        if image.ndim == 2:
+            return cosine(image, text_BD)
+        return cosine(image, text_BD[:, None]).amax(dim=1)
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        """Scores [R] in [-1, 1]."""
+        return self.similarity(batch.images, batch.prompts)
+
+    def preview_scorer(self, prompts: Sequence[str]) -> PreviewScorer:
+        """The judge DSOG asks: ``scorer(pixels [P, 3, H, W], prompt_index [P]) -> [P]`` for this rollout's prompts."""
+        prompts = list(prompts)
+
+        def scorer(pixels: Tensor, prompt_index: Tensor) -> Tensor:
+            pixels = pixels.clamp(-1.0, 1.0)  # a decoder overshoots a little
+            check_pixels(pixels, "preview")
+            chosen = [int(index) for index in prompt_index]
+            if any(not 0 <= index < len(prompts) for index in chosen):
+                raise UserError(f"prompt_index={chosen}: must be indices into the {len(prompts)} prompts")
+            return self.similarity(pixels, [prompts[index] for index in chosen])
+
+        return scorer
+
+
 class Blip2(ImageNetwork):
     """BLIP-2's retrieval model (transformers' Blip2ForImageTextRetrieval): ViT, Q-Former and two heads.
 
-    The library's forward pass runs picture and text together; here they are run apart, with the same values, so that a
-    prompt is read once and a group's pictures meet only what depends on them.
+    The library's forward pass runs image and text together; here they are run apart, with the same values, so that a
+    prompt is read once and a group's images meet only what depends on them.
     """
 
-    expert = "ber"
+    files: ClassVar[WeightFiles] = FILES
 
-    def __init__(self, config: BerConfig, device: str | torch.device = "cpu"):
+    def __init__(self, config: BerConfig, device: Device = "cpu"):
         super().__init__(config, device)
         self._tokenizer: Any = None
 
@@ -140,7 +171,7 @@ class Blip2(ImageNetwork):
 
     @torch.no_grad()
     def match(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """Probabilities [B] of the matching head that text b belongs to picture b, float32."""
+        """Probabilities [B] of the matching head that text b belongs to image b, float32."""
         net, step, rows = self._net(), self.config.batch, []
         for start in range(0, len(texts), step):
             seen = self._seen(pixels[start : start + step].to(self.device))

@@ -1,9 +1,10 @@
 """Faces for FER: MTCNN finds them, the largest is brought to the standard position, InceptionResnetV1 embeds it.
 
 Both networks are facenet-pytorch's. MTCNN's weights come with that package; InceptionResnetV1's are read from a file in
-the published layout (a state dict whose classifier rows `logits.*` are not used). All pictures of a batch are searched
+the published layout (a state dict whose classifier rows `logits.*` are not used). All images of a batch are searched
 together, on their device. The standard position (paper: "transform them to the standard position") is upright: the
-picture is turned about the middle of the face until the line through the eyes is level, then MTCNN's box is cut out.
+image is turned about the middle of the face until the line through the eyes is level, then MTCNN's box is cut out.
+Knows boxes and landmarks; does not know scores.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,22 @@ from torch import Tensor, nn
 
 from ...models.checkpoint import assign, load_tensors
 from ...utils.errors import UserError, require
+from ..base import Device
 from ..networks import Network, NetworkConfig, to_bytes
-from ..weights import FACENET_FILES
+from ..weights import WeightFiles
 
+FACENET_FILES = ("20180402-114759-vggface2.pt", "20180408-102900-casia-webface.pt")
+"""Published InceptionResnetV1 weights, by the names they are published under."""
+FILES = WeightFiles(
+    "FaceNet (InceptionResnetV1); MTCNN comes with facenet-pytorch",
+    "the releases of facenet-pytorch",
+    (FACENET_FILES,),
+    "MIT (code and weights; trained on VGGFace2, whose pictures are for research)",
+    "weights/facenet",
+    f"curl -L --create-dirs -o {{folder}}/{FACENET_FILES[0]} "
+    f"https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/{FACENET_FILES[0]}",
+    also=("*.pt",),
+)
 SIDE = 160
 """Pixels along a side of the faces InceptionResnetV1 was trained on."""
 
@@ -47,7 +61,7 @@ class FerConfig(NetworkConfig):
 
 @dataclass(frozen=True)
 class Face:
-    """One face in a picture, in its pixels."""
+    """One face in a image, in its pixels."""
 
     box: tuple[float, float, float, float]
     """Left, top, right, bottom."""
@@ -58,7 +72,7 @@ class Face:
 class MtcnnFaceNet(Network):
     """The networks of FER. MTCNN runs in float32 whatever `dtype` says: its boxes decide what is seen."""
 
-    expert = "fer"
+    files: ClassVar[WeightFiles] = FILES
     config: FerConfig
 
     def locate(self) -> Path:
@@ -73,7 +87,7 @@ class MtcnnFaceNet(Network):
         finder = library.MTCNN(min_face_size=self.config.smallest, select_largest=True, device=self.device)
         return finder, embedder.to(self.dtype)
 
-    def to(self, device: str | torch.device) -> None:
+    def to(self, device: Device) -> None:
         super().to(device)
         module: Any
         for module in self._modules or ():
@@ -94,7 +108,7 @@ class MtcnnFaceNet(Network):
         return found_B, result
 
     def find(self, colours: Tensor) -> list[Face | None]:
-        """The largest face in each picture, uint8 [B, 3, H, W], or None."""
+        """The largest face in each image, uint8 [B, 3, H, W], or None."""
         finder: Any = self.load()[0]
         if min(colours.shape[-2:]) < self.config.smallest:
             return [None] * len(colours)  # no face of that size can be in it
@@ -105,12 +119,12 @@ class MtcnnFaceNet(Network):
             except RuntimeError as error:
                 if "non-empty list" not in str(error):
                     raise
-                # MTCNN's way of saying that every candidate of the whole batch lies outside its picture
+                # MTCNN's way of saying that every candidate of the whole batch lies outside its image
                 faces += [None] * len(part) if len(part) == 1 else [f for one in part for f in self.find(one[None])]
         return faces
 
     def cut(self, colour: Tensor, face: Face) -> Tensor:
-        """The face in a picture, uint8 [3, H, W], as InceptionResnetV1 wants it: float32 [3, 160, 160].
+        """The face in a image, uint8 [3, H, W], as InceptionResnetV1 wants it: float32 [3, 160, 160].
 
         Equal to facenet-pytorch's own cut for a level face: whole pixels, area resampling, back to 8 bits.
         """
@@ -129,7 +143,7 @@ class MtcnnFaceNet(Network):
 
 
 def _largest(found: tuple[Any, Any, Any]) -> list[Face | None]:
-    """Of MTCNN's boxes, probabilities and landmarks, sorted by area, the first of each picture."""
+    """Of MTCNN's boxes, probabilities and landmarks, sorted by area, the first of each image."""
     faces: list[Face | None] = []
     for boxes, points in zip(found[0], found[2], strict=True):
         if boxes is None:
@@ -147,7 +161,7 @@ def _largest(found: tuple[Any, Any, Any]) -> list[Face | None]:
 
 
 def _turned(image: Tensor, face: Face) -> Tensor:
-    """A picture [1, 3, H, W] turned about the middle of the face until the eyes are level; edges are carried on."""
+    """A image [1, 3, H, W] turned about the middle of the face until the eyes are level; edges are carried on."""
     height, width = image.shape[-2:]
     cx, cy = (face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2
     y, x = torch.meshgrid(

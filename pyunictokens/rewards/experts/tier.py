@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...utils.errors import UserError
-from ..base import RewardBatch, TextEncoder, WithNetwork, cosine
+from ..base import Device, RewardBatch, TextEncoder, WithNetwork, cosine
 from ..cache import TextCache
 from ..networks import Network, NetworkConfig, from_transformers, read_tokenizer
+from ..registry import register
+from ..weights import TOKENIZER, WEIGHTS, WeightFiles
 
 
 def tier_score(similarity_RL: Tensor, correct: int) -> Tensor:
@@ -31,30 +33,6 @@ def tier_score(similarity_RL: Tensor, correct: int) -> Tensor:
     truth[:, correct] = 1.0
     distance = (similarity_RL - truth).norm(dim=-1)
     return ((2.0 - distance) / 2.0).clamp(0.0, 1.0)
-
-
-class Tier(WithNetwork):
-    """Scores answers against the concept's facts. The facts are embedded once; an empty answer scores 0."""
-
-    name = "tier"
-
-    def __init__(self, encoder: TextEncoder):
-        super().__init__(encoder)
-        self._texts = TextCache(encoder.encode_text)
-
-    @torch.no_grad()
-    def score(self, batch: RewardBatch) -> Tensor:
-        """Scores [R] in [0, 1], on the images' device."""
-        if not batch.facts or not batch.answers:
-            raise UserError(
-                f"{len(batch.answers)} answers and {len(batch.facts)} facts: TIER needs both; or leave it out with "
-                "weights={'tier': 0, ...}"
-            )
-        facts_LD = self._texts(batch.facts)
-        answers_RD = self._texts(batch.answers)
-        score = tier_score(cosine(answers_RD[:, None], facts_LD[None]), batch.correct).to(batch.images.device)
-        empty = torch.tensor([not answer.strip() for answer in batch.answers], device=score.device)
-        return torch.where(empty, 0.0, score)
 
 
 @dataclass(frozen=True)
@@ -73,6 +51,46 @@ class TierConfig(NetworkConfig):
             raise UserError(f"max_tokens={self.max_tokens}: must be at least 3 (two tokens frame every text)")
 
 
+FILES = WeightFiles(
+    "ERNIE 3.0 (any sentence encoder of transformers)",
+    "nghuyong/ernie-3.0-base-zh",
+    (("config.json",), WEIGHTS, TOKENIZER),
+    "none stated on its card; ERNIE 3.0 itself is Apache-2.0",
+)
+
+
+@register("tier", label="TIER: the answer", settings=TierConfig, files=FILES)
+class Tier(WithNetwork[TextEncoder]):
+    """Scores answers against the concept's facts. The facts are embedded once; an empty answer scores 0."""
+
+    name = "tier"
+
+    def __init__(self, encoder: TextEncoder):
+        super().__init__(encoder)
+        self._texts = TextCache(encoder.encode_text)
+
+    @classmethod
+    def from_settings(cls, settings: TierConfig, device: Device) -> Tier:
+        """TIER over the paper's network; its files are looked for now and read when it is first asked."""
+        network = SentenceEncoder(settings, device)
+        network.locate()
+        return cls(network)
+
+    @torch.no_grad()
+    def score(self, batch: RewardBatch) -> Tensor:
+        """Scores [R] in [0, 1], on the images' device."""
+        if not batch.facts or not batch.answers:
+            raise UserError(
+                f"{len(batch.answers)} answers and {len(batch.facts)} facts: TIER needs both; or leave it out with "
+                "weights={'tier': 0, ...}"
+            )
+        facts_LD = self._texts(batch.facts)
+        answers_RD = self._texts(batch.answers)
+        score = tier_score(cosine(answers_RD[:, None], facts_LD[None]), batch.correct).to(batch.images.device)
+        empty = torch.tensor([not answer.strip() for answer in batch.answers], device=score.device)
+        return torch.where(empty, 0.0, score)
+
+
 class SentenceEncoder(Network):
     """Texts to vectors by an encoder of transformers: ERNIE 3.0 in the paper, or BERT, RoBERTa, a sentence transformer.
 
@@ -80,10 +98,10 @@ class SentenceEncoder(Network):
     head of the checkpoint is not used.
     """
 
-    expert = "tier"
+    files: ClassVar[WeightFiles] = FILES
     config: TierConfig
 
-    def __init__(self, config: TierConfig, device: str | torch.device = "cpu"):
+    def __init__(self, config: TierConfig, device: Device = "cpu"):
         super().__init__(config, device)
         self._tokenizer: Any = None
 

@@ -1,6 +1,6 @@
 """Reward experts that run elsewhere: what training and evaluation ask of an ensemble, answered by servers (server.py).
 
-    experts = RemoteExperts.open("tcp://10.0.0.2:7000,tcp://10.0.0.3:7000?timeout=120")
+    experts = RemoteRewards.open("tcp://10.0.0.2:7000,tcp://10.0.0.3:7000?timeout=120")
     scoring = experts.submit(batch)      # returns at once; draw the next group meanwhile
     scoring.result().total               # [R]
 
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import UserError
-from ..base import RewardBatch
-from ..ensemble import EnsembleScore
+from ..base import EnsembleScore, FaceEmbedding, PreviewJudge, RewardBatch
+from ..ensemble import noted
 from .wire import LIMIT, decode, encode, pack_batch, read_key, shake_hands, tensor, texts
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class _Server:
             self._drop()
 
 
-class RemoteExperts:
+class RemoteRewards:
     """An ensemble whose experts are at `addresses`, all with the same experts and weights.
 
     addresses: (host, port) of each server; requests go to the one with the fewest waiting, in turn where equal.
@@ -164,13 +164,13 @@ class RemoteExperts:
                     "serve the same everywhere"
                 )
         self.experts: tuple[str, ...] = tuple(texts(about[0], "experts"))
-        self.preview_scorer = self._preview_scorer if about[0].get("previews") else None
+        self.preview_scorer: PreviewJudge | None = self._preview_scorer if about[0].get("previews") else None
         """As of an expert of previews (DSOG), ``preview_scorer(prompts)(pixels, prompt_index)``; None without BER."""
-        self.face_embedding = self._face_embedding if about[0].get("faces") else None
+        self.face_embedding: FaceEmbedding | None = self._face_embedding if about[0].get("faces") else None
         """From photos [B, 3, H, W] of a person to embeddings of the faces [B, D]; None without FER."""
 
     @classmethod
-    def open(cls, text: str) -> RemoteExperts:
+    def open(cls, text: str) -> RemoteRewards:
         """The experts at ``tcp://HOST:PORT,…``, with the key from the environment."""
         places, timeout = parse_addresses(text)
         return cls(places, read_key(), timeout)
@@ -178,13 +178,13 @@ class RemoteExperts:
     def score(self, batch: RewardBatch) -> EnsembleScore:
         """Total and parts, [R] each, on the device of the images. Raises UserError as the ensemble itself does."""
         message, tensors = pack_batch(batch)
-        return self._scored(encode({"do": "score", **message}, tensors), len(batch), batch.images.device)
+        return self._scored(encode({"do": "score", **message}, tensors), list(batch.prompts), batch.images.device)
 
     def submit(self, batch: RewardBatch) -> Future[EnsembleScore]:
         """:meth:`score` in the background; as many at once as there are servers, the others wait."""
         message, tensors = pack_batch(batch)
         request = encode({"do": "score", **message}, tensors)  # now: the caller may reuse its tensors
-        return self._pool.submit(self._scored, request, len(batch), batch.images.device)
+        return self._pool.submit(self._scored, request, list(batch.prompts), batch.images.device)
 
     def throughput(self) -> dict[str, float]:
         """Rows a second by expert, over all servers and everyone they have served. A server that is gone counts 0."""
@@ -214,14 +214,14 @@ class RemoteExperts:
                 f"`pyunictokens experts serve --host HOST --port {server.port}`, or correct the address"
             ) from None
 
-    def _scored(self, request: bytes, rows: int, device: torch.device) -> EnsembleScore:
+    def _scored(self, request: bytes, prompts: list[str], device: torch.device) -> EnsembleScore:
         message, tensors = self._ask(request)
         names, absent = texts(message, "parts"), message.get("no_face")
-        total = _rows(tensors, "total", rows).to(device)
-        parts = {name: _rows(tensors, f"part {place}", rows).to(device) for place, name in enumerate(names)}
-        return EnsembleScore(total, parts, absent if isinstance(absent, int) else 0)
+        total = _rows(tensors, "total", len(prompts)).to(device)
+        parts = {name: _rows(tensors, f"part {place}", len(prompts)).to(device) for place, name in enumerate(names)}
+        return noted(EnsembleScore(total, parts, absent if isinstance(absent, int) else 0), prompts)
 
-    def _preview_scorer(self, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
+    def _preview_scorer(self, prompts: Sequence[str], /) -> Callable[[Tensor, Tensor], Tensor]:
         prompts = list(prompts)
 
         def scorer(pixels: Tensor, prompt_index: Tensor) -> Tensor:

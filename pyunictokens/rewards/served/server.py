@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import UserError
-from ..registry import Rewards
+from ..base import Rewards
+from ..ensemble import Ensemble, as_rewards
 from .wire import LIMIT, decode, encode, shake_hands, tensor, texts, unpack_batch
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 Answer = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-class ExpertServer:
+class RewardServer:
     """Serves `rewards` on `device` to everyone who has `key`.
 
     host: where it listens; 127.0.0.1 is this machine alone. port: 0 takes a free one, see `port` afterwards.
@@ -38,7 +39,7 @@ class ExpertServer:
 
     def __init__(
         self,
-        rewards: Rewards,
+        rewards: object,
         key: bytes,
         *,
         host: str = "127.0.0.1",
@@ -46,7 +47,8 @@ class ExpertServer:
         device: str | torch.device = "cpu",
         limit: int = LIMIT,
     ):
-        self.rewards, self.device, self._key, self._limit = rewards, torch.device(device), key, limit
+        self.rewards: Rewards = as_rewards(rewards)
+        self.device, self._key, self._limit = torch.device(device), key, limit
         self._turn, self._work = threading.Lock(), threading.Condition()
         self._busy, self._ending = 0, False
         self._open: set[Connection] = set()
@@ -71,7 +73,7 @@ class ExpertServer:
     @property
     def names(self) -> list[str]:
         """The experts' names; none where an ensemble of your own does not say."""
-        return sorted(getattr(self.rewards.ensemble, "experts", ()))
+        return sorted(self.rewards.models) if isinstance(self.rewards, Ensemble) else []
 
     def serve(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Answer until `stop` says so (asked five times a second) or :meth:`close` is called."""
@@ -144,12 +146,13 @@ class ExpertServer:
             return encode({"error": f"{type(error).__name__}: {error}"})
 
     def _hello(self, message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Answer:
-        _, preview, faces = self.rewards
-        about = {"experts": self.names, "weights": getattr(self.rewards.ensemble, "weights", {})}
+        preview, faces = self.rewards.preview_scorer, self.rewards.face_embedding
+        weights = self.rewards.weights if isinstance(self.rewards, Ensemble) else {}
+        about = {"experts": self.names, "weights": weights}
         return {**about, "previews": preview is not None, "faces": faces is not None}, {}
 
     def _score(self, message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Answer:
-        found = self.rewards.ensemble.score(unpack_batch(message, tensors, self.device))
+        found = self.rewards.score(unpack_batch(message, tensors, self.device))
         names = list(found.parts)
         parts = {f"part {place}": found.parts[name] for place, name in enumerate(names)}
         return {"parts": names, "no_face": found.no_face}, {"total": found.total, **parts}
@@ -167,5 +170,4 @@ class ExpertServer:
         return {}, {"faces": self.rewards.face_embedding(tensor(tensors, "pixels").to(self.device))}
 
     def _throughput(self, message: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Answer:
-        throughput = getattr(self.rewards.ensemble, "throughput", dict)
-        return {"throughput": throughput()}, {}
+        return {"throughput": self.rewards.throughput()}, {}

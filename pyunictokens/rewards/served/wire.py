@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...utils.errors import UserError
+from ...utils.errors import UserError, needs
 from ..base import RewardBatch
 
 KEY, KEY_FILE = "PYUNICTOKENS_EXPERTS_KEY", "PYUNICTOKENS_EXPERTS_KEY_FILE"
@@ -54,7 +54,8 @@ def read_key() -> bytes:
 
 def encode(message: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """A message as bytes. Tensors of any device, whose order in memory goes along: with it, last bits would change."""
-    from safetensors.torch import save
+    with needs("rewards"):
+        from safetensors.torch import save
 
     given = tensors or {}
     last = [name for name, value in given.items() if _channels_last(value)]
@@ -67,8 +68,11 @@ def encode(message: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = No
 
 def decode(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(message, tensors) of bytes. Raises UserError where they are no message."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    with needs("rewards"):
+        from safetensors import SafetensorError
+
+        with needs("rewards"):
+            from safetensors.torch import load
 
     if len(data) < 4:
         raise UserError(f"a message of {len(data)} bytes: must begin with the length of its JSON (4 bytes)")

@@ -2,8 +2,8 @@
 
 Everything that differs between rows or steps (codes, sample ids, timestep, where a row stops) is read from the device,
 so the step can be captured once and run to the next preview without the host (capture.py). A row beyond its stop, and
-every row while `keep_going` is 0, stays as it is. It is given hidden states by a function (codes [B, N]) → guided
-hidden [B, N, D]; it does not know prompts' texts, previews' scores or who gets a free row.
+every row while `keep_going` is 0, stays as it is. Hidden states come from a function; the model has to be a
+`CapturableModel`.
 
 Shape suffixes: B rows of the bucket, N image codes, T timesteps, K codebook, D width. Numbers as in rollout/sampler.py.
 """
@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import MASK, ops
-from ...models import PromptKV, Showo
-from ...models.showo.attention import PromptAttention
-from ...models.showo.prompting import SpecialIds
+from ...models import CapturableModel, MaskedModel, Prefix
 from ...utils.errors import UserError
-from ..sampler import LOGITS_BYTES, LoopSettings, exact, image_head_fp32, temperatures, wanted_masks
+from ..sampler import LOGITS_BYTES, LoopSettings, exact, image_head_fp32, wanted_masks
 from .capture import CapturedSteps, GraphPool, Mode
 
-HiddenOf = Callable[[Tensor], Tensor]
-"""codes int64 [B, N] (−1 unknown) → guided hidden states [B, N, D]. It waits for nothing, so it can be captured."""
+HiddenOf = Callable[[Tensor, Tensor], Tensor]
+"""codes int64 [B, N] (−1 unknown), timesteps float [B] → guided hidden states [B, N, D]. It waits for nothing, so it
+can be captured."""
+Head = Callable[[], tuple[Tensor, Tensor | None]]
+"""Weight [K, D] and bias [K] of the code columns, read anew at every call."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class StepState:
     broken: Tensor
     """bool [1]: some log-prob was not finite."""
     temperature: Tensor
-    """float32 [T]: of the re-masking noise, after its decay as a product."""
+    """float32 [T]: of the re-masking noise at each step."""
     wanted: Tensor
     """int64 [T]: codes to stay masked after each step (`wanted_masks`)."""
     inputs: Tensor | None = None
@@ -64,15 +65,15 @@ class StepState:
     @classmethod
     def make(
         cls,
+        model: MaskedModel,
         rows: int,
         count: int,
-        codebook: int,
         settings: LoopSettings,
-        device: torch.device | str = "cpu",
     ) -> StepState:
         """State for a bucket of `rows` rows of `count` codes, none of them in use."""
-        steps = settings.steps
-        small = torch.int16 if codebook <= 2**15 else torch.int32
+        steps, device = settings.steps, model.device
+        small = torch.int16 if model.codebook_size <= 2**15 else torch.int32
+        decay = model.rule.temperatures(settings.temperature, steps)
 
         def record(dtype: torch.dtype) -> Tensor | None:
             return torch.zeros(rows, steps, count, dtype=dtype, device=device) if settings.record else None
@@ -89,7 +90,7 @@ class StepState:
             urgent=whole(rows, dtype=torch.bool),
             keep_going=whole(1, dtype=torch.int32),
             broken=whole(1, dtype=torch.bool),
-            temperature=torch.tensor(temperatures(settings), dtype=torch.float32, device=device),
+            temperature=torch.tensor(decay, dtype=torch.float32, device=device),
             wanted=wanted_masks(settings.schedule, steps, count).to(device),
             inputs=record(small),
             picked=record(small),
@@ -124,14 +125,13 @@ class StepState:
 def advance(
     state: StepState,
     hidden_of: HiddenOf,
-    head: Callable[[], tuple[Tensor, Tensor]],
+    head: Head,
     seed: int,
     backend: str | None = None,
 ) -> None:
     """One step of every row that has one left; then set `keep_going`. Equals one step of `ImageLoop`, row for row.
 
-    `head` gives weight [K, D] and bias [K] of the code columns anew at every step, so that weights that were written in
-    place are seen.
+    The head is read at every step, so that weights that were written in place are seen.
     """
     rows, count = state.codes.shape
     active = (state.step < state.stop_at) & (state.keep_going != 0)
@@ -139,7 +139,7 @@ def advance(
     unknown = (state.codes == MASK).sum(-1)
     mask_len = torch.minimum(state.wanted[at], unknown - 1).clamp(min=1)
     temperature = state.temperature[at]
-    hidden, (weight, bias) = hidden_of(state.codes), head()
+    hidden, (weight, bias) = hidden_of(state.codes, at / len(state.wanted)), head()
     part = max(1, LOGITS_BYTES // (count * weight.shape[0] * 4))
     index = torch.arange(rows, device=state.codes.device)
     for start in range(0, rows, part):
@@ -172,56 +172,37 @@ def _write(state: StepState, rows: Tensor, at: Tensor, active: Tensor, out: ops.
 
 
 class GuidedHidden:
-    """`HiddenOf` for rows over cached prompts: row b reads prompt `prompt_of_row[b]`, guided against the last one.
+    """`HiddenOf` for rows over prompts: row b reads prompt `prompt_of_row[b]`, guided against the last one.
 
-    The prompts' keys and values are copied into tensors of its own, so that :meth:`load` can bring others of the same
+    The tensors of the prompts are copied into ones of its own, so that :meth:`load` can bring others of the same
     lengths under a capture that has been made.
     """
 
     def __init__(
-        self, model: Showo, prompts: PromptKV, prompt_of_row: Sequence[int], guidance_scale: float, count: int
+        self, model: CapturableModel, prompts: Prefix, prompt_of_row: Sequence[int], guidance_scale: float, count: int
     ):
-        self.model, self.scale = model, guidance_scale
-        device, rows = model.device, len(prompt_of_row)
-        self.lengths = prompts.lengths
-        starts = {prompts.next_position[prompt] for prompt in prompt_of_row}
-        if len(starts) != 1:
-            raise UserError(f"prompts that end at positions {sorted(starts)}: prefill them with one max_text")
-        start = starts.pop()
-        if start + count + 2 > model.config.max_position_embeddings:
-            raise UserError(
-                f"{count} codes after position {start}: this model has {model.config.max_position_embeddings} positions"
-            )
-        self.prompts = PromptKV(
-            [[layer.clone() for layer in layers] for layers in prompts.keys],
-            [[layer.clone() for layer in layers] for layers in prompts.values],
-            list(prompts.next_position),
-        )
+        self.scale, rows = guidance_scale, len(prompt_of_row)
+        self.prompts = prompts.with_tensors([tensor.clone() for tensor in prompts.tensors()])
         every = list(prompt_of_row)
         if guidance_scale > 0:
             every += [len(prompts) - 1] * rows
         # Rows of one prompt length stand together, so that attention needs no index made on the host.
-        order = sorted(range(len(every)), key=lambda row: (self.lengths[every[row]], row))
+        order = sorted(range(len(every)), key=lambda row: (prompts.lengths[every[row]], row))
+        self._step = model.image_step(self.prompts, [every[row] for row in order], count)
+        device = self.prompts.parts[0][0].device
         self._order = torch.tensor([row % rows for row in order], device=device)
         self._back = torch.tensor([order.index(row) for row in range(len(every))], device=device)
-        self._attend = PromptAttention(self.prompts, [every[row] for row in order])
-        self._positions = torch.arange(start, start + count + 2, device=device)
-        ids = SpecialIds.of(model)
-        self._ends = torch.tensor([ids.soi, ids.eoi], device=device)
 
     @torch.no_grad()
-    def load(self, prompts: PromptKV) -> None:
-        """Take the keys and values of other prompts of the same lengths, in the same order."""
-        if prompts.lengths != self.lengths or prompts.next_position != self.prompts.next_position:
-            raise UserError(f"prompts of lengths {prompts.lengths}: these hidden states were made for {self.lengths}")
-        for mine, theirs in ((self.prompts.keys, prompts.keys), (self.prompts.values, prompts.values)):
-            for layers, new in zip(mine, theirs, strict=True):
-                torch._foreach_copy_(layers, new)
+    def load(self, prompts: Prefix) -> None:
+        """Take the tensors of other prompts of the same lengths, in the same order."""
+        mine = self.prompts
+        if prompts.lengths != mine.lengths or prompts.next_position != mine.next_position:
+            raise UserError(f"prompts of lengths {prompts.lengths}: these hidden states were made for {mine.lengths}")
+        torch._foreach_copy_(mine.tensors(), prompts.tensors())
 
-    def __call__(self, codes: Tensor) -> Tensor:
-        ends = self.model.embed(self._ends).expand(len(self._order), 2, -1)
-        x = torch.cat([ends[:, :1], self.model.embed_codes(codes)[self._order], ends[:, 1:]], dim=1)
-        hidden = exact(self.model.encode(x, self._positions, self._attend)[:, 1:-1])[self._back]
+    def __call__(self, codes: Tensor, timestep: Tensor) -> Tensor:
+        hidden = exact(self._step(codes[self._order], timestep[self._order]))[self._back]
         if self.scale == 0:
             return hidden
         cond, uncond = hidden.chunk(2)
@@ -231,7 +212,7 @@ class GuidedHidden:
 class DeviceLoop:
     """A bucket of rows that run without the host from look to look: state, captured step, and what they cost.
 
-        loop = DeviceLoop(hidden_of, head, StepState.make(...), seed)
+        loop = DeviceLoop(hidden_of, head, StepState.make(model, ...), seed)
         loop.state.start(rows, known, sample_ids, stop_at=preview, urgent=True)
         loop.run()                       # until a preview is due or all rows are done; then decide, start, let_go, run
 
@@ -241,7 +222,7 @@ class DeviceLoop:
     def __init__(
         self,
         hidden_of: HiddenOf,
-        head: Callable[[], tuple[Tensor, Tensor]],
+        head: Head,
         state: StepState,
         seed: int,
         *,
@@ -264,11 +245,11 @@ class DeviceLoop:
         self.steps.close()
 
 
-def image_head(model: Showo) -> Callable[[], tuple[Tensor, Tensor]]:
+def image_head(model: MaskedModel) -> Head:
     """The head of the codes in at least float32, converted at every call so that new weights are seen."""
     return partial(image_head_fp32, model)
 
 
-def read_by(model: Showo) -> list[Tensor]:
+def read_by(model: MaskedModel) -> list[Tensor]:
     """What a captured step of `model` reads besides its own state (for `CaptureCache`): weights and concept rows."""
     return [*model.parameters(), *(model.concept.parameters() if model.concept is not None else ())]

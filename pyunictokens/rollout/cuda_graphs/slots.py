@@ -2,9 +2,9 @@
 
 A stretch of steps (to the next preview, or until a candidate is done) is one run of captured steps. What a capture has
 fixed is kept between calls and used again where it fits: the number of slots, the settings, and which slots share a
-prompt of which length; keys and values of other prompts are copied in. In mode "auto" prompts of lengths that were not
+prompt of which length; the tensors of other prompts are copied in. In mode "auto" prompts of lengths that were not
 met before are left to the host: a capture costs about three steps, and in training no two groups are alike. Numbers
-equal those of `EagerSlots` up to the rounding of sums. Who runs in which slot is rollout/loop.py's business.
+equal those of `EagerSlots` up to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ...models import PromptKV, Showo
+from ...models import CapturableModel, Prefix
+from ...utils.memory import RowLimit
 from ..sampler import EagerSlots, LoopSettings
 from ..scheduler import Candidate
 from .capture import CaptureCache, GraphPool, Mode
@@ -39,13 +39,21 @@ Structure = tuple[tuple[int, ...], tuple[int, ...], int]
 class Bucket:
     """The state of a number of slots, and a captured loop over it for each structure of prompts met so far."""
 
-    def __init__(self, model: Showo, slots: int, count: int, settings: LoopSettings, mode: str, pool: GraphPool | None):
+    def __init__(
+        self,
+        model: CapturableModel,
+        slots: int,
+        count: int,
+        settings: LoopSettings,
+        mode: Mode,
+        pool: GraphPool | None,
+    ):
         self.model, self.count, self.settings, self.mode, self.pool = model, count, settings, mode, pool
-        self.state = StepState.make(slots, count, model.config.codebook_size, settings, model.device)
+        self.state = StepState.make(model, slots, count, settings)
         self._loops: OrderedDict[Structure, DeviceLoop] = OrderedDict()
         self._seen: OrderedDict[Structure, None] = OrderedDict()
 
-    def loop(self, prompts: PromptKV, of_slot: Sequence[int], may_capture: bool = True) -> DeviceLoop | None:
+    def loop(self, prompts: Prefix, of_slot: Sequence[int], may_capture: bool = True) -> DeviceLoop | None:
         """The loop for slots that read the distinct `prompts` (with guidance the empty one last), loaded with them.
 
         None in mode "auto" at first sight: it is not certain that a capture would be earned back. None as well where
@@ -70,7 +78,7 @@ class Bucket:
                 head,
                 self.state,
                 settings.seed,
-                mode=cast(Mode, self.mode),
+                mode=self.mode,
                 pool=self.pool,
                 backend=settings.backend,
             )
@@ -92,19 +100,22 @@ class CapturedSlots(EagerSlots):
 
     def __init__(
         self,
-        model: Showo,
-        prompts: PromptKV,
+        model: CapturableModel,
+        prompts: Prefix,
         prompt_of_row: Sequence[int],
         look_of_row: Sequence[int],
         slots: int,
         count: int,
         settings: LoopSettings,
         cache: CaptureCache[Bucket],
-        mode: str = "auto",
-        **more: Any,
+        mode: Mode = "auto",
+        *,
+        limit: RowLimit | None = None,
+        keep_first: bool = True,
     ):
+        unrecorded = replace(settings, record=False)
         super().__init__(
-            model, prompts, prompt_of_row, look_of_row, slots, count, replace(settings, record=False), **more
+            model, prompts, prompt_of_row, look_of_row, slots, count, unrecorded, limit=limit, keep_first=keep_first
         )
         self.settings = settings
         self._bucket = cache.get(

@@ -1,8 +1,8 @@
 """A run's folder: who it belongs to, its checkpoints, and how it is taken up again as if it had never stopped.
 
     run.json             identity of model, concept and settings, written when the run begins
-    checkpoints/step_N/  tensors.safetensors (trained tensors, optimiser) and state.json (step, thresholds, checksums);
-                         shards/ with a file a rank, where the optimiser's state is spread over ranks
+    checkpoints/step_N/  tensors.safetensors (trained tensors, optimizer) and state.json (step, thresholds, checksums);
+                         shards/ with a file a rank, where the optimizer's state is spread over ranks
 
 A checkpoint is written aside, flushed to disk and renamed, so a kill or a full disk leaves the last good one; one that
 was damaged later is noticed by its checksum and the one before it is taken. Rank 0 alone writes, but for the shards,
@@ -29,7 +29,8 @@ from torch import Tensor
 
 from ...config.settings import filled, renamed, to_mapping
 from ...config.training import GrpoConfig
-from ...models import ConceptTokens, Showo
+from ...models import MaskedModel
+from ...utils import fingerprint
 from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, safe_name, sweep, write_json
 from ..distributed.ranks import Ranks
@@ -43,12 +44,12 @@ MAY_CHANGE = frozenset(
         "keep_last",
         "keep_best",
         "sample_every",
-        "expert_timeout",
+        "reward_timeout",
         "max_bad_steps",
         "micro_rows",
         "micro_timesteps",
         "checkpoint_layers",
-        "shard_optimiser",
+        "shard_optimizer",
         "save_in_background",
     }
 )
@@ -70,32 +71,13 @@ class Checkpoint:
     """Where tensors are that were spread over ranks (shards.py)."""
 
 
-def identity(model: Showo, concept: ConceptTokens) -> dict[str, Any]:
-    """What must agree before a checkpoint may be put into a model: sizes, vocabulary, concept, starting weights."""
-    config = model.config
+def identity(model: MaskedModel) -> dict[str, object]:
+    """What must agree before a checkpoint may be put into a model: sizes, vocabulary, starting weights."""
     return {
-        "vocab_size": config.vocab_size,
-        "llm_vocab_size": config.llm_vocab_size,
-        "codebook_size": config.codebook_size,
-        "num_vq_tokens": config.num_vq_tokens,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "concept": concept.name,
-        "concept_tokens": concept.num_tokens,
-        "starting_weights": fingerprint(model.state_dict()),
-        "starting_concept": fingerprint(dict(concept.named_parameters())),
+        **model.identity(),
+        "max_text": model.max_text,
+        "starting_weights": fingerprint.of_tensors(model.state_dict()),
     }
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A short checksum of sixteen numbers of every tensor: tells other weights apart without reading gigabytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
-        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
-        digest.update(flat[:: max(1, flat.numel() // 16)][:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class RunFolder:
@@ -159,10 +141,13 @@ class RunFolder:
         defaults = to_mapping(GrpoConfig())
         stored = found["settings"] if isinstance(found["settings"], Mapping) else {}
         there, here = (filled(renamed(GrpoConfig, each), defaults) for each in (stored, settings))
+        then = found["identity"]
+        if isinstance(then, Mapping) and "max_text" not in then:  # it was a setting; none meant the model's own
+            then = {**then, "max_text": stored.get("max_text") or identity.get("max_text")}
         wrong = [
-            f"{key}: the run has {then!r}, this is {now!r}"
-            for part, pair in (("identity", (found["identity"], identity)), ("settings", (there, here)))
-            for key, then, now in _differences(*pair)
+            f"{key}: the run has {before!r}, this is {now!r}"
+            for part, pair in (("identity", (then, identity)), ("settings", (there, here)))
+            for key, before, now in _differences(*pair)
             if part == "identity" or key.rpartition(".")[2] not in MAY_CHANGE
         ]
         if wrong:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...utils.errors import UserError
+from ...utils.errors import UserError, needs
 from ...utils.files import refuse_lfs_pointer
 
 _NAMES = {
@@ -78,7 +78,8 @@ def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped into memory. Raises UserError when it is missing or not whole."""
-    from safetensors.torch import load_file
+    with needs("train"):
+        from safetensors.torch import load_file
 
     path = Path(path)
     if not path.exists():

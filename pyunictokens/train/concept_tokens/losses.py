@@ -3,8 +3,8 @@
     understanding   cross-entropy of the answer's tokens and its end, nothing else of the sequence counts
     generation      rate = schedule(u), u uniform per image; max(1, round(N·rate)) positions masked; cross-entropy there
 
-Source: Show-o's training objectives. Gradients reach only what learns; the pictures' keys and values come from
-train/images.py, computed once.
+Source: Show-o's training objectives (Xie et al., 2024). Gradients reach only what learns; the pictures' prefixes come
+from train/images.py, computed once.
 
 Shape suffixes: B rows, L text positions, N image codes.
 """
@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import MASK, ops
-from ...models import PromptKV, Showo, TextTokenizer, image_hidden, prefill_t2i
-from ...models.showo import prompting
-from ...models.showo.attention import CausalAfterPrompt
-from ...models.showo.prompting import SpecialIds
-from ..logprobs import text_logprob
+from ...models import AnsweringModel, MaskedModel, Prefix, TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -30,20 +26,20 @@ class TextRow:
     """One question with its answer, as ids."""
 
     question: list[int]
-    """sot and the question in its published wording."""
+    """The question in the model's wording (`AnsweringModel.question_ids`)."""
     answer: list[int]
-    """The answer and eot."""
+    """The answer and its end."""
 
 
-def text_row(tokenizer: TextTokenizer, ids: SpecialIds, question: str, answer: str) -> TextRow:
+def text_row(tokenizer: TextTokenizer, model: AnsweringModel, question: str, answer: str) -> TextRow:
     """Ids of a question and its answer; the space between "ASSISTANT:" and the answer belongs to the answer."""
     return TextRow(
-        [ids.sot, *tokenizer.encode(prompting.chat_question(question))],
-        [*tokenizer.encode(" " + answer.strip()), ids.eot],
+        model.question_ids(tokenizer.encode(model.question_text(question))),
+        [*tokenizer.encode(" " + answer.strip()), model.end_id],
     )
 
 
-def understanding_loss(model: Showo, prefixes: PromptKV, rows: Sequence[TextRow]) -> Tensor:
+def understanding_loss(model: AnsweringModel, prefixes: Prefix, rows: Sequence[TextRow]) -> Tensor:
     """Mean cross-entropy of all answer tokens; row b follows picture prefix b."""
     length = max(len(row.question) + len(row.answer) for row in rows) - 1
     ids_BL = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -53,30 +49,30 @@ def understanding_loss(model: Showo, prefixes: PromptKV, rows: Sequence[TextRow]
         ids_BL[place, : len(text) - 1] = torch.tensor(text[:-1])
         target_BL[place, len(row.question) - 1 : len(text) - 1] = torch.tensor(row.answer)
     ids_BL, target_BL = ids_BL.to(model.device), target_BL.to(model.device)
-    start = torch.tensor(prefixes.next_position, device=model.device)
-    positions = start[:, None] + torch.arange(length, device=model.device)
-    hidden = model.encode(model.embed(ids_BL), positions, CausalAfterPrompt(prefixes, range(len(rows))))
+    hidden = model.text_hidden(ids_BL, prefixes, range(len(rows)))
     counted = target_BL >= 0
-    return -text_logprob(model, hidden[counted], target_BL[counted]).mean()
+    return -model.text_logprob(hidden[counted], target_BL[counted]).mean()
 
 
-def random_mask(codes_BN: Tensor, schedule: str, generator: torch.Generator) -> Tensor:
-    """Which codes are masked, bool [B, N] on the CPU: max(1, round(N·schedule(u))) random positions of each image."""
+def random_mask(codes_BN: Tensor, schedule: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(which codes are masked, bool [B, N]: max(1, round(N·schedule(u))) random positions of each image; the timesteps
+    u, float32 [B]), on the CPU."""
     batch, count = codes_BN.shape
-    draws = torch.rand(batch, generator=generator).tolist()
-    wanted = torch.tensor([max(1, round(count * ops.mask_rate(schedule, u))) for u in draws])
+    draws = torch.rand(batch, generator=generator)
+    wanted = torch.tensor([max(1, round(count * ops.mask_rate(schedule, u))) for u in draws.tolist()])
     order = torch.rand(batch, count, generator=generator).argsort(-1).argsort(-1)
-    return order < wanted[:, None]
+    return order < wanted[:, None], draws
 
 
 def generation_loss(
-    model: Showo, codes_BN: Tensor, mask_BN: Tensor, prompts: Sequence[Sequence[int]], max_text: int
+    model: MaskedModel, codes_BN: Tensor, mask_BN: Tensor, prompts: Sequence[Sequence[int]], timestep_B: Tensor
 ) -> Tensor:
-    """Mean cross-entropy of the masked codes; prompts are unpadded drawing prompts, one a row."""
+    """Mean cross-entropy of the masked codes; prompts are those of `MaskedModel.prompt_ids`, one a row, and mask and
+    timesteps those of :func:`random_mask`."""
     mask_BN = mask_BN.to(model.device)
     shown = codes_BN.to(model.device).masked_fill(mask_BN, MASK)
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     of_row = [distinct.index(tuple(prompt)) for prompt in prompts]
-    hidden = image_hidden(model, shown, prefill_t2i(model, distinct, max_text), of_row)
+    hidden = model.image_hidden(shown, model.prefill(distinct), of_row, timestep_B.to(model.device))
     weight, bias = model.image_head()
     return -ops.selected_logprob(hidden[mask_BN], weight, codes_BN.to(model.device)[mask_BN], bias).mean()

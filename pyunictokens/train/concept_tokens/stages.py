@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,15 @@ from torch import Tensor
 from ...config.settings import save_yaml, to_mapping
 from ...config.training import StageConfig
 from ...data.batches import EpochSampler, GenerationItem, UnderstandingItem, generation_items, understanding_items
-from ...models import ConceptTokens, MagvitV2, PromptKV, Showo, TextTokenizer
+from ...models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, answering, owning_rows
 from ...models.showo import prompting
-from ...models.showo.prompting import SpecialIds
-from ...rollout.engine import DEFAULT_MAX_TEXT, RolloutEngine
+from ...rollout.engine import RolloutEngine
 from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, write_json
 from ...utils.signals import Stop, Stopped, never
 from ..images import Pictures
 from ..metrics import MetricsLog, read_metrics
-from ..optimizer import Optimiser, learning_rate
+from ..optimizer import Optimizer, learning_rate
 from ..prompts import as_prompt, as_question
 from . import token_init as rows
 from .losses import generation_loss, random_mask, text_row, understanding_loss
@@ -66,8 +67,8 @@ PLANS = {
 
 
 def train_concept_tokens(
-    model: Showo,
-    vq: MagvitV2,
+    model: MaskedModel,
+    vq: ImageTokenizer,
     tokenizer: TextTokenizer,
     concept_data: Any,
     config: StageConfig | None = None,
@@ -106,8 +107,8 @@ def train_concept_tokens(
 class _Stages:
     def __init__(
         self,
-        model: Showo,
-        vq: MagvitV2,
+        model: MaskedModel,
+        vq: ImageTokenizer,
         tokenizer: TextTokenizer,
         concept_data: Any,
         config: StageConfig,
@@ -117,9 +118,9 @@ class _Stages:
         stop: Stop,
     ):
         self.stop = stop
-        self.model, self.vq, self.plain, self.data, self.config = model, vq, tokenizer, concept_data, config
+        self.model, self.answering = owning_rows(model), answering(model)
+        self.vq, self.plain, self.data, self.config = vq, tokenizer, concept_data, config
         self.out, self.face_embedding, self.progress = out, face_embedding, progress
-        self.max_text = config.max_text or DEFAULT_MAX_TEXT
         self.pictures = Pictures(model, vq, crop=config.crop, flip=config.flip, cache_mb=config.cache_mb)
         if not concept_data.train_images:
             raise UserError(f"concept {concept_data.name!r} has no training images: add some to {concept_data.root}")
@@ -127,12 +128,14 @@ class _Stages:
 
     def run(self, start: ConceptTokens | None, resume: bool) -> ConceptTokens:
         about = self.out / "stages.json"
-        settings = {"concept": self.data.name, "width": self.model.config.hidden_size, **to_mapping(self.config)}
+        own = {"concept": self.data.name, "width": self.model.width, "max_text": self.model.max_text}
+        settings = {**own, **to_mapping(self.config)}
         if about.exists() and not resume:
             raise UserError(
                 f"{self.out}: already holds concept stages: go on with them (--resume) or choose another folder"
             )
-        if about.exists() and read_json(about) != settings:
+        found = read_json(about) if about.exists() else settings
+        if {**found, "max_text": found.get("max_text") or own["max_text"]} != settings:
             raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
         write_json(about, settings)
         save_yaml(self.out / "stages.yaml", self.config)
@@ -165,7 +168,7 @@ class _Stages:
         config = self.config
         concept = ConceptTokens(
             self.data.name,
-            self.model.config.hidden_size,
+            self.model.width,
             config.num_understanding,
             config.num_generation,
             seed=config.seed,
@@ -193,7 +196,7 @@ class _Stages:
         """Codes int64 [M] of the model's own drawings that no longer change after `compare_step` of the timesteps."""
         config = self.config
         self.model.attach(concept)
-        engine = RolloutEngine(self.model, None, self.plain.with_concept(concept.tokens), max_text=self.max_text)
+        engine = RolloutEngine(self.model, None, self.plain.with_concept(concept.tokens))
         drawn = engine.generate_images(
             [as_prompt(concept, prompting.base_prompt(concept.sks))],
             samples=config.generated_images,
@@ -221,12 +224,12 @@ class _Stages:
         lr = config.lr_generation if stage in ("generation", "joint") else config.lr
         generator = torch.Generator().manual_seed(config.seed * 1000 + number)
         named = dict(concept.named_parameters())
-        optimiser = Optimiser(named, lr=lr, weight_decay=config.weight_decay)
+        optimizer = Optimizer(named, lr=lr, weight_decay=config.weight_decay)
         begin = {name: value.detach().clone() for name, value in named.items()}
         frozen = _frozen_rows(concept, plan.learning)
         tokenizer = self.plain.with_concept(concept.tokens)
         for step in range(steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             losses = {"understanding": self._understanding(questions.next(), concept, tokenizer, plan, generator)}
             weight = 1.0
             if plan.mixed:
@@ -240,7 +243,7 @@ class _Stages:
                 )
             pulled.backward()
             rate = learning_rate(step, lr=lr, steps=steps, warmup=config.warmup, schedule=config.schedule)
-            norm = optimiser.step(rate)
+            norm = optimizer.step(rate)
             with torch.no_grad():
                 for name, value in named.items():
                     value[frozen] = begin[name][frozen]
@@ -267,28 +270,27 @@ class _Stages:
         plan: StagePlan,
         generator: torch.Generator,
     ) -> Tensor:
-        ids, asked, prefixes = SpecialIds.of(self.model), [], PromptKV([], [], [])
+        asked, prefixes = [], []
         for item in items:
             form = self.config.question_form
             if form == "both":
                 form = "prefix" if bool(torch.rand((), generator=generator) < 0.5) else "expand"
             question = as_question(concept, item.question, plan.question_groups, form)
-            asked.append(text_row(tokenizer, ids, question, item.answer))
-            prefixes = prefixes + self.pictures.prefix(item.image)
-        return understanding_loss(self.model, prefixes, asked)
+            asked.append(text_row(tokenizer, self.answering, question, item.answer))
+            prefixes.append(self.pictures.prefix(item.image))
+        return understanding_loss(self.answering, reduce(add, prefixes), asked)
 
     def _generation(
         self, items: list[GenerationItem], concept: ConceptTokens, tokenizer: TextTokenizer, generator: torch.Generator
     ) -> Tensor:
-        ids, prompts = SpecialIds.of(self.model), []
+        prompts = []
         for item in items:
             dropped = bool(torch.rand((), generator=generator) < self.config.condition_dropout)
             text = [] if dropped else tokenizer.encode(as_prompt(concept, item.prompt))
-            prompts.append(prompting.t2i_text(text, ids, self.max_text))
+            prompts.append(self.model.prompt_ids(text))
         codes = self.pictures.augmented([item.image for item in items], generator)
-        return generation_loss(
-            self.model, codes, random_mask(codes, self.config.mask_schedule, generator), prompts, self.max_text
-        )
+        mask, timestep = random_mask(codes, self.config.mask_schedule, generator)
+        return generation_loss(self.model, codes, mask, prompts, timestep)
 
     def _pull(self, stage: str, concept: ConceptTokens, begin: dict[str, Tensor]) -> Tensor | float:
         """L2 distance of the rows of `<name>` from where the stage found them, in stages that draw."""

@@ -15,25 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models import ConceptTokens, Showo, TextTokenizer
-from ...utils.errors import UserError
+from ...models import ConceptModel, ConceptTokens, TextTokenizer
+from ...utils.errors import UserError, needs
 
 FaceEmbedding = Callable[[Tensor], Tensor]
 """Pixels [M, 3, H, W] in [-1, 1] → face embeddings [M, E] or [E]."""
 
 
 @torch.no_grad()
-def from_class_word(concept: ConceptTokens, model: Showo, tokenizer: TextTokenizer, word: str) -> None:
+def from_class_word(concept: ConceptTokens, model: ConceptModel, tokenizer: TextTokenizer, word: str) -> None:
     """Start `<name>` as the mean embedding of its class word."""
     ids = tokenizer.encode(word)
     if not ids:
         raise UserError(f"class word {word!r}: the tokenizer makes nothing of it; give an ordinary word such as 'dog'")
-    table = model.showo.model.embed_tokens.weight
-    concept.embed[concept.rows("sks")] = table[torch.tensor(ids, device=table.device)].float().mean(0)
+    concept.embed[concept.rows("sks")] = model.embed(torch.tensor(ids, device=model.device)).float().mean(0)
 
 
 @torch.no_grad()
-def from_codes(concept: ConceptTokens, model: Showo, codes: Tensor, group: str, seed: int) -> None:
+def from_codes(concept: ConceptTokens, model: ConceptModel, codes: Tensor, group: str, seed: int) -> None:
     """Start the rows of `group` as k-means centres of the embeddings of image codes int64 [...]."""
     where = concept.rows(group)
     points = model.embed_codes(codes.flatten().to(model.device)).float().cpu()
@@ -42,7 +41,8 @@ def from_codes(concept: ConceptTokens, model: Showo, codes: Tensor, group: str, 
 
 def kmeans(points: Tensor, count: int, seed: int) -> Tensor:
     """`count` centres [count, D] of points [P, D]; where there are fewer distinct points, some centres are the same."""
-    from sklearn.cluster import KMeans
+    with needs("train"):
+        from sklearn.cluster import KMeans
 
     if count == 0:
         return points.new_empty(0, points.shape[1])

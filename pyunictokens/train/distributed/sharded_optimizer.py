@@ -23,12 +23,12 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from ...utils import profiling
 from ...utils.errors import UserError
 from ..checkpoint.shards import read_parts, shapes
-from ..optimizer import PARTS, Optimiser, fitting
+from ..optimizer import PARTS, Optimizer, fitting
 from .ranks import Ranks
 
 
-class ShardedOptimiser(Optimiser):
-    """:class:`Optimiser` with masters and moments spread over its ranks; the same numbers but for the order of sums."""
+class ShardedOptimizer(Optimizer):
+    """:class:`Optimizer` with masters and moments spread over its ranks; the same numbers but for the order of sums."""
 
     def __init__(self, named: Mapping[str, nn.Parameter], *, ranks: Ranks, **settings: Any):
         self._mesh = ranks.mesh()
@@ -39,7 +39,7 @@ class ShardedOptimiser(Optimiser):
     def _spread(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that all ranks have; nothing is sent."""
         if whole.dim() == 0:
-            raise UserError("a parameter without dimensions cannot be spread: set grpo.shard_optimiser=never")
+            raise UserError("a parameter without dimensions cannot be spread: set grpo.shard_optimizer=never")
         return distribute_tensor(whole.detach().float(), self._mesh, [Shard(0)], src_data_rank=None)
 
     def _master(self, parameter: nn.Parameter) -> Tensor:

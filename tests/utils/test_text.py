@@ -67,3 +67,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         (tmp_path / "a.txt").chmod(0)
         with pytest.raises(UserError, match="cannot be read: Permission denied"):
             read_text(tmp_path / "a.txt")
+
+
+def test_the_case_of_a_file_name_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "RW.YAML").write_text("a: 1\n")
+    with pytest.warns(UserWarning, match=r"rw\.yaml is spelled RW\.YAML on disk: it is read"):
+        assert read_text(tmp_path / "rw.yaml") == "a: 1\n"
+    (tmp_path / "rw.YAML").write_text("a: 2\n")
+    with pytest.raises(UserError, match="no such file"):
+        read_text(tmp_path / "rw.yaml")

@@ -1,0 +1,334 @@
+"""What engine, trainers and evaluation ask of a model that draws by unmasking image codes; they know nothing else.
+
+    prompt  →  prompt_ids  →  prefill  →  Prefix          what a prompt is to the model, computed once
+    codes, Prefix  →  image_hidden  →  image_head         logits are one matrix product away: hidden · weightᵀ + bias
+
+`MaskedModel` is the whole of it for a model that draws. `AnsweringModel` adds text, `ConceptModel` rows that a concept
+may own, `CapturableModel` image steps that a CUDA graph can hold; callers ask with :func:`answering` and
+:func:`owning_rows`, which refuse with one clear sentence. A new model is a subclass in a file of its own and a line in
+the registry.
+
+Shape suffixes: B rows, N image codes, L text positions, D width, K codebook, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.errors import UserError
+from .concept_tokens import ConceptTokens
+from .costs import Cost, ModelCosts
+from .prefix import Prefix
+from .sampling_rule import SamplingRule
+
+AnyModel = TypeVar("AnyModel", bound="MaskedModel")
+AnyConceptModel = TypeVar("AnyConceptModel", bound="ConceptModel")
+
+
+class MaskedModel(nn.Module, ABC):
+    """A model that draws by unmasking: codes of an image, some unknown, to a distribution over each of them.
+
+    A subclass sets the attributes below in its constructor and writes the abstract methods. Image rows never change
+    their prompt, so a prompt is computed once (:meth:`prefill`) and serves all rows and steps.
+    """
+
+    family: ClassVar[str]
+    """What the registry and messages call this kind of model."""
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    """Names of the modules that LoRA goes to; empty: no adapters."""
+
+    rule: SamplingRule = SamplingRule()
+    codebook_size: int
+    """K: how many codes there are."""
+    grid: tuple[int, int]
+    """(height, width) in codes of the images the model was made for."""
+    width: int
+    """D: of the hidden states before the heads, and of a concept's rows."""
+    max_text: int
+    """Text positions of a drawing prompt. It belongs to the weights: with another one the image stands elsewhere."""
+    num_text_ids: int
+    """Ids 0…num_text_ids − 1 may stand in a prompt, an attached concept's included."""
+    checkpoint_layers: bool | int = False
+    """Layers, counted from the first, that are recomputed in the backward pass; True means all."""
+    concept: ConceptTokens | None = None
+    """The attached concept (`ConceptModel`)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # --- drawing ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prompt_ids(self, text_ids: Sequence[int]) -> list[int]:
+        """What is prefilled for a text's ids, cut to what the model reads; [] gives the unconditional prompt."""
+
+    def cut_ids(self, text_ids: Sequence[int]) -> int:
+        """How many ids at the end of a text :meth:`prompt_ids` leaves out."""
+        return max(0, len(text_ids) - self.max_text)
+
+    @abstractmethod
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefix:
+        """What image rows need of prompts (of :meth:`prompt_ids`), one entry a prompt in their order. Differentiable.
+        Raises UserError for a prompt that is too long."""
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises UserError where the model cannot draw `grid` (height, width) codes. By default any grid will do."""
+
+    @abstractmethod
+    def image_hidden(
+        self, codes_BN: Tensor, prefix: Prefix, prefix_of_row: Sequence[int], timestep_B: Tensor
+    ) -> Tensor:
+        """What the last linear layer multiplies, [B, N, D], at image codes int [B, N] (−1 unknown). Differentiable.
+
+        Row b reads prompt `prefix_of_row[b]` of `prefix`, and stands at `timestep_B[b]`, float32: the part t/T of the
+        steps that are done, 0 where all is unknown. A model without an embedding of time ignores it.
+        """
+
+    @abstractmethod
+    def image_head(self) -> tuple[Tensor, Tensor | None]:
+        """(weight [K, D], bias [K] or None) of the last linear layer."""
+
+    @property
+    def costs(self) -> ModelCosts:
+        """Operations and bytes of what the model does; by default estimated from its number of parameters."""
+        itemsize = self.image_head()[0].element_size()
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return ModelCosts(total, 1, self.width, self.codebook_size, math.prod(self.grid), itemsize)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, object]:
+        """What must agree before trained weights may be put into a model: sizes, as JSON values."""
+        return {
+            "family": self.family,
+            "codebook_size": self.codebook_size,
+            "grid": list(self.grid),
+            "width": self.width,
+        }
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(
+        cls: type[AnyModel],
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> AnyModel:
+        """Load a folder or hub id, frozen and in eval mode. Raises UserError for files that do not fit."""
+
+    @abstractmethod
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder that :meth:`from_pretrained` reads. An attached concept is saved on its own."""
+
+    # --- a concept's rows: see ConceptModel --------------------------------------------------------------------------
+
+    @property
+    def num_new(self) -> int:
+        """Rows of the attached concept, 0 without one."""
+        return 0 if self.concept is None else self.concept.num_tokens
+
+    @contextmanager
+    def using(self: AnyModel, concept: ConceptTokens | None) -> Iterator[AnyModel]:
+        """Inside this context `concept` is the attached one (None: none is)."""
+        before = self.concept
+        self.__dict__["concept"] = None
+        try:
+            if concept is not None:
+                owning_rows(self).attach(concept)
+            yield self
+        finally:
+            self.__dict__["concept"] = before
+
+
+class ConceptModel(MaskedModel):
+    """A model in which a concept may own rows: ids of its own, with embeddings and, where there is text, head rows.
+
+    The rows are attached beside the weights, never written into them; only they need training.
+    """
+
+    def attach(self: AnyConceptModel, concept: ConceptTokens) -> AnyConceptModel:
+        """Use `concept`'s rows for its ids. Its tensors stay its own. Raises UserError for rows of another width."""
+        if concept.width != self.width:
+            raise UserError(f"concept of width {concept.width}: this model has width {self.width}")
+        self.__dict__["concept"] = concept  # not a submodule: the model's own weights stay the published ones
+        return self
+
+    def detach(self) -> ConceptTokens | None:
+        """Take the attached concept off and return it."""
+        concept = self.concept
+        self.__dict__["concept"] = None
+        return concept
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [...] to embeddings [..., D], the concept's rows included. A concept's rows start from
+        those of words."""
+
+    @abstractmethod
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Image codes int [...], −1 where unknown, to embeddings [..., D]. A concept's rows start from those of its
+        images."""
+
+
+class TextVocabulary(Protocol):
+    """Embedding and head of the whole vocabulary for rows that speak of different concepts. It gives no gradients."""
+
+    def embed(self, ids_B: Tensor, concept_B: Tensor) -> Tensor:
+        """Embeddings [B, D] of ids int64 [B], each of its row's concept."""
+        ...
+
+    def logits(self, hidden_BD: Tensor, concept_B: Tensor) -> Tensor:
+        """Logits [B, V] in at least float32 of hidden states [B, D], each of its row's concept."""
+        ...
+
+
+class AnswerDecoder(Protocol):
+    """Token-by-token text over a prefix: one new position a call for every row. A call waits for nothing."""
+
+    def __call__(self, x_BD: Tensor, step: Tensor) -> Tensor:
+        """Hidden states [B, D] at token embeddings [B, D], the tokens of number `step` int64 [1] of their answers."""
+        ...
+
+    def advance(self, going: Tensor | int = 1) -> None:
+        """The position just computed becomes part of the past, unless `going` (0 or 1) is 0."""
+        ...
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop every row but those of the given indices, in ascending order."""
+        ...
+
+
+class AnsweringModel(MaskedModel):
+    """A model that also answers questions about an image, token by token."""
+
+    end_id: int
+    """The id that ends an answer."""
+    max_positions: int
+    """Positions of the longest sequence."""
+    takes_features: bool = False
+    """Whether it reads the features of an image encoder in place of codes (:meth:`prefill_features`)."""
+
+    @abstractmethod
+    def question_text(self, question: str) -> str:
+        """A question in the wording the model was trained with."""
+
+    @abstractmethod
+    def question_ids(self, text_ids: Sequence[int]) -> list[int]:
+        """What is read for the ids of a question, its first special ids included."""
+
+    @abstractmethod
+    def prefill_questions(self, codes_BN: Tensor, questions: Sequence[Sequence[int]]) -> tuple[Prefix, Tensor]:
+        """(prefix, hidden state [B, D] from which the first token of each answer is drawn) of images int [B, N] and
+        the ids of a question about each. Differentiable."""
+
+    def prefill_features(
+        self, features: Tensor, system_ids: Sequence[int], question_ids: Sequence[int]
+    ) -> tuple[Prefix, Tensor]:
+        """The same for features [B, patches, E] of an image encoder, where `takes_features`."""
+        raise UserError(f"{self.family} reads image codes, not features")
+
+    @abstractmethod
+    def prefill_images(self, codes_BN: Tensor) -> Prefix:
+        """The part of :meth:`prefill_questions` that no text changes: images int [B, N], before any question."""
+
+    @abstractmethod
+    def text_hidden(self, ids_BL: Tensor, prefix: Prefix, prefix_of_row: Sequence[int]) -> Tensor:
+        """Hidden states [B, L, D] at text ids int64 [B, L] that follow the prompts. Differentiable."""
+
+    def answer_hidden(
+        self, tokens_BL: Tensor, prefix: Prefix, last_hidden: Tensor, prefix_of_row: Sequence[int]
+    ) -> Tensor:
+        """Hidden states [B, L, D] that predict answer tokens int64 [B, L] (any id past an answer's end is ignored by
+        the caller's mask): the prompt's last state for token 0, then the state at each token for the next."""
+        first = last_hidden[torch.as_tensor(list(prefix_of_row), device=last_hidden.device)][:, None]
+        if tokens_BL.shape[1] == 1:
+            return first
+        return torch.cat([first, self.text_hidden(tokens_BL[:, :-1].clamp(min=0), prefix, prefix_of_row)], dim=1)
+
+    @abstractmethod
+    def text_parts(self) -> tuple[Tensor, ...]:
+        """The tensors of the text head that may learn, as :meth:`text_logprob` takes them."""
+
+    @abstractmethod
+    def text_logprob(
+        self, hidden: Tensor, target: Tensor, *, temperature: float = 1.0, parts: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """log p(target) under the full distribution of tokens, fp32, shaped like `target` int64 [...], of hidden
+        [..., D]. `parts` replaces :meth:`text_parts` by copies. Differentiable."""
+
+    @abstractmethod
+    def vocabulary(self, concepts: Sequence[ConceptTokens | None]) -> TextVocabulary:
+        """The vocabulary under each of `concepts` (None: without one)."""
+
+    @abstractmethod
+    def decoder(self, prefix: Prefix, prefix_of_row: Sequence[int], max_new: int, sliced: bool) -> AnswerDecoder:
+        """Decoding of answers of at most `max_new` tokens; rows of one prompt stand together. Not `sliced`: shapes are
+        static, so that a step can be captured."""
+
+
+class ImageStep(Protocol):
+    """`image_hidden` with prefix and rows fixed: codes [B, N] and timesteps [B] to hidden states [B, N, D]. A call
+    waits for nothing and makes nothing on the host, so it can be captured."""
+
+    def __call__(self, codes_BN: Tensor, timestep_B: Tensor) -> Tensor: ...
+
+
+class CapturableModel(MaskedModel):
+    """A model whose image steps can be captured as a CUDA graph."""
+
+    @abstractmethod
+    def image_step(self, prefix: Prefix, prefix_of_row: Sequence[int], count: int) -> ImageStep:
+        """The step of rows of `count` codes over the tensors of `prefix` where they lie: others may be copied in."""
+
+
+class ImageTokenizer(nn.Module, ABC):
+    """Pixels to codes and back."""
+
+    codebook_size: int
+    downsampling: int
+    """Pixels along one side of a code."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [−1, 1] to codes int64 [B, N], row by row."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """Codes int64 [B, N] of a grid `shape` (height, width; a square by default) to pixels [B, 3, H, W]."""
+
+    def decode_cost(self, rows: int, grid: tuple[int, int]) -> Cost:
+        """What :meth:`decode` costs; unknown by default."""
+        return Cost()
+
+
+def answering(model: MaskedModel) -> AnsweringModel:
+    """`model`, where it answers questions; UserError where it does not."""
+    if not isinstance(model, AnsweringModel):
+        raise UserError(
+            f"{model.family} draws but does not answer: it has no text head. Use a model that has one (show-o), or "
+            "leave out what asks for answers"
+        )
+    return model
+
+
+def owning_rows(model: MaskedModel) -> ConceptModel:
+    """`model`, where a concept may own rows in it; UserError where none may."""
+    if not isinstance(model, ConceptModel):
+        raise UserError(
+            f"{model.family} has no rows that a concept may own: use a model that has (show-o), or train without a "
+            "concept"
+        )
+    return model

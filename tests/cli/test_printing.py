@@ -1,0 +1,121 @@
+"""What is printed: on any terminal, with every sign that a user must type, and quoted where it is a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from pyunictokens.cli import app
+from pyunictokens.cli.generate import check_prompt
+from pyunictokens.cli.shell import command as as_command
+from pyunictokens.cli.train import _separate
+from pyunictokens.models.concept_tokens import ConceptTokens
+
+
+def run(encoding: str, *words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pyunictokens", *map(str, words)],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200"},
+        capture_output=True,
+        encoding=encoding,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One concept with a name that few encodings have, and a folder with a problem that is told with signs."""
+    root = tmp_path_factory.mktemp("data")
+    photos = root / "photos"
+    photos.mkdir()
+    Image.effect_noise((90, 70), 50).save(photos / "0.png")
+    Image.effect_noise((40, 90), 50).save(photos / "1.png")
+    made = CliRunner().invoke(app, ["data", "new", str(root / "D"), "日本 ä", str(photos), "--class", "mug"])
+    assert made.exit_code == 0, made.output
+    return root / "D"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_printing_never_ends_a_command(data: Path, encoding: str) -> None:
+    listed, checked, told = (
+        run(encoding, "data", *words, data) for words in (["list"], ["check"], ["check", "--json"])
+    )
+    for done in (listed, checked, told):
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert ("日本 ä" if encoding == "utf-8" else "\\u65e5\\u672c") in listed.stdout
+    assert ("is 40×90 pixels" if encoding != "ascii" else "is 40x90 pixels") in checked.stdout
+    assert any("日本 ä" in problem["file"] and "40×90" in problem["message"] for problem in json.loads(told.stdout))
+    failed = run(encoding, "data", "check", data, "→−≥")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr and failed.stderr.startswith("error: ")
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "concept" / "train").mkdir(parents=True)
+    try:
+        os.mkdir(os.fsencode(tmp_path / "concept" / "train") + b"/b\xff")
+    except OSError:
+        pytest.skip("this file system takes text alone")
+    done = run("utf-8", "data", "check", tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_next_commands_can_be_copied_into_a_shell(tmp_path: Path) -> None:
+    root, photo = tmp_path / "my data", tmp_path / "1.png"
+    Image.effect_noise((90, 70), 50).save(photo)
+    for words in (["data", "new", root, "my cat", photo, "--class", "cat"], ["data", "toy", root, "a $b"]):
+        text = CliRunner().invoke(app, [str(word) for word in words]).output
+        command = text.rpartition("next: ")[2]
+        assert shlex.split(command) == ["pyunictokens", "train", str(root), words[3], "--out", f"runs/{words[3]}"]
+    assert as_command("train", Path("D"), "bo") == "pyunictokens train D bo"
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
+    inner = getattr(command, "commands", {})
+    return [(path, command), *(found for name, each in inner.items() for found in commands(each, (*path, name)))]
+
+
+@pytest.mark.parametrize("path, command", commands(typer.main.get_command(app)), ids=lambda value: str(value)[:40])
+def test_help_texts_keep_their_tags(path: tuple[str, ...], command: click.Command) -> None:
+    raw = " ".join([command.help or "", *(getattr(parameter, "help", None) or "" for parameter in command.params)])
+    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "250"}).output
+    for tag in set(re.findall(r"<[a-zA-Z_]+>", raw)):
+        assert shown.count(tag) >= raw.count(tag), f"{' '.join(path)} --help loses {tag}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("A photo of bo", True),
+        ("Bo, asleep.", True),
+        ("A photo of {bo}", True),
+        ("A photo of ＜bo＞", True),
+        ("A photo of &lt;bo&gt;", True),
+        ("A photo of <bo> and bo", False),
+        ("A photo of a bowl", False),
+        ("A photo of elbow", False),
+    ],
+)
+def test_a_prompt_that_names_the_concept_without_its_token(prompt: str, asked: bool) -> None:
+    bench = SimpleNamespace(concept=ConceptTokens("bo", 8, 1, 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_prompt(prompt, bench)  # type: ignore[arg-type]
+    assert ["did you mean <bo>?" in str(warning.message) for warning in caught] == [True] * asked
+
+
+def test_a_concept_named_like_a_setting_can_be_trained(tmp_path: Path) -> None:
+    (tmp_path / "concept" / "train" / "a=b").mkdir(parents=True)
+    assert _separate(tmp_path, "a=b", ["grpo.steps=2"]) == (tmp_path, "a=b", ["grpo.steps=2"])
+    assert _separate(tmp_path, "grpo.steps=2", []) == (tmp_path, None, ["grpo.steps=2"])

@@ -1,0 +1,70 @@
+"""`pyunictokens reinforce` on the toy: a list of prompts, a reward of one's own, every objective."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyunictokens.config.training import OBJECTIVES
+from pyunictokens.train import read_metrics
+from tests.cli.test_cli import call, only_error
+from tests.tiny import tiny_toy
+
+SHORT = ("steps=1", "group_size=2", "timesteps=4", "timestep_fraction=0.5", "timestep_choice=largest_change")
+
+REWARD = """
+def red(prompts, images, **columns):
+    return images[:, 0].mean(dim=(1, 2)).tolist()
+
+
+class Flat:
+    def score(self, batch):
+        return -batch.images.std(dim=(1, 2, 3))
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with prompts and a module of rewards, in which the command is called on a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
+    Path("toy_rewards_here.py").write_text(REWARD)
+    Path("prompts.txt").write_text("a red star\na blue dog on sand\n")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_by_one_word(objective: str) -> None:
+    words = (f"grpo.objective={objective}", "inner_epochs=2", *SHORT)
+    said = call("reinforce", "prompts.txt", "--reward", "toy_rewards_here:red", "--out", "run", *words)
+    assert "run: 1 steps, mean reward of the last" in " ".join(said.split())
+    (line,) = read_metrics("run")
+    assert line["parts"].keys() == {"red"} and line["grad_norm"] > 0 and line["skipped"] is None
+    assert f"objective: {objective}" in Path("run/grpo.yaml").read_text()
+    assert Path("run/final/adapter_model.safetensors").exists()
+
+
+def test_several_rewards_and_going_on() -> None:
+    given = ("--reward", "toy_rewards_here:red", "--reward", "toy_rewards_here:Flat", "--weight", 1, "--weight", 0.5)
+    call("reinforce", "prompts.txt", *given, "--out", "run", *SHORT)
+    (line,) = read_metrics("run")
+    assert line["reward_mean"] == pytest.approx(line["parts"]["red"] + 0.5 * line["parts"]["flat"], abs=1e-6)
+    assert "already holds a run" in only_error("reinforce", "prompts.txt", *given, "--out", "run", *SHORT)
+    call("reinforce", "prompts.txt", *given, "--out", "run", "--resume", *SHORT)
+    assert len(read_metrics("run")) == 1, "it was done"
+
+
+def test_what_cannot_be_used() -> None:
+    red = ("--reward", "toy_rewards_here:red")
+    for arguments, said in [
+        (("prompts.txt",), "which reward? Give --reward MODULE:FUNCTION"),
+        (("prompts.txt", "--reward", "toy_rewards_here"), "MODULE:CLASS"),
+        (("prompts.txt", "--reward", "toy_rewards_here:blue"), "blue"),
+        (("prompts.txt", *red, "--weight", 1, "--weight", 2), "2 --weight for 1 --reward"),
+        (("none.txt", *red), "none.txt: no such file"),
+        (("prompts.txt", *red, "objective=gpso"), "objective='gpso': must be one of unictask"),
+        (("prompts.txt", *red, "trainable=concept"), "no concept whose rows could learn"),
+    ]:
+        assert said in only_error("reinforce", *arguments, "--out", "run")
