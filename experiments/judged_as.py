@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from pyunictokens.data.folder import load_concept
+from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards.base import RewardBatch, plain_text
-from pyunictokens.runs.bundle import Sources, load_experts
+from pyunictokens.runs.bundle import load_experts
 from pyunictokens.toy import world as toyworld
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.toy.scene import SLOTS, Attributes, random_moment, random_scene

@@ -9,8 +9,7 @@ import torch
 
 def tiny_toy(*_: Any, **__: Any) -> Any:
     """A random model of the toy's kind, small enough for tests: 16 codes, 32 pixels."""
-    from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig, TextTokenizer
-    from pyunictokens.toy.model import Toy
+    from pyunictokens.models import MagvitConfig, MagvitV2, ModelBundle, Showo, ShowoConfig, TextTokenizer
     from pyunictokens.toy.world import build_tokenizer
 
     torch.manual_seed(0)
@@ -31,7 +30,7 @@ def tiny_toy(*_: Any, **__: Any) -> Any:
     )
     vq_config = MagvitConfig(8, (1, 1, 1, 2), (1, 1, 1, 2), (1, 1, 1, 1), (1, 1, 1, 1), 4, 4)
     model, vq = Showo(config), MagvitV2(vq_config)
-    return Toy(model.requires_grad_(False).eval(), vq.requires_grad_(False).eval(), tokenizer)
+    return ModelBundle(model.requires_grad_(False).eval(), vq.requires_grad_(False).eval(), tokenizer)
 
 
 def tiny_experts(*_: Any, **__: Any) -> Any:

@@ -48,10 +48,10 @@ struct alignas(16) Pack {
 
 template <typename T>
 struct Row {
-  const T* logits;            // K numbers
+  const T* logits;  // K numbers
   std::uint32_t entries, packs;
-  bool aligned;               // the address is a multiple of 16
-  Pack<T>* cache;             // room for all packs, or null: the row is read again where it is needed
+  bool aligned;    // the address is a multiple of 16
+  Pack<T>* cache;  // room for all packs, or null: the row is read again where it is needed
 };
 
 PYUNICTOKENS_TEAM void minus_infinity(float* to) { *to = -INFINITY; }
@@ -269,12 +269,15 @@ PYUNICTOKENS_TEAM float sum_of_thread(const Row<T>& row, const Position& at, con
   std::uint32_t entry = 0;
   const std::uint32_t whole = whole_packs(row);
   for (std::uint32_t pack = thread; pack < row.packs; pack += threads) {
-    const Pack<T> raw = cached ? row.cache[pack] : pack < whole ? load_whole<T, cached>(row, pack) : load_parts(row, pack);
+    const Pack<T> raw = cached         ? row.cache[pack]
+                        : pack < whole ? load_whole<T, cached>(row, pack)
+                                       : load_parts(row, pack);
     const float best = draw ? slack * race_score(Team::peek(&shared.winner)) : INFINITY;
     float x[kCount], e[kCount], part = 0.0f;
     widen_all(raw, x);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) e[i] = power_of_two(fused ? std::fma(x[i], kLog2e, -shift) : (x[i] - top) * kLog2e);
+    for (int i = 0; i < kCount; ++i)
+      e[i] = power_of_two(fused ? std::fma(x[i], kLog2e, -shift) : (x[i] - top) * kLog2e);
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) part += e[i] + e[i + 1];
     sum += part;
@@ -319,8 +322,9 @@ PYUNICTOKENS_TEAM Choice choose(const Team& team, const Row<T>& row, const Posit
     shared.winner = race_key(bits_of_float(score), entry);
   });
   const float sum = team.sum([&](std::uint32_t thread) {
-    return std::fabs(top) < kFused ? sum_of_thread<Team, T, cached, true>(row, at, rounds, top, thread, threads, shared)
-                                   : sum_of_thread<Team, T, cached, false>(row, at, rounds, top, thread, threads, shared);
+    return std::fabs(top) < kFused
+               ? sum_of_thread<Team, T, cached, true>(row, at, rounds, top, thread, threads, shared)
+               : sum_of_thread<Team, T, cached, false>(row, at, rounds, top, thread, threads, shared);
   });
   const std::int64_t chosen = at.known >= 0 ? at.known : std::int64_t(0xFFFFFFFFu - std::uint32_t(shared.winner));
   // A code beyond K is an error that only the CPU looks for: here it must not read beyond the row.

@@ -104,13 +104,18 @@ void run(const MaskgitStepCudaArgs& args, Block& block, std::uint32_t me, std::u
 template <typename T>
 T narrow(float value);
 template <>
-float narrow<float>(float value) { return value; }
+float narrow<float>(float value) {
+  return value;
+}
 template <>
-BFloat16 narrow<BFloat16>(float value) { return {std::uint16_t(bits_of_float(value) >> 16)}; }
+BFloat16 narrow<BFloat16>(float value) {
+  return {std::uint16_t(bits_of_float(value) >> 16)};
+}
 
 template <typename T, bool cached>
 bool same(FloatType type, int threads, int blocks, std::int64_t batch, std::int64_t positions, std::int64_t entries) {
-  const std::size_t rows = std::size_t(batch * positions), samples = std::size_t(batch), running_blocks = std::size_t(blocks);
+  const std::size_t rows = std::size_t(batch * positions), samples = std::size_t(batch),
+                    running_blocks = std::size_t(blocks);
   std::vector<T> logits(rows * std::size_t(entries));
   std::vector<std::int64_t> codes(rows), mask_len(samples), ids(samples), step(samples);
   std::vector<float> temperature(samples, 0.7f);
@@ -138,11 +143,16 @@ bool same(FloatType type, int threads, int blocks, std::int64_t batch, std::int6
   Out threaded = out(), emulated = out();
   std::vector<std::uint32_t> done(samples, 0);
   const auto arguments = [&](Out& to) {
-    const MaskgitStepArgs one{logits.data(),      type,        batch,         positions,
-                              entries,            positions * entries, entries, codes.data(),
-                              mask_len.data(),    temperature.data(), 1234567,  ids.data(),
-                              step.data(),        0,           nullptr,       nullptr,
-                              to.codes.data(),    to.chosen.data(), to.logp.data(), reinterpret_cast<bool*>(to.masked.data())};
+    const MaskgitStepArgs one{logits.data(),   type,
+                              batch,           positions,
+                              entries,         positions * entries,
+                              entries,         codes.data(),
+                              mask_len.data(), temperature.data(),
+                              1234567,         ids.data(),
+                              step.data(),     0,
+                              nullptr,         nullptr,
+                              to.codes.data(), to.chosen.data(),
+                              to.logp.data(),  reinterpret_cast<bool*>(to.masked.data())};
     return MaskgitStepCudaArgs{one, 1, 1, 1, 1, to.keys.data(), done.data(), philox_keys(one.seed)};
   };
   const MaskgitStepCudaArgs args = arguments(threaded);
@@ -175,7 +185,7 @@ int main() {
   using namespace pyunictokens;
   bool all = true;
   all &= same<BFloat16, true>(FloatType::kBFloat16, 256, 1, 1, 5, 2100);  // a block as it is launched
-  all &= same<BFloat16, true>(FloatType::kBFloat16, 32, 4, 2, 9, 301);   // blocks that hand over
+  all &= same<BFloat16, true>(FloatType::kBFloat16, 32, 4, 2, 9, 301);    // blocks that hand over
   all &= same<BFloat16, false>(FloatType::kBFloat16, 32, 3, 2, 7, 515);
   all &= same<float, true>(FloatType::kFloat32, 48, 3, 2, 8, 203);
   std::puts(all ? "same" : "DIFFERENT");

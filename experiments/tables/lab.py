@@ -135,7 +135,8 @@ class ToyLab:
 
     def make(self, arm: Arm, unit: Unit, scale: Scale, config: RunConfig) -> dict[str, Any]:
         from pyunictokens.data.folder import load_concept
-        from pyunictokens.runs.bundle import Sources, load_experts, open_workbench
+        from pyunictokens.models.bundle import Sources
+        from pyunictokens.runs.bundle import load_experts, open_bundle
         from pyunictokens.runs.pipeline import measure
         from pyunictokens.toy.concept import write_toy_concept
 
@@ -143,7 +144,7 @@ class ToyLab:
         if not (root / "concepts_list.json").exists():  # the file written last
             write_toy_concept(root, seed=unit.number, kind=unit.kind, name=NAME, force=True)
         concept = load_concept(root, NAME)
-        bench = open_workbench(Sources(), "cpu", "float32")
+        bench = open_bundle(Sources(), "cpu", "float32")
         experts = load_experts(bench.sources, bench.device)
         assert experts is not None
         seconds = {}
@@ -232,11 +233,12 @@ class ToyLab:
         return kept
 
     def _in_words(self, bench: Any, concept: Any, config: RunConfig, experts: Any) -> Any:
+        from pyunictokens import RolloutEngine
         from pyunictokens.evaluate.benchmark import SPLITS, unifybench
 
         settings = config.evaluation
         return unifybench(
-            bench.engine(),
+            RolloutEngine.of(bench),
             concept,
             InWords(concept.sks, concept.info),
             image_text=experts.image_text,

@@ -86,7 +86,8 @@ def evaluate(
     from ..config.settings import from_mapping, load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..evaluate.result import EvalResult
-    from ..runs.bundle import Sources, choose_rewards, load_experts
+    from ..models.bundle import Sources
+    from ..runs.bundle import choose_rewards, load_experts
     from ..runs.pipeline import measure
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
 

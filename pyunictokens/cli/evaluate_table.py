@@ -88,8 +88,8 @@ def table(
     from ..evaluate.runner import fill
     from ..evaluate.suites import open_suite
     from ..evaluate.table_files import Table, told
+    from ..models.bundle import Sources
     from ..runs.baselines import TOY_CLIP, Place, TableConfig, make_scorer
-    from ..runs.bundle import Sources
     from ..runs.run_dir import CONFIG, Run
 
     run = Run.find(suite) if (Path(suite) / CONFIG).is_file() else Run(None)

@@ -33,7 +33,7 @@ from .shell import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..runs.bundle import Workbench
+    from ..models.bundle import ModelBundle
     from ..runs.run_dir import Run
 
 RunArgument = Annotated[
@@ -78,7 +78,7 @@ def sampling(is_toy: bool, config: Path | None, words: list[str] | None) -> Samp
     return with_overrides(base, words or [])
 
 
-def check_prompt(prompt: str, bench: Workbench) -> str:
+def check_prompt(prompt: str, bench: ModelBundle) -> str:
     """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's.
 
     Warns where the prompt names the concept without its token.
@@ -117,7 +117,7 @@ def facts_of(run: Run, concept: tuple[Path, str] | None) -> list[str]:
 
 
 def reason(
-    bench: Workbench, engine: Any, facts: list[str], prompt: str, settings: SamplingConfig, seed: int
+    bench: ModelBundle, engine: Any, facts: list[str], prompt: str, settings: SamplingConfig, seed: int
 ) -> tuple[str, str]:
     """(answer, prompt + answer): the fact the model takes the prompt to mean, and what to draw (equations 2 and 4)."""
     from ..data.images import black_image
@@ -183,8 +183,9 @@ def generate(
 
         pyunictokens generate base "A photo of a red cat wearing a blue hat in the snow." timesteps=18 guidance_scale=4
     """
+    from ..models.bundle import Sources
+    from ..rollout.engine import RolloutEngine
     from ..rollout.types import RolloutInterrupted
-    from ..runs.bundle import Sources
     from ..runs.run_dir import Run
     from ..utils.profiling import Recorder, trace
 
@@ -195,7 +196,7 @@ def generate(
     facts = facts_of(place, concept) if use_reason else []
     bench = place.open(flags, device, dtype, name)
     check_prompt(prompt, bench)
-    engine = bench.engine(settings.schedule)
+    engine = RolloutEngine.of(bench, settings.schedule)
     out_console = console()
     answer = ""
     with Bars() as bars, Recorder(bench.device) as recorder, trace(profile):
@@ -256,7 +257,8 @@ def understand(
         pyunictokens understand base photo.png "What is in the picture?" -n 3 answer_temperature=0.7
     """
     from ..data.images import load_pixels
-    from ..runs.bundle import Sources
+    from ..models.bundle import Sources
+    from ..rollout.engine import RolloutEngine
     from ..runs.run_dir import Run
 
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
@@ -268,7 +270,7 @@ def understand(
     if number > 1 and temperature == 0:
         temperature = 1.0
     with Bars() as bars:
-        rollout = bench.engine().generate_text(
+        rollout = RolloutEngine.of(bench).generate_text(
             pixels,
             [text],
             samples=number,

@@ -67,8 +67,9 @@ def reinforce(
     """
     from ..config.settings import from_mapping, load_yaml, with_overrides
     from ..config.training import PRESETS, GrpoConfig
+    from ..models.bundle import Sources
     from ..rewards.load import imported
-    from ..runs.bundle import Sources, open_workbench
+    from ..runs.bundle import open_bundle
     from ..train import reinforce as run
     from ..train.distributed.ranks import Ranks
     from ..utils.signals import Stopped, stop_on_signals
@@ -93,7 +94,7 @@ def reinforce(
     with Ranks.open(device) as ranks:
         if not ranks.first:
             quiet()
-        bundle = open_workbench(sources, str(ranks.device), settings.dtype)
+        bundle = open_bundle(sources, str(ranks.device), settings.dtype)
         try:
             with Bars(quiet=not ranks.first) as bars, stop_on_signals(bars.say, patient=ranks.world > 1) as stop:
                 result = run(

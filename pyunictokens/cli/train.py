@@ -28,7 +28,7 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from ..runs.bundle import Sources
+    from ..models.bundle import Sources
     from ..train.distributed.ranks import Ranks
 
 
@@ -133,7 +133,7 @@ def train(
 
         torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --out runs/bo
     """
-    from ..runs.bundle import Sources
+    from ..models.bundle import Sources
     from ..train.distributed.ranks import Ranks
 
     words = list(overrides or [])
@@ -227,7 +227,8 @@ def _train_one(
 
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
-    from ..runs.bundle import Sources, choose_rewards, load_experts, open_workbench
+    from ..models.bundle import Sources
+    from ..runs.bundle import choose_rewards, load_experts, open_bundle
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
@@ -259,7 +260,7 @@ def _train_one(
     parts = Parts(begin, stages is not Stages.none, grpo, evaluate, resume=resume)
     if ranks.first:
         parts.check(out, experts)
-    bundle = open_workbench(sources, str(ranks.device), settings.grpo.dtype, origin.max_text)
+    bundle = open_bundle(sources, str(ranks.device), settings.grpo.dtype, origin.max_text)
     try:
         with (
             Bars(quiet=not ranks.first) as bars,

@@ -12,9 +12,11 @@ from .base import (
     answering,
     owning_rows,
 )
+from .bundle import ModelBundle, Sources
 from .concept_tokens import ConceptTokens
 from .magvit import MagvitConfig, MagvitV2
 from .prefix import Prefix
+from .registry import load
 from .sampling_rule import SamplingRule
 from .showo import prompting
 from .showo.attention import PromptKV
@@ -30,13 +32,16 @@ __all__ = [
     "MagvitConfig",
     "MagvitV2",
     "MaskedModel",
+    "ModelBundle",
     "Prefix",
     "PromptKV",
     "SamplingRule",
     "Showo",
     "ShowoConfig",
+    "Sources",
     "TextTokenizer",
     "answering",
+    "load",
     "owning_rows",
     "prompting",
 ]

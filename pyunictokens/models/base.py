@@ -6,7 +6,7 @@
 `MaskedModel` is the whole of it for a model that draws. `AnsweringModel` adds text, `ConceptModel` rows that a concept
 may own, `CapturableModel` image steps that a CUDA graph can hold; callers ask with :func:`answering` and
 :func:`owning_rows`, which refuse with one clear sentence. A new model is a subclass in a file of its own and a line in
-the registry.
+models/registry.py.
 
 Shape suffixes: B rows, N image codes, L text positions, D width, K codebook, V vocabulary.
 """

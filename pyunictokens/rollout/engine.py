@@ -29,6 +29,7 @@ from ..models import (
     ConceptTokens,
     ImageTokenizer,
     MaskedModel,
+    ModelBundle,
     Prefix,
     TextTokenizer,
     answering,
@@ -95,6 +96,14 @@ class RolloutEngine:
         self._limit = RowLimit()
         self._said_eager = False
         self._noise: Noise | None = None  # explicit Gumbel noise in place of the Philox keys; for replaying records
+
+    @classmethod
+    def of(cls, bundle: ModelBundle, schedule: str | None = None) -> RolloutEngine:
+        """An engine over the parts as they are now, an attached concept included."""
+        tokenizer = bundle.tokenizer
+        if bundle.concept is not None:
+            tokenizer = tokenizer.with_concept(bundle.concept.tokens)
+        return cls(bundle.model, bundle.vq, tokenizer, schedule=schedule)
 
     # --- concepts --------------------------------------------------------------------------------------------------
 

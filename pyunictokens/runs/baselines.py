@@ -18,11 +18,12 @@ from ..evaluate.core import Baseline, Model
 from ..evaluate.runner import TableSettings
 from ..evaluate.scoring import Scorer
 from ..evaluate.tasks import Subject
+from ..models.bundle import ModelBundle, Sources
 from ..toy.model import toy_folder
 from ..utils import fingerprint
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
-from .bundle import Sources, Workbench, open_workbench
+from .bundle import open_bundle
 from .run_dir import BASE, Run, RunConfig
 
 TOY_CLIP = "toy"
@@ -61,7 +62,7 @@ class Place:
     config: TableConfig
     device: str = "auto"
     dtype: str = "float32"
-    _bare: list[Workbench] = field(default_factory=list)
+    _bare: list[ModelBundle] = field(default_factory=list)
 
     def baselines(self, texts: Sequence[str]) -> list[Baseline]:
         """One row a text, as `evaluate.baselines` reads them. Raises UserError for one that is no model."""
@@ -77,26 +78,28 @@ class Place:
             identity = f"ours {where} {fingerprint.of_files(where.partition('{name}')[0])} {weights} {settings}"
             return Baseline(spec.name, identity, lambda subject: self._ours(where, subject), reasons=True)
         from ..evaluate.baselines.showo import ShowoImage, ShowoText
+        from ..rollout.engine import RolloutEngine
 
         kind = ShowoText if spec.kind == "showo-tp" else ShowoImage
 
         def load(subject: Subject) -> Model:
-            return kind(self._bare_bench().engine(), subject, self._sampling())
+            return kind(RolloutEngine.of(self._bare_bundle()), subject, self._sampling())
 
         return Baseline(spec.name, f"{spec.kind} {weights} {settings}", load, release=self._bare.clear)
 
     def _ours(self, where: str, subject: Subject) -> Model:
         from ..evaluate.baselines.ours import EngineModel
+        from ..rollout.engine import RolloutEngine
 
         run = Run.find(where.replace("{name}", subject.name))
         bench = run.open(self.sources, self.device, self.dtype)
         if bench.concept is not None and bench.concept.name != subject.name:
             raise UserError(f"{run.path}: learned <{bench.concept.name}>, is asked about {subject.sks}")
-        return EngineModel(bench.engine(), bench.concept, subject, self._sampling())
+        return EngineModel(RolloutEngine.of(bench), bench.concept, subject, self._sampling())
 
-    def _bare_bench(self) -> Workbench:
+    def _bare_bundle(self) -> ModelBundle:
         if not self._bare:
-            self._bare.append(open_workbench(self.sources, self.device, self.dtype))
+            self._bare.append(open_bundle(self.sources, self.device, self.dtype))
         return self._bare[0]
 
     def _sampling(self) -> Sampling:

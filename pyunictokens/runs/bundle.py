@@ -1,129 +1,35 @@
-"""Model, image tokenizer and text tokenizer that belong together, ready on one device: published folders or the toy.
-
-Also finds the reward experts that go with them.
-"""
+"""The model of a run with its tokenizers (published folders or the toy), and the reward models that go with it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, cast
 
+from ..models.bundle import ModelBundle, Sources
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from ..models.concept_tokens import ConceptTokens
-    from ..models.magvit import MagvitV2
-    from ..models.showo.model import Showo
-    from ..models.tokenizer import TextTokenizer
-    from ..rollout.engine import RolloutEngine
 
+def open_bundle(sources: Sources, device: str, dtype: str, max_text: int | None = None) -> ModelBundle:
+    """The parts that `sources` names, or the embedded toy. `max_text` is given to the model, where a run or a config
+    holds one."""
+    from ..models import registry
+    from ..toy.model import load_toy
 
-class HasSources(Protocol):
-    """Whatever names the three parts, or some of them."""
-
-    @property
-    def model(self) -> str | None: ...
-    @property
-    def vq(self) -> str | None: ...
-    @property
-    def tokenizer(self) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where the three parts come from: folders or hub ids; all None is the embedded toy."""
-
-    model: str | None = None
-    vq: str | None = None
-    tokenizer: str | None = None
-
-    @property
-    def is_toy(self) -> bool:
-        return self.model is None
-
-    @classmethod
-    def choose(cls, *candidates: HasSources) -> Sources:
-        """The first value given for each part. Raises UserError when some are named and others are not."""
-        chosen: dict[str, str | None] = {}
-        for part in ("model", "vq", "tokenizer"):
-            values = (getattr(candidate, part) for candidate in candidates)
-            chosen[part] = next((value for value in values if value is not None), None)
-        missing = [f"--{part}" for part, value in chosen.items() if value is None]
-        if 0 < len(missing) < 3:
-            raise UserError(f"{' and '.join(missing)} missing: name all three parts, or none for the embedded toy")
-        return cls(**chosen)
-
-
-@dataclass
-class Workbench:
-    """Model, image tokenizer and text tokenizer that belong together, ready on one device."""
-
-    model: Showo
-    vq: MagvitV2
-    tokenizer: TextTokenizer
-    """The plain one; what an attached concept adds comes in :meth:`engine`."""
-    sources: Sources = field(default_factory=Sources)
-
-    @property
-    def concept(self) -> ConceptTokens | None:
-        return self.model.concept
-
-    @property
-    def size(self) -> int:
-        """Pixels along one side of a square picture."""
-        return self.model.grid[0] * self.vq.downsampling
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def engine(self, schedule: str | None = None) -> RolloutEngine:
-        """A rollout engine over the parts as they are now, an attached concept included."""
-        from ..rollout.engine import RolloutEngine
-
-        tokenizer = self.tokenizer
-        if self.concept is not None:
-            tokenizer = tokenizer.with_concept(self.concept.tokens)
-        return RolloutEngine(self.model, self.vq, tokenizer, schedule=schedule)
-
-
-def open_workbench(sources: Sources, device: str, dtype: str, max_text: int | None = None) -> Workbench:
-    """Load the parts. The image tokenizer stays in float32: it is small, and its signs are the codes. `max_text` is
-    given to the model, where a run or a config holds one."""
-    import torch
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     place, kind = pick_device(device), pick_dtype(dtype)
     if sources.is_toy:
-        from ..toy.model import load_toy
-
-        toy = load_toy(kind, place)
-        toy.model.max_text = max_text or toy.model.max_text
-        return Workbench(toy.model, toy.vq, toy.tokenizer)
-    from ..models.magvit import MagvitV2
-    from ..models.showo.model import Showo
-    from ..models.tokenizer import TextTokenizer
-
-    assert sources.model and sources.vq and sources.tokenizer
-    tokenizer = TextTokenizer.from_pretrained(sources.tokenizer)
-    model = Showo.from_pretrained(sources.model, dtype=kind, device=place).eval()
-    if tokenizer.text_size != model.config.llm_vocab_size:
-        raise UserError(
-            f"the tokenizer {sources.tokenizer} has {tokenizer.text_size} text ids, the model {sources.model} expects "
-            f"{model.config.llm_vocab_size}: give the tokenizer of the model's own language model"
-        )
-    vq = MagvitV2.from_pretrained(sources.vq, dtype=torch.float32, device=place)
-    if vq.codebook_size != model.codebook_size:
-        raise UserError(
-            f"the image tokenizer {sources.vq} has {vq.codebook_size} codes, the model {model.codebook_size}"
-        )
-    model.max_text = max_text or model.max_text
-    return Workbench(model, vq, tokenizer, sources)
+        bundle = load_toy(kind, place)
+    else:
+        assert sources.model is not None
+        bundle = registry.load(sources.model, kind, place, vq=sources.vq, tokenizer=sources.tokenizer)
+    if max_text is not None:
+        bundle.model.max_text = max_text
+    return bundle
 
 
 @dataclass

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.concept import Concept
+from ..models.bundle import ModelBundle
 from ..models.concept_tokens import ConceptTokens
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
 from ..utils.signals import Stop, never
-from .bundle import Experts, Workbench
+from .bundle import Experts
 from .run_dir import CONFIG, RunConfig
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class RunContext:
     """One run: whose concept it learns, with which model and rewards, by which settings, and where it leaves files."""
 
-    bundle: Workbench
+    bundle: ModelBundle
     """Model, image tokenizer and text tokenizer."""
     concept: Concept
     """The concept's folder."""

@@ -14,10 +14,11 @@ from pathlib import Path
 from ..data.folder import load_concept
 from ..evaluate.result import EvalResult
 from ..evaluate.tasks import label
+from ..models.bundle import Sources
 from ..toy.concept import write_toy_concept
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
-from .bundle import Sources, load_experts, open_workbench
+from .bundle import load_experts, open_bundle
 from .context import Parts, RunContext
 from .pipeline import Outcome, run_concept
 from .run_dir import CONFIG, RunConfig
@@ -65,7 +66,7 @@ def run_demo(
         shutil.rmtree(out)
     write_toy_concept(out / "data", seed=seed, kind=kind, name=NAME)
     concept = load_concept(out / "data", NAME)
-    bundle = open_workbench(Sources(), device, dtype)
+    bundle = open_bundle(Sources(), device, dtype)
     rewards = load_experts(bundle.sources, bundle.device)
     context = RunContext(bundle, concept, config, out, rewards, progress=progress)
     return run_concept(context, Parts(evaluate_base=True))

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 from ..config.settings import renamed, to_mapping
 from ..data.concept import Concept
 from ..evaluate.result import EvalResult
+from ..models.base import owning_rows
+from ..models.bundle import ModelBundle
 from ..models.concept_tokens import ConceptTokens
 from ..utils import fingerprint
 from ..utils.files import folder_lock, read_json, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
-from .bundle import Experts, Workbench
+from .bundle import Experts
 from .context import Parts, RunContext
 from .run_dir import CONCEPT, EXPERTS, MEASURED, STAGES, EvaluationConfig, write_description
 
@@ -89,7 +91,7 @@ def _follow(context: RunContext) -> Outcome:
     turn = context.ranks.broadcast(_Turn())
     if turn.concept is None:
         raise Stopped(turn.stopped)
-    context.bundle.model.attach(turn.concept.to(context.bundle.device))
+    owning_rows(context.bundle.model).attach(turn.concept.to(context.bundle.device))
     if turn.config is None:
         return Outcome(context.folder, turn.concept)
     run = _Run(replace(context, progress=silent), turn.resume)
@@ -97,7 +99,7 @@ def _follow(context: RunContext) -> Outcome:
 
 
 def measure(
-    bundle: Workbench,
+    bundle: ModelBundle,
     concept: Concept,
     config: EvaluationConfig,
     rewards: Experts | None,
@@ -106,13 +108,14 @@ def measure(
 ) -> EvalResult:
     """UnifyBench++ of the model as it is, on the held-out half of the concept's folder."""
     from ..evaluate.benchmark import SPLITS, unifybench
+    from ..rollout.engine import RolloutEngine
 
     def step(task: str, done: int, wanted: int) -> None:
         progress(f"{name}: {task.replace('_', ' ')}", done, wanted)
 
     rewards = rewards or Experts(None)
     return unifybench(
-        bundle.engine(),
+        RolloutEngine.of(bundle),
         concept,
         bundle.concept,
         image_text=rewards.image_text,
@@ -143,7 +146,7 @@ class _Run:
         if parts.evaluate and parts.evaluate_base:
             results["base"] = self.measure("base")
         if parts.start is not None:
-            self.bundle.model.attach(parts.start.to(self.bundle.device))
+            owning_rows(self.bundle.model).attach(parts.start.to(self.bundle.device))
         if parts.evaluate and not parts.grpo:
             results["before"] = self.measure("before")
         if parts.stages:

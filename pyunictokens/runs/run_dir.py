@@ -22,10 +22,12 @@ from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_ma
 from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
 from ..evaluate.tasks import wanted_tasks
+from ..models.base import owning_rows
+from ..models.bundle import ModelBundle, Sources
 from ..models.concept_tokens import ConceptTokens, published_epochs
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
-from .bundle import Sources, Workbench, open_workbench
+from .bundle import open_bundle
 
 BASE = "base"
 """Given where a run is expected: the model as it is, without a concept."""
@@ -175,16 +177,16 @@ class Run:
         """The models that flags name, else those the run was made with."""
         return Sources.choose(flags, self.origin)
 
-    def open(self, flags: Sources, device: str, dtype: str, name: str | None = None) -> Workbench:
+    def open(self, flags: Sources, device: str, dtype: str, name: str | None = None) -> ModelBundle:
         """The model, brought to what the run learned. `name` is needed for published tokens."""
-        bench = open_workbench(self.sources(flags), device, dtype, self.origin.max_text)
+        bench = open_bundle(self.sources(flags), device, dtype, self.origin.max_text)
         folder = self._learned() if self.path is not None else None
         if folder is not None and (folder / "policy.json").is_file():
             from ..train.policy import load_policy
 
             load_policy(bench.model, folder)
         elif folder is not None:
-            bench.model.attach(self.concept_tokens(name).to(bench.device))
+            owning_rows(bench.model).attach(self.concept_tokens(name).to(bench.device))
         return bench
 
     def concept_tokens(self, name: str | None = None) -> ConceptTokens:

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 _NAMES = {
-    "Toy": "model",
     "ToyRewards": "rewards",
     "load_toy": "model",
     "load_toy_experts": "rewards",
@@ -19,10 +18,10 @@ _NAMES = {
 
 if TYPE_CHECKING:
     from .concept import write_toy_concept
-    from .model import Toy, load_toy, toy_folder
+    from .model import load_toy, toy_folder
     from .rewards import ToyRewards, load_toy_experts
 
-__all__ = ["Toy", "ToyRewards", "load_toy", "load_toy_experts", "toy_folder", "write_toy_concept"]
+__all__ = ["ToyRewards", "load_toy", "load_toy_experts", "toy_folder", "write_toy_concept"]
 
 
 def __getattr__(name: str) -> object:

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from pyunictokens import RolloutEngine
 from pyunictokens.data.folder import load_concept
 from pyunictokens.evaluate import EvalResult, Table, unifybench
 from pyunictokens.evaluate.result import read_means
 from pyunictokens.evaluate.tasks import measure_named, task_named
-from pyunictokens.runs.bundle import Sources, load_experts, open_workbench
+from pyunictokens.models.bundle import Sources
+from pyunictokens.runs.bundle import load_experts, open_bundle
 from pyunictokens.toy.concept import write_toy_concept
 
 STORED = Path(__file__).parent / "stored"
@@ -55,10 +57,10 @@ class Heard:
 
 
 def test_unifybench_gives_the_same_samples_and_scores(stored: Any, data: Path) -> None:
-    bench = open_workbench(Sources(), "cpu", "float32")
+    bench = open_bundle(Sources(), "cpu", "float32")
     experts = load_experts(bench.sources, bench.device)
     assert experts is not None
-    engine = Heard(bench.engine())
+    engine = Heard(RolloutEngine.of(bench))
     result = unifybench(
         engine,
         load_concept(data, "bo"),

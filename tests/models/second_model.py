@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyunictokens.models import ImageTokenizer, MaskedModel, Prefix, SamplingRule
+from pyunictokens.models import ImageTokenizer, MaskedModel, ModelBundle, Prefix, SamplingRule, Sources
+from pyunictokens.models.registry import Family
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import read_json, save_safetensors_atomic, write_json
 
@@ -140,3 +141,18 @@ class Pixels(ImageTokenizer):
     def decode(self, codes: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         grey = codes.float() * 2 / (CODES - 1) - 1
         return grey.unflatten(1, shape or GRID)[:, None].expand(-1, 3, -1, -1)
+
+
+class Words:
+    """Text to ids: a word is the sum of its letters."""
+
+    def encode(self, text: str) -> list[int]:
+        return [sum(map(ord, word)) % START for word in text.split()][:7]
+
+
+def _load(sources: Sources, dtype: torch.dtype, device: torch.device) -> ModelBundle:
+    model = SecondModel.from_pretrained(sources.model or "", dtype, device)
+    return ModelBundle(model, Pixels(), Words(), sources)  # type: ignore[arg-type]
+
+
+FAMILY = Family("second", lambda config: config.get("architectures") == ["SecondModel"], _load)

@@ -19,7 +19,7 @@ from pyunictokens.utils.errors import UserError
 
 from ..rollout.tiny import philox_noise
 from ..train.naive import objective
-from .second_model import CODES, GRID, START, WORDS, Pixels, SecondModel
+from .second_model import CODES, GRID, START, WORDS, Pixels, SecondModel, Words
 
 PROMPTS = [[3, 7, 1], [], [5], [2, 9, 4, 11, 6, 8, 1, 20, 21]]
 """The last has more ids than the model reads."""
@@ -191,13 +191,6 @@ def test_pieces_find_their_size_by_the_models_costs() -> None:
     images = ImageTrajectories.of(model, drawn(model))
     stats = streamed_backward(model, torch.ones(8), LossSettings(beta=0.0, micro_rows=0, micro_timesteps=0), images)
     assert stats.pieces >= 1 and stats.packed_rows >= 1 and model.costs.activation_bytes(4, 15, True, "full") > 0
-
-
-class Words:
-    """Text to ids: a word is the sum of its letters."""
-
-    def encode(self, text: str) -> list[int]:
-        return [sum(map(ord, word)) % START for word in text.split()][:7]
 
 
 class Grey:

@@ -13,10 +13,11 @@ import yaml
 from typer.testing import CliRunner
 
 from pyunictokens.cli import app
+from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards import Ber, Der, Fer, JudgeReward, RewardBatch, Tier
 from pyunictokens.rewards.load import RewardConfig, load_rewards
 from pyunictokens.rewards.registry import registered, weight_status
-from pyunictokens.runs.bundle import Sources, load_experts, read_rewards
+from pyunictokens.runs.bundle import load_experts, read_rewards
 from pyunictokens.utils.errors import UserError
 
 from .checkpoints import SENTENCES, Folders

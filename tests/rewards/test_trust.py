@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards.load import reaches_out
-from pyunictokens.runs.bundle import Sources, choose_rewards, load_experts
+from pyunictokens.runs.bundle import choose_rewards, load_experts
 from pyunictokens.utils import trust
 from pyunictokens.utils.errors import UserError
 

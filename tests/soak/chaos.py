@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from pytest import MonkeyPatch
 
-from pyunictokens.runs.bundle import Experts, Workbench
+from pyunictokens.models.bundle import ModelBundle
+from pyunictokens.runs.bundle import Experts
 from pyunictokens.runs.context import Parts, RunContext
 from pyunictokens.runs.pipeline import _Run, run_concept
 from pyunictokens.runs.run_dir import CONFIG, EvaluationConfig, RunConfig
@@ -47,7 +48,7 @@ def run(world: World, config: RunConfig, out: Path, stop: Any = None, report: bo
         with MonkeyPatch.context() as patch:
             patch.setattr(_Run, "report", lambda self: self.out / "report.html")
             return run(world, config, out, stop, report=True, ranks=ranks)
-    bundle = Workbench(tiny_model(), world.vq, world.tokenizer)
+    bundle = ModelBundle(tiny_model(), world.vq, world.tokenizer)
     arguments = {name: value for name, value in (("stop", stop), ("ranks", ranks)) if value is not None}
     context = RunContext(bundle, world.data, config, out, Experts(experts(), red_preview), **arguments)
     run_concept(context, Parts(resume=(out / CONFIG).exists()))

@@ -1,0 +1,88 @@
+"""Which families of models there are, and how a folder or a word finds its own.
+
+A family is one module with a `FAMILY` and one line in `FAMILIES`. Which one a checkpoint belongs to is read from its
+config.json alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..utils.errors import UserError
+from .bundle import ModelBundle, Sources
+from .checkpoint import read_config, resolve
+
+FAMILIES = {
+    "show-o": "pyunictokens.models.showo.family",
+}
+"""Modules by family."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model: how its checkpoints are known, and how they are loaded."""
+
+    name: str
+    recognises: Callable[[Mapping[str, object]], bool]
+    """Whether a config.json is one of this family."""
+    load: Callable[[Sources, torch.dtype, torch.device], ModelBundle]
+    """Loads what `sources` names. Raises UserError where a part is missing or does not fit."""
+    words: Mapping[str, Sources] = field(default_factory=dict)
+    """Short names of published checkpoints, each with the tokenizers it was trained with."""
+
+
+def families() -> list[Family]:
+    """All families, in the order in which a config.json is offered to them."""
+    return [importlib.import_module(module).FAMILY for module in FAMILIES.values()]
+
+
+def implied(model: str) -> Sources:
+    """What a word such as show-o-512 stands for; any other name stands for itself and implies no tokenizers."""
+    for family in families():
+        if model in family.words:
+            return family.words[model]
+    return Sources(model)
+
+
+def family_of(path: str | os.PathLike[str]) -> Family:
+    """The family of the checkpoint in a folder or hub id. Raises UserError that names the families."""
+    folder = resolve(path)
+    config = read_config(folder)
+    for family in families():
+        if family.recognises(config):
+            return family
+    said = {key: config[key] for key in ("_class_name", "architectures", "model_type") if key in config}
+    words = [word for family in families() for word in family.words]
+    raise UserError(
+        f"{path}: its config.json ({said or 'which names no class'}) is of no family known here: "
+        f"{', '.join(FAMILIES)}. Known by name: {', '.join(words)}"
+    )
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    vq: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> ModelBundle:
+    """A model with its image and text tokenizer, frozen and in eval mode.
+
+    Args:
+        path: a folder, a hub id, or a word that implies the tokenizers too (show-o-512, show-o-256).
+        dtype: of the model; the image tokenizer stays in float32: it is small, and its signs are the codes.
+        vq, tokenizer: folders or hub ids, where the word does not imply them or others are wanted.
+
+    Raises:
+        UserError: an unknown family, a part that is missing, or parts that do not belong together.
+    """
+    given = {name: str(value) for name, value in (("vq", vq), ("tokenizer", tokenizer)) if value is not None}
+    sources = replace(implied(str(path)), **given)
+    assert sources.model is not None
+    return family_of(sources.model).load(sources, dtype, torch.device(device))

@@ -1,0 +1,50 @@
+"""Show-o among the families of models: its config.json, its published checkpoints, and how its parts are loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from ...utils.errors import UserError
+from ..bundle import ModelBundle, Sources
+from ..magvit import MagvitV2
+from ..registry import Family
+from ..tokenizer import TextTokenizer
+from .model import Showo
+
+
+def _recognises(config: Mapping[str, object]) -> bool:
+    return config.get("_class_name") == "Showo" or "llm_vocab_size" in config
+
+
+def _load(sources: Sources, dtype: torch.dtype, device: torch.device) -> ModelBundle:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sources.model is None or sources.vq is None or sources.tokenizer is None:
+        missing = [name for name in ("vq", "tokenizer") if getattr(sources, name) is None]
+        raise UserError(
+            f"{sources.model}: {' and '.join(missing)} missing: give the image tokenizer and the language model's "
+            f"tokenizer, or one of {', '.join(_WORDS)}"
+        )
+    tokenizer = TextTokenizer.from_pretrained(sources.tokenizer)
+    model = Showo.from_pretrained(sources.model, dtype=dtype, device=device)
+    if tokenizer.text_size != model.config.llm_vocab_size:
+        raise UserError(
+            f"the tokenizer {sources.tokenizer} has {tokenizer.text_size} text ids, the model {sources.model} expects "
+            f"{model.config.llm_vocab_size}: give the tokenizer of the model's own language model"
+        )
+    vq = MagvitV2.from_pretrained(sources.vq, dtype=torch.float32, device=device)
+    if vq.codebook_size != model.codebook_size:
+        raise UserError(
+            f"the image tokenizer {sources.vq} has {vq.codebook_size} codes, the model {model.codebook_size}"
+        )
+    return ModelBundle(model, vq, tokenizer, sources)
+
+
+_WORDS = {
+    "show-o-512": Sources("showlab/show-o-512x512", "showlab/magvitv2", "microsoft/phi-1_5"),
+    "show-o-256": Sources("showlab/show-o", "showlab/magvitv2", "microsoft/phi-1_5"),
+}
+
+FAMILY = Family("show-o", _recognises, _load, _WORDS)
