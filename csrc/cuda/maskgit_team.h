@@ -48,11 +48,11 @@ struct alignas(16) Pack {
 
 template <typename T>
 struct Row {
-  const T* logits;            // K numbers
+  const T* logits;  // K numbers
   std::uint32_t entries, packs;
-  bool aligned;               // the address is a multiple of 16
-  Pack<T>* cache;             // room for all packs, or null: the row is read again where it is needed
-  std::uint16_t* queue;       // room for packs * kCount / 4, if there is a cache
+  bool aligned;          // the address is a multiple of 16
+  Pack<T>* cache;        // room for all packs, or null: the row is read again where it is needed
+  std::uint16_t* queue;  // room for packs * kCount / 4, if there is a cache
 };
 
 PYUNICTOKENS_TEAM void minus_infinity(float* to) { *to = -INFINITY; }
@@ -270,9 +270,8 @@ PYUNICTOKENS_TEAM Choice choose(const Team& team, const Row<T>& row, const Posit
     shared.winner = race_key(bits_of_float(score), entry);
     shared.queued = 0;
   });
-  const float sum = team.sum([&](std::uint32_t thread) {
-    return sum_of_thread<Team, T, cached>(row, at, top, thread, threads, shared);
-  });
+  const float sum = team.sum(
+      [&](std::uint32_t thread) { return sum_of_thread<Team, T, cached>(row, at, top, thread, threads, shared); });
   if (cached && at.known < 0 && at.gumbel == nullptr) {
     team.each([&](std::uint32_t thread) {
       const std::uint32_t queued = shared.queued;

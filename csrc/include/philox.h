@@ -17,8 +17,7 @@ struct PhiloxBlock {
   std::uint32_t word[4];
 };
 
-PYUNICTOKENS_HD static inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0,
-                                                     std::uint32_t key1) {
+PYUNICTOKENS_HD static inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0, std::uint32_t key1) {
   std::uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const std::uint64_t p0 = std::uint64_t(kPhiloxM0) * c0, p1 = std::uint64_t(kPhiloxM1) * c2;
