@@ -121,8 +121,15 @@ void maskgit_step(const StepFields& step, int threads, const std::string& level)
 // strides: those of mask_len, temperature, sample_ids and step, 0 or 1 each
 MaskgitStepCudaArgs step_cuda_args(const StepFields& step, const std::array<std::int64_t, 4>& strides,
                                    std::uintptr_t keys, std::uintptr_t done) {
-  return {std::apply(step_args, step), strides[0], strides[1], strides[2], strides[3], at<std::uint32_t>(keys),
-          at<std::uint32_t>(done)};
+  const MaskgitStepArgs args = std::apply(step_args, step);
+  return {args,
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3],
+          at<std::uint32_t>(keys),
+          at<std::uint32_t>(done),
+          philox_keys(args.seed)};
 }
 
 void maskgit_step_emulated_by(const StepFields& step, const std::array<std::int64_t, 4>& strides, std::uintptr_t keys,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..models import MaskedModel
 from ..utils.errors import UserError
+from ..utils.memory import cached_bytes
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def free_memory(device: torch.device) -> float:
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_allocated(device)
         allowed = torch.cuda.get_per_process_memory_fraction(device) * total - held
-        return FREE_SHARE * max(0.0, min(allowed, free + torch.cuda.memory_reserved(device) - held))
+        return FREE_SHARE * max(0.0, min(allowed, free + cached_bytes(device)))
     try:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

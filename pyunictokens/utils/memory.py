@@ -21,14 +21,27 @@ _MEMINFO = Path("/proc/meminfo")
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be had on `device`; None where the system does not say."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return torch.cuda.mem_get_info(device)[0] + cached_bytes(device)
     if not _MEMINFO.exists():
         return None
     for line in _MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     return None
+
+
+def cached_bytes(device: torch.device) -> int:
+    """What torch's allocator keeps on `device` and can hand out again.
+
+    Not what lies unused in the private pool of a captured CUDA graph: that is the graph's scratch at every replay and
+    never becomes free for anything else.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment.get("segment_pool_id", ())) in ((), (0, 0))
+    )
 
 
 class RowLimit:
