@@ -10,7 +10,8 @@ QUICK ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CORE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CODE := $(shell find csrc -type f 2>/dev/null)
+CORE := CMakeLists.txt $(CODE)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test soak fuzz tables lint format bench clean
@@ -45,14 +46,16 @@ fuzz: $(STAMP) ## random bytes for everything that reads foreign bytes, twenty m
 tables: $(STAMP) ## the paper's tables in miniature, with figures: docs/experiments.md (QUICK=1: within 40 minutes)
 	$(BIN)/python -m experiments.tables $(if $(QUICK),--quick) $(ARGS)
 
-lint: $(STAMP) ## ruff (rules and format) and mypy
+lint: $(STAMP) ## ruff (rules and format), clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CODE)
 	$(BIN)/mypy
 
 format: $(STAMP) ## rewrite the sources in the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CODE)
 
 bench: $(STAMP) ## the benchmark suite; results go to benchmarks/results/
 	$(BIN)/pyunictokens bench $(ARGS)

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The CPU core under AddressSanitizer and UndefinedBehaviorSanitizer: builds it in a folder of its own, beside nothing that
-# is installed, and runs the core's tests with it. Any report ends the run. PYTHON chooses the interpreter (it needs torch,
+# First the step kernel's team code with 256 real threads under ThreadSanitizer: a barrier that is missing is a race there;
+# the same with a barrier left out on purpose must be caught. Then the CPU core under AddressSanitizer and
+# UndefinedBehaviorSanitizer: builds it in a folder of its own, beside nothing that is installed, and runs the core's tests
+# with it. Any report ends the run. `--threads` does the first part alone. PYTHON chooses the interpreter (it needs torch,
 # pytest, cmake, ninja and pybind11), BUILD the folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,6 +11,22 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 PYTHON=$("$PYTHON" -c 'import sys; print(sys.executable)')
 BUILD=${BUILD:-build/sanitize}
 flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+
+threads() { # extra flags, name
+  "${CXX:-g++}" -std=c++20 -O1 -g -fsanitize=thread -Wall -Wextra -Werror -Wno-unknown-pragmas $1 -Icsrc/include -Icsrc/cuda \
+    csrc/cuda/maskgit_threads.cpp csrc/cpu/maskgit_emulated.cpp -pthread -o "$BUILD/$2"
+  TSAN_OPTIONS=halt_on_error=1 timeout 300 "$BUILD/$2"
+}
+mkdir -p "$BUILD"
+threads "" threads
+for dropped in each one; do
+  if threads "-DDROP_BARRIER=$dropped" "dropped-$dropped" > "$BUILD/dropped.log" 2>&1; then
+    echo "a barrier left out of $dropped() went unseen"
+    exit 1
+  fi
+  grep -q "data race" "$BUILD/dropped.log" || { tail -5 "$BUILD/dropped.log"; exit 1; }
+done
+[ "${1:-}" != --threads ] || { echo "the step kernel's threads agree, and a missing barrier is seen"; exit 0; }
 
 tool() { command -v "$(dirname "$PYTHON")/$1" || command -v "$1"; }
 mkdir -p "$BUILD/core"

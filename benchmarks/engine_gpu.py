@@ -30,8 +30,9 @@ from torch import Tensor
 
 from benchmarks.baselines import showo_plain
 from benchmarks.engine_report import EngineReport, Number
+from benchmarks.machine import commit
 from benchmarks.ops import clock
-from benchmarks.ops.run import Settings, commit, default_file, machine, versions
+from benchmarks.ops.run import Settings, default_file, machine, versions
 from pyunictokens import MASK, RolloutEngine
 from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig
 from pyunictokens.models.showo import costs as cost
@@ -45,6 +46,9 @@ from pyunictokens.train.policy import Policy
 from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
 from pyunictokens.train.update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
 from pyunictokens.utils.errors import UserError
+
+SECTIONS = ("images", "batched", "published", "image", "grpo", "answers", "small")
+"""What can be asked for by name, in order of weight."""
 
 T = TypeVar("T")
 
@@ -66,7 +70,7 @@ class Sizes:
     prompt: int = 120
     question: int = 32
     guidance: float = 5.0
-    rounds: int = 3
+    rounds: int = 2
     grpo_steps: tuple[int, ...] = (10, 50)
 
     @property
@@ -122,8 +126,18 @@ def random_model(config: ShowoConfig, device: str, dtype: torch.dtype, seed: int
 class Bench:
     """One run into one report."""
 
-    def __init__(self, sizes: Sizes, device: str, budget: float, out: Path | None, smoke: bool):
+    def __init__(
+        self,
+        sizes: Sizes,
+        device: str,
+        budget: float,
+        out: Path | None,
+        smoke: bool,
+        only: tuple[str, ...] = SECTIONS,
+        resume: bool = False,
+    ):
         self.s, self.device, self.budget, self.start = sizes, device, budget, time.monotonic()
+        self.only, self.lost = only, ""
         self.dtype = torch.bfloat16
         about = machine(Settings(device=device, smoke=smoke))
         shown = {"codes": sizes.codes, "T": sizes.steps, "G": sizes.group, "guidance": sizes.guidance}
@@ -137,6 +151,10 @@ class Bench:
         )
         usual = default_file(about)
         self.out = out or usual.with_name(usual.name.replace("ops-", "engine-", 1))
+        if resume and self.out.exists():
+            before = EngineReport.load(self.out)
+            self.report.numbers, self.report.absences = before.numbers, before.absences
+            self.report.checks, self.report.done = before.checks, before.done
         self.model: Showo | None = None
         generator = torch.Generator().manual_seed(1)
         limit = sizes.config.llm_vocab_size - 2
@@ -146,56 +164,76 @@ class Bench:
     # --- taking numbers --------------------------------------------------------------------------------------------
 
     def all(self) -> EngineReport:
-        """Every section in order of weight; the report is saved after each."""
+        """Every section in order of weight; the report is saved after each. One that fails leaves its reason."""
         first = clock.ceilings(self.device, self.dtype, self.report.machine.smoke)
+        self.report.rates = clock.rates(first, first, self.dtype)
         self.model = random_model(self.s.config, self.device, self.dtype)
-        sections: list[tuple[str, Callable[[], None], float]] = [
-            ("images", self.images, 90),
-            ("images: batched bfloat16", self.batched, 30),
-            ("images: published", self.published_images, 45),
-            ("image", lambda: self.one_image("image", self.s.grid), 30),
-            *[(f"grpo T={steps}", lambda steps=steps: self.grpo(steps), 30 + 2 * steps) for steps in self.s.grpo_steps],
-            ("answers", self.answers, 40),
-            ("small image", lambda: self.one_image("small image", self.s.small_grid), 15),
+        sections: list[tuple[str, str, Callable[[], None], float]] = [
+            ("images", "images", self.images, 45),
+            ("batched", "images: batched bfloat16", self.batched, 12),
+            ("published", "images: published", self.published_images, 25),
+            ("image", "image", lambda: self.one_image("image", self.s.grid), 20),
+            *[
+                ("grpo", f"grpo T={steps}", lambda steps=steps: self.grpo(steps), 25 + 2 * steps)
+                for steps in self.s.grpo_steps
+            ],
+            ("answers", "answers", self.answers, 30),
+            ("small", "small image", lambda: self.one_image("small image", self.s.small_grid), 15),
         ]
-        for name, section, seconds in sections:
-            left = self.budget - (time.monotonic() - self.start)
-            if left < seconds:
+        for kind, name, section, seconds in sections:
+            if kind not in self.only or name in self.report.done:
+                continue
+            if (left := self.left()) < seconds:
                 self.report.absences[name] = f"{left:.0f} s of {self.budget:.0f} were left, it wants {seconds:.0f}"
                 continue
+            self.report.done.append(name)
+            self.report.save(self.out)  # who resumes does not meet this section again, whatever it does to the process
             try:
                 section()
-            except (RuntimeError, UserError) as error:  # out of memory and driver errors are RuntimeErrors
-                self.report.absences[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]
-            gc.collect()
-            if self.device != "cpu":
-                torch.cuda.empty_cache()
+            except Exception as error:
+                self.report.absences[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+                print(f"{name}: {self.report.absences[name]}", flush=True)
+            self.tidy()
             self.report.save(self.out)
+            if self.lost:
+                print(f"the device is lost to this process ({self.lost}): run again with --resume", flush=True)
+                return self.report
         last = clock.ceilings(self.device, self.dtype, self.report.machine.smoke)
         self.report.rates = clock.rates(first, last, self.dtype)
         self.report.save(self.out)
         return self.report
 
-    def time(self, call: Callable[[], object], rounds: int = 0, warm: bool = True) -> tuple[float, int]:
-        """(median seconds, rounds)."""
-        rounds = rounds or self.s.rounds
-        if warm:
-            call()
-        clock.synchronize(self.device)
-        return statistics.median(clock.seconds(call, self.device) for _ in range(rounds)), rounds
-
-    def peak(self, call: Callable[[], object]) -> int | None:
-        """Most bytes held during `call`; None on a CPU."""
+    def tidy(self) -> None:
+        """Give cached memory back, and find out whether the device still answers."""
+        gc.collect()
         if self.device == "cpu":
-            call()
-            return None
-        torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            torch.cuda.empty_cache()
+        except Exception as error:  # torch's allocator after a failed capture: numbers can still be taken
+            print(f"empty_cache: {error}"[:300], flush=True)
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            self.lost = str(error).splitlines()[0][:160]
+
+    def left(self) -> float:
+        """Seconds of the budget that are not spent."""
+        return self.budget - (time.monotonic() - self.start)
+
+    def time(self, call: Callable[[], object], rounds: int = 0) -> tuple[float, int, int | None]:
+        """(median seconds, rounds, most bytes held meanwhile; None on a CPU), after one call that is not timed."""
+        rounds = rounds or self.s.rounds
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
         call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        clock.synchronize(self.device)
+        middle = statistics.median(clock.seconds(call, self.device) for _ in range(rounds))
+        return middle, rounds, None if self.device == "cpu" else torch.cuda.max_memory_allocated()
 
     def note(self, number: Number) -> None:
         self.report.numbers.append(number)
+        self.report.save(self.out)
         print(f"{number.work:12} {number.side:18} {number.rate:10.4g} {number.unit}/s  {number.note}", flush=True)
 
     # --- images ----------------------------------------------------------------------------------------------------
@@ -216,8 +254,11 @@ class Bench:
         s, count = self.s, grid[0] * grid[1]
         pool = GraphPool(torch.device("cuda", torch.cuda.current_device())) if self.device != "cpu" else None
         flops = s.steps * cost.image_step(s.config, rows, s.prompt + 3, count, s.guidance > 0).flops
-        wanted: Tensor | None = None
-        for mode in ("eager", "replay", "loop"):
+        drawn: dict[str, Tensor] = {}
+        for mode in ("loop", "eager", "replay"):  # the one that everybody gets comes first
+            if drawn and self.left() < 25:
+                self.report.absences[f"{work}: {mode}"] = f"{self.left():.0f} s of {self.budget:.0f} were left"
+                continue
             try:
                 loop = self.loop(rows, grid, mode, pool)
             except UserError as error:
@@ -229,13 +270,14 @@ class Bench:
                 loop.state.start(range(rows), known, list(range(rows)), s.steps, urgent=False)
                 loop.run()
 
-            seconds, rounds = self.time(draw)
-            peak = self.peak(draw)
+            seconds, rounds, peak = self.time(draw)
             assert loop.state.picked is not None
-            wanted = loop.state.picked.clone() if wanted is None else wanted
-            self.report.checks[f"{work}: {mode}"] = float((loop.state.picked == wanted).float().mean())
+            drawn[mode] = loop.state.picked.clone()
             self.note(Number(work, mode, seconds, rounds, rows, "images", flops, peak, loop.steps.report()))
             loop.close()
+        for mode, picked in drawn.items():
+            if "eager" in drawn:
+                self.report.checks[f"{work}: {mode}"] = float((picked == drawn["eager"]).float().mean())
 
     def images(self) -> None:
         self.modes("images", self.s.group, self.s.grid)
@@ -259,8 +301,7 @@ class Bench:
                 guidance_scale=s.guidance,
             )
 
-        seconds, rounds = self.time(draw)
-        peak = self.peak(draw)
+        seconds, rounds, peak = self.time(draw)
         flops = (
             s.steps * cost.plain_image_step(s.config, rows, s.config.max_text, s.codes, s.guidance > 0, itemsize).flops
         )
@@ -299,16 +340,15 @@ class Bench:
         def ours() -> object:
             return engine.generate_text(codes, [self.question], samples=s.group, max_new_tokens=s.tokens)
 
-        seconds, rounds = self.time(ours)
+        seconds, rounds, peak = self.time(ours)
         flops = cost.answers(s.config, s.group, context, s.tokens).flops
-        self.note(Number("answers", "engine", seconds, rounds, s.group * s.tokens, "tokens", flops, self.peak(ours)))
+        self.note(Number("answers", "engine", seconds, rounds, s.group * s.tokens, "tokens", flops, peak))
         model = self.exact_model()
 
         def plain() -> object:
             return showo_plain.generate_text(model, codes.cpu(), [self.question], max_new_tokens=s.few_tokens)
 
-        seconds, rounds = self.time(plain)
-        peak = self.peak(plain)
+        seconds, rounds, peak = self.time(plain)
         note = f"one answer at a time, float32; {s.few_tokens} tokens timed, scaled to {s.group} × {s.tokens}"
         flops = cost.plain_answers(s.config, s.group, context, s.tokens).flops
         scale = s.group * s.tokens / s.few_tokens
@@ -371,7 +411,10 @@ class Bench:
             try:
                 whole()  # finds out sizes, compiles kernels, makes the optimizer's state
                 taken.clear()
-                peak = self.peak(whole)
+                if self.device != "cpu":
+                    torch.cuda.reset_peak_memory_stats()
+                whole()
+                peak = None if self.device == "cpu" else torch.cuda.max_memory_allocated()
             finally:
                 optimizer.release()
                 model.requires_grad_(False)
@@ -403,16 +446,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: proves that every section runs")
     parser.add_argument("--budget", type=float, default=500.0, help="seconds after which no section begins")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument(
+        "--grpo-steps", nargs="+", type=int, metavar="T", help="timesteps of the GRPO steps (default 10 50)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on behind the last section of the result file")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
         sys.exit("torch finds no GPU here; --smoke --device cpu proves that every section runs")
     sizes = SMOKE if options.smoke else FULL
-    bench = Bench(sizes, options.device, options.budget, options.out, options.smoke)
+    if options.grpo_steps:
+        sizes = dataclasses.replace(sizes, grpo_steps=tuple(options.grpo_steps))
+    bench = Bench(
+        sizes, options.device, options.budget, options.out, options.smoke, tuple(options.only), options.resume
+    )
     report = bench.all()
     for section, reason in report.absences.items():
         print(f"not measured: {section}: {reason}")
     print(f"{bench.out} ({dataclasses.asdict(report)['date']})")
+    if bench.lost:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

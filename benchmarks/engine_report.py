@@ -58,6 +58,8 @@ class EngineReport:
     """Section → why it has no numbers."""
     checks: dict[str, float] = field(default_factory=dict)
     """Part of codes that a side draws like the eager step."""
+    done: list[str] = field(default_factory=list)
+    """Sections that were begun."""
     what: str = "engine"
     schema: int = VERSION
 
@@ -134,12 +136,12 @@ GOALS = (
     Goal(
         "images: 2.5 × the same batched in bfloat16, without cache", "faster", 2.5, "images", theirs="batched bfloat16"
     ),
-    Goal("images: 50 % of the matrix rate", "fraction", 0.5, "images"),
+    Goal("images: 65 % of the matrix rate", "fraction", 0.65, "images"),
     Goal("one image at a time: captured 1.6 × eager", "faster", 1.6, "image", theirs="eager"),
     Goal("answers: 40 × the published loop", "faster", 40.0, "answers", ours="engine", theirs="published"),
     Goal("a whole GRPO step in at most 80 GB", "memory", 80.0, "grpo"),
     Goal("its peak memory is flat in T: at most 1.05 × from fewest to most", "flat", 1.05, "grpo"),
-    Goal("the update: 45 % of the matrix rate", "fraction", 0.45, "grpo T=50", ours="update"),
+    Goal("the update: 50 % of the matrix rate", "fraction", 0.5, "grpo T=50", ours="update"),
 )
 
 
@@ -178,7 +180,7 @@ def summary(folder: Path) -> str:
     """For the README: the goals of each machine; without any, the sentence that says so and how to measure."""
     reports = load(folder)
     if not reports:
-        return "The rollout engine on a GPU: not measured; `bash benchmarks/gpu.sh --engine` measures it."
+        return "The rollout engine on a GPU: not measured; `bash benchmarks/gpu.sh --first` measures it."
     parts = []
     for report in reports:
         sizes = ", ".join(f"{key} {value}" for key, value in report.sizes.items())

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import results
 from benchmarks.run_cpu import machine
 from pyunictokens.data.folder import load_concept
 from pyunictokens.models import ConceptTokens
@@ -37,7 +38,6 @@ from pyunictokens.train import TrainConfig, train_concept_tokens, train_grpo
 from pyunictokens.train.distributed.ranks import Ranks
 from pyunictokens.utils.files import read_json, write_json
 
-RESULTS = Path(__file__).parent / "results"
 TIMES = "times.json"
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a run (default 4)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before that (default 1)")
     parser.add_argument("--groups", type=int, default=2, help="groups of nine in a step (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "ranks-cpu.json", help="result file")
+    parser.add_argument("--out", type=Path, default=results() / "ranks-cpu.json", help="result file")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import results
 from benchmarks.run_cpu import machine
 from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.rewards import costs as cost
@@ -33,7 +34,6 @@ from pyunictokens.toy.rewards import load_toy_experts
 from pyunictokens.utils.files import read_json, write_json
 from tests.rewards import checkpoints
 
-RESULTS = Path(__file__).parent / "results"
 TOY, REAL = "the toy's experts", "small ERNIE, BLIP-2, DINOv2; MTCNN and FaceNet"
 FULL = "ERNIE 3.0 base, BLIP-2 ViT-g, DINOv2 base, MTCNN and FaceNet"
 SIDE = 64
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="result file (default benchmarks/results/rewards-<device>.json)")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of the result file")
     options = parser.parse_args()
-    file = options.out or RESULTS / f"rewards-{options.device}{'-full' if options.full else ''}.json"
+    file = options.out or results() / f"rewards-{options.device}{'-full' if options.full else ''}.json"
     side = 512 if options.full else SIDE
     if options.table:
         print(markdown(read_json(file)))

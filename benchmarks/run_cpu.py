@@ -11,10 +11,8 @@ medians, with the ratios of single rounds as spread. Cases of earlier runs that 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,31 +21,22 @@ from typing import Any
 import torch
 
 from benchmarks import rollout_cases
+from benchmarks.machine import commit, cores, processor, results
 from benchmarks.rollout_cases import Case
 from pyunictokens import __version__
 from pyunictokens.utils.files import read_json, write_json
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
-        "cpu": name,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": processor(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pyunictokens": __version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "dtype": "float32",
     }
 
@@ -100,20 +89,20 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     about = machine()
-    file = options.out or RESULTS / f"cpu-{about['cores']}core.json"
+    file = options.out or results() / f"cpu-{about['cores']}core.json"
     content = read_json(file) if file.exists() else {"results": []}
-    results = {_key(result): result for result in content["results"]}
+    taken = {_key(result): result for result in content["results"]}
     if options.only != "dsog":
         model = rollout_cases.build_model(options.text_vocabulary)
         cases = [rollout_cases.images_case(model, options.steps), rollout_cases.text_case(model, options.tokens)]
         for case in cases:
             if options.only in (None, case.name):
                 result = measure(case, options.rounds)
-                results[_key(result)] = {**result, "machine": about}
+                taken[_key(result)] = {**result, "machine": about}
                 print(
                     f"{case.name}: {result['ratio']}× ({result['ratio_min']}…{result['ratio_max']}) against {case.peer}"
                 )
-    content["results"] = list(results.values())
+    content["results"] = list(taken.values())
     if options.only in (None, "dsog"):
         work = content["dsog"] = rollout_cases.dsog_work(options.groups)
         print(

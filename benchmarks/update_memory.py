@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import results
 from pyunictokens import __version__, ops
 from pyunictokens.models import Showo, ShowoConfig
 from pyunictokens.models.showo import prompting
@@ -29,7 +30,6 @@ from pyunictokens.train.trajectories import ImageTrajectories
 from pyunictokens.train.update import LossSettings, image_logprobs, only_rows_learn, streamed_backward
 from pyunictokens.utils.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
 MAX_TEXT, GUIDANCE, CODEBOOK, TEXT = 32, 5.0, 1024, 500
 
 
@@ -181,7 +181,7 @@ def main() -> None:
         "growth": {"from": few, "to": many, "streamed": round(streamed[many] / streamed[few], 4)},
         "points": points,
     }
-    write_json(arguments.out or RESULTS / f"update-memory-{arguments.device.partition(':')[0]}.json", result)
+    write_json(arguments.out or results() / f"update-memory-{arguments.device.partition(':')[0]}.json", result)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,15 @@ void maskgit_step(const StepFields& step, int threads, const std::string& level)
 // strides: those of mask_len, temperature, sample_ids and step, 0 or 1 each
 MaskgitStepCudaArgs step_cuda_args(const StepFields& step, const std::array<std::int64_t, 4>& strides,
                                    std::uintptr_t keys, std::uintptr_t done) {
-  return {std::apply(step_args, step), strides[0], strides[1], strides[2], strides[3], at<std::uint32_t>(keys),
-          at<std::uint32_t>(done)};
+  const MaskgitStepArgs args = std::apply(step_args, step);
+  return {args,
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3],
+          at<std::uint32_t>(keys),
+          at<std::uint32_t>(done),
+          philox_keys(args.seed)};
 }
 
 void maskgit_step_emulated_by(const StepFields& step, const std::array<std::int64_t, 4>& strides, std::uintptr_t keys,
@@ -143,8 +150,8 @@ void maskgit_step_on_gpu(const StepFields& step, const std::array<std::int64_t, 
 
 std::uintptr_t build_graph_loop(std::uintptr_t step, std::uintptr_t keep_going, std::uintptr_t left, int device) {
   GraphLoop* loop = nullptr;
-  const std::string error = graph_loop_build(at<void>(step), at<std::int32_t>(keep_going), at<std::int32_t>(left), device,
-                                             &loop);
+  const std::string error =
+      graph_loop_build(at<void>(step), at<std::int32_t>(keep_going), at<std::int32_t>(left), device, &loop);
   if (!error.empty()) throw std::runtime_error("the loop of a captured step could not be built: " + error);
   return reinterpret_cast<std::uintptr_t>(loop);
 }
@@ -187,8 +194,8 @@ void grpo_loss(std::uintptr_t logp, int logp_type, std::uintptr_t old_logp, int 
 }
 
 // The fields of HeadArgs in their order.
-using HeadFields = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t, int, std::int64_t, std::uintptr_t,
-                              double, std::uintptr_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
+using HeadFields = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t, int, std::int64_t,
+                              std::uintptr_t, double, std::uintptr_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
 
 HeadArgs head_args(const HeadFields& fields) {
   const auto& [hidden, rows, width, weight, type, entries, bias, inverse_temperature, target, block, scores, packed] =
@@ -209,8 +216,8 @@ HeadArgs head_args(const HeadFields& fields) {
   return args;
 }
 
-void head_logprob(const HeadFields& fields, std::uintptr_t lse, std::uintptr_t logp, std::uintptr_t entropy, int threads,
-                  const std::string& level) {
+void head_logprob(const HeadFields& fields, std::uintptr_t lse, std::uintptr_t logp, std::uintptr_t entropy,
+                  int threads, const std::string& level) {
   const CpuLevel chosen_level = level_named(level);
   py::gil_scoped_release release;
   head_logprob_cpu(head_args(fields), at<float>(lse), at<float>(logp), at<float>(entropy), threads < 1 ? 1 : threads,

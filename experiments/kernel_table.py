@@ -169,8 +169,8 @@ def _variant(launch: Any) -> Variant:
     )
 
 
-def compile_variant(variant: Variant, target: int) -> Usage:
-    """Compile for one target and read registers, spills and shared memory from the machine code."""
+def compiled(variant: Variant, target: int) -> Any:
+    """What Triton makes of a variant for one target."""
     import importlib
 
     import triton
@@ -186,13 +186,23 @@ def compile_variant(variant: Variant, target: int) -> Usage:
         attrs={(position,): [["tt.divisibility", 16]] for position in variant.divisible},
     )
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def machine_code(variant: Variant, target: int) -> bytes:
+    """The cubin of a variant."""
+    return compiled(variant, target).asm["cubin"]
+
+
+def compile_variant(variant: Variant, target: int) -> Usage:
+    """Compile for one target and read registers, spills and shared memory from the machine code."""
+    made = compiled(variant, target)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         _, usage = resources(Path(file.name))[0]
-    spilled = spills(compiled.asm["ptx"]) if usage["STACK"] + usage["LOCAL"] else 0
-    return Usage(usage["REG"], spilled, compiled.metadata.shared, variant.warps * 32)
+    spilled = spills(made.asm["ptx"]) if usage["STACK"] + usage["LOCAL"] else 0
+    return Usage(usage["REG"], spilled, made.metadata.shared, variant.warps * 32)
 
 
 def spills(ptx: str) -> int:

@@ -1,9 +1,9 @@
 """The head operations of the `triton` backend: chunks of rows, products, epilogues, and the way back.
 
 A call is cut into chunks of rows by `plan`. For every chunk: gather the (guided) rows of the tokens that take part,
-then, in smaller pieces whose float32 logits stay in the level-2 cache, product → row kernel; then the two products of
-the way back over the whole chunk. Products are cuBLAS, except where the number of rows is known to the device alone
-(`count`).
+then, in pieces whose float32 logits exist at once, product → row kernel; then, over the whole chunk, the column sums of
+a bias and the two products of the way back. Products are cuBLAS, except where the number of rows is known to the
+device alone (`count`).
 
 Masks: outside a CUDA graph the host waits once for the number of tokens kept, and work is cut to it. While a graph is
 captured nothing may wait: chunks cover all tokens, and programs past the count end at once.
@@ -23,7 +23,7 @@ from torch import Tensor
 from . import epilogue, head, rows
 from .grpo import dense, grpo
 from .launch import capturing
-from .plan import ADDED_BYTES, choose
+from .plan import BIAS_SLICES, choose
 
 NEEDS_HIDDEN, NEEDS_UNCOND, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4, 8
 """Bits of `needs`, as in the reference."""
@@ -111,7 +111,7 @@ class Head:
         self.d_uncond = (fresh if guided else torch.zeros_like)(like) if wants_uncond else like.new_empty(0)
         weight = bool(self.needs & NEEDS_WEIGHT)
         self.d_weight = torch.zeros(entries if weight else 0, width, **single) if weight else torch.empty(0, **single)
-        self.d_bias = torch.zeros(entries if self.needs & NEEDS_BIAS else 0, **single)
+        self.d_bias = torch.zeros(BIAS_SLICES, entries if self.needs & NEEDS_BIAS else 0, **single)
 
     def _rows(self, start: int, stop: int) -> Tensor:
         if not self.gathered:
@@ -133,8 +133,6 @@ class Head:
                 d_scores_mK = self.d_scores_mK[piece] if self.needs else None
                 factor_m = None if self.factor_m is None else self.factor_m[piece]
                 visit(scores_mK, d_scores_mK, factor_m, first)
-                if d_scores_mK is not None and self.needs & NEEDS_BIAS:
-                    rows.add_column_sums(d_scores_mK, self.d_bias, self.count, first, factor_m)
             if self.needs:
                 self._back(rows_mD, start, stop)
 
@@ -142,6 +140,8 @@ class Head:
         m = stop - start
         d_scores_mK = self.d_scores_mK[:m]
         factor_m = None if self.factor_m is None else self.factor_m[:m]
+        if self.needs & NEEDS_BIAS:
+            rows.add_column_sums(d_scores_mK, self.d_bias, self.count, start, factor_m)
         if self.direct:
             torch.mm(d_scores_mK, self.weight_KD, out=self.d_hidden[start:stop])
         elif self.needs & (NEEDS_HIDDEN | NEEDS_UNCOND):
@@ -183,7 +183,7 @@ class Head:
             self.d_hidden.view(self.shape) if self.needs & NEEDS_HIDDEN else self.d_hidden,
             self.d_uncond.view(self.shape) if self.needs & NEEDS_UNCOND else self.d_uncond,
             self.d_weight.to(self.weight_dtype),
-            self.d_bias.to(self.bias_dtype),
+            self.d_bias.sum(0).to(self.bias_dtype),
         )
 
 
@@ -199,16 +199,12 @@ def multiply(
             out.addmm_(a, b)
         else:
             torch.mm(a, b, out=out)
-    elif add:  # not every torch that is supported can add a product of bfloat16 to float32
-        step = max(1, ADDED_BYTES // (4 * out.shape[1]))
-        for first in range(0, len(out), step):
-            part = torch.empty_like(out[first : first + step])
-            multiply(a[first : first + step], b, part, None, start)
-            out[first : first + step] += part
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif not a.is_cuda:  # the interpreter's tests, and meta tensors
+        out.copy_(torch.addmm(out, a.float(), b.float(), beta=float(add)))
+    elif add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        torch.mm(a.float(), b.float(), out=out)
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def selected_logprob(

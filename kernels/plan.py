@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LOGITS_BYTES = 32 << 20
-"""float32 logits that exist at once: less than the level-2 cache of an A100 (40 MiB), H100 or H200 (50 MiB)."""
+LOGITS_BYTES = 128 << 20
+"""float32 logits that exist at once: 4096 rows of a codebook of 8192. They pass through memory (weight, logits and
+gradient of fewer rows do not fit into a level-2 cache of 50 MiB either), with a quarter of the launches of 1024."""
 GRADIENT_BYTES = 256 << 20
 """Gradient of the logits that is kept, in the compute dtype, for the two products of the way back."""
-ADDED_BYTES = 64 << 20
-"""A product that is added to the weight's gradient is formed in float32 parts of this size."""
+BIAS_SLICES = 8
+"""Parts that the rows of a chunk are dealt out to for the gradient of a bias; each has float32 sums of its own."""
 LEAST_ROWS = 512
 """Fewer rows in a product read the weight more often than they use it: 512 rows do 512 operations per byte of it."""
 
@@ -24,8 +25,8 @@ MATRIX_RATE = {2: 700e12, 4: 50e12}
 TILE_SHARE = {2: 0.60, 4: 0.30}
 """Assumed rate of `head.logprob_tiles` relative to cuBLAS: 64 × 128 tiles without tensor-memory copies; plain
 multiplications for float32."""
-LOGITS_RATE = 5e12
-"""Assumed bytes per second at which logits pass through the level-2 cache."""
+LOGITS_RATE = 3e12
+"""Assumed bytes per second at which logits are written and read: memory, as a copy reaches it."""
 LAUNCH_SECONDS = 4e-6
 """Assumed time between two kernels of a chunk."""
 
@@ -45,7 +46,7 @@ class Plan:
 def costs(tokens: int, width: int, entries: int, size: int) -> dict[str, float]:
     """Estimated seconds of log-sum-exp and chosen logit for all tokens, per engine.
 
-        chunked   2·M·K·D / rate  +  8·M·K / cache rate  +  2 launches per chunk     (logits written once, read once)
+        chunked   2·M·K·D / rate  +  8·M·K / logits rate  +  2 launches per chunk     (logits written once, read once)
         fused     2·M·K·D / (share · rate)  +  2 launches
 
     The constants above are assumptions about a Hopper GPU, not measurements; `benchmarks/` measures both engines.
@@ -83,13 +84,14 @@ def extra_bytes(
 ) -> int:
     """Upper bound of what a call holds besides its inputs and the gradients that it returns.
 
-    Logits, their gradient, gathered rows, the rows on their way back in float32, the weight's gradient in float32 and a
-    part of a product that is added to it; and per token two indices and five numbers.
+    Logits, their gradient, gathered rows, the rows on their way back in float32, the weight's gradient in float32, the
+    bias' gradient in its slices; and per token two indices and five numbers.
     """
     total = 4 * plan.inner * entries if plan.engine == "chunked" else 4 * 4 * 64 * plan.rows
     total += gathered * plan.rows * width * size + tokens * (2 * 4 + 5 * 4)
     if gradient:
         total += plan.rows * entries * size + 4 * plan.rows * width
+        total += 4 * BIAS_SLICES * entries
         if size < 4:
-            total += 4 * entries * width + (min(ADDED_BYTES, 4 * entries * width) if tokens > plan.rows else 0)
+            total += 4 * entries * width
     return total

@@ -110,15 +110,21 @@ def column_sums(
     start,
     rows,
     entries,
+    SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """sums[k] += Σ over rows of factor[row]·values[row, k]; one program owns its columns, so their order is fixed."""
+    """sums[slice, k] += Σ over the slice's rows of factor[row]·values[row, k].
+
+    Blocks of rows are dealt out to the slices in turn; one program owns its columns of its slice, so that their order
+    is fixed.
+    """
+    sums_ptr += tl.program_id(1) * entries
     column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     wide = column < entries
     here = rows_here(count_ptr, start, rows)
     total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for first in range(0, here, BLOCK_M):
+    for first in range(tl.program_id(1) * BLOCK_M, here, SLICES * BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
         inside = row < here
         at = row.to(tl.int64)[:, None] * entries + column[None, :]
@@ -190,9 +196,10 @@ def scatter(
 
 
 def add_column_sums(
-    values_mK: Tensor, sums_K: Tensor, count: Tensor | None, start: int, factor_m: Tensor | None = None
+    values_mK: Tensor, sums_SK: Tensor, count: Tensor | None, start: int, factor_m: Tensor | None = None
 ) -> None:
-    """sums_K += the column sums of a chunk's rows, in one order always."""
-    rows, entries = values_mK.shape
-    grid = (-(-entries // 64),)
-    launch(column_sums, grid, values_mK, factor_m, sums_K, count, start, rows, entries, BLOCK_M=64, BLOCK_K=64)
+    """Add the column sums of a chunk's rows to those of S slices, whose sum they are; in one order always."""
+    (rows, entries), slices = values_mK.shape, len(sums_SK)
+    tensors = values_mK, factor_m, sums_SK, count
+    grid = (-(-entries // 64), slices)
+    launch(column_sums, grid, *tensors, start, rows, entries, SLICES=slices, BLOCK_M=64, BLOCK_K=64)

@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import engine_gpu, engine_report
+from benchmarks import compare, engine_report, machine, plan
 from benchmarks.engine_report import EngineReport, Number
 from benchmarks.ops import cases, check, clock, goals, memory, peers, plot, run, schema, tables
 from benchmarks.ops.cases import Case
 from benchmarks.ops.schema import Absence, CaseInfo, Machine, Measurement, Memory, Rates, Report
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("answers", "images", "reference", "update", "optimizer", "whole step")
 SIDES = ("ours-reference", "ours-cpu", "eager", "cce", "products")
 SMOKE = cases.suite("cpu", smoke=True)
 
@@ -81,6 +80,10 @@ def test_the_pages_are_made_from_a_report(smoke: Path, tmp_path: Path) -> None:
     made = tmp_path / "ops-x-grpo_loss.png"
     assert plot.draw(report, "grpo_loss", made) and made.stat().st_size > 1000
     assert "ops-x-grpo_loss.png" in tables.full(tmp_path, tmp_path)
+    for operation in cases.OPERATIONS:
+        roof = tmp_path / f"ops-x-{operation}-roofline.png"
+        assert plot.roofline(report, operation, roof) and roof.stat().st_size > 1000
+    assert "grpo_loss on " in tables.full(tmp_path, tmp_path) and ": roofline]" in tables.full(tmp_path, tmp_path)
 
 
 def _write(report: Report, folder: Path) -> None:
@@ -199,9 +202,9 @@ def test_goals_are_judged_by_what_was_measured() -> None:
         report.measurements.append(Measurement(goals.HEAD, shape, peer, "both", "call", took, took, took, 5))
     report.memory.append(Memory(goals.HEAD, goals.FIRST, "ours-triton", 2 << 30))
     answers = [goal.answer(report) for goal in goals.GOALS if goal.device == "cuda"]
-    assert answers[:3] == [("1.10 ×", True), ("2048 MiB", False), ("2.00 × (TRL)", True)]
-    assert answers[3] is not None and not answers[3][1], "2.3 times its share is not proportional"
-    assert answers[4:] == [None] * 3
+    assert answers[:4] == [("1.10 ×", True), None, ("2048 MiB", False), ("2.00 × (TRL)", True)]
+    assert answers[4] is not None and not answers[4][1], "2.3 times its share is not proportional"
+    assert answers[5:] == [None] * 3
     text = tables.goals([report])
     assert "| 2048 MiB | **no** |" in text and text.count("not measured") == len(goals.GOALS) - 4
 
@@ -214,39 +217,6 @@ def test_reports_survive_a_round_trip(tmp_path: Path) -> None:
     assert Report.load(tmp_path / "ops-a.json") == report
     assert report.reason("grpo_loss", "any", "cce") == "GPU only" and report.reason("grpo_loss", "any", "trl") is None
     assert schema.VERSION == 1
-
-
-def test_the_gpu_command_is_exercised_without_one(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "gpu.sh"
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    done = subprocess.run(
-        ["bash", str(script), "--dry-run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert Report.load(tmp_path / "ops-dry-run.json").machine.smoke
-    assert "would build" in done.stdout and "would run" in done.stdout
-    engine = EngineReport.load(tmp_path / "engine-dry-run.json")
-    assert engine.machine.smoke and engine.rates is not None and "--smoke" in engine.command
-    captured = {f"{work}: {mode}" for work in ("images", "image", "small image") for mode in ("replay", "loop")}
-    assert engine.absences.keys() == captured, "a CPU has nothing to capture; everything else ran"
-    assert all("nothing to capture" in reason for reason in engine.absences.values())
-    assert {(one.work, one.side) for one in engine.numbers} >= {
-        ("images", "eager"),
-        ("images", "batched bfloat16"),
-        ("images", "published"),
-        ("image", "eager"),
-        ("small image", "eager"),
-        ("answers", "engine"),
-        ("answers", "published"),
-        *((f"grpo T={steps}", part) for steps in engine_gpu.SMOKE.grpo_steps for part in PARTS),
-    }
-    assert all(one.rate > 0 for one in engine.numbers) and set(engine.checks.values()) == {1.0}
-    assert engine_gpu.FULL.steps == 50 and engine.sizes["G"] == engine_gpu.SMOKE.group
 
 
 def test_the_engines_goals_are_answered_from_its_report(tmp_path: Path) -> None:
@@ -289,7 +259,7 @@ def test_the_adapter_of_ligers_kernels_computes_the_same() -> None:
         pytest.skip("Liger-Kernel is not installed")
     code = """
 import torch
-from benchmarks import engine_gpu, engine_report
+from benchmarks import compare, engine_report, machine, plan
 from benchmarks.engine_report import EngineReport, Number
 from benchmarks.ops import cases, check, peers
 peer = peers.by_name("liger-triton")
@@ -312,3 +282,51 @@ def test_the_adapter_of_cut_cross_entropy_computes_the_same(monkeypatch: pytest.
         if case.operation in peer.builds and case.scope == "all":
             with torch.compiler.set_stance("force_eager"):
                 check.check(peer, case, "cpu", torch.float32)
+
+
+def test_two_reports_are_compared_and_a_slower_one_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def report(name: str, took: float, spread: float, extra: int, smoke: bool = False) -> Path:
+        made = _report("cpu")
+        made.machine = dataclasses.replace(made.machine, smoke=smoke)
+        for peer in ("ours-cpu", "eager"):
+            low, high = took * (1 - spread), took * (1 + spread)
+            made.measurements.append(Measurement("grpo_loss", "x", peer, "both", "call", took, low, high, 5))
+        made.memory.append(Memory("grpo_loss", "x", "ours-cpu", extra))
+        made.save(tmp_path / name)
+        return tmp_path / name
+
+    old = report("old.json", 1.0, 0.01, 100)
+    lines, worse = compare.compare(old, report("new.json", 1.2, 0.01, 100), 0.05)
+    assert worse == ["grpo_loss x, cpu, both (call)"] and "+20.0%" in lines[0] and "WORSE" in lines[0]
+    assert len(lines) == 2, "sides of others do not count"
+    assert compare.compare(old, report("noisy.json", 1.2, 0.3, 100), 0.05)[1] == [], "within the spread"
+    assert compare.compare(old, report("large.json", 1.0, 0.01, 200), 0.05)[1] == ["grpo_loss x, cpu, memory"]
+    assert compare.compare(old, tmp_path / "new.json", 0.25)[1] == []
+    with pytest.raises(ValueError, match="smoke"):
+        compare.compare(old, report("smoke.json", 1.0, 0.01, 100, smoke=True), 0.05)
+    assert compare.percent("5%") == compare.percent("0.05") == 0.05
+    command = [sys.executable, "-m", "benchmarks.compare", str(old), str(tmp_path / "new.json")]
+    for more, code in ((["--fail-above", "5%"], 1), (["--fail-above", "25%"], 0), ([], 0), (["--fail-above", "-1"], 2)):
+        assert subprocess.run([*command, *more], cwd=ROOT, capture_output=True).returncode == code
+
+
+def test_a_case_of_ones_own() -> None:
+    case = cases.own("maskgit_grpo_loss:R=9,T=2,N=3,D=4,K=5,scope=masked,guidance=5,bias=1")
+    assert case.sizes == {"R": 9, "T": 2, "N": 3, "D": 4, "K": 5} and case.bias
+    assert case.scope == "masked" and case.guidance == 5.0
+    for bad in ("speed:R=1", "maskgit_step:B=1,N=2", "maskgit_step:B=1,N=2,K=0", "grpo_loss:R=1,T=1,N=1,D=2"):
+        with pytest.raises(ValueError, match=bad.partition(":")[0]):
+            cases.own(bad)
+
+
+def test_the_plan_of_a_shape_is_printed() -> None:
+    lines = plan.describe("R=9,T=50,N=1024,D=2048,K=8192", "bfloat16")
+    assert lines[0].startswith("460800 tokens") and "assumed" in lines[-1]
+    assert sum("MiB" in line for line in lines) == 2
+
+
+def test_results_go_to_the_clone_or_beside_the_caller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT / "docs")
+    assert machine.results() == ROOT / "benchmarks" / "results"
+    monkeypatch.chdir(tmp_path)
+    assert machine.results() == tmp_path / "benchmark-results"

@@ -234,6 +234,28 @@ def test_constraints_pin_every_direct_dependency_and_name_no_host() -> None:
     assert wanted <= _names(lines)
 
 
+def test_hooks_and_workflow_run_what_the_command_runs() -> None:
+    """The steps of .ci/run are those of the workflow, the tools before a commit have the tested versions."""
+    import yaml
+
+    script = (ROOT / ".ci" / "run").read_text()
+    steps = re.findall(r"^#   (\w+) ", script, re.MULTILINE)
+    assert steps == re.search(r"steps=\$\{\*:-(.*)\}", script)[1].split()  # type: ignore[index]
+    for step in set(steps) - {"lint", "test", "shared"}:
+        assert (ROOT / ".ci" / f"{step}.sh").is_file()
+    readme = (ROOT / "README.md").read_text()
+    assert "    make test\n" in readme and 'lint | test) make "$step"' in script
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["step"]
+    assert job["strategy"]["matrix"]["step"] == [step for step in steps if step != "shared"]
+    assert job["steps"][-1]["run"] == ".ci/run ${{ matrix.step }}"
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert all(pin in pins for hook in hooks for pin in hook.get("additional_dependencies", []))
+    lint = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    assert all(hook["entry"].split()[-1] in lint or hook["entry"].split()[0] in lint for hook in hooks)
+    assert re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [uct.__version__]
+
+
 def test_a_wrong_build_setting_is_named() -> None:
     pytest.importorskip("pybind11")
     environment = {**os.environ, "PYUNICTOKENS_CUDA": "perhaps"}

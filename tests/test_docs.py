@@ -10,6 +10,8 @@ import inspect
 import re
 import shlex
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,7 @@ def test_every_file_that_is_named_exists() -> None:
         if name.startswith("tests/"):
             continue  # tests write files of their own
         for found in named.findall(text):
-            if Path(found).name in written or found.startswith("../shared/"):
+            if Path(found).name in written or "NAME" in found or found.startswith("../shared/"):
                 continue
             places = (ROOT / found, ROOT / "pyunictokens" / found, ROOT / name / ".." / found)
             short = re.sub(r"^(?:\.\./|[A-Z]+/)+", "", found)
@@ -212,6 +214,50 @@ def test_every_module_that_is_named_exists() -> None:
             for part in parts[depth:]:
                 target = getattr(target, part, None)
                 assert target is not None, f"{name} names {found}, which is not there"
+
+
+def _contributions() -> dict[str, str]:
+    """The tasks of CONTRIBUTING by their headings."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    part = text.split("\n## Where things go\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^### (.*?)\n(.*?)(?=^### |\Z)", part, re.MULTILINE | re.DOTALL))
+
+
+def test_each_contribution_touches_at_most_three_files_that_exist() -> None:
+    tasks = _contributions()
+    assert len(tasks) == 6
+    for task, text in tasks.items():
+        files = re.findall(r"^- `([^`]+)`( \(new)?", text, re.MULTILINE)
+        assert 1 < len([name for name, _ in files if not name.startswith("tests/")]) <= 3, task
+        assert any(name.startswith("tests/") for name, _ in files), task
+        for name, new in files:
+            assert (ROOT / name).parent.is_dir() if new else (ROOT / name).is_file(), f"{task}: {name}"
+            assert bool(new) == ("NAME" in name), f"{task}: {name}"
+
+
+def test_the_examples_of_contributions_run() -> None:
+    """In a process of their own: they enter a reward model and a backend."""
+    code = "\n".join(body for text in _contributions().values() for _, body in _FENCE.findall(text))
+    code += """
+import io, pathlib, pyunictokens as uct
+from types import SimpleNamespace
+from pyunictokens.rewards.base import RewardBatch
+from pyunictokens.rewards.registry import registered
+batch = RewardBatch(torch.rand(3, 3, 4, 5), ["a", "b", "c"])
+assert registered()["contrast"].kind().score(batch).shape == (3,) and FAMILY.recognises({"model_type": "mine"})
+registry.BACKENDS["mine"] = ("cpu",)
+logp, advantages = torch.randn(2, 7), torch.tensor([1.0, -1.0])
+losses = [uct.ops.grpo_loss(logp, logp - 0.1, None, advantages, beta=0.0, backend=b)[0] for b in ("mine", "reference")]
+assert uct.ops.capabilities()["mine"]["ops"] == ["grpo_loss"] and torch.equal(*losses)
+got = BestOnly().advantages(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 0]))
+assert got.tolist() == [0.0, 0.0, 3.0]
+assert _slowest(SimpleNamespace(rows=[{"step": 1, "seconds": 2}, {"step": 2, "seconds": 3}, {}]))["step"] == 2
+pathlib.Path("metrics.jsonl").write_text("{}\\n{}\\n")
+steps(pathlib.Path("."))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "2\n", done.stderr
 
 
 def test_nothing_refers_to_a_design_outside_the_repository() -> None:

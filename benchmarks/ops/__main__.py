@@ -4,11 +4,13 @@
     python -m benchmarks.ops --smoke               # tiny shapes, one round: proves that everything runs
     python -m benchmarks.ops --operations maskgit_step --peers ours-cpu eager
     python -m benchmarks.ops --budget 500          # seconds; what does not fit is listed as not measured
+    python -m benchmarks.ops --shape maskgit_step:B=18,N=1024,K=8192 --shape grpo_loss:R=9,T=50,N=1024
+    python -m benchmarks.ops --shape maskgit_grpo_loss:R=9,T=50,N=1024,D=2048,K=8192,scope=masked,guidance=5
 
     python -m benchmarks.ops --tables              # then draw the pictures and write the tables of README and docs
 
-Leave the machine alone meanwhile. `--tables` runs `python -m benchmarks.ops.plot` and then
-`python experiments/readme_tables.py`.
+Leave the machine alone meanwhile. Shapes of one's own go to `ops-own.json`, apart from the suite. `--tables` runs
+`python -m benchmarks.ops.plot` and then `python experiments/readme_tables.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from .cases import OPERATIONS
+from .cases import OPERATIONS, own
 from .peers import peers
-from .run import Run, Settings
+from .run import Run, Settings, default_file, machine
 
 
 def main() -> None:
@@ -41,6 +43,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--shape", action="append", default=[], metavar="OPERATION:KEY=N,…", help="a case of your own")
+    parser.add_argument("--skip-peers", nargs="+", choices=names, default=[], metavar="NAME", help="all but these")
+    parser.add_argument("--resume", action="store_true", help="go on behind the last case of the result file")
     parser.add_argument("--out", type=Path, help="result file (default benchmarks/results/ops-<machine>.json)")
     parser.add_argument("--tables", action="store_true", help="draw the pictures and rewrite the pages afterwards")
     options = parser.parse_args()
@@ -54,22 +59,31 @@ def main() -> None:
         parser.error(f"--device {options.device}: torch finds no GPU here; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
+    try:
+        shapes = tuple(own(text) for text in options.shape)
+    except ValueError as error:
+        parser.error(str(error))
     settings = Settings(
         device=options.device,
         smoke=options.smoke,
         operations=tuple(options.operations),
-        only_peers=tuple(options.peers),
+        only_peers=tuple(name for name in options.peers or names if name not in options.skip_peers),
         rounds=1 if options.smoke else options.rounds,
         share=options.share or (5.0 if options.device == "cpu" else 0.6),
         budget=options.budget,
         with_memory=not options.no_memory,
+        shapes=shapes,
+        resume=options.resume,
     )
-    run = Run(settings, options.out)
+    out = options.out or (default_file(machine(settings)).with_name("ops-own.json") if shapes else None)
+    run = Run(settings, out)
     run.all()
     missing = {(each.peer, each.reason) for each in run.report.absences if each.reason != "offers no such operation"}
     for peer, reason in sorted(missing):
         print(f"not measured: {peer}: {reason}")
     print(run.out)
+    if run.lost:
+        sys.exit(3)
     if options.tables:
         root = Path(__file__).parents[2]
         for command in (["-m", "benchmarks.ops.plot"], ["experiments/readme_tables.py"]):

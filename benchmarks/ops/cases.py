@@ -38,6 +38,8 @@ class Case:
     guidance: float = 0.0
     spread: float = 1.0
     """Standard deviation of the logits of a step: 1 is a random model, 8 a trained one under guidance."""
+    bias: bool = False
+    """The head has a bias, whose gradient is wanted too."""
 
     @property
     def tokens(self) -> int:
@@ -107,7 +109,7 @@ class Inputs:
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """The tensors whose gradients are wanted."""
-        names = ("hidden", "hidden_uncond", "weight") if "weight" in self.tensors else ("logp",)
+        names = ("hidden", "hidden_uncond", "weight", "bias") if "weight" in self.tensors else ("logp",)
         return tuple(self.tensors[name] for name in names if name in self.tensors)
 
     def double(self) -> Inputs:
@@ -161,11 +163,14 @@ def make(case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Inputs:
         made.tensors["hidden_uncond"] = made.hidden + normal(*shape, sizes["D"], scale=0.1)
     made.tensors["weight"] = normal(sizes["K"], sizes["D"], scale=2.0 / math.sqrt(sizes["D"]))
     made.tensors["target"] = torch.randint(0, sizes["K"], shape, generator=generator, device=device)
+    if case.bias:
+        made.tensors["bias"] = normal(sizes["K"])
     if case.operation == "maskgit_grpo_loss":
         logp = uct.ops.selected_logprob(
             made.hidden,
             made.weight,
             made.target,
+            made.get("bias"),
             hidden_uncond=made.get("hidden_uncond"),
             guidance_scale=case.guidance,
             backend="reference",
@@ -204,7 +209,7 @@ def suite(device: str, smoke: bool = False) -> list[Case]:
         return [
             *(_head(operation, "smoke", (3, 2, 8, 16, 40)) for operation in heads),
             _head(heads[0], "smoke newly_unmasked", (3, 2, 8, 16, 40), scope="newly_unmasked"),
-            _head(heads[0], "smoke guided", (3, 2, 8, 16, 40), guidance=5.0),
+            _head(heads[0], "smoke guided", (3, 2, 8, 16, 40), guidance=5.0, bias=True),
             _step("smoke", (2, 16, 40)),
             _loss("smoke", (3, 2, 64)),
         ]
@@ -233,6 +238,7 @@ def suite(device: str, smoke: bool = False) -> list[Case]:
         _head(heads[0], first, show[first]),
         _step("B18 N1024 K8192", (18, 1024, 8192)),
         _loss("8.2 M tokens", (160, 50, 1024)),
+        _head(heads[0], f"{first} guided, bias", show[first], guidance=5.0, bias=True),
         _head(heads[0], f"{first} newly_unmasked", show[first], scope="newly_unmasked"),
         _head(heads[0], f"{first} masked", show[first], scope="masked"),
         _head(heads[0], f"{first} guided", show[first], guidance=5.0),
@@ -248,8 +254,38 @@ def suite(device: str, smoke: bool = False) -> list[Case]:
     ]
 
 
+_SIZES = {"selected_logprob": "RTNDK", "grpo_loss": "RTN", "maskgit_grpo_loss": "RTNDK", "maskgit_step": "BNK"}
+
+
+def own(text: str) -> Case:
+    """A case of the caller's: ``OPERATION:R=9,T=50,…``, with scope=, guidance= and spread= where wanted.
+
+    Raises:
+        ValueError: an unknown operation or key, a size that is missing or no positive number.
+    """
+    operation, _, rest = text.partition(":")
+    if operation not in _SIZES:
+        raise ValueError(f"{text}: the operation must be one of {', '.join(OPERATIONS)}")
+    given = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+    more: dict[str, Any] = {"bias": bool(int(given.pop("bias", 0)))}
+    try:
+        more |= {key: float(given.pop(key)) for key in ("guidance", "spread") if key in given}
+        sizes = {key: int(given[key]) for key in _SIZES[operation]}
+    except (KeyError, ValueError):
+        sizes = {}
+    scope = given.pop("scope", "all")
+    if not sizes or min(sizes.values()) < 1 or given.keys() - sizes.keys():
+        wanted = ",".join(f"{key}=N" for key in _SIZES[operation])
+        raise ValueError(
+            f"{text}: must be {operation}:{wanted}, each a positive number; also scope, guidance, spread, bias"
+        )
+    if scope not in ("all", "masked", "newly_unmasked"):
+        raise ValueError(f"{text}: scope must be all, masked or newly_unmasked")
+    return Case(operation, rest.replace(",", " "), sizes, scope, **more)
+
+
 def small(case: Case) -> Case:
     """The same kind of case, small enough for float64: what a side is checked on before it is timed."""
     tiny = {"B": 2, "R": 3, "T": 2, "N": 16, "D": 64, "K": 160}
     sizes = {key: min(size, tiny[key]) for key, size in case.sizes.items()}
-    return Case(case.operation, "check", sizes, case.scope, case.guidance, case.spread)
+    return Case(case.operation, "check", sizes, case.scope, case.guidance, case.spread, case.bias)

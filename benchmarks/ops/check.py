@@ -31,7 +31,7 @@ def truth(inputs: Inputs) -> Tensor:
     """The result in float64, from plain PyTorch."""
     i = inputs
     if i.case.operation == "selected_logprob":
-        return plain.selected_logprob(i.hidden, i.weight, i.target)
+        return plain.selected_logprob(i.hidden, i.weight, i.target, i.get("bias"))
     if i.case.operation == "grpo_loss":
         return plain.grpo_loss(i.logp, i.old_logp, i.ref_logp, i.advantages)
     return plain.maskgit_grpo_loss(
@@ -44,6 +44,7 @@ def truth(inputs: Inputs) -> Tensor:
         i.get("hidden_uncond"),
         i.case.guidance,
         i.get("mask"),
+        i.get("bias"),
     )
 
 

@@ -49,6 +49,8 @@ class Turn:
     samples: list[float] = field(default_factory=list)
     spent: float = 0.0
     """Seconds, the preparation counted."""
+    error: Exception | None = None
+    """What ended it; it takes no further turn."""
 
     def take(self, device: str) -> None:
         start = time.perf_counter()
@@ -68,13 +70,17 @@ class Turn:
 def rounds(turns: list[Turn], device: str, count: int, share: float) -> None:
     """`count` rounds of all turns, each one up to `share` seconds but MIN_ROUNDS times at least (or `count`).
 
-    One that took four times its share after FEWEST rounds sits out already then.
+    One that took four times its share after FEWEST rounds sits out already then, one that raises at once: its error is
+    kept in it, and the others go on.
     """
     for done in range(count):
         for turn in turns if done % 2 == 0 else turns[::-1]:
             least = FEWEST if turn.spent > 4 * share else MIN_ROUNDS
-            if done < least or turn.spent < share:
-                turn.take(device)
+            if turn.error is None and (done < least or turn.spent < share):
+                try:
+                    turn.take(device)
+                except Exception as error:
+                    turn.error = error
 
 
 def _rate(call: Callable[[], object], amount: float, device: str, count: int) -> float:

@@ -39,12 +39,16 @@ class Peer:
     gpu_only: bool = False
     exact: bool = True
     """False: a floor, whose result means nothing."""
+    with_bias: bool = True
+    """Whether its adapter gives it the bias of a head."""
 
     def missing(self, case: Case, device: str, dtype: torch.dtype) -> str:
         if case.operation not in self.builds:
             return "offers no such operation"
         if self.module and importlib.util.find_spec(self.module) is None:
             return f"not installed ({self.module})"
+        if case.bias and not self.with_bias:
+            return "its adapter takes no bias"
         if self.gpu_only and device == "cpu":
             return "GPU only"
         if self.name.startswith("ours-"):
@@ -73,7 +77,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _ours(backend: str | None) -> dict[str, Build]:
     def logprob(i: Inputs) -> Call:
-        return lambda: uct.ops.selected_logprob(i.hidden, i.weight, i.target, backend=backend)
+        return lambda: uct.ops.selected_logprob(i.hidden, i.weight, i.target, i.get("bias"), backend=backend)
 
     def loss(i: Inputs) -> Call:
         return lambda: uct.ops.grpo_loss(
@@ -96,6 +100,7 @@ def _ours(backend: str | None) -> dict[str, Build]:
             i.old_logp,
             i.ref_logp,
             i.advantages,
+            i.get("bias"),
             hidden_uncond=i.get("hidden_uncond"),
             guidance_scale=i.case.guidance,
             alpha=ALPHA,
@@ -132,7 +137,7 @@ def _ours(backend: str | None) -> dict[str, Build]:
 def _eager(wrap: Callable[[Callable[..., object]], Callable[..., object]]) -> dict[str, Build]:
     def logprob(i: Inputs) -> Call:
         function = wrap(plain.selected_logprob)
-        return lambda: function(i.hidden, i.weight, i.target)  # type: ignore[return-value]
+        return lambda: function(i.hidden, i.weight, i.target, i.get("bias"))  # type: ignore[return-value]
 
     def loss(i: Inputs) -> Call:
         function = wrap(plain.grpo_loss)
@@ -141,7 +146,7 @@ def _eager(wrap: Callable[[Callable[..., object]], Callable[..., object]]) -> di
     def both(i: Inputs) -> Call:
         function = wrap(plain.maskgit_grpo_loss)
         hidden, weight, target, advantages = _upstream(i)
-        rest = i.get("hidden_uncond"), i.case.guidance, i.get("mask")
+        rest = i.get("hidden_uncond"), i.case.guidance, i.get("mask"), i.get("bias")
         return lambda: function(hidden, weight, target, i.old_logp, i.ref_logp, advantages, *rest)  # type: ignore[return-value]
 
     def step(i: Inputs) -> Call:
@@ -299,6 +304,7 @@ def peers() -> list[Peer]:
             "LigerFusedLinearGRPOLoss, dr_grpo; for log-probs its chunked log-prob function",
             {"selected_logprob": _liger_linear_logprob, "maskgit_grpo_loss": _liger_linear_loss},
             module=liger,
+            with_bias=False,
         ),
         Peer(
             "liger-triton",
@@ -307,6 +313,7 @@ def peers() -> list[Peer]:
             {"maskgit_grpo_loss": _liger_triton_loss},
             module=liger,
             gpu_only=True,
+            with_bias=False,
         ),
         Peer(
             "trl",
@@ -314,6 +321,7 @@ def peers() -> list[Peer]:
             "a torch product, selective_log_softmax; the plain loss behind it",
             _with_plain_loss(_trl),
             "trl",
+            with_bias=False,
         ),
         Peer(
             "cce",
@@ -322,6 +330,7 @@ def peers() -> list[Peer]:
             _with_plain_loss(_cce),
             module="cut_cross_entropy",
             gpu_only=True,
+            with_bias=False,
         ),
         Peer(
             "products",

@@ -31,9 +31,9 @@ def guided(hidden: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
     return ((1.0 + scale) * hidden.to(kind) - scale * uncond.to(kind)).to(hidden.dtype)
 
 
-def selected_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """log_softmax(W·h)[target]."""
-    logits = torch.nn.functional.linear(hidden, weight)
+def selected_logprob(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    """log_softmax(W·h + b)[target]."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
     return torch.log_softmax(logits.to(wide(logits.dtype)), -1).gather(-1, target[..., None])[..., 0]
 
 
@@ -59,9 +59,10 @@ def maskgit_grpo_loss(
     uncond: Tensor | None = None,
     scale: float = 0.0,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The two above; tokens outside the mask are computed and multiplied by 0."""
-    return grpo_loss(selected_logprob(guided(hidden, uncond, scale), weight, target), old, ref, advantages, mask)
+    return grpo_loss(selected_logprob(guided(hidden, uncond, scale), weight, target, bias), old, ref, advantages, mask)
 
 
 def gumbel(like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of the results: for each machine and operation, the time of every side as a multiple of ours.
+"""Pictures of the results: for each machine and operation, times as multiples of ours, and a roofline.
 
 python -m benchmarks.ops.plot                # benchmarks/results/ops-*.json → docs/images/ops-*.png
 python -m benchmarks.ops.plot FILE.json --out DIR
@@ -63,6 +63,71 @@ def draw(report: Report, operation: str, file: Path) -> bool:
     return True
 
 
+OPERATIONS_EACH = {"grpo_loss": 30.0, "maskgit_step": 8.0}
+"""Roughly, of a token and of a logit, where a case counts no matrix products: only for the place on a roofline."""
+
+
+def roofline(report: Report, operation: str, file: Path) -> bool:
+    """One picture: operations a second over operations a byte, below the two ceilings. False without anything to draw.
+
+    A point is one shape: filled is ours, hollow the others. Its place sideways follows from its least work and least
+    bytes of the case, so all sides of a shape stand above each other, and the distance to the roof is what is lost.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if report.rates is None:
+        return False
+    phase = "forward" if operation == "maskgit_step" else "both"
+    copy, matrix = report.rates.copy_bytes_per_second, report.rates.matrix_flops_per_second
+    points: dict[str, list[tuple[float, float]]] = {}
+    for info in report.cases:
+        if info.operation != operation or phase not in info.bytes:
+            continue
+        each = info.sizes["K"] if operation == "maskgit_step" else 1.0
+        tokens = 1.0
+        for key in "BRTN":
+            tokens *= info.sizes.get(key, 1.0)
+        work = info.flops.get(phase) or OPERATIONS_EACH[operation] * tokens * each
+        for peer, title in report.peers.items():
+            seconds = report.seconds(operation, info.shape, peer, phase)
+            if seconds is not None:
+                points.setdefault(title, []).append((work / info.bytes[phase], work / seconds))
+    if not points:
+        return False
+    across = [x for found in points.values() for x, _ in found]
+    low, high = min(*across, matrix / copy) / 4, max(*across, matrix / copy) * 4
+    figure, axis = pyplot.subplots(figsize=(7.0, 4.0))
+    edges = [low, matrix / copy, high]
+    axis.plot(edges, [low * copy, matrix, matrix], color="black", linewidth=1.2)
+    axis.annotate(f"copy {copy / 1e9:.3g} GB/s", (low * 1.2, low * 1.2 * copy), fontsize=7, va="bottom", ha="left")
+    axis.annotate(f"matrix product {matrix / 1e9:.4g} GFLOP/s", (high, matrix), fontsize=7, va="bottom", ha="right")
+    for marker, (title, found) in zip("osD^vPX*<>hd", points.items(), strict=False):
+        ours = title.startswith("ours")
+        style = {} if ours else {"facecolors": "none"}
+        colours = {} if ours else {"edgecolors": f"C{list(points).index(title)}"}
+        axis.scatter(*zip(*found, strict=True), marker=marker, label=title, s=26, **style, **colours)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(min(matrix / 100, *(y / 2 for found in points.values() for _, y in found)), 2 * matrix)
+    axis.set_xlabel("operations a byte (least work, least bytes)", fontsize=8)
+    axis.set_ylabel("operations a second", fontsize=8)
+    axis.set_title(
+        f"{operation}, {'forward' if phase == 'forward' else 'forward + backward'}: {report.machine.name}", fontsize=10
+    )
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="reports (default benchmarks/results/ops-*.json)")
@@ -74,6 +139,9 @@ def main() -> None:
             picture = options.out / f"{file.stem}-{operation}.png"
             if draw(report, operation, picture):
                 print(picture)
+            roof = options.out / f"{file.stem}-{operation}-roofline.png"
+            if roofline(report, operation, roof):
+                print(roof)
 
 
 if __name__ == "__main__":

@@ -9,28 +9,28 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
-import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pyunictokens import __version__
+from benchmarks.machine import commit, cores, processor, results
+from pyunictokens import __version__, ops
 
 from . import cases, check, clock, memory
 from .cases import Case, Inputs
 from .peers import Peer, peers
 from .schema import Absence, CaseInfo, Machine, Measurement, Report
 
-RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "pyunictokens")
+OVER = "time budget spent"
 GRAPH_BELOW = 2e-3
 """A forward call shorter than this is also timed as the replay of a captured graph, without the launches of Python."""
 
@@ -49,6 +49,10 @@ class Settings:
     budget: float = float("inf")
     """Seconds of the whole run."""
     with_memory: bool = True
+    shapes: tuple[Case, ...] = ()
+    """Cases of the caller's own, instead of the suite's."""
+    resume: bool = False
+    """Go on where the report that lies in the result file ended: in another process after one that was lost."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,16 +62,8 @@ class Settings:
 
 def machine(settings: Settings) -> Machine:
     """This machine."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
-    if settings.device != "cpu":
-        name = torch.cuda.get_device_name(settings.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(name, settings.device.partition(":")[0], cores, torch.get_num_threads(), settings.smoke)
+    name = processor() if settings.device == "cpu" else torch.cuda.get_device_name(settings.device)
+    return Machine(name, settings.device.partition(":")[0], cores(), torch.get_num_threads(), settings.smoke)
 
 
 def versions() -> dict[str, str]:
@@ -81,24 +77,12 @@ def versions() -> dict[str, str]:
     return {**found, "torch": torch.__version__, "pyunictokens": __version__}
 
 
-def commit() -> str | None:
-    """The commit of this tree, with a mark where files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return done.stdout.strip() or None
-
-
 def default_file(about: Machine) -> Path:
-    """benchmarks/results/ops-<machine>.json; a smoke run's own name, outside of what tables are made from."""
+    """ops-<machine>.json among the results; a smoke run's own folder, outside of what tables are made from."""
     name = "".join(letter if letter.isalnum() else "-" for letter in about.name.lower()).strip("-")
     if about.device == "cpu":
         name = f"cpu-{about.cores}core"
-    return RESULTS / ("smoke" if about.smoke else "") / f"ops-{name}.json"
+    return results() / ("smoke" if about.smoke else "") / f"ops-{name}.json"
 
 
 class Run:
@@ -118,7 +102,19 @@ class Run:
         self.sides = [p for p in peers() if not settings.only_peers or p.name in settings.only_peers]
         self.report.peers = {peer.name: peer.title for peer in self.sides}
         self.wrong: dict[tuple[str, str, str, float], str] = {}
+        self.no_graphs = ""
+        """Why nothing is captured any more."""
+        self.lost = ""
+        """Why nothing can be measured any more: an error that a GPU keeps until its process ends."""
         self.start = time.monotonic()
+        if settings.resume and self.out.exists():
+            before = Report.load(self.out)
+            cut = {(each.operation, each.shape) for each in before.absences if each.reason == OVER}
+            before.cases = [info for info in before.cases if (info.operation, info.shape) not in cut]
+            before.absences = [each for each in before.absences if each.reason != OVER]
+            self.report.cases, self.report.checks = before.cases, before.checks
+            self.report.measurements, self.report.memory = before.measurements, before.memory
+            self.report.absences, self.report.rates = before.absences, before.rates
 
     def left(self) -> float:
         return self.settings.budget - (time.monotonic() - self.start)
@@ -131,19 +127,26 @@ class Run:
         settings = self.settings
         first = clock.ceilings(settings.device, settings.dtype, settings.smoke)
         self.report.rates = clock.rates(first, first, settings.dtype)
-        known = cases.suite(self.report.machine.device, settings.smoke)
+        known = list(settings.shapes) or cases.suite(self.report.machine.device, settings.smoke)
+        done = {(info.operation, info.shape) for info in self.report.cases}
         wanted = [case for case in known if case.operation in settings.operations]
+        wanted = [case for case in wanted if (case.operation, case.shape) not in done]
         for number, case in enumerate(wanted, 1):
             self.say(f"[{number}/{len(wanted)}] {case.operation} {case.shape}")
-            self.report.cases.append(self.info(case))
             if self.left() <= 0:
+                self.report.cases.append(self.info(case))
                 for peer in self.sides:
-                    self.absent(case, peer, "time budget spent")
+                    self.absent(case, peer, OVER)
                 continue
+            self.report.cases.append(self.info(case))
+            self.report.save(self.out)  # who resumes does not meet this case again, whatever it does to the process
             self.one(case)
             gc.collect()
             self.fill_fractions()
             self.report.save(self.out)
+            if self.lost:
+                self.say(f"the device is lost to this process ({self.lost}): run again with --resume")
+                return self.report
         if settings.device == "cpu" and settings.with_memory:
             self.memory_apart(wanted)
         last = clock.ceilings(settings.device, settings.dtype, settings.smoke)
@@ -187,9 +190,15 @@ class Run:
         return found
 
     def one(self, case: Case) -> None:
-        """All sides of one case."""
+        """All sides of one case. A side that fails is noted with its reason; the others go on."""
         able = self.able(case)
-        inputs = cases.make(case, self.settings.device, self.settings.dtype)
+        try:
+            inputs = cases.make(case, self.settings.device, self.settings.dtype)
+        except Exception as error:
+            for peer in able:
+                self.absent(case, peer, f"inputs: {_brief(error)}")
+            self.tidy()
+            return
         calls: dict[str, Callable[[], object]] = {}
         for peer in able:
             try:
@@ -202,7 +211,11 @@ class Run:
         turns = {(name, phase): _turn(call, inputs, phase) for name, call in calls.items() for phase in case.phases}
         clock.rounds(list(turns.values()), self.settings.device, self.settings.rounds, self.settings.share)
         for (name, phase), turn in turns.items():
-            self.note(case, name, phase, "call", turn)
+            if turn.error is not None:
+                self.absent(case, next(peer for peer in able if peer.name == name), f"{phase}: {_brief(turn.error)}")
+                calls.pop(name, None)
+            if turn.samples:
+                self.note(case, name, phase, "call", turn)
         memory.forget(inputs)
         if self.settings.device != "cpu":
             self.graphs(case, calls)
@@ -236,10 +249,25 @@ class Run:
         self.say(f"    {name:14} {phase:9} {launch:5} {middle * 1e3:10.3f} ms  (n = {count})")
 
     def graphs(self, case: Case, calls: dict[str, Callable[[], object]]) -> None:
-        """Short forward calls again, as replays of a captured graph."""
+        """Short forward calls again, as replays of a captured graph.
+
+        A capture that fails midway leaves torch's allocator unusable for every later capture of the process, and for
+        `empty_cache`. So what is captured has first shown in a usual call that it does not wait for the device; masked
+        cases are left out, because the sides count their tokens on the host; and after one failure nothing is captured.
+        """
         for peer in self.sides:
             timed = self.report.seconds(case.operation, case.shape, peer.name, "forward")
             if peer.name not in calls or timed is None or timed > GRAPH_BELOW:
+                continue
+            reason = self.no_graphs or ("" if case.scope == "all" else "its mask is counted on the host")
+            if not reason:
+                try:
+                    with torch.no_grad(), ops.capture_warmup(), _no_waiting():
+                        calls[peer.name]()
+                except Exception as error:
+                    reason = f"not captured: {_brief(error)}"
+            if reason:
+                self.absent(case, peer, reason, "graph")
                 continue
             graph = torch.cuda.CUDAGraph()
             try:
@@ -247,14 +275,17 @@ class Run:
                     torch.cuda.synchronize()
                     with torch.cuda.graph(graph):
                         kept = calls[peer.name]()
-                turn = clock.Turn(_replay(graph))
-                for _ in range(3):
-                    graph.replay()
-                clock.rounds([turn], self.settings.device, self.settings.rounds, self.settings.share)
-                self.note(case, peer.name, "forward", "graph", turn)
-                del kept
             except Exception as error:
+                self.no_graphs = f"a capture of {peer.name} failed before: {_brief(error)}"
                 self.absent(case, peer, _brief(error), "graph")
+                continue
+            turn = clock.Turn(_replay(graph))
+            clock.rounds([turn], self.settings.device, self.settings.rounds, self.settings.share)
+            if turn.error is None:
+                self.note(case, peer.name, "forward", "graph", turn)
+            else:
+                self.absent(case, peer, _brief(turn.error), "graph")
+            del kept
 
     def cuda_memory(self, case: Case, able: list[Peer], calls: dict[str, Callable[[], object]], inputs: Inputs) -> None:
         """Of every side of a case, in this process."""
@@ -276,7 +307,7 @@ class Run:
                 continue
             self.say(f"memory of {peer.name}")
             try:
-                if self.settings.smoke:
+                if self.settings.smoke or self.settings.shapes:
                     self.report.memory += [memory.measure_here(peer.name, case) for case in mine]
                 else:
                     self.report.memory += memory.measure_apart(peer.name, mine, self.settings.smoke)
@@ -300,9 +331,29 @@ class Run:
         self.report.measurements = filled
 
     def tidy(self) -> None:
-        if self.settings.device != "cpu":
-            gc.collect()
+        """Give cached memory back, and find out whether the device still answers."""
+        if self.settings.device == "cpu":
+            return
+        gc.collect()
+        try:
             torch.cuda.empty_cache()
+        except Exception as error:  # torch's allocator after a failed capture: numbers can still be taken
+            self.no_graphs = self.no_graphs or _brief(error)
+        try:
+            clock.synchronize(self.settings.device)
+        except Exception as error:
+            self.lost = self.lost or _brief(error)
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside, a call that waits for the device raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _turn(call: Callable[[], object], inputs: Inputs, phase: str) -> clock.Turn:

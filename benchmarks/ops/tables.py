@@ -60,9 +60,29 @@ def _mib(report: Report, info: CaseInfo, peer: str | None) -> str:
     return f"{held.extra_bytes / 2**20:.{1 if held.extra_bytes < 100 << 20 else 0}f}"
 
 
+def _absolute(info: CaseInfo, phase: str, seconds: float) -> str:
+    """A time in ms and, where the case has a floor, the rate that it makes."""
+    text = f"{seconds * 1e3:.3g} ms"
+    if info.bound == "matrix" and info.flops.get(phase):
+        rate = info.flops[phase] / seconds
+        return text + (f", {rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f", {rate / 1e9:.3g} GFLOP/s")
+    if info.bound == "copy" and info.bytes.get(phase):
+        return text + f", {info.bytes[phase] / seconds / 1e9:.3g} GB/s"
+    return text
+
+
 def _share(report: Report, info: CaseInfo, peer: str | None, phase: str) -> str:
     found = report.measurement(info.operation, info.shape, peer, phase) if peer else None
     return "" if found is None or found.fraction is None else f"{found.fraction:.0%}"
+
+
+def _ours(report: Report, info: CaseInfo, side: str | None) -> str:
+    """Our own time and rate, and the share of the ceiling."""
+    seconds = report.seconds(info.operation, info.shape, side, _phase(info)) if side else None
+    if seconds is None:
+        return "not measured"
+    share = _share(report, info, side, _phase(info))
+    return _absolute(info, _phase(info), seconds) + (f" ({share})" if share else "")
 
 
 def _cases(report: Report, operation: str) -> list[CaseInfo]:
@@ -92,11 +112,11 @@ def summary_of(report: Report) -> str:
             rows.append(
                 [info.shape, *(_times(report, info, name) for name in others)]
                 + ([memory] if operation != "maskgit_step" else [])
-                + [_share(report, info, side, _phase(info)) or "not measured"]
+                + [_ours(report, info, side)]
             )
         head = ["shape", *(report.peers[name] for name in others)]
         head += ["extra MiB, ours / plain"] if operation != "maskgit_step" else []
-        head.append("ours, of the matrix rate" if infos[0].bound == "matrix" else "ours, of copy bandwidth")
+        head.append("ours (of the matrix rate)" if infos[0].bound == "matrix" else "ours (of copy bandwidth)")
         parts.append(f"`{operation}` ({infos[0].dtype}):\n\n{_table(head, rows)}")
     return "\n\n".join(parts)
 
@@ -115,7 +135,7 @@ def summary(folder: Path) -> str:
         parts.append(summary_of(report))
     for device, name in DEVICES.items():
         if not any(report.machine.device == device for report in reports):
-            command = "`bash benchmarks/gpu.sh`" if device == "cuda" else "`pyunictokens bench ops`"
+            command = "`bash benchmarks/gpu.sh --first`" if device == "cuda" else "`pyunictokens bench ops`"
             parts.append(f"The operations on {name}: not measured; {command} measures them.")
     return "\n\n".join(parts)
 
@@ -146,8 +166,7 @@ def _side_rows(report: Report, info: CaseInfo) -> list[list[str]]:
                 cells.append(reason or "not measured")
                 continue
             text = f"{found.seconds / ours:.2f} ({found.low / ours:.2f} to {found.high / ours:.2f})"
-            if report.machine.device == "cuda":
-                text += f", {found.seconds * 1e3:.3g} ms"
+            text += f", {_absolute(info, phase, found.seconds)}"
             cells.append(text + (f", {found.fraction:.0%}" if found.fraction is not None else ""))
         if reason:
             cells = [reason, *[""] * (len(cells) - 1)]
@@ -207,7 +226,10 @@ def full(folder: Path, pictures: Path | None = None) -> str:
         parts.append(full_of(report))
         for picture in sorted((pictures or folder).glob(f"{file.stem}-*.png")):
             operation = picture.stem.removeprefix(f"{file.stem}-")
-            parts.append(f"![{operation} on {report.machine.name}: time of each side](images/{picture.name})")
+            shown = "time of each side"
+            if operation.endswith("-roofline"):
+                operation, shown = operation.removesuffix("-roofline"), "roofline"
+            parts.append(f"![{operation} on {report.machine.name}: {shown}](images/{picture.name})")
     for device, name in DEVICES.items():
         if not any(report.machine.device == device for report in reports):
             parts.append(f"On {name} nothing was measured.")

@@ -28,7 +28,8 @@ void share(std::int64_t outer, std::int64_t grain, std::int64_t inner, std::size
     float* aligned = room.get() + (64 - reinterpret_cast<std::uintptr_t>(room.get()) % 64) / sizeof(float) % 16;
     for (std::int64_t each = first; each < last; ++each) {
       const std::int64_t piece = each / parts, part = each % parts;
-      body(piece * grain, std::min(outer, (piece + 1) * grain), inner * part / parts, inner * (part + 1) / parts, aligned);
+      body(piece * grain, std::min(outer, (piece + 1) * grain), inner * part / parts, inner * (part + 1) / parts,
+           aligned);
     }
   });
 }
@@ -67,9 +68,8 @@ struct Head {
 
   void scores(const HeadBlock& block) const {
     share(block.entries, kEntries, token_panels(), std::size_t(kEntries * padded(args.width)), threads,
-          [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel, float* scratch) {
-            rows.score_piece(block, first, last, first_panel, last_panel, scratch);
-          });
+          [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel,
+              float* scratch) { rows.score_piece(block, first, last, first_panel, last_panel, scratch); });
   }
 };
 
@@ -81,9 +81,8 @@ void head_logprob_cpu(const HeadArgs& args, float* lse, float* logp, float* entr
   head.pack_tokens();
   head.blocks([&](const HeadBlock& block) {
     head.scores(block);
-    head.panels(head.token_panels(), [&](std::int64_t panel) {
-      head.rows.sums_panel(block, panel, sums.data(), entropy != nullptr);
-    });
+    head.panels(head.token_panels(),
+                [&](std::int64_t panel) { head.rows.sums_panel(block, panel, sums.data(), entropy != nullptr); });
   });
   for (std::int64_t row = 0; row < args.rows; ++row) {
     const HeadSums& each = sums[std::size_t(row)];
@@ -106,14 +105,17 @@ void head_backward_cpu(const HeadArgs& args, const float* lse, const float* slop
     head.panels(head.token_panels(), [&](std::int64_t panel) { rows.gradient_panel(block, panel, lse, slope); });
     if (d_hidden != nullptr)
       share(head.column_panels(), 1, head.token_panels(), std::size_t(rows.depth) * rows.panel, threads,
-            [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel, float* scratch) {
+            [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel,
+                float* scratch) {
               for (std::int64_t panel = first; panel < last; ++panel)
                 rows.hidden_piece(block, panel, first_panel, last_panel, d_hidden, scratch);
             });
     if (d_weight != nullptr)
       share(block.entries, kEntries, head.column_panels(), std::size_t(kEntries * padded(args.rows)), threads,
-            [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel, float* scratch) {
-              rows.weight_piece(block, first, last, first_panel, last_panel, d_weight + block.first * args.width, scratch);
+            [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel,
+                float* scratch) {
+              rows.weight_piece(block, first, last, first_panel, last_panel, d_weight + block.first * args.width,
+                                scratch);
             });
     if (d_bias != nullptr)
       parallel_for(block.entries, 256, threads, [&](std::int64_t first, std::int64_t last) {

@@ -26,7 +26,8 @@ constexpr int kWide = 8, kTileRows = 6;
 constexpr int kWide = 4, kTileRows = 6;
 #endif
 constexpr int kPanel = 2 * kWide;
-constexpr std::int64_t kDepth = 512;  // entries of a slice of the weight that is packed for the gradient of the hidden states
+// Entries of a slice of the weight that is packed for the gradient of the hidden states.
+constexpr std::int64_t kDepth = 512;
 
 typedef float Wide __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
 
@@ -235,7 +236,8 @@ void weight_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, 
     float* to = scratch + (entry - first) * tokens;
     rows = next_rows(last - entry);
     for (std::int64_t block = 0; block < blocks; ++block, to += rows * kPanel)
-      std::memcpy(to, args.scores + (block * args.entries + entry) * kPanel, sizeof(float) * std::size_t(rows) * kPanel);
+      std::memcpy(to, args.scores + (block * args.entries + entry) * kPanel,
+                  sizeof(float) * std::size_t(rows) * kPanel);
   }
   for (std::int64_t panel = first_panel; panel < last_panel; ++panel)
     for (std::int64_t entry = first; entry < last; entry += rows) {

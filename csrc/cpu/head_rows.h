@@ -16,7 +16,8 @@ inline Wide exp_negative(Wide x) {
   const Wide shifted = x * 1.44269504f + kRound, n = shifted - kRound;
   const Wide r = (x - n * kLog2High) - n * kLog2Low;
   const Wide p = (exp_remainder(r) * r) * r + r + 1.0f;
-  return reinterpret_cast<Wide>(reinterpret_cast<WideInt>(p) + ((reinterpret_cast<WideInt>(shifted) - 0x4B400000) << 23));
+  return reinterpret_cast<Wide>(reinterpret_cast<WideInt>(p) +
+                                ((reinterpret_cast<WideInt>(shifted) - 0x4B400000) << 23));
 }
 
 inline Wide& at(float* address) { return *reinterpret_cast<Wide*>(address); }
@@ -65,7 +66,8 @@ inline void sums_lanes(const HeadBlock& block, std::int64_t token, const float* 
     const Wide x = logit(block, at(scores + entry * kPanel), entry);
     top = top < x ? x : top;
   }
-  const Wide origin = top == -INFINITY ? Wide{} : top;  // excluded entries are -inf, and no distance from -inf is a number
+  // Excluded entries are -inf, and no distance from -inf is a number.
+  const Wide origin = top == -INFINITY ? Wide{} : top;
   double sum[kWide] = {}, weighted[kWide] = {};
   if (with_entropy)
     sum_lanes<true>(block, scores, origin, sum, weighted);
@@ -101,7 +103,8 @@ inline void gradient_lanes(const HeadBlock& block, std::int64_t token, float* sc
 
 void sums_panel(const HeadBlock& block, std::int64_t panel, HeadSums* sums, bool with_entropy) {
   for (int start = 0; start < kPanel; start += kWide)
-    sums_lanes(block, panel * kPanel + start, block.scores + panel * block.entries * kPanel + start, sums, with_entropy);
+    sums_lanes(block, panel * kPanel + start, block.scores + panel * block.entries * kPanel + start, sums,
+               with_entropy);
 }
 
 void gradient_panel(const HeadBlock& block, std::int64_t panel, const float* lse, const float* slope) {

@@ -37,7 +37,6 @@ struct HostTeam {
     *to += value;
     return *to - value;
   }
-  static std::uint32_t reserve(std::uint32_t* count, bool wanted) { return wanted ? (*count)++ : 0; }
   static unsigned long long peek(const unsigned long long* from) { return *from; }
   template <typename T>
   static T fresh(const T* from) {
@@ -48,7 +47,7 @@ struct HostTeam {
 template <typename T, bool cached>
 void emulate(const MaskgitStepCudaArgs& args, const HostTeam& block) {
   const std::int64_t packs = (args.step.entries + team::Pack<T>::kCount - 1) / team::Pack<T>::kCount;
-  std::vector<team::Pack<T>> cache(std::size_t(packs + packs / 4 + 1));  // with the queue behind it
+  std::vector<team::Pack<T>> cache(std::size_t(packs + 1));
   for (std::uint32_t b = 0; b < args.step.batch; ++b) {
     for (std::uint32_t n = 0; n < args.step.positions; ++n) {
       team::Shared shared;

@@ -34,8 +34,8 @@ void mask_again(const MaskgitStepArgs& args, std::int64_t b) {
     if (args.rank_gumbel != nullptr) {
       noise = args.rank_gumbel[base + n];
     } else {
-      const PhiloxBlock counter = noise_counter(std::uint64_t(args.sample_ids[b]), std::uint32_t(args.step[b]),
-                                                std::uint32_t(n), kRankStream);
+      const PhiloxBlock counter =
+          noise_counter(std::uint64_t(args.sample_ids[b]), std::uint32_t(args.step[b]), std::uint32_t(n), kRankStream);
       noise = -std::log(noise_exponential(noise_word(counter, 0, args.seed)));
     }
     // Not one fused operation: the reference rounds the product too, and a tie there must be one here.

@@ -67,14 +67,6 @@ struct BlockTeam {
   static __device__ __forceinline__ std::uint32_t add(std::uint32_t* to, std::uint32_t value) {
     return atomicAdd(to, value);
   }
-  // A number of its own from *count on for every thread that wants one; called by whole warps, one addition for each.
-  static __device__ __forceinline__ std::uint32_t reserve(std::uint32_t* count, bool wanted) {
-    const unsigned votes = __ballot_sync(0xFFFFFFFFu, wanted), lane = threadIdx.x % 32;
-    if (votes == 0) return 0;
-    std::uint32_t start = 0;
-    if (lane == 0) start = atomicAdd(count, std::uint32_t(__popc(votes)));
-    return __shfl_sync(0xFFFFFFFFu, start, 0) + std::uint32_t(__popc(votes & ((1u << lane) - 1u)));
-  }
   static __device__ __forceinline__ unsigned long long peek(const unsigned long long* from) {
     return *static_cast<const volatile unsigned long long*>(from);
   }
@@ -88,8 +80,9 @@ struct BlockTeam {
   }
 };
 
+// Four blocks of rows kept in shared memory fill a multiprocessor's; rows that are too long for it take more registers.
 template <typename T, bool cached>
-__global__ void __launch_bounds__(kThreads, 4) step_kernel(const MaskgitStepCudaArgs args) {
+__global__ void __launch_bounds__(kThreads, cached ? 4 : 3) step_kernel(const MaskgitStepCudaArgs args) {
   extern __shared__ __align__(16) unsigned char dynamic[];
   __shared__ team::Shared shared;
   __shared__ unsigned long long tops[kWarps];
@@ -112,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 4) step_kernel(const MaskgitStepCuda
 template <typename T>
 cudaError_t launch(const MaskgitStepCudaArgs& args, int device, cudaStream_t stream) {
   const std::int64_t packs = (args.step.entries + team::Pack<T>::kCount - 1) / team::Pack<T>::kCount;
-  const std::int64_t bytes = packs * (16 + team::Pack<T>::kCount / 4 * 2);
+  const std::int64_t bytes = packs * 16;
   const std::int64_t blocks = args.step.batch * args.step.positions;
   if (blocks > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
   int room = 0;

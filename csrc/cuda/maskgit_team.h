@@ -3,14 +3,15 @@
 // lines on the host, one thread of the team after the other. A Team offers
 //
 //   each(f)   f(thread) by every thread, then all wait        max(f), sum(f)   of f(thread), known to all
-//   one(f)    f() by one of them, then all wait               raise, add, reserve, peek, fresh   memory they share
+//   one(f)    f() by one of them, then all wait               raise, add, peek, fresh            memory they share
 //
 // so nothing that a thread keeps may live from one phase to the next: it is in Shared or in the result of max and sum.
 //
 // The race is that of the CPU core (maskgit_rows.h): argmax_k(e_k / E_k), e_k = exp(l_k - max l), with E >= v. The largest
-// logit runs first. Groups of four entries (one Philox block) whose largest e cannot win against it even with the smallest
-// E = 2^-33 draw nothing; the others are queued, so that threads share them evenly. Of those only entries with e >= best v
-// pay for a logarithm. Skipping never changes the winner, so the order in which threads arrive does not either.
+// logit runs first. A group of four entries (one Philox block) that cannot win against it even with the smallest
+// E = 2^-33 draws nothing; of the others only entries with e >= best v pay for a logarithm, which is a few of a row. Skipping
+// never changes the winner, so the order in which threads arrive does not either. Everything else is done for every unknown
+// entry, so its instructions are counted (.ci/aot.sh).
 #pragma once
 
 #include <cmath>
@@ -33,7 +34,6 @@ constexpr float kSlack = 0.9999f;  // what the tests below may lose to rounding;
 
 struct Shared {
   unsigned long long winner;  // score of the race above, complement of the entry below
-  std::uint32_t queued, top_entry;
   std::uint32_t histogram[kBins], sections[kSections];
   unsigned long long limit;  // select(): the largest key that is masked
   std::int64_t remaining;
@@ -48,11 +48,10 @@ struct alignas(16) Pack {
 
 template <typename T>
 struct Row {
-  const T* logits;            // K numbers
+  const T* logits;  // K numbers
   std::uint32_t entries, packs;
-  bool aligned;               // the address is a multiple of 16
-  Pack<T>* cache;             // room for all packs, or null: the row is read again where it is needed
-  std::uint16_t* queue;       // room for packs * kCount / 4, if there is a cache
+  bool aligned;    // the address is a multiple of 16
+  Pack<T>* cache;  // room for all packs, or null: the row is read again where it is needed
 };
 
 PYUNICTOKENS_TEAM void minus_infinity(float* to) { *to = -INFINITY; }
@@ -92,20 +91,74 @@ PYUNICTOKENS_TEAM Pack<T> load_parts(const Row<T>& row, std::uint32_t pack) {
   return to;
 }
 
+// All logits of a pack. Of two bfloat16 that lie in one word the upper is that word without its lower half.
+template <typename T>
+PYUNICTOKENS_TEAM void widen_all(const Pack<T>& pack, float* x) {
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kCount; ++i) x[i] = widen(pack.value[i]);
+}
+
+PYUNICTOKENS_TEAM void widen_all(const Pack<BFloat16>& pack, float* x) {
+  std::uint32_t words[4];
+  memcpy(words, &pack, 16);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = float_of_bits(words[i] << 16);
+    x[2 * i + 1] = float_of_bits(words[i] & 0xFFFF0000u);
+  }
+}
+
+template <typename T>
+PYUNICTOKENS_TEAM float largest_of(const Pack<T>& pack) {
+  float x[Pack<T>::kCount];
+  widen_all(pack, x);
+#pragma unroll
+  for (int wide = Pack<T>::kCount / 2; wide > 0; wide /= 2) {
+#pragma unroll
+    for (int i = 0; i < wide; ++i) x[i] = x[i] < x[i + wide] ? x[i + wide] : x[i];
+  }
+  return x[0];
+}
+
+#if defined(__CUDA_ARCH__)
+// Two at a time, as the hardware takes the larger of 16-bit numbers.
+PYUNICTOKENS_TEAM float largest_of(const Pack<BFloat16>& pack) {
+  std::uint32_t words[4];
+  memcpy(words, &pack, 16);
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(words[0]) : "r"(words[1]));
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(words[2]) : "r"(words[3]));
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(words[0]) : "r"(words[2]));
+  const float low = float_of_bits(words[0] << 16), high = float_of_bits(words[0] & 0xFFFF0000u);
+  return low < high ? high : low;
+}
+
+PYUNICTOKENS_TEAM float largest_of(const Pack<Float16>& pack) {
+  std::uint32_t words[4];
+  memcpy(words, &pack, 16);
+  asm("max.f16x2 %0, %0, %1;" : "+r"(words[0]) : "r"(words[1]));
+  asm("max.f16x2 %0, %0, %1;" : "+r"(words[2]) : "r"(words[3]));
+  asm("max.f16x2 %0, %0, %1;" : "+r"(words[0]) : "r"(words[2]));
+  const float low = widen(Float16{std::uint16_t(words[0])}), high = widen(Float16{std::uint16_t(words[0] >> 16)});
+  return low < high ? high : low;
+}
+#endif
+
 // One logit again, after the phase that filled the cache.
 template <typename T, bool cached>
 PYUNICTOKENS_TEAM float logit(const Row<T>& row, std::uint32_t entry) {
   return widen(cached ? row.cache[entry / Pack<T>::kCount].value[entry % Pack<T>::kCount] : row.logits[entry]);
 }
 
-// exp(x) for x <= 0 to about 1e-6 relative, 0 for -inf: for the sum and for tests with slack.
-PYUNICTOKENS_TEAM float quick_exp(float x) {
+constexpr float kLog2e = 1.44269504f, kFused = 0x1p16f;
+
+// To about 1e-7 relative, 0 for -inf: for the sum and for tests with slack.
+PYUNICTOKENS_TEAM float power_of_two(float x) {
 #ifdef __CUDA_ARCH__
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return std::exp2(x * 1.44269504f);
+  return std::exp2(x);
 #endif
 }
 
@@ -144,23 +197,40 @@ PYUNICTOKENS_TEAM float sum_of_product(float a, float b, float c) {
 #endif
 }
 
-// Four entries run against the best so far.
-template <class Team>
-PYUNICTOKENS_TEAM void race_group(std::uint32_t group, const float* below, PhiloxBlock counter, std::uint64_t seed,
-                                  Shared& shared) {
-  counter.word[3] |= group;
-  counter = philox4x32(counter, std::uint32_t(seed), std::uint32_t(seed >> 32));
-  float best = kSlack * race_score(Team::peek(&shared.winner));
+// What one position needs to know besides its logits.
+struct Position {
+  std::int64_t known;  // the code that stands here, or -1
+  PhiloxBlock counter;
+  std::uint64_t seed;
+  const float* gumbel;  // K explicit values, or null
+};
+
+// The entries x of one pack run, with e = exp(x - top) up to the common factor that `slack` knows. `best`, slack times the
+// best score, was true a moment ago. The blocks of a pack are formed together, so that they share the keys.
+template <class Team, int kCount>
+PYUNICTOKENS_TEAM void race_pack(std::uint32_t pack, const float* x, float top, const float* e, float best, float slack,
+                                 const PhiloxBlock& counter, const PhiloxKeys& rounds, Shared& shared) {
+  PhiloxBlock noise[kCount / 4];
+  bool runs = false;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const std::uint32_t word = counter.word[i];
-    const float v = float_of_bits(word >> 9 | 0x3F800000u) - 1.0f;  // at most the v of noise.h
-    const float e = quick_exp(below[i]);
-    if (!(e >= best * v)) continue;
-    best = kSlack * race_score(Team::peek(&shared.winner));
-    if (!(e >= best * v)) continue;
-    const float score = quotient(std::exp(below[i]), noise_exponential(word));
-    Team::raise(&shared.winner, race_key(bits_of_float(score), 4 * group + std::uint32_t(i)));
+  for (int g = 0; g < kCount / 4; ++g) {
+    noise[g] = counter;
+    noise[g].word[3] |= kCount / 4 * pack + std::uint32_t(g);
+    noise[g] = philox4x32(noise[g], rounds);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float one_more = float_of_bits(noise[i / 4].word[i % 4] >> 9 | 0x3F800000u);  // 1 + at most the v of noise.h
+    runs |= e[i] >= std::fma(best, one_more, -best);
+  }
+  if (!runs) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const std::uint32_t word = noise[i / 4].word[i % 4];
+    const float v = float_of_bits(word >> 9 | 0x3F800000u) - 1.0f;
+    if (!(e[i] >= slack * race_score(Team::peek(&shared.winner)) * v)) continue;
+    const float score = quotient(std::exp(x[i] - top), noise_exponential(word));
+    Team::raise(&shared.winner, race_key(bits_of_float(score), kCount * pack + std::uint32_t(i)));
   }
 }
 
@@ -172,12 +242,7 @@ PYUNICTOKENS_TEAM unsigned long long top_of_thread(const Row<T>& row, std::uint3
   std::uint32_t where = thread, pack = thread;
   const auto take = [&](const Pack<T>& raw) {
     if (cached) row.cache[pack] = raw;
-    float largest = widen(raw.value[0]);
-#pragma unroll
-    for (int i = 1; i < Pack<T>::kCount; ++i) {
-      const float x = widen(raw.value[i]);
-      largest = largest < x ? x : largest;
-    }
+    const float largest = largest_of(raw);
     where = largest > best ? pack : where;
     best = largest > best ? largest : best;
   };
@@ -188,62 +253,48 @@ PYUNICTOKENS_TEAM unsigned long long top_of_thread(const Row<T>& row, std::uint3
   return race_key(sortable(best), where);
 }
 
-// What one position needs to know besides its logits.
-struct Position {
-  std::int64_t known;  // the code that stands here, or -1
-  PhiloxBlock counter;
-  std::uint64_t seed;
-  const float* gumbel;  // K explicit values, or null
-};
-
-// A thread's share of the sum of exponentials; with explicit noise also its share of the race, else what may win is queued.
-template <class Team, typename T, bool cached>
-PYUNICTOKENS_TEAM float sum_of_thread(const Row<T>& row, const Position& at, float top, std::uint32_t thread,
-                                      std::uint32_t threads, Shared& shared) {
-  constexpr int kGroups = Pack<T>::kCount / 4;
+// A thread's share of the sum of exponentials and of the race.
+//
+// fused: one rounding for x log2 e - top log2 e, at the price of a common factor 1 / scale, by which the rounding of the
+// second product multiplies every e: taken into the slack of the race, and out of the sum at the end. That factor is near 1
+// where |top| is below kFused, as it is for every model's logits.
+template <class Team, typename T, bool cached, bool fused>
+PYUNICTOKENS_TEAM float sum_of_thread(const Row<T>& row, const Position& at, const PhiloxKeys& rounds, float top,
+                                      std::uint32_t thread, std::uint32_t threads, Shared& shared) {
+  constexpr int kCount = Pack<T>::kCount;
   const bool draw = at.known < 0 && at.gumbel == nullptr, given = at.known < 0 && at.gumbel != nullptr;
-  const float open = draw ? kSlack * 0x1p-33f * race_score(Team::peek(&shared.winner)) : INFINITY;
-  float sum = 0.0f, best = -INFINITY;
+  const float shift = top * kLog2e, scale = fused ? power_of_two(std::fma(top, -kLog2e, shift)) : 1.0f;
+  const float slack = kSlack / scale;
+  float sum = 0.0f, best_given = -INFINITY;
   std::uint32_t entry = 0;
   const std::uint32_t whole = whole_packs(row);
-  for (std::uint32_t first = 0; first < row.packs; first += threads) {  // reserve() needs every thread
-    const std::uint32_t pack = first + thread;
-    const bool inside = pack < row.packs;
-    Pack<T> raw;
-    if (inside)
-      raw = cached ? row.cache[pack] : pack < whole ? load_whole<T, cached>(row, pack) : load_parts(row, pack);
+  for (std::uint32_t pack = thread; pack < row.packs; pack += threads) {
+    const Pack<T> raw = cached         ? row.cache[pack]
+                        : pack < whole ? load_whole<T, cached>(row, pack)
+                                       : load_parts(row, pack);
+    const float best = draw ? slack * race_score(Team::peek(&shared.winner)) : INFINITY;
+    float x[kCount], e[kCount], part = 0.0f;
+    widen_all(raw, x);
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const std::uint32_t group = kGroups * pack + std::uint32_t(g);
-      bool can_win = false;
-      if (inside) {
-        float below[4], e[4];
+    for (int i = 0; i < kCount; ++i)
+      e[i] = power_of_two(fused ? std::fma(x[i], kLog2e, -shift) : (x[i] - top) * kLog2e);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) below[i] = widen(raw.value[4 * g + i]) - top;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) e[i] = quick_exp(below[i]);
-        sum += (e[0] + e[1]) + (e[2] + e[3]);
-        const float low = e[0] < e[1] ? e[1] : e[0], high = e[2] < e[3] ? e[3] : e[2];
-        can_win = (low < high ? high : low) >= open;
-        if (!cached && can_win) race_group<Team>(group, below, at.counter, at.seed, shared);
-      }
-      if (cached && draw) {
-        const std::uint32_t seat = Team::reserve(&shared.queued, can_win);
-        if (can_win) row.queue[seat] = std::uint16_t(group);
-      }
-    }
-    if (given && inside) {
-      for (int i = 0; i < Pack<T>::kCount; ++i) {
-        const std::uint32_t k = Pack<T>::kCount * pack + std::uint32_t(i);
+    for (int i = 0; i < kCount; i += 2) part += e[i] + e[i + 1];
+    sum += part;
+    if (part >= 0x1p-33f * best)  // at least the largest e, so a test that is only necessary
+      race_pack<Team, kCount>(pack, x, top, e, best, slack, at.counter, rounds, shared);
+    if (given) {
+      for (int i = 0; i < kCount; ++i) {
+        const std::uint32_t k = kCount * pack + std::uint32_t(i);
         if (k >= row.entries) break;
-        const float score = widen(raw.value[i]) + at.gumbel[k];
-        entry = score > best ? k : entry;
-        best = score > best ? score : best;
+        const float score = x[i] + at.gumbel[k];
+        entry = score > best_given ? k : entry;
+        best_given = score > best_given ? score : best_given;
       }
     }
   }
-  if (given && best > -INFINITY) Team::raise(&shared.winner, race_key(sortable(best), entry));
-  return sum;
+  if (given && best_given > -INFINITY) Team::raise(&shared.winner, race_key(sortable(best_given), entry));
+  return sum * scale;
 }
 
 struct Choice {
@@ -253,7 +304,8 @@ struct Choice {
 
 // The code of one position and its log-probability. Every thread of the team calls it and gets the answer.
 template <class Team, typename T, bool cached>
-PYUNICTOKENS_TEAM Choice choose(const Team& team, const Row<T>& row, const Position& at, Shared& shared) {
+PYUNICTOKENS_TEAM Choice choose(const Team& team, const Row<T>& row, const Position& at, const PhiloxKeys& rounds,
+                                Shared& shared) {
   const std::uint32_t threads = team.size();
   const unsigned long long top_key =
       team.max([&](std::uint32_t thread) { return top_of_thread<T, cached>(row, thread, threads); });
@@ -268,25 +320,12 @@ PYUNICTOKENS_TEAM Choice choose(const Team& team, const Row<T>& row, const Posit
     const bool draw = at.known < 0 && at.gumbel == nullptr;
     const float score = draw ? quotient(1.0f, noise_exponential(noise_word(at.counter, entry, at.seed))) : 0.0f;
     shared.winner = race_key(bits_of_float(score), entry);
-    shared.queued = 0;
   });
   const float sum = team.sum([&](std::uint32_t thread) {
-    return sum_of_thread<Team, T, cached>(row, at, top, thread, threads, shared);
+    return std::fabs(top) < kFused
+               ? sum_of_thread<Team, T, cached, true>(row, at, rounds, top, thread, threads, shared)
+               : sum_of_thread<Team, T, cached, false>(row, at, rounds, top, thread, threads, shared);
   });
-  if (cached && at.known < 0 && at.gumbel == nullptr) {
-    team.each([&](std::uint32_t thread) {
-      const std::uint32_t queued = shared.queued;
-      for (std::uint32_t q = thread; q < queued; q += threads) {
-        constexpr int kGroups = Pack<T>::kCount / 4;
-        const std::uint32_t group = row.queue[q];
-        const T* values = row.cache[group / kGroups].value + 4 * (group % kGroups);
-        float below[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) below[i] = widen(values[i]) - top;
-        race_group<Team>(group, below, at.counter, at.seed, shared);
-      }
-    });
-  }
   const std::int64_t chosen = at.known >= 0 ? at.known : std::int64_t(0xFFFFFFFFu - std::uint32_t(shared.winner));
   // A code beyond K is an error that only the CPU looks for: here it must not read beyond the row.
   const float x = chosen < row.entries ? logit<T, cached>(row, std::uint32_t(chosen)) : NAN;
@@ -305,12 +344,11 @@ PYUNICTOKENS_TEAM void row(const Team& team, const MaskgitStepCudaArgs& all, std
   row.packs = (row.entries + Pack<T>::kCount - 1) / Pack<T>::kCount;
   row.aligned = reinterpret_cast<std::uintptr_t>(row.logits) % 16 == 0;
   row.cache = cache;
-  row.queue = reinterpret_cast<std::uint16_t*>(cache + row.packs);
   const std::uint64_t sample = std::uint64_t(args.sample_ids[b * all.sample_stride]);
   const std::uint32_t step = std::uint32_t(args.step[b * all.step_stride]);
   const Position at{args.codes[r], noise_counter(sample, step, n, args.stream), args.seed,
                     args.token_gumbel ? args.token_gumbel + r * args.entries : nullptr};
-  const Choice choice = choose<Team, T, cached>(team, row, at, shared);
+  const Choice choice = choose<Team, T, cached>(team, row, at, all.rounds, shared);
   team.one([&] {
     args.out_chosen[r] = choice.chosen;
     args.out_logp[r] = choice.logp;

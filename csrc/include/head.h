@@ -16,17 +16,17 @@ constexpr std::int64_t kHeadPanel = 32;
 constexpr std::int64_t padded(std::int64_t count) { return (count + kHeadPanel - 1) / kHeadPanel * kHeadPanel; }
 
 struct HeadArgs {
-  const float* hidden;          // [rows, width], contiguous
-  std::int64_t rows, width;     // at least 1
-  const void* weight;           // [entries, width], contiguous
+  const float* hidden;       // [rows, width], contiguous
+  std::int64_t rows, width;  // at least 1
+  const void* weight;        // [entries, width], contiguous
   FloatType weight_type;
-  std::int64_t entries;         // at least 1
-  const float* bias;            // [entries] or null
-  float inverse_temperature;    // logits = (W h + bias) * inverse_temperature
-  const std::int64_t* target;   // [rows], in [0, entries)
-  std::int64_t block;           // entries of a block, at least 1
-  float* scores;                // workspace of min(block, entries) * padded(rows)
-  float* packed;                // workspace of padded(width) * padded(rows); twice that for head_backward_cpu
+  std::int64_t entries;        // at least 1
+  const float* bias;           // [entries] or null
+  float inverse_temperature;   // logits = (W h + bias) * inverse_temperature
+  const std::int64_t* target;  // [rows], in [0, entries)
+  std::int64_t block;          // entries of a block, at least 1
+  float* scores;               // workspace of min(block, entries) * padded(rows)
+  float* packed;               // workspace of padded(width) * padded(rows); twice that for head_backward_cpu
 };
 
 // lse = log sum exp(logits), logp = logits[target] - lse, and the entropy of softmax(logits) in nats if it is not null.

@@ -4,14 +4,16 @@
 #include <string>
 
 #include "maskgit_step.h"
+#include "philox.h"
 
 namespace pyunictokens {
 
 struct MaskgitStepCudaArgs {
-  MaskgitStepArgs step;                                                         // every pointer in device memory
+  MaskgitStepArgs step;                                                          // every pointer in device memory
   std::int64_t mask_len_stride, temperature_stride, sample_stride, step_stride;  // 0: one number for all samples
-  std::uint32_t* keys;                                                          // [B, N] scratch, any content
-  std::uint32_t* done;                                                          // [B] zeros; zeros again afterwards
+  std::uint32_t* keys;                                                           // [B, N] scratch, any content
+  std::uint32_t* done;                                                           // [B] zeros; zeros again afterwards
+  PhiloxKeys rounds;                                                             // philox_keys(step.seed)
 };
 
 // Enqueues on `stream` (a cudaStream_t) of device `device`. Returns the runtime's words if the launch failed, else "".

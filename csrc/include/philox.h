@@ -17,8 +17,7 @@ struct PhiloxBlock {
   std::uint32_t word[4];
 };
 
-PYUNICTOKENS_HD static inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0,
-                                                     std::uint32_t key1) {
+PYUNICTOKENS_HD static inline PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t key0, std::uint32_t key1) {
   std::uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const std::uint64_t p0 = std::uint64_t(kPhiloxM0) * c0, p1 = std::uint64_t(kPhiloxM1) * c2;
@@ -28,6 +27,36 @@ PYUNICTOKENS_HD static inline PhiloxBlock philox4x32(PhiloxBlock counter, std::u
     c3 = std::uint32_t(p0);
     key0 += kPhiloxW0;
     key1 += kPhiloxW1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The keys of every round, for who forms many blocks under one seed: a GPU reads them as constants, and a round is then two
+// products and two logical operations.
+struct PhiloxKeys {
+  std::uint32_t word[2 * kPhiloxRounds];
+};
+
+PYUNICTOKENS_HD static inline PhiloxKeys philox_keys(std::uint64_t seed) {
+  PhiloxKeys keys;
+  for (std::uint32_t round = 0; round < std::uint32_t(kPhiloxRounds); ++round) {
+    keys.word[2 * round] = std::uint32_t(seed) + round * kPhiloxW0;
+    keys.word[2 * round + 1] = std::uint32_t(seed >> 32) + round * kPhiloxW1;
+  }
+  return keys;
+}
+
+PYUNICTOKENS_HD static inline PhiloxBlock philox4x32(PhiloxBlock counter, const PhiloxKeys& keys) {
+  std::uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const std::uint64_t p0 = std::uint64_t(kPhiloxM0) * c0, p1 = std::uint64_t(kPhiloxM1) * c2;
+    c0 = std::uint32_t(p1 >> 32) ^ c1 ^ keys.word[2 * round];
+    c1 = std::uint32_t(p1);
+    c2 = std::uint32_t(p0 >> 32) ^ c3 ^ keys.word[2 * round + 1];
+    c3 = std::uint32_t(p0);
   }
   return {{c0, c1, c2, c3}};
 }

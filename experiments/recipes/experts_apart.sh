@@ -5,7 +5,7 @@
 #
 # Experts run on EXPERTS_DEVICE, training on GPU 0 (one_gpu.sh, which goes on with a run that is there). For experts on
 # other machines start `pyunictokens experts serve --host 0.0.0.0` there, with the same key, and give their addresses as
-# REWARDS=tcp://a:7000,tcp://b:7000 to one_gpu.sh. DRY_RUN=1 prints the commands and runs none.
+# REWARDS=http://a:7000,http://b:7000 to one_gpu.sh. DRY_RUN=1 prints the commands and runs none.
 set -euo pipefail
 
 REWARDS=${REWARDS:-my_rewards:load}
@@ -28,4 +28,4 @@ if [ -z "${DRY_RUN:-}" ]; then
   done
 fi
 
-REWARDS=tcp://127.0.0.1:$PORT run bash experiments/recipes/one_gpu.sh
+REWARDS=http://127.0.0.1:$PORT run bash experiments/recipes/one_gpu.sh

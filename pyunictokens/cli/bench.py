@@ -5,6 +5,7 @@ The suite, its peers and its results live in benchmarks/ and are no part of an i
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ SUITES = {
     "rewards": "benchmarks.rewards_batch",
 }
 """What can be measured, and the module that does it."""
+TOOLS = {"compare": "benchmarks.compare", "plan": "benchmarks.plan"}
+"""What works on results or shapes and measures nothing."""
 
 
 def source_tree() -> Path:
@@ -33,14 +36,20 @@ def source_tree() -> Path:
 
 def bench(
     context: typer.Context,
-    suite: Annotated[str | None, typer.Argument(help="rollout, memory, ops or rewards; all when left out.")] = None,
+    suite: Annotated[
+        str | None, typer.Argument(help="rollout, memory, ops or rewards (all when left out), compare or plan.")
+    ] = None,
 ) -> None:
-    """Measure this library against its peers and write benchmarks/results/. Takes minutes; leave the machine alone.
+    """Measure this library against its peers. Takes minutes; leave the machine alone.
+
+    Results go to benchmarks/results/ of the clone when called inside it, else to benchmark-results/ beside the caller;
+    --out is relative to the caller.
 
     What stands behind the suite's name goes to it: for rollout --only, --rounds, --steps, --tokens, --threads, --out;
-    for memory --timesteps, --width, --device, --out; for ops --device, --smoke, --operations, --peers, --rounds,
-    --share, --budget, --threads, --no-memory, --tables, --out; for rewards --device, --rows, --rounds, --threads,
-    --table, --out. Peers of ops that are not installed are listed as such: pip install -e '.[bench]' brings them.
+    for memory --timesteps, --width, --device, --out; for ops --device, --smoke, --operations, --peers, --skip-peers,
+    --shape, --rounds, --share, --budget, --threads, --no-memory, --resume, --tables, --out; for rewards --device,
+    --rows, --rounds, --threads, --table, --out. Peers of ops that are not installed are listed as such:
+    pip install -e '.[bench]' brings them.
 
     Examples:
 
@@ -51,11 +60,21 @@ def bench(
         pyunictokens bench memory --timesteps 5 50
 
         pyunictokens bench ops --smoke
+
+        pyunictokens bench ops --shape maskgit_step:B=18,N=1024,K=8192
+
+        pyunictokens bench compare before.json after.json --fail-above 5%
+
+        pyunictokens bench plan --shape R=9,T=50,N=1024,D=2048,K=8192
     """
-    if suite is not None and suite not in SUITES:
-        raise UserError(f"suite {suite!r}: must be {' or '.join(SUITES)}, with its own options behind it")
-    root = source_tree()
+    known = {**SUITES, **TOOLS}
+    if suite is not None and suite not in known:
+        raise UserError(f"suite {suite!r}: must be {' or '.join(known)}, with its own options behind it")
+    paths = [str(source_tree()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # The suite is found there, and not in a folder of the caller that has the same name.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     for name in [suite] if suite else list(SUITES):
-        code = subprocess.run([sys.executable, "-m", SUITES[name], *context.args], cwd=root, check=False).returncode
+        command = [sys.executable, "-m", known[name], *context.args]
+        code = subprocess.run(command, env=environment, check=False).returncode
         if code:
             raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""`pyunictokens experts serve`: reward experts in a process of their own, for any number of trainers.
+"""`pyunictokens experts serve`: reward models in a process of their own, for any number of trainers.
 
 Reads the same settings as `train --rewards`; serving is done by `pyunictokens.rewards.served.server`.
 """
@@ -14,21 +14,21 @@ from .shell import DeviceOption, console, guarded
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Reward experts in a process of their own.",
+    help="Reward models in a process of their own.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @app.callback()
 def _root() -> None:
-    """Reward experts in a process of their own, which trainers ask over the network."""
+    """Reward models in a process of their own, which trainers ask over the network."""
 
 
 def serve(
     rewards: Annotated[
         str | None,
         typer.Option(
-            "--rewards", metavar="FILE.yaml", help="Experts as for train, or MODULE:FUNCTION. Default: the toy's."
+            "--rewards", metavar="FILE.yaml", help="Reward models as for train, or MODULE:FUNCTION. Default: the toy's."
         ),
     ] = None,
     host: Annotated[
@@ -37,10 +37,10 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 7000,
     device: DeviceOption = "auto",
 ) -> None:
-    """Score for trainers until Ctrl-C or SIGTERM. Their side: `--rewards tcp://HOST:PORT`.
+    """Score for trainers until Ctrl-C or SIGTERM. Their side: `--rewards http://HOST:PORT`.
 
-    Both sides need one key in PYUNICTOKENS_EXPERTS_KEY, or in a file that PYUNICTOKENS_EXPERTS_KEY_FILE names. What
-    travels is not encrypted: use a network you trust, or a tunnel.
+    Both sides need one key in PYUNICTOKENS_EXPERTS_KEY, or in a file that PYUNICTOKENS_EXPERTS_KEY_FILE names. The
+    key itself never travels; images and scores are not encrypted: use a network you trust, or a tunnel.
 
     Examples:
 
@@ -49,8 +49,8 @@ def serve(
         pyunictokens experts serve --rewards rewards.yaml --host 0.0.0.0 --port 7000 --device cuda
     """
     from ..models.bundle import Sources
+    from ..rewards.served.messages import read_key
     from ..rewards.served.server import RewardServer
-    from ..rewards.served.wire import read_key
     from ..runs.bundle import load_experts, read_rewards
     from ..utils.devices import pick_device
     from ..utils.signals import stop_on_signals

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from . import philox, reference
 from .backends import cpu
-from .backends.triton import set_deterministic
+from .backends.triton import capture_warmup, set_deterministic
 from .grpo import grpo_loss, maskgit_grpo_loss
 from .logprob import selected_logprob
 from .objectives import lowest_kept, remasked_logprob, sequence_logprob, token_mask, transition_logprob
@@ -25,6 +25,7 @@ __all__ = [
     "MaskgitStep",
     "build_info",
     "capabilities",
+    "capture_warmup",
     "grpo_loss",
     "lowest_kept",
     "mask_len",

@@ -1,7 +1,9 @@
 """Which implementation of an operation runs: a table operation → backend → entry, filled by the modules that implement.
 
 A new backend is a file in ops/backends/ that enters what it implements with :func:`offer` (or says with
-:func:`mark_unavailable` why it cannot run here), and a line in `BACKENDS`.
+:func:`mark_unavailable` why it cannot run here, or how to find out), and a line in `BACKENDS`. Whether there is a GPU
+is asked when somebody wants to use one, never while the package is imported: the question starts CUDA in this process,
+after which no forked child can use it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Entry:
 
 
 _table: dict[str, dict[str, Entry]] = {}
-_unavailable: dict[str, str] = {}
+_unavailable: dict[str, Callable[[], str]] = {}
 
 
 def offer(operation: str, backend: str, entry: Entry) -> None:
@@ -47,9 +49,14 @@ def offer(operation: str, backend: str, entry: Entry) -> None:
     _table.setdefault(operation, {})[backend] = entry
 
 
-def mark_unavailable(backend: str, reason: str) -> None:
-    """Say why nothing of `backend` can run here."""
-    _unavailable[backend] = reason
+def mark_unavailable(backend: str, reason: str | Callable[[], str]) -> None:
+    """Say why nothing of `backend` can run here, or how to find out: a function that returns the reason or nothing."""
+    _unavailable[backend] = reason if callable(reason) else lambda: reason
+
+
+def unavailable(backend: str) -> str:
+    """Why nothing of `backend` can run here; empty where it can."""
+    return _unavailable[backend]() if backend in _unavailable else ""
 
 
 def entry(operation: str, backend: str) -> Entry:
@@ -70,15 +77,15 @@ def choose(operation: str, backend: str | None, device: torch.device, dtype: tor
             if (
                 device.type in BACKENDS[name]
                 and name in offered
-                and name not in _unavailable
                 and not _objection(offered[name], device, dtype)
+                and not unavailable(name)
             ):
                 return name
         return "reference"
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r}: must be None (the best that can run) or one of {', '.join(BACKENDS)}")
-    if backend in _unavailable:
-        raise UserError(f"backend {backend!r} cannot run here: {_unavailable[backend]}; use backend='reference'")
+    if reason := unavailable(backend):
+        raise UserError(f"backend {backend!r} cannot run here: {reason}; use backend='reference'")
     if backend not in offered:
         raise UserError(f"backend {backend!r} is not offered for {operation}; use backend='reference'")
     objection = _objection(offered[backend], device, dtype)
@@ -105,7 +112,7 @@ def capabilities() -> dict[str, dict[str, Any]]:
     report = {}
     for backend in BACKENDS:
         operations = sorted(operation for operation, offered in _table.items() if backend in offered)
-        reason = _unavailable.get(backend, "")
+        reason = unavailable(backend)
         if not reason and not operations:
             reason = f"this version has no {backend} implementation of any operation"
         report[backend] = {"available": not reason, "ops": [] if reason else operations, "reason": reason}

@@ -50,6 +50,7 @@ class ImageLoop:
         while not scheduler.finished:
             for candidate in scheduler.admit():
                 slots.place(candidate, self._known[candidate.row])
+            slots.may_capture = looked_at is None
             if scheduler.running:
                 steps = 1 if looked_at else min(scheduler.stretch(), slots.stretch)
                 slots.run(scheduler.running, steps)

@@ -69,6 +69,9 @@ class EagerSlots:
     stretch: int = 1
     """Steps that one call of :meth:`run` may take: after each the host wants to look."""
 
+    may_capture: bool = True
+    """False while another thread uses the device: a step must not be captured then."""
+
     def __init__(
         self,
         model: MaskedModel,

@@ -48,6 +48,8 @@ OPTIONAL = {
     "facenet-pytorch": ("rewards", "FER: faces in pictures of people"),
     "open_clip_torch": ("rewards", "CLIP scores of real pictures"),
     "torchvision": ("rewards", "pictures resized on their device"),
+    "uvicorn": ("serve", "serving reward models to trainers"),
+    "httpx": ("serve", "asking served reward models"),
     "openai": ("judge", "the remote judge"),
     "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),

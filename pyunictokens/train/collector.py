@@ -23,7 +23,7 @@ from ..models.showo import prompting
 from ..rewards.base import EnsembleScore, PreviewJudge, RewardBatch, Rewards
 from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
-from ..rollout.types import DsogReport, TextRollout
+from ..rollout.types import TextRollout
 from ..utils import profiling
 from ..utils.timeout import NoAnswer, ask
 from .distributed.ranks import Ranks
@@ -45,10 +45,10 @@ class RolloutSummary:
     parts: dict[str, Tensor]
     """[R] by reward model."""
     no_face: int
-    images: Tensor | None = None
-    """uint8 [R, 3, H, W], where they were wanted."""
-    previews: Tensor | None = None
-    """uint8 [R, 3, H, W]: what the previews showed, with DSOG."""
+    codes: Tensor | None = None
+    """int [R, N], where they were wanted: the images."""
+    preview_codes: Tensor | None = None
+    """The same of what the previews showed, with DSOG."""
     accepted: int = 0
     previewed: int = 0
 
@@ -66,8 +66,8 @@ class RolloutSummary:
             torch.cat([part.rewards for part in parts]),
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             sum(part.no_face for part in parts),
-            joined(part.images for part in parts),
-            joined(part.previews for part in parts),
+            joined(part.codes for part in parts),
+            joined(part.preview_codes for part in parts),
             sum(part.accepted for part in parts),
             sum(part.previewed for part in parts),
         )
@@ -116,7 +116,7 @@ class Collector:
         self.ranks = ranks or Ranks()
         self._hung: NoAnswer | None = None
 
-    def collect(self, step: int, with_images: bool = False) -> list[Group]:
+    def collect(self, step: int, with_codes: bool = False) -> list[Group]:
         """The groups of step `step`: all noise follows from the seed and the step, whatever the ranks.
 
         All groups are compared with the threshold as it is, which then moves once a group, in their order.
@@ -129,7 +129,7 @@ class Collector:
         for group, task in enumerate(tasks):
             rows = range(max(mine.start - group * size, 0), min(mine.stop - group * size, size))
             if rows:
-                local[group], finish = self._sample(task, step * count + group, rows, with_images)
+                local[group], finish = self._sample(task, step * count + group, rows, with_codes)
                 pending.append((group, finish))
         scored = [(group, finish()) for group, finish in pending]
         everything = [each for part in self.ranks.gather(scored) for each in part]
@@ -143,7 +143,7 @@ class Collector:
         return groups
 
     def _sample(
-        self, task: Task, number: int, rows: range, with_images: bool
+        self, task: Task, number: int, rows: range, with_codes: bool
     ) -> tuple[LocalRollouts, Callable[[], RolloutSummary]]:
         """`rows` of one group, and who waits for their scores; `number` counts the groups of the run."""
         config, tasks = self.config, self.tasks
@@ -182,8 +182,8 @@ class Collector:
             columns={name: [value] * len(rows) for name, value in task.columns.items()},
         )
         scoring, dsog = self._scoring(batch), images.dsog
-        shown = _as_bytes(pixels) if with_images else None
-        previews = self._preview_images(dsog) if with_images and dsog is not None else None
+        codes = images.codes.cpu() if with_codes else None
+        preview_codes = dsog.preview_codes.cpu() if with_codes and dsog is not None else None
         del pixels, batch  # handed over, and as large as everything else together
 
         def finish() -> RolloutSummary:
@@ -194,8 +194,8 @@ class Collector:
                 score.total.float().cpu(),
                 {name: value.float().cpu() for name, value in score.parts.items()},
                 score.no_face,
-                shown,
-                previews,
+                codes,
+                preview_codes,
                 dsog.accepted if dsog is not None else 0,
                 dsog.previewed if dsog is not None else 0,
             )
@@ -257,17 +257,6 @@ class Collector:
             max_candidates=self.config.dsog.max_candidates,
             cap_by_row=True,  # a row's candidates depend on nothing but the row, so not on the ranks
         )
-
-    @torch.no_grad()
-    def _preview_images(self, dsog: DsogReport) -> Tensor:
-        vq = self.engine.vq
-        assert vq is not None
-        return _as_bytes(vq.decode(dsog.preview_codes.to(next(vq.parameters()).device).long()))
-
-
-def _as_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as uint8 on the CPU."""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def summary(groups: Sequence[Group]) -> dict[str, Any]:

@@ -209,7 +209,7 @@ class _Run:
         started, config = time.perf_counter(), self.config
         every = config.sample_every
         shown = every > 0 and (self.step % every == 0 or self.step == config.steps - 1)
-        groups = self.collector.collect(self.step, with_images=shown)
+        groups = self.collector.collect(self.step, with_codes=shown)
         rate = learning_rate(
             self.step, lr=config.lr, steps=config.steps, warmup=config.warmup, schedule=config.schedule
         )
@@ -221,8 +221,7 @@ class _Run:
             problem, stats, norm = self._update(groups, rate)
         self._count(problem)
         if shown and self.ranks.first:
-            all_of_them = RolloutSummary.merged([group.summary for group in groups])
-            save_samples(self.folder.path, self.step, all_of_them)
+            self._save_samples(groups)
         facts = summary(groups)
         return {
             "step": self.step,
@@ -242,6 +241,15 @@ class _Run:
             "skipped": problem or None,
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+    @torch.no_grad()
+    def _save_samples(self, groups: Sequence[Group]) -> None:
+        """Decoded here, all together: other batches round otherwise, and the files would depend on the ranks."""
+        shown, vq = RolloutSummary.merged([group.summary for group in groups]), self.collector.engine.vq
+        assert vq is not None and shown.codes is not None
+        device = next(vq.parameters()).device
+        previews = None if shown.preview_codes is None else vq.decode(shown.preview_codes.to(device).long())
+        save_samples(self.folder.path, self.step, shown, vq.decode(shown.codes.to(device)), previews)
 
     def _count(self, problem: str) -> None:
         if not problem:

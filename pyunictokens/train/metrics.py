@@ -93,24 +93,21 @@ def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") ->
     return read_json_lines(file)
 
 
-def save_samples(folder: str | os.PathLike[str], step: int, rollouts: RolloutSummary) -> None:
-    """Write samples/step_NNNN_final.png (and _preview.png) as grids and their texts as JSON."""
+def save_samples(
+    folder: str | os.PathLike[str], step: int, rollouts: RolloutSummary, images: Tensor, previews: Tensor | None
+) -> None:
+    """Write samples/step_NNNN_final.png (and _preview.png) as grids and their texts as JSON. Pixels [R, 3, H, W]."""
     from ..data.images import make_grid, save_image
 
-    assert rollouts.images is not None
     base, rewards = Path(folder) / "samples", rollouts.rewards.tolist()
     base.mkdir(parents=True, exist_ok=True)
     columns = math.ceil(math.sqrt(len(rewards)))
     captions = [f"{reward:.3f} {prompt}" for reward, prompt in zip(rewards, rollouts.prompts, strict=True)]
-    save_image(make_grid(_pixels(rollouts.images), columns, captions), base / f"step_{step:04d}_final.png")
-    if rollouts.previews is not None:
-        save_image(make_grid(_pixels(rollouts.previews), columns), base / f"step_{step:04d}_preview.png")
+    save_image(make_grid(images, columns, captions), base / f"step_{step:04d}_final.png")
+    if previews is not None:
+        save_image(make_grid(previews, columns), base / f"step_{step:04d}_preview.png")
     texts = {"step": step, "prompts": rollouts.prompts, "answers": rollouts.texts, "rewards": rewards}
     write_json(base / f"step_{step:04d}.json", texts)
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """AdamW over the trained parameters with clipping and a schedule, in float32 whatever the model's precision.
 
-Parameters of lower precision get a float32 twin that the optimizer works on and that gathers their gradients: a step of
-1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients that are added up. With several ranks
+Parameters of lower precision get float32 master weights that the optimizer works on and that gather their gradients: a
+step of 1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients added up. With several ranks
 gradients are summed over them once a step, and every rank does the same step. State is kept by parameter name, so that
 it can be saved. distributed/sharded_optimizer.py spreads its state over ranks.
 """
@@ -137,7 +137,7 @@ class Optimizer:
                 parameter.copy_(self._masters[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments, step counts and float32 twins as a flat table of tensors."""
+        """Moments, step counts and master weights as a flat table of tensors."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
             master = self._masters[name]
@@ -178,7 +178,7 @@ class Optimizer:
 
 
 def _into(master: Any) -> Callable[[Tensor], None]:
-    """A hook that moves a parameter's new gradient to its float32 twin, or to whatever has a `grad`."""
+    """A hook that moves a parameter's new gradient to its master weight, or to whatever has a `grad`."""
 
     def gather(parameter: Tensor) -> None:
         assert parameter.grad is not None

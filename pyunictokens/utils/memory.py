@@ -23,15 +23,28 @@ def free_bytes(device: torch.device) -> int | None:
     say."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_allocated(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - held
-        return max(0, min(allowed, free + torch.cuda.memory_reserved(device) - held))
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - torch.cuda.memory_allocated(device)
+        return max(0, min(allowed, free + cached_bytes(device)))
     if not _MEMINFO.exists():
         return None
     for line in _MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     return None
+
+
+def cached_bytes(device: torch.device) -> int:
+    """What torch's allocator keeps on `device` and can hand out again.
+
+    Not what lies unused in the private pool of a captured CUDA graph: that is the graph's scratch at every replay and
+    never becomes free for anything else.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment.get("segment_pool_id", ())) in ((), (0, 0))
+    )
 
 
 def fits(call: Callable[[], None], device: torch.device) -> bool:

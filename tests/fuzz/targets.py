@@ -238,7 +238,7 @@ def run_config(data: bytes) -> None:
     def read(room: Path) -> None:
         run = Run.find(str(room / "tokens"))
         run.sources(Sources())
-        run.concept_folder(None)
+        assert run.origin
 
     _with("tokens/about.json", data, lambda room: Run.find(str(room / "tokens")))
     _with("tokens/config.yaml", data, read)
@@ -301,7 +301,7 @@ def judge(data: bytes) -> None:
 
 def experts(data: bytes) -> None:
     """What came over a connection to served experts, or from them."""
-    from pyunictokens.rewards.served.wire import decode, tensor, texts, unpack_batch
+    from pyunictokens.rewards.served.messages import decode, tensor, texts, unpack_batch
 
     message, tensors = decode(data)
     for read in (
@@ -392,14 +392,14 @@ def seeds(name: str) -> list[bytes]:
         return [buffer.getvalue()]
     if name == "experts":
         from pyunictokens.rewards import RewardBatch
-        from pyunictokens.rewards.served.wire import encode, pack_batch
+        from pyunictokens.rewards.served.messages import encode, pack_batch
 
         pixels = torch.zeros(2, 3, 2, 2)
         batch = RewardBatch(pixels, ["a", "b"], ["c", "d"], ["c", "e"], 1, pixels[:1], "human")
         words, tensors = pack_batch(batch)
         scored = encode({"parts": ["ber"], "no_face": 0}, {"total": torch.ones(2), "part 0": torch.ones(2)})
-        judged = encode({"do": "preview", "prompts": ["a"]}, {"pixels": pixels, "index": torch.tensor([0, 0])})
-        return [encode({"do": "score", **words}, tensors), scored, judged, encode({"error": "no"})]
+        judged = encode({"prompts": ["a"]}, {"pixels": pixels, "index": torch.tensor([0, 0])})
+        return [encode(words, tensors), scored, judged, encode({"error": "no"})]
     texts: dict[str, list[Any]] = {
         "index": [{"weight_map": {"x": "a.safetensors"}}],
         "policy": [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pyunictokens as uct
 from pyunictokens.ops import reference
 from pyunictokens.ops import registry as _dispatch
 
@@ -32,7 +33,7 @@ class Recorded:
         if device == "cuda":
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), uct.ops.capture_warmup():
                 for _ in range(3):
                     call()
             torch.cuda.current_stream().wait_stream(side)

@@ -15,7 +15,7 @@ def test_extra_memory_of_the_full_size(size: int, gradient: bool) -> None:
     chosen = plan.choose(*FULL, size, gradient=gradient)
     assert plan.extra_bytes(chosen, *FULL, size, gradient=gradient) <= 1 << 30
     if gradient and size == 2:
-        assert chosen == plan.Plan("chunked", 16384, 1024)
+        assert chosen == plan.Plan("chunked", 16384, 4096)
 
 
 @pytest.mark.parametrize("width", [1, 100, 2048, 16384])

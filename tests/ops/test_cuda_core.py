@@ -169,9 +169,10 @@ def test_no_kernel_spills() -> None:
     if tool is None:
         pytest.skip("no cuobjdump here")
     done = subprocess.run([tool, "--dump-resource-usage", CORE.__file__], capture_output=True, text=True, check=True)
-    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
+    found = re.findall(r"Function (\S*step_kernel\S*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
     assert len(found) >= 6  # three dtypes, with and without the cache, per architecture
-    for registers, stack, shared, local in found:  # a spill shows as stack
-        assert int(registers) <= 64  # four blocks of 256 threads a multiprocessor
+    for name, registers, stack, shared, local in found:  # a spill shows as stack
+        cached = "Lb1E" in name
+        assert int(registers) <= (64 if cached else 80)  # four blocks of 256 threads a multiprocessor, or three
         assert (stack, local) == ("0", "0")
         assert int(shared) <= 4096

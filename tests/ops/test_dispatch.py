@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -110,3 +113,46 @@ def test_cpu_is_refused_where_it_is_not_offered() -> None:
             step=0,
             backend="cpu",
         )
+
+
+def test_a_reason_is_asked_for_when_the_backend_is_wanted(table: dict[str, Any]) -> None:
+    asked: list[str] = []
+
+    def reason() -> str:
+        asked.append("triton")
+        return "no GPU"
+
+    _dispatch.mark_unavailable("triton", reason)
+    assert choose("op", None, CPU, torch.float32) == "cpu" and not asked
+    assert choose("op", None, CUDA, torch.bfloat16) == "reference" and asked
+    with pytest.raises(UserError, match="backend 'triton' cannot run here: no GPU"):
+        choose("op", "triton", CUDA, torch.bfloat16)
+    _dispatch.mark_unavailable("triton", lambda: "")
+    assert choose("op", "triton", CUDA, torch.bfloat16) == "triton"
+
+
+def test_import_does_not_look_for_gpus() -> None:
+    """cudaGetDeviceCount starts CUDA, and a child forked after that cannot use it."""
+    code = """
+import torch, sys
+def asked(*_, **__):
+    raise SystemExit("somebody asked for GPUs")
+torch.cuda.device_count = torch.cuda.is_available = torch._C._cuda_getDeviceCount = asked
+try:
+    import pyunictokens._core as core
+    core_info = core.build_info
+    core.build_info = asked
+except ImportError:
+    pass
+import pyunictokens as uct
+import pyunictokens.kernels
+codes = torch.full((2, 9), -1)
+out = uct.ops.maskgit_step(torch.randn(2, 9, 70), codes, mask_len=4, temperature=1.0, seed=1,
+                           sample_ids=torch.arange(2), step=0)
+logp = torch.randn(2, 9, requires_grad=True)
+uct.ops.grpo_loss(logp, logp.detach(), None, torch.ones(2), beta=0.0)[0].backward()
+print("nobody asked")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.stdout.strip() == "nobody asked", done.stderr[-2000:]

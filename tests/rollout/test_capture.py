@@ -66,6 +66,25 @@ def test_what_cannot_run():
         steps.run(1)
 
 
+def test_steps_that_the_host_counts_are_not_read_from_the_device(monkeypatch):
+    """The device's own count may not have arrived yet on the stream that waits; and the wait is for an event."""
+    counter, log = Counter(3), []
+
+    class Event:
+        def synchronize(self) -> None:
+            log.append("waited")
+
+    monkeypatch.setattr(capture, "_event", lambda device: log.append(f"event on {device.type}") or Event())
+    steps = CapturedSteps(counter, counter.keep_going)
+    steps.launch(5)
+    assert log == ["event on cpu"]
+    steps._left.fill_(12345)  # what another stream would still see
+    assert steps.wait() == 3 and log == ["event on cpu", "waited"]
+    assert steps.wait() == 0 and steps.steps == 3
+    steps.run(0)
+    assert log.count("waited") == 2, "each run has an event of its own"
+
+
 def test_a_step_that_fails_leaves_the_runner_usable():
     counter = Counter(4)
 

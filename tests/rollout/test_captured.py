@@ -14,6 +14,7 @@ from pyunictokens import MASK
 from pyunictokens.rollout import Dsog, DsogThreshold
 from pyunictokens.rollout.cuda_graphs import slots as captured
 from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop as Plain
+from pyunictokens.rollout.previews import Previews
 from pyunictokens.rollout.types import ImageRollout
 from pyunictokens.utils.errors import UserError
 
@@ -122,6 +123,43 @@ def test_by_itself_a_capture_waits_for_the_second_time(monkeypatch):
         found = engine.generate_images(prompts, steps=3, progress=lambda done, _, steps=steps: steps.append(done))
         same(found, host.generate_images(prompts, steps=3))
         assert len(runs) == captures and steps == ([3] if captures else [1, 2, 3])
+
+
+def test_nothing_is_captured_while_previews_are_judged(monkeypatch):
+    """A capture looks for calls that wait in the whole process: the judge in its thread would be the one that fails."""
+    pending: list[int] = []
+    captures: list[tuple[str, bool]] = []
+    begin, make = Previews.begin, captured.Bucket.loop
+
+    def begun(previews, codes, rows):
+        verdict = begin(previews, codes, rows)
+        pending.append(1)
+
+        def settled():
+            pending.pop()
+            return verdict()
+
+        return settled
+
+    def loop(bucket, prompts, of_slot, may_capture=True):
+        before = len(bucket._loops)
+        found = make(bucket, prompts, of_slot, may_capture)
+        if len(bucket._loops) > before or found is None:
+            captures.append(("host" if found is None else "capture", bool(pending)))
+        return found
+
+    monkeypatch.setattr(Previews, "begin", begun)
+    monkeypatch.setattr(captured.Bucket, "loop", loop)
+    dsog = dict(threshold=DsogThreshold(0.5), scorer=score, max_candidates=4, overlap=True)
+    options: dict[str, Any] = dict(samples=3, steps=6, seed=5)
+    prompts = [[1, 2], [3], [4, 5, 6]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = tiny_engine(capture="eager", max_rows=4).generate_images(prompts, dsog=Dsog(**dsog), **options)
+        dsog["threshold"] = DsogThreshold(0.5)
+        same(found, tiny_engine(capture="off", max_rows=4).generate_images(prompts, dsog=Dsog(**dsog), **options))
+    assert ("capture", False) in captures and ("capture", True) not in captures
+    assert ("host", True) in captures, "slots changed hands while a verdict was pending"
 
 
 def test_bad_modes():

@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_to_where_it_would_have_come(old: Path) -> None:
         shutil.rmtree(place) if place.is_dir() else place.unlink()
     lines = (old / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (old / "run" / "metrics.jsonl").write_text("".join(lines[:3]))  # a line past the checkpoint, as a kill leaves it
-    call("train", "--out", "run", "--resume")
+    call("train", "--out", "run", "--resume", "--trust")
     found = ConceptTokens.load(old / "run" / "final" / "concept")
     for (name, value), (_, other) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
         torch.testing.assert_close(other, value, atol=1e-5, rtol=0, msg=name)
@@ -104,14 +104,14 @@ def test_a_stopped_run_goes_on_to_where_it_would_have_come(old: Path) -> None:
 def test_a_finished_part_is_not_done_again(old: Path) -> None:
     """Fingerprints in measured.json still fit, so an evaluation that is there is taken as it is."""
     before = (old / "run" / "before.json").stat().st_mtime_ns
-    call("train", "--out", "run", "--resume")
+    call("train", "--out", "run", "--resume", "--trust")
     assert (old / "run" / "before.json").stat().st_mtime_ns == before
 
 
 def test_adapters_go_on(old: Path) -> None:
     """A finished run of adapters is taken up from its checkpoint: nothing is left to do, and the result is written."""
     shutil.rmtree(old / "lora" / "final")
-    call("train", "--out", "lora", "--resume", "--no-evaluate", "--stages", "none", "--start", "run")
+    call("train", "--out", "lora", "--resume", "--trust", "--no-evaluate", "--stages", "none", "--start", "run")
     expected = json.loads((old / "expected.json").read_text())["lora"]
     bundle = Run.find("lora").open(Sources(), "cpu", "float32")
     concept = bundle.concept

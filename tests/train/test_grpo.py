@@ -274,8 +274,8 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
     collect = Collector.collect
 
     class Kept(Collector):
-        def collect(self, step: int, with_images: bool = False) -> Any:
-            groups.append(collect(self, step, with_images)[0])
+        def collect(self, step: int, with_codes: bool = False) -> Any:
+            groups.append(collect(self, step, with_codes)[0])
             return [groups[-1]]
 
     patch = pytest.MonkeyPatch()

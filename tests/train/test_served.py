@@ -40,7 +40,7 @@ def server() -> Iterator[RewardServer]:
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_the_run_is_the_one_at_home(tmp_path: Path, server: RewardServer) -> None:
     here = world(tmp_path / "data")
-    remote = RemoteRewards([(server.host, server.port)], KEY)
+    remote = RemoteRewards([server.address], KEY)
     train_grpo(**here.fresh(), config=grpo_config(), out_dir=tmp_path / "home")
     asked = {**here.fresh(), "rewards": remote, "preview_scorer": remote.preview_scorer}
     train_grpo(**asked, config=grpo_config(), out_dir=tmp_path / "away")
@@ -54,7 +54,7 @@ def test_the_run_is_the_one_at_home(tmp_path: Path, server: RewardServer) -> Non
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_the_next_group_is_drawn_while_one_is_scored(tmp_path: Path, server: RewardServer) -> None:
     here = world(tmp_path / "data")
-    remote = RemoteRewards([(server.host, server.port)], KEY)
+    remote = RemoteRewards([server.address], KEY)
     events: list[str] = []
 
     class Watched:
@@ -86,7 +86,7 @@ def test_the_next_group_is_drawn_while_one_is_scored(tmp_path: Path, server: Rew
 @pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:the DSOG scorer failed")
 def test_a_run_that_loses_its_experts_goes_on_when_they_are_back(tmp_path: Path, server: RewardServer) -> None:
     here = world(tmp_path / "data")
-    remote = RemoteRewards([(server.host, server.port)], KEY, backoff=0.05)
+    remote = RemoteRewards([server.address], KEY, backoff=0.05)
     asked = {**here.fresh(), "rewards": remote, "preview_scorer": remote.preview_scorer}
 
     def loses(phase: str, done: int, total: int, values: object) -> None:

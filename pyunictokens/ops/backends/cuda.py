@@ -7,6 +7,7 @@ CUDA part or no device is there, the backend is marked unavailable, with the rea
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,7 +76,10 @@ def _narrow(values: Tensor) -> Tensor:
     return values if values.stride(0) in (0, 1) or len(values) == 1 else values.contiguous()
 
 
-_reason = objection(_native.build_info())
-if _reason:
-    mark_unavailable("cuda", _reason)
+@cache
+def _reason() -> str:
+    return objection(_native.build_info())
+
+
+mark_unavailable("cuda", _reason)
 offer("maskgit_step", "cuda", Entry(maskgit_step, devices=("cuda",), dtypes=_native.NARROW))

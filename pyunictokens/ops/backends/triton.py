@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +45,24 @@ def set_deterministic(flag: bool) -> None:
         _engine.settings.deterministic = _deterministic
 
 
+@contextmanager
+def capture_warmup() -> Iterator[None]:
+    """Inside, operations go the way they go while a CUDA graph is captured: make the calls before a capture in here.
+
+    With a mask that is another way than the usual one (the number of kept tokens stays on the device), with kernels of
+    its own. Triton compiles and loads a kernel when it first meets it, which must not happen inside a capture.
+    """
+    if objection():  # nothing can be captured here
+        yield
+        return
+    settings = engine().settings
+    before, settings.counted = settings.counted, True
+    try:
+        yield
+    finally:
+        settings.counted = before
+
+
 def _call(name: str, device_of: int) -> Callable[..., Any]:
     """The function `name` of the engine, with the device of its argument number `device_of` made current."""
 
@@ -57,14 +77,17 @@ def _call(name: str, device_of: int) -> Callable[..., Any]:
     return call
 
 
-_objection = ""
-if importlib.util.find_spec("triton") is None:
-    _objection = "Triton is not installed (pip install triton)"
-elif not _interpreted and torch.cuda.device_count() == 0:
-    _objection = "no CUDA device is visible"
+@cache
+def objection() -> str:
+    """Why the kernels cannot run here; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not _interpreted and torch.cuda.device_count() == 0:
+        return "no CUDA device is visible"
+    return ""
 
-if _objection:
-    mark_unavailable("triton", _objection)
+
+mark_unavailable("triton", objection)
 _devices = ("cuda", "cpu") if _interpreted else ("cuda",)
 _dtypes = (torch.float32, torch.bfloat16, torch.float16)
 _backward = _call("selected_logprob_backward", 2)

@@ -1,12 +1,8 @@
-"""Reward experts that run elsewhere: what training and evaluation ask of an ensemble, answered by servers (server.py).
+"""Reward models that run elsewhere: what training and evaluation ask of an ensemble, answered by servers (server.py).
 
-    experts = RemoteRewards.open("tcp://10.0.0.2:7000,tcp://10.0.0.3:7000?timeout=120")
-    scoring = experts.submit(batch)      # returns at once; draw the next group meanwhile
+    rewards = RemoteRewards.open("http://10.0.0.2:7000,http://10.0.0.3:7000?timeout=120")
+    scoring = rewards.submit(batch)      # returns at once; generate the next group meanwhile
     scoring.result().total               # [R]
-
-**The contract of `submit`.** An ensemble that has ``submit(batch) -> Future[EnsembleScore]`` may be asked that way, and
-its caller may go on until it needs the result; ``score(batch)`` is ``submit(batch).result()``. One without it is asked
-with `score`.
 
 Scoring has no state, so a request whose connection is lost is simply asked again: of the other servers, and after a
 wait once more of all. A server that is there but silent is not asked twice: what keeps it is most likely the request.
@@ -14,269 +10,291 @@ wait once more of all. A server that is there but silent is not asked twice: wha
 
 from __future__ import annotations
 
+import asyncio
+import hmac
+import json
 import logging
 import math
-import socket
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 import torch
 from torch import Tensor
 
-from ...utils.errors import UserError
-from ..base import EnsembleScore, FaceEmbedding, PreviewJudge, RewardBatch
+from ...utils.errors import UserError, require
+from ..background import Background
+from ..base import EnsembleScore, FaceEmbedding, PreviewJudge, PreviewScorer, RewardBatch
 from ..ensemble import noted
-from .wire import LIMIT, decode, encode, pack_batch, read_key, shake_hands, tensor, texts
+from .messages import (
+    DIGEST,
+    KEY,
+    LIMIT,
+    Exchange,
+    Tensors,
+    Words,
+    checked_key,
+    decode,
+    encode,
+    pack_batch,
+    read_key,
+    texts,
+)
+from .messages import tensor as tensor_of
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 
-SCHEME = "tcp://"
 TIMEOUT = 300.0
 _CONNECT = 10.0
 """Longest wait in seconds for a connection."""
-
-
 _REST = 60.0
 """Seconds for which a server that was lost is asked only after the others."""
+_LARGEST = 1e6
+"""A score beyond this is no score: the answer is damaged, or not from a server of ours."""
 
 
 class _Lost(Exception):
     """A connection could not be had, or broke."""
 
 
-def parse_addresses(text: str) -> tuple[list[tuple[str, int]], float]:
-    """([(host, port), …], seconds) of ``tcp://HOST:PORT[,tcp://HOST:PORT…][?timeout=S]``. Raises UserError."""
+def parse_addresses(text: str) -> tuple[list[str], float]:
+    """([http://HOST:PORT, …], seconds) of ``http://HOST:PORT[,http://HOST:PORT…][?timeout=S]``. Raises UserError."""
     places, timeout = [], TIMEOUT
-    for part in text.split(","):
-        wrong = UserError(f"experts at {part.strip()!r}: must be tcp://HOST:PORT, or several with commas; ?timeout=S")
+    for part in (each.strip() for each in text.split(",")):
+        wrong = UserError(f"reward models at {part!r}: must be http://HOST:PORT, or several with commas; ?timeout=S")
         try:
-            found = urlsplit(part.strip())
-            host, port, options = (
-                found.hostname,
-                found.port,
-                dict(parse_qsl(found.query, strict_parsing=bool(found.query))),
-            )
+            found = urlsplit(part)
+            options = dict(parse_qsl(found.query, strict_parsing=bool(found.query)))
+            host, port = found.hostname, found.port
             timeout = float(options.pop("timeout", timeout))
         except ValueError:
             raise wrong from None
-        if found.scheme != "tcp" or not host or not port or found.path or found.username is not None or options:
+        known = found.scheme in {"http", "https", "tcp"} and host and found.path in {"", "/"}
+        if not known or not port or found.username is not None or options or found.fragment:
             raise wrong
-        places.append((host, port))
+        if found.scheme == "tcp":
+            warnings.warn(f"{part}: reward models are served over HTTP now: write http://{found.netloc}", stacklevel=2)
+        places.append(f"{'https' if found.scheme == 'https' else 'http'}://{found.netloc}")
     return places, timeout
 
 
 @dataclass
 class _Server:
-    """One server as a client sees it: a connection that is opened when needed, one request at a time."""
+    """One server as a client sees it: one request at a time, so that waiting here costs no patience there."""
 
-    host: str
-    port: int
-    key: bytes
-    timeout: float
+    address: str
     pending: int = 0
     lost: float = -math.inf
     """When its connection was last lost, on the monotonic clock."""
-    turn: threading.Lock = field(default_factory=threading.Lock)
-    connection: Connection | None = None
-
-    @property
-    def address(self) -> str:
-        return f"{SCHEME}{self.host}:{self.port}"
-
-    def ask(self, request: bytes) -> bytes:
-        """The answer's bytes. Raises _Lost where the connection is, UserError for a wrong key or a time-out."""
-        with self.turn:
-            try:
-                if self.connection is None:
-                    self.connection = self._connect()
-                self.connection.send_bytes(request)
-                return self.connection.recv_bytes(LIMIT)
-            except BlockingIOError:  # the system's time-out of a read or write
-                self._drop()
-                raise UserError(
-                    f"experts at {self.address} gave no answer in {self.timeout:g} s: look there, or give more time: "
-                    f"{self.address}?timeout={2 * self.timeout:g}"
-                ) from None
-            except (OSError, EOFError) as error:
-                self._drop()
-                self.lost = time.monotonic()
-                raise _Lost(str(error) or "the other side hung up") from error
-            except BaseException:
-                self._drop()
-                raise
-
-    def _connect(self) -> Connection:
-        raw = socket.create_connection((self.host, self.port), min(_CONNECT, self.timeout))
-        try:
-            return shake_hands(raw, self.key, serving=False, silence=self.timeout)
-        except BlockingIOError:
-            raise OSError("it says nothing: are experts served there?") from None
-        except AuthenticationError:
-            raise UserError(
-                f"experts at {self.address} have another key: set PYUNICTOKENS_EXPERTS_KEY alike on both sides"
-            ) from None
-        finally:
-            raw.close()
-
-    def _drop(self) -> None:
-        if self.connection is not None:
-            self.connection.close()
-            self.connection = None
-
-    def close(self) -> None:
-        with self.turn:
-            self._drop()
+    turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
 
 class RemoteRewards:
-    """An ensemble whose experts are at `addresses`, all with the same experts and weights.
+    """An ensemble whose reward models are at `addresses`, all with the same models and weights.
 
-    addresses: (host, port) of each server; requests go to the one with the fewest waiting, in turn where equal.
-    timeout: seconds one answer may take, its wait behind other requests included. backoff: seconds before a lost
-    connection is tried again.
+    addresses: ``http://HOST:PORT`` of each server; requests go to the one with the fewest waiting, in turn where equal.
+    timeout: seconds one answer may take from the moment it is asked for. backoff: seconds before a lost connection is
+    tried again.
 
-    Raises UserError naming the address when a server cannot be reached, has another key, or serves other experts.
+    Raises UserError naming the address when a server cannot be reached, has another key, or serves other models.
     """
 
-    def __init__(
-        self, addresses: Sequence[tuple[str, int]], authkey: bytes, timeout: float = TIMEOUT, backoff: float = 2.0
-    ):
+    def __init__(self, addresses: Sequence[str], key: bytes, timeout: float = TIMEOUT, backoff: float = 2.0):
+        self._httpx = require("httpx", "serve")
         if not addresses:
-            raise UserError("no addresses of experts: give at least one, tcp://HOST:PORT")
+            raise UserError("no addresses of reward models: give at least one, http://HOST:PORT")
         if not 0 < timeout < 1e6:
             raise UserError(f"timeout={timeout}: must be seconds above 0 and below 1e6")
-        self.backoff = backoff
-        self._servers = [_Server(host, port, authkey, timeout) for host, port in addresses]
-        self._lock, self._first = threading.Lock(), 0
-        self._pool = ThreadPoolExecutor(len(self._servers), thread_name_prefix="experts")
-        about = [self._hello(server) for server in self._servers]
+        self._key, self.timeout, self.backoff = checked_key(key), timeout, backoff
+        self._background = Background("rewards")
+        self._first = 0
+        self._servers = [_Server(address) for address in addresses]
+        self._client: httpx.AsyncClient = self._background.run(self._connect())
+        about = [self._background.run(self._about(server)) for server in self._servers]
         for server, found in zip(self._servers, about, strict=True):
             if found != about[0]:
                 raise UserError(
-                    f"experts at {server.address} are {found}, at {self._servers[0].address} {about[0]}: "
+                    f"reward models at {server.address} are {found}, at {self._servers[0].address} {about[0]}: "
                     "serve the same everywhere"
                 )
-        self.experts: tuple[str, ...] = tuple(texts(about[0], "experts"))
-        self.preview_scorer: PreviewJudge | None = self._preview_scorer if about[0].get("previews") else None
-        """As of an expert of previews (DSOG), ``preview_scorer(prompts)(pixels, prompt_index)``; None without BER."""
-        self.face_embedding: FaceEmbedding | None = self._face_embedding if about[0].get("faces") else None
-        """From photos [B, 3, H, W] of a person to embeddings of the faces [B, D]; None without FER."""
+        self.models: tuple[str, ...] = tuple(texts(about[0], "models"))
+        self._weights = _weights(about[0].get("weights"))
+        self.preview_scorer: PreviewJudge | None = self._judge if about[0].get("previews") else None
+        """As of an ensemble, ``preview_scorer(prompts)(pixels, prompt_index)``; None where none judges previews."""
+        self.face_embedding: FaceEmbedding | None = self._faces if about[0].get("faces") else None
+        """From reference images [B, 3, H, W] of a person to embeddings of the faces [F, D]; None without FER."""
 
     @classmethod
     def open(cls, text: str) -> RemoteRewards:
-        """The experts at ``tcp://HOST:PORT,…``, with the key from the environment."""
+        """The reward models at ``http://HOST:PORT,…``, with the key from the environment."""
         places, timeout = parse_addresses(text)
         return cls(places, read_key(), timeout)
 
     def score(self, batch: RewardBatch) -> EnsembleScore:
         """Total and parts, [R] each, on the device of the images. Raises UserError as the ensemble itself does."""
-        message, tensors = pack_batch(batch)
-        return self._scored(encode({"do": "score", **message}, tensors), list(batch.prompts), batch.images.device)
+        return self.submit(batch).result()
 
     def submit(self, batch: RewardBatch) -> Future[EnsembleScore]:
-        """:meth:`score` in the background; as many at once as there are servers, the others wait."""
-        message, tensors = pack_batch(batch)
-        request = encode({"do": "score", **message}, tensors)  # now: the caller may reuse its tensors
-        return self._pool.submit(self._scored, request, list(batch.prompts), batch.images.device)
+        """:meth:`score` in the background; each server is asked for one at a time, the others wait here."""
+        words, tensors = pack_batch(batch)
+        body = encode(words, tensors)  # now: the caller may reuse its tensors
+        return self._background.start(self._scored(body, list(batch.prompts), batch.kind, batch.images.device))
 
     def throughput(self) -> dict[str, float]:
-        """Rows a second by expert, over all servers and everyone they have served. A server that is gone counts 0."""
+        """Images a second by reward model, over all servers and whoever asked them. One that is gone counts 0."""
         total: dict[str, float] = {}
         for server in self._servers:
             try:
-                found = _read(server, server.ask(encode({"do": "throughput"})))[0].get("throughput")
+                found = self._background.run(self._call(server, "GET", "/v1/throughput"))[0].get("throughput")
             except (UserError, _Lost) as error:
-                log.warning("experts at %s do not say how fast they are: %s", server.address, error)
+                log.warning("reward models at %s do not say how fast they are: %s", server.address, error)
                 continue
             for name, rate in found.items() if isinstance(found, dict) else ():
                 total[name] = total.get(name, 0.0) + float(rate)
         return total
 
     def close(self) -> None:
-        """Leave the servers. Requests under way are finished first."""
-        self._pool.shutdown()
-        for server in self._servers:
-            server.close()
+        """Leave the servers."""
+        self._background.run(self._client.aclose())
+        self._background.close()
 
-    def _hello(self, server: _Server) -> Mapping[str, Any]:
+    # --- one request, in the background ----------------------------------------------------------------------------
+
+    async def _connect(self) -> httpx.AsyncClient:
+        timeout = self._httpx.Timeout(None, connect=min(_CONNECT, self.timeout))  # the whole has a limit of its own
+        return self._httpx.AsyncClient(timeout=timeout, trust_env=False, follow_redirects=False)
+
+    async def _about(self, server: _Server) -> Words:
         try:
-            return _read(server, server.ask(encode({"do": "hello"})))[0]
+            return (await self._call(server, "GET", "/v1/about"))[0]
         except _Lost as error:
             raise UserError(
-                f"experts at {server.address} cannot be reached ({error}): start them there with "
-                f"`pyunictokens experts serve --host HOST --port {server.port}`, or correct the address"
+                f"reward models at {server.address} cannot be reached ({error}): start them there with `pyunictokens "
+                f"experts serve --host HOST --port {urlsplit(server.address).port}`, or correct the address"
             ) from None
 
-    def _scored(self, request: bytes, prompts: list[str], device: torch.device) -> EnsembleScore:
-        message, tensors = self._ask(request)
-        names, absent = texts(message, "parts"), message.get("no_face")
-        total = _rows(tensors, "total", len(prompts)).to(device)
-        parts = {name: _rows(tensors, f"part {place}", len(prompts)).to(device) for place, name in enumerate(names)}
+    async def _scored(self, body: bytes, prompts: list[str], kind: str, device: torch.device) -> EnsembleScore:
+        server, (words, tensors) = await self._ask("/v1/score", body)
+        names, absent = texts(words, "parts"), words.get("no_face")
+        total = _scores(server, tensors, "total", len(prompts))
+        parts = {name: _scores(server, tensors, f"part {n}", len(prompts)) for n, name in enumerate(names)}
+        if kind in self._weights and parts:
+            summed = sum((self._weights[kind].get(name, 0.0) * part for name, part in parts.items()), torch.zeros(()))
+            if not torch.allclose(total.nan_to_num(), summed.nan_to_num(), rtol=1e-3, atol=1e-3):
+                raise UserError(f"reward models at {server.address}: the total is not the sum of its parts")
+        total, parts = total.to(device), {name: part.to(device) for name, part in parts.items()}
         return noted(EnsembleScore(total, parts, absent if isinstance(absent, int) else 0), prompts)
 
-    def _preview_scorer(self, prompts: Sequence[str], /) -> Callable[[Tensor, Tensor], Tensor]:
-        prompts = list(prompts)
+    def _judge(self, prompts: Sequence[str], /) -> PreviewScorer:
+        words = {"prompts": list(prompts)}
 
         def scorer(pixels: Tensor, prompt_index: Tensor) -> Tensor:
-            given = {"pixels": pixels, "index": prompt_index.to(torch.int64)}
-            _, tensors = self._ask(encode({"do": "preview", "prompts": prompts}, given))
-            return _rows(tensors, "scores", len(pixels)).to(pixels.device)
+            body = encode(words, {"pixels": pixels, "index": prompt_index.to(torch.int64)})
+            server, (_, tensors) = self._background.run(self._ask("/v1/preview", body))
+            return _scores(server, tensors, "scores", len(pixels)).to(pixels.device)
 
         return scorer
 
-    def _face_embedding(self, pixels: Tensor) -> Tensor:
-        _, tensors = self._ask(encode({"do": "faces"}, {"pixels": pixels}))
-        return tensor(tensors, "faces").to(pixels.device)
+    def _faces(self, pixels: Tensor) -> Tensor:
+        server, (_, tensors) = self._background.run(self._ask("/v1/faces", encode({}, {"pixels": pixels})))
+        faces = tensor_of(tensors, "faces")
+        if faces.ndim != 2 or len(faces) > len(pixels):
+            raise UserError(f"reward models at {server.address}: faces are {tuple(faces.shape)}: must be [F, D]")
+        return faces.to(pixels.device)
 
-    def _ask(self, request: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    async def _ask(self, path: str, body: bytes) -> tuple[_Server, tuple[Words, Tensors]]:
         """The answer of the first server that has one."""
         why = ""
         for attempt in range(2):
             if attempt:
-                time.sleep(self.backoff)
+                await asyncio.sleep(self.backoff)
             for server in self._in_turn():
-                with self._lock:
-                    server.pending += 1
+                server.pending += 1
                 try:
-                    return _read(server, server.ask(request))
+                    return server, await self._call(server, "POST", path, body)
                 except _Lost as error:
                     why = f"{server.address} ({error})"
-                    log.warning("experts at %s: the connection is lost", why)
+                    log.warning("reward models at %s: the connection is lost", why)
                 finally:
-                    with self._lock:
-                        server.pending -= 1
+                    server.pending -= 1
         raise UserError(
-            f"experts at {why} are lost, and no other answers: start them again and go on with --resume; tried twice, "
-            f"{self.backoff:g} s apart"
+            f"reward models at {why} are lost, and no other answers: start them again and go on with --resume; tried "
+            f"twice, {self.backoff:g} s apart"
         )
 
     def _in_turn(self) -> list[_Server]:
-        with self._lock:
-            self._first = (self._first + 1) % len(self._servers)
-            order = self._servers[self._first :] + self._servers[: self._first]
-            now = time.monotonic()
-            return sorted(order, key=lambda server: (now - server.lost < _REST, server.pending))
+        self._first = (self._first + 1) % len(self._servers)
+        order = self._servers[self._first :] + self._servers[: self._first]
+        now = time.monotonic()
+        return sorted(order, key=lambda server: (now - server.lost < _REST, server.pending))
+
+    async def _call(self, server: _Server, method: str, path: str, body: bytes = b"") -> tuple[Words, Tensors]:
+        """The words and tensors of the answer. Raises _Lost where the connection is, UserError for all else."""
+        async with server.turn:
+            exchange = Exchange.begin(self._key, method, path)
+            try:
+                status, digest, data = await asyncio.wait_for(self._send(server, exchange, body), self.timeout)
+            except asyncio.TimeoutError:
+                raise UserError(
+                    f"reward models at {server.address} gave no answer in {self.timeout:g} s: look there, or give more "
+                    f"time: {server.address}?timeout={2 * self.timeout:g}"
+                ) from None
+            except self._httpx.HTTPError as error:
+                server.lost = time.monotonic()
+                raise _Lost(str(error) or f"the other side hung up ({type(error).__name__})") from error
+        if status == 401:
+            raise UserError(f"reward models at {server.address} have another key: set {KEY} alike on both sides")
+        if status in {502, 503, 504}:
+            server.lost = time.monotonic()
+            raise _Lost(f"HTTP {status}")
+        if not hmac.compare_digest(digest.encode(), exchange.answer_digest(status, data).encode()):
+            raise UserError(
+                f"reward models at {server.address} sent an answer (HTTP {status}) that does not prove the key: it is "
+                "another server, or the answer was changed on its way"
+            )
+        if status != 200:
+            raise UserError(str(json.loads(data)["error"]))  # proven ours; word for word what would be said here
+        try:
+            return decode(data)
+        except UserError as error:
+            raise UserError(f"reward models at {server.address} sent {error}") from None
+
+    async def _send(self, server: _Server, exchange: Exchange, body: bytes) -> tuple[int, str, bytes]:
+        """(status, digest, body) of the answer."""
+        url, headers = server.address + exchange.path, exchange.headers(body)
+        async with self._client.stream(exchange.method, url, content=body, headers=headers) as response:
+            parts, size = [], 0
+            async for part in response.aiter_raw():
+                parts.append(part)
+                size += len(part)
+                if size > LIMIT:
+                    raise UserError(f"reward models at {server.address} sent more than {LIMIT} bytes")
+            return response.status_code, response.headers.get(DIGEST, ""), b"".join(parts)
 
 
-def _read(server: _Server, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        message, tensors = decode(data)
-    except UserError as error:
-        raise UserError(f"experts at {server.address} sent {error}") from None
-    if "error" in message:
-        raise UserError(str(message["error"]))  # word for word what they would have said here
-    return message, tensors
-
-
-def _rows(tensors: Mapping[str, Tensor], name: str, rows: int) -> Tensor:
-    found = tensor(tensors, name)
+def _scores(server: _Server, tensors: Mapping[str, Tensor], name: str, rows: int) -> Tensor:
+    """Scores [rows], float32: each within ±1e6, or not finite where a reward model said so."""
+    found = tensor_of(tensors, name)
     if found.shape != (rows,):
-        raise UserError(f"the experts' {name} is {tuple(found.shape)} for {rows} rows: must be [{rows}]")
+        raise UserError(
+            f"reward models at {server.address}: {name} is {tuple(found.shape)} for {rows} images: must be [{rows}]"
+        )
+    found = found.float()
+    if bool((found.nan_to_num(0.0, 0.0, 0.0).abs() > _LARGEST).any()):
+        raise UserError(f"reward models at {server.address}: {name} has values beyond ±{_LARGEST:g}: no scores")
     return found
+
+
+def _weights(given: object) -> dict[str, dict[str, float]]:
+    """The weights that a server says it has, by kind; empty where it says none that can be read."""
+    if not isinstance(given, dict):
+        return {}
+    tables = {kind: table for kind, table in given.items() if isinstance(table, dict)}
+    return {kind: {str(name): float(weight) for name, weight in table.items()} for kind, table in tables.items()}

@@ -118,6 +118,10 @@ class CapturedSteps:
         """Warm-up, capture and instantiation: what has to be earned back."""
         self.runs = self.steps = 0
         self._pending = 0
+        self._taken: int | None = None
+        """Steps of the run under way, where the host counted them; a loop counts on the device, in `_left`."""
+        self._ended: torch.cuda.Event | None = None
+        """Behind the run under way, where there is no pool that knows it."""
         self._left = torch.zeros(1, dtype=torch.int32, device=keep_going.device)
         self._graph: Any = None
         self._loop = 0
@@ -138,7 +142,7 @@ class CapturedSteps:
             raise UserError("a run of these steps is under way: wait() for it first")
         if max_steps < 0:
             raise UserError(f"max_steps={max_steps}: must be ≥ 0")
-        self._pending = max_steps
+        self._pending, self._taken = max_steps, None
         try:
             self._enqueue()
         except BaseException:  # Ctrl-C included: the next run must not think that this one is under way
@@ -148,6 +152,7 @@ class CapturedSteps:
     def _enqueue(self) -> None:
         if self.mode == "eager":
             self._one_by_one(self.step)
+            self._ended = _event(self.keep_going.device)
             return
         core = _native.core()
         assert self.pool is not None and core is not None
@@ -161,19 +166,24 @@ class CapturedSteps:
             self.pool.leave()
 
     def _one_by_one(self, step: Callable[[], None]) -> None:
-        left = self._pending
+        taken = 0
         with torch.no_grad():
-            while left > 0 and int(self.keep_going):
+            while taken < self._pending and int(self.keep_going):
                 step()
-                left -= 1
-        self._left.fill_(left)
+                taken += 1
+        self._taken = taken
 
     def wait(self) -> int:
         """Wait for the run that :meth:`launch` began; returns how many steps it took."""
         if self.pool is not None:
             self.pool.wait()
-        taken = self._pending - int(self._left) if self._pending else 0
-        self._pending = 0
+        if self._ended is not None:
+            self._ended.synchronize()
+            self._ended = None
+        taken = self._taken
+        if taken is None:
+            taken = self._pending - int(self._left) if self._pending else 0
+        self._pending, self._taken = 0, None
         self.runs, self.steps = self.runs + 1, self.steps + taken
         return taken
 
@@ -264,13 +274,25 @@ class CapturedSteps:
         self._graph, self._loop, self.step = None, 0, _closed
 
 
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind what was enqueued on the current stream; None where nothing is enqueued."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def _closed() -> None:
     raise UserError("these captured steps were closed")
 
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Inside, an operation that would wait for the device raises RuntimeError."""
+    """Inside, an operation that would wait for the device raises RuntimeError, in whichever thread it runs.
+
+    torch has one such switch for all: no other thread may use the device meanwhile (`CapturedSlots.may_capture`).
+    """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -53,12 +53,15 @@ class Bucket:
         self._loops: OrderedDict[Structure, DeviceLoop] = OrderedDict()
         self._seen: OrderedDict[Structure, None] = OrderedDict()
 
-    def loop(self, prompts: Prefix, of_slot: Sequence[int]) -> DeviceLoop | None:
+    def loop(self, prompts: Prefix, of_slot: Sequence[int], may_capture: bool = True) -> DeviceLoop | None:
         """The loop for slots that read the distinct `prompts` (with guidance the empty one last), loaded with them.
 
-        None in mode "auto" at first sight: it is not certain that a capture would be earned back.
+        None in mode "auto" at first sight: it is not certain that a capture would be earned back. None as well where
+        one would have to be made and `may_capture` is false.
         """
         structure = (tuple(of_slot), tuple(prompts.lengths), prompts.next_position[0])
+        if not may_capture and structure not in self._loops:
+            return None
         found = self._loops.pop(structure, None)
         if found is None and self.mode == "auto" and structure not in self._seen:
             self._seen[structure] = None
@@ -166,7 +169,10 @@ class CapturedSlots(EagerSlots):
             if self.settings.guidance_scale > 0:
                 distinct.append(len(self.prompts) - 1)
             try:
-                self._loop = now, self._bucket.loop(self.prompts.select(distinct), of_slot)
+                found = self._bucket.loop(self.prompts.select(distinct), of_slot, self.may_capture)
+                if found is None and not self.may_capture:
+                    return None  # this step alone: the next one may
+                self._loop = now, found
             except torch.OutOfMemoryError:
                 log.warning("no memory for captured steps of %d slots: the host runs them", len(now))
                 self._by_the_host = True

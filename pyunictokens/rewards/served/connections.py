@@ -1,0 +1,86 @@
+"""The connections of a server that strangers can reach: how many there are, and how long one may stay unproven.
+
+uvicorn waits for ever for the head of a request, and takes as many connections as there are file descriptors. Here a
+connection that has not proven the key in time is closed, and where there are too many, the oldest unproven one makes
+room for the newest, so that silent ones cannot keep a client out that speaks at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+log = logging.getLogger(__name__)
+
+
+class _Open(Protocol):
+    """One connection."""
+
+    @property
+    def transport(self) -> asyncio.Transport: ...
+
+
+class Connections:
+    """All connections of one server. patience: seconds until one must be proven; most: how many there may be."""
+
+    def __init__(self, patience: float, most: int):
+        self.patience, self.most = patience, most
+        self.unproven: dict[object, _Open] = {}
+        """By the client's address, the oldest first."""
+        self.all: set[_Open] = set()
+
+    def proven(self, client: object) -> None:
+        """The connection of this address has shown the key."""
+        self.unproven.pop(client, None)
+
+    def opened(self, client: object, connection: _Open) -> None:
+        self.all.add(connection)
+        self.unproven[client] = connection
+        asyncio.get_running_loop().call_later(self.patience, self._late, client, connection)
+        if len(self.all) > self.most:
+            oldest = next(iter(self.unproven))
+            self._drop(oldest, self.unproven[oldest])
+
+    def closed(self, client: object, connection: _Open) -> None:
+        self.all.discard(connection)
+        if self.unproven.get(client) is connection:
+            del self.unproven[client]
+
+    def abort_all(self) -> None:
+        for connection in list(self.all):
+            connection.transport.abort()
+
+    def _late(self, client: object, connection: _Open) -> None:
+        if self.unproven.get(client) is connection:
+            self._drop(client, connection)
+
+    def _drop(self, client: object, connection: _Open) -> None:
+        self.closed(client, connection)
+        connection.transport.abort()
+
+
+def guarded_protocol(connections: Connections) -> type[H11Protocol]:
+    """uvicorn's HTTP protocol under the rules of `connections`."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Guarded(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.opened(self.client, self)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            connections.closed(self.client, self)
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            try:
+                super().data_received(data)
+            except Exception as error:  # bytes that no parser foresaw
+                log.warning("%s: closed: %s: %s", self.client, type(error).__name__, error)
+                self.transport.abort()
+
+    return Guarded
