@@ -11,6 +11,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
+from ...utils.errors import needs
+
 if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -65,7 +67,8 @@ class Connections:
 
 def guarded_protocol(connections: Connections) -> type[H11Protocol]:
     """uvicorn's HTTP protocol under the rules of `connections`."""
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+    with needs("serve"):
+        from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Guarded(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ...utils.errors import UserError, require
+from ...utils.errors import UserError, needs, require
 from ..base import Device, Rewards
 from ..ensemble import Ensemble, as_rewards
 from .connections import Connections, guarded_protocol
@@ -127,7 +127,8 @@ class RewardServer:
             self._left.wait(5)
 
     async def _serve(self, stop: Callable[[], bool]) -> None:
-        import uvicorn
+        with needs("serve"):
+            import uvicorn
 
         class Quiet(uvicorn.Server):
             @contextlib.contextmanager
