@@ -365,7 +365,7 @@ def test_the_judge_as_a_reward(server: JudgeServer) -> None:
 def test_a_row_the_judge_cannot_score_stops_the_step(server: JudgeServer) -> None:
     server.answer = lambda request: "99" if "snow" in str(request["messages"][0]) else "2"
     expert = JudgeReward(judge(server), photos=0)
-    with pytest.raises(UserError, match=r"expert 'judge': the judge gave no score for row 1: .*99"):
+    with pytest.raises(UserError, match=r"reward model 'judge': the judge gave no score for row 1: .*99"):
         Ensemble({"judge": expert}, weights={"judge": 1}).score(RewardBatch(flat((0, 0, 0), (0, 0, 0)), ["a", "snow"]))
     with pytest.raises(UserError, match=r"must hold \{prompt\}"):
         JudgeReward(judge(server), question="How good?")
