@@ -9,7 +9,6 @@ apart and added when all of them exist, so a piece that runs out of memory leave
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..models import MaskedModel
 from ..utils.errors import UserError
-from ..utils.memory import cached_bytes
+from ..utils.memory import fits, free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -155,17 +154,11 @@ class Pieces:
         if measure:
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        try:
-            work(rows, steps)
-        except torch.OutOfMemoryError:
-            pass  # handled below: inside this block the error still holds the frames, and they hold the memory
-        else:
+        if fits(lambda: work(rows, steps), device):
             if measure:
                 size = (rows.stop - rows.start) * (steps.stop - steps.start)
                 self._learn(torch.cuda.max_memory_allocated(device) - before, size, device)
             return True
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         self.tried = True
         return False
 
@@ -181,16 +174,10 @@ class Pieces:
 
 def free_memory(device: torch.device) -> float:
     """Bytes that a piece may plan with on `device`."""
+    free = free_bytes(device)
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_allocated(device)
-        allowed = torch.cuda.get_per_process_memory_fraction(device) * total - held
-        return FREE_SHARE * max(0.0, min(allowed, free + cached_bytes(device)))
-    try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        available = 4 * CPU_BYTES
-    return float(min(CPU_BYTES, available // 4))
+        return FREE_SHARE * (free or 0)
+    return float(min(CPU_BYTES, CPU_BYTES if free is None else free // 4))
 
 
 def learning(model: MaskedModel) -> Iterable[Tensor]:

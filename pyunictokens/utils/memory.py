@@ -19,9 +19,12 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on `device`; None where the system does not say."""
+    """Memory that can still be had on `device`, what this process may not take left out; None where the system does not
+    say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + cached_bytes(device)
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - torch.cuda.memory_allocated(device)
+        return max(0, min(allowed, free + cached_bytes(device)))
     if not _MEMINFO.exists():
         return None
     for line in _MEMINFO.read_text().splitlines():
@@ -44,6 +47,20 @@ def cached_bytes(device: torch.device) -> int:
     )
 
 
+def fits(call: Callable[[], None], device: torch.device) -> bool:
+    """Whether `call()` went through; False where memory ran out, and what it held is free again. Other errors pass."""
+    try:
+        call()
+        return True
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+    # Not inside the block: there the error still holds the frames, and they hold the memory.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
+
+
 class RowLimit:
     """The limit of one engine. What it learned by running out of memory it keeps."""
 
@@ -60,19 +77,20 @@ class RowLimit:
             UserError: not even one row fits.
         """
         while True:
-            part = self._part(count, row_bytes, device)
-            try:
+            part, made = self._part(count, row_bytes, device), list[Tensor]()
+
+            def run(part: int = part, made: list[Tensor] = made) -> None:
                 parts = [call(slice(start, min(start + part, count))) for start in range(0, count, part)]
+                made.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+            if fits(run, device):
                 self._proven = max(self._proven, part * row_bytes)
-                return parts[0] if len(parts) == 1 else torch.cat(parts)
-            except RuntimeError as error:
-                if not _ran_out(error):
-                    raise
-                if part == 1:
-                    raise UserError(
-                        "one row alone needs more memory than the device has: use a smaller grid, a smaller dtype, or "
-                        "another device"
-                    ) from error
+                return made[0]
+            if part == 1:
+                raise UserError(
+                    "one row alone needs more memory than the device has: use a smaller grid, a smaller dtype, or "
+                    "another device"
+                )
             self._most = part // 2
             self._say(self._most, count)
 
@@ -90,7 +108,3 @@ class RowLimit:
         if not self._said:
             warnings.warn(f"{count} rows need more memory than is free: they are run {part} at a time", stacklevel=6)
         self._said = True
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
