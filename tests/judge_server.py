@@ -9,6 +9,7 @@ For tests of whatever talks to a remote judge or model. It speaks real HTTP and 
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import Any
 Answer = Callable[[dict[str, Any]], str]
 """From the request's JSON to the text of the answer."""
 
-BEHAVIOURS = ("ok", "slow", "garbage", "empty", "429", "500", "401", "hang_up", "not_json", "no_choices")
+BEHAVIOURS = ("ok", "slow", "garbage", "empty", "429", "500", "401", "hang_up", "not_json", "no_choices", "raw", "drip")
 """What a request can meet."""
 
 
@@ -51,6 +52,9 @@ class JudgeServer:
         """Seconds that `slow` waits before it answers."""
         self.retry_after: str | None = "0"
         """The Retry-After header of a 429."""
+        self.raw: Callable[[str], bytes] | bytes = b""
+        """What `raw` answers with HTTP 200, or a function of the Authorization header that says it."""
+        self.raw_headers: dict[str, str] = {}
         self.always: str | None = None
         """A behaviour for every request that the script does not cover."""
         self.requests: list[dict[str, Any]] = []
@@ -117,6 +121,66 @@ def _completion(text: str, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def refused(path: str, key: str, kind: str, request: Any) -> tuple[int, str] | None:
+    """(status, why) where a real endpoint would not take a request."""
+    if path not in {"/v1/chat/completions", "/v1/images/generations"}:
+        return 404, f"unknown path {path}"
+    if not key.startswith("Bearer ") or len(key) < 8:
+        return 401, "no API key"
+    if not kind.startswith("application/json"):
+        return 415, f"Content-Type {kind!r}: must be application/json"
+    if not isinstance(request, dict) or not isinstance(request.get("model"), str) or not request["model"].strip():
+        return 400, "model is missing"
+    if path.endswith("generations"):
+        known = {"model", "prompt", "n", "response_format", "size", "quality", "seed"}
+        wrong = not isinstance(request.get("prompt"), str) or not 1 <= request.get("n", 1) <= 10
+        return (400, "prompt, n or an unknown field") if wrong or set(request) - known else None
+    known = {
+        "model",
+        "messages",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "stream",
+    }
+    if set(request) - known:
+        return 400, f"unknown fields {sorted(set(request) - known)}"
+    if {"max_tokens", "max_completion_tokens"} <= set(request):
+        return 400, "max_tokens and max_completion_tokens: give one of the two"
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in request and (not isinstance(request[name], int) or request[name] < 1):
+            return 400, f"{name} must be a whole number above 0"
+    if not 0 <= request.get("temperature", 1) <= 2:
+        return 400, "temperature must be from 0 to 2"
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return 400, "messages must be a list of turns"
+    for turn in messages:
+        if not isinstance(turn, dict) or turn.get("role") not in {"system", "user", "assistant"}:
+            return 400, "a turn's role must be system, user or assistant"
+        content = turn.get("content")
+        if isinstance(content, str) and content:
+            continue
+        if not isinstance(content, list) or not content or turn["role"] == "assistant":
+            return 400, "a turn's content must be a text, or of a user a list of parts"
+        for part in content:
+            text, image = part.get("text"), part.get("image_url")
+            if part.get("type") == "text" and isinstance(text, str) and text and set(part) == {"type", "text"}:
+                continue
+            url = image.get("url") if isinstance(image, dict) else None
+            if (
+                part.get("type") != "image_url"
+                or not isinstance(url, str)
+                or not url.startswith("data:image/png;base64,")
+            ):
+                return 400, "a part must be a text or an image_url"
+            base64.b64decode(url.partition(",")[2], validate=True)
+    return None
+
+
 def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -126,8 +190,14 @@ def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            request = json.loads(body)
             key = self.headers.get("Authorization", "")
+            try:
+                request = json.loads(body)
+            except ValueError:
+                return self._send(400, {"error": {"message": "the body is no JSON"}})
+            refusal = refused(self.path, key, self.headers.get("Content-Type", ""), request)
+            if refusal is not None:
+                return self._send(refusal[0], {"error": {"message": refusal[1], "type": "invalid_request_error"}})
             behaviour = judge._enter(request, key)
             try:
                 self._behave(behaviour, request, key)
@@ -151,6 +221,21 @@ def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
                 self._send(200, {**_completion("", request), "choices": []})
             elif behaviour == "not_json":
                 self._send(200, "<html>a proxy's page</html>", kind="text/html")
+            elif behaviour == "raw":
+                data = judge.raw(key) if callable(judge.raw) else judge.raw
+                self.send_response(200)
+                for name, text in {"Content-Type": "application/json", **judge.raw_headers}.items():
+                    self.send_header(name, text)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            elif behaviour == "drip":  # a byte now and then, for ever: no single read ever waits long
+                self.send_response(200)
+                self.send_header("Content-Length", "1000000")
+                self.end_headers()
+                while not judge._closing.wait(0.05):
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
             elif behaviour == "429":
                 more = {} if judge.retry_after is None else {"Retry-After": judge.retry_after}
                 self._send(429, {"error": {"message": "too many requests"}}, more)

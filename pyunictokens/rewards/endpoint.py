@@ -1,25 +1,42 @@
-"""One door to an OpenAI-compatible endpoint: the key, retries with back-off and jitter, time-outs, a limit, counters.
+"""One door to an OpenAI-compatible endpoint: the openai client with its retries, behind a guard for keys and replies.
 
-Sends chat messages and returns text. Errors that pass (429, 5xx, time-outs, lost connections, replies that are no chat
-completion) are tried again, others (a wrong key, an unknown model) are not. The key is read from the environment when a
-request is made; it is kept in no field, no message and no log. Scores and caches are judge.py's.
+Sends chat messages and returns text. What comes back is a stranger's: every reply is read whole within a time and a
+size, rid of the key, and rebuilt from the few fields that are used (replies.py) before the openai client sees it. A
+reply that is no answer reaches the client as HTTP 502, one that does not come in time as 504, so that its own retries
+meet them like any other failure. The key is read from the environment when a client is made; it is in no message, no
+log and no file.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import functools
+import importlib
+import logging
+import math
 import os
-import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..utils.errors import UserError, require
+from ..utils.errors import UserError, needs
+from .background import Background
+from .replies import NoAnswer, complaint, completion, images, own_words, without
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_LONGEST = {"chat": 4 << 20, "images": 64 << 20}
+"""Most bytes of a reply, unpacked, by what was asked for."""
+_tries: contextvars.ContextVar[list[int]] = contextvars.ContextVar("tries")
+"""How often the request of this task was sent."""
 
 
 class EndpointError(RuntimeError):
@@ -30,6 +47,8 @@ class EndpointError(RuntimeError):
 class EndpointConfig:
     """Where to ask, and how patiently."""
 
+    RETIRED = tuple((name, "the openai client chooses its waits") for name in ("backoff", "backoff_limit"))
+
     model: str
     """The model's name at the endpoint, e.g. gpt-4o."""
     base_url: str | None = None
@@ -37,13 +56,9 @@ class EndpointConfig:
     key_env: str | None = "OPENAI_API_KEY"
     """The environment variable that holds the key. None: the endpoint wants none (a local server)."""
     timeout: float = 60.0
-    """Seconds one attempt may take to connect, to send, and between two bytes of the reply."""
+    """Seconds one attempt may take, from the connection to the last byte of the reply."""
     attempts: int = 5
-    """How often one request is tried before it is given up."""
-    backoff: float = 1.0
-    """Seconds before the second attempt; doubled each time, and shortened by chance to between half and all of it."""
-    backoff_limit: float = 30.0
-    """The longest wait in seconds, also where the server asks for more."""
+    """How often one request is tried before it is given up; the openai client chooses the waits between."""
     concurrency: int = 8
     """Requests under way at once."""
     max_tokens: int | None = 512
@@ -60,18 +75,16 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise UserError("model is empty: name the model the endpoint serves, e.g. gpt-4o")
-        for name, low in (("timeout", 0.0), ("backoff", -1e-9), ("backoff_limit", -1e-9)):
-            value = getattr(self, name)
-            if not low < value < float("inf"):
-                raise UserError(f"{name}={value}: must be a finite number of seconds {'> 0' if low == 0 else '≥ 0'}")
-        for name in ("attempts", "concurrency"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.timeout < math.inf:
+            raise UserError(f"timeout={self.timeout}: must be a finite number of seconds > 0")
+        for name, value in (("attempts", self.attempts), ("concurrency", self.concurrency)):
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
         if self.limit_field not in {"max_tokens", "max_completion_tokens"}:
             raise UserError(f"limit_field={self.limit_field!r}: must be max_tokens or max_completion_tokens")
-        for name in ("price_prompt", "price_completion"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name}={getattr(self, name)}: must be a finite price ≥ 0")
+        for name, price in (("price_prompt", self.price_prompt), ("price_completion", self.price_completion)):
+            if not 0 <= price < math.inf:
+                raise UserError(f"{name}={price}: must be a finite price ≥ 0")
 
 
 @dataclass
@@ -93,6 +106,32 @@ class Counters:
     seconds: list[float] = field(default_factory=list)
     """Latency of every answered request, its failed attempts and waits included."""
 
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        *,
+        answered: int = 0,
+        retried: int = 0,
+        failed: int = 0,
+        cached: int = 0,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+        cost: float = 0.0,
+        seconds: Sequence[float] = (),
+    ) -> None:
+        """Add to the counters; from any thread."""
+        with self._lock:
+            self.answered += answered
+            self.retried += retried
+            self.failed += failed
+            self.cached += cached
+            self.prompt_tokens += prompt_tokens
+            self.completion_tokens += completion_tokens
+            self.cost += cost
+            self.seconds.extend(seconds)
+
     def latency(self, share: float = 0.5) -> float:
         """The latency that `share` of the answered requests stayed within; 0 before the first one."""
         if not self.seconds:
@@ -102,9 +141,17 @@ class Counters:
 
     def summary(self) -> dict[str, float | int]:
         """Numbers for a log or a report."""
-        counts = {name: getattr(self, name) for name in ("answered", "retried", "failed", "cached")}
-        tokens = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
-        return {**counts, **tokens, "cost": self.cost, "p50_s": self.latency(0.5), "p95_s": self.latency(0.95)}
+        return {
+            "answered": self.answered,
+            "retried": self.retried,
+            "failed": self.failed,
+            "cached": self.cached,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cost": self.cost,
+            "p50_s": self.latency(0.5),
+            "p95_s": self.latency(0.95),
+        }
 
 
 @dataclass(frozen=True)
@@ -118,66 +165,41 @@ class Reply:
 
 
 class Endpoint:
-    """Sends chat messages to one model. Safe to use from several threads.
+    """Sends chat messages to one model. Safe to use from several threads."""
 
-    sleep, chance: the clock and the dice of the back-off, replaced by tests.
-    """
-
-    def __init__(
-        self,
-        config: EndpointConfig,
-        *,
-        sleep: Callable[[float], None] = time.sleep,
-        chance: Callable[[], float] = random.random,
-    ):
+    def __init__(self, config: EndpointConfig):
         self.config = config
         self.counters = Counters()
-        self._sleep, self._chance = sleep, chance
-        self._limit = threading.Semaphore(config.concurrency)
         self._lock = threading.Lock()
-        self._openai: Any = None
-        self._made: Any = None
+        self._made: AsyncOpenAI | None = None
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> Reply:
+    @property
+    def address(self) -> str | None:
+        """Where it asks; None for the client's own default."""
+        return self.config.base_url or os.environ.get("OPENAI_BASE_URL") or None
+
+    def chat(self, messages: Sequence[Mapping[str, object]], **more: object) -> Reply:
         """The reply to `messages` (role and content, as the endpoint wants them). Raises EndpointError, UserError.
 
         more: further fields of the request, e.g. ``temperature=1.0, seed=3``; they win over the configuration.
         """
-        client = self._client()
-        request = self.request(messages, **more)
+        request: Any = self.request(messages, **more)
         begin = time.monotonic()
-        why = ""
-        for attempt in range(self.config.attempts):
-            if attempt:
-                self.count(retried=1)
-            try:
-                with self._limit:
-                    made = client.chat.completions.create(**request)
-                text, sent, got = _read(made)
-            except _NoAnswer as error:
-                why, wait = str(error), 0.0
-            except self._openai.OpenAIError as error:
-                why, wait = self._without_key(_explain(error)), _retry_after(error)
-                if not _passes(error):
-                    self.count(failed=1)
-                    raise EndpointError(f"{self.config.model}: {why}") from None
-            except ValueError as error:  # a reply that claims to be JSON and is not
-                why, wait = self._without_key(f"a reply that cannot be read: {error}"), 0.0
-            else:
-                seconds = time.monotonic() - begin
-                cost = (sent * self.config.price_prompt + got * self.config.price_completion) / 1e6
-                self.count(answered=1, prompt_tokens=sent, completion_tokens=got, cost=cost)
-                with self._lock:
-                    self.counters.seconds.append(seconds)
-                return Reply(text, seconds, sent, got)
-            if attempt + 1 < self.config.attempts:
-                self._sleep(self._wait(attempt, wait))
-        self.count(failed=1)
-        raise EndpointError(f"{self.config.model}: {why} (given up after {self.config.attempts} attempts)")
+        made = self._ask(self.config.model, self._client().chat.completions.create(**request))
+        seconds, usage = time.monotonic() - begin, made.usage
+        sent, got = usage.prompt_tokens, usage.completion_tokens
+        cost = (sent * self.config.price_prompt + got * self.config.price_completion) / 1e6
+        self.counters.add(answered=1, prompt_tokens=sent, completion_tokens=got, cost=cost, seconds=[seconds])
+        return Reply(made.choices[0].message.content, seconds, sent, got)
 
-    def request(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+    def draw(self, model: str, prompt: str, n: int) -> list[str]:
+        """`n` images that `model` makes for `prompt`, each a base64 text. Raises EndpointError, UserError."""
+        asked = self._client().images.generate(model=model, prompt=prompt, n=n, response_format="b64_json")
+        return [str(image.b64_json) for image in self._ask(model, asked).data]
+
+    def request(self, messages: Sequence[Mapping[str, object]], **more: object) -> dict[str, object]:
         """The fields a request is made of; what a cache is keyed by."""
-        fields: dict[str, Any] = {"model": self.config.model, "messages": [dict(message) for message in messages]}
+        fields: dict[str, object] = {"model": self.config.model, "messages": [dict(message) for message in messages]}
         if self.config.max_tokens is not None:
             fields[self.config.limit_field] = self.config.max_tokens
         if self.config.temperature is not None:
@@ -191,17 +213,84 @@ class Endpoint:
         with ThreadPoolExecutor(min(self.config.concurrency, len(items))) as pool:
             return list(pool.map(function, items))
 
-    def _client(self) -> Any:
+    def _ask(self, model: str, request: Coroutine[object, object, object]) -> Any:
+        """What the client made of a request. Raises EndpointError, whatever went wrong."""
+        counted = [0]
+
+        async def asked() -> object:
+            _tries.set(counted)
+            return await request
+
+        try:
+            return _background().run(asked())
+        except Exception as error:  # the client's many kinds, and what a reply may do to it
+            self.counters.add(failed=1)
+            times = f" (given up after {counted[0]} attempts)" if counted[0] > 1 else ""
+            raise EndpointError(f"{model}: {without(self._key(), _explain(error))}{times}") from None
+        finally:
+            self.counters.add(retried=max(0, counted[0] - 1))
+
+    def _client(self) -> AsyncOpenAI:
         with self._lock:
             if self._made is None:
-                self._openai = require("openai", "judge")
-                self._made = self._openai.OpenAI(
-                    api_key=self._key() or "none",
-                    base_url=self.config.base_url,
-                    timeout=self.config.timeout,
-                    max_retries=0,  # retries are made here, where they are counted
-                )
+                self._made = _background().run(self._make())
             return self._made
+
+    async def _make(self) -> AsyncOpenAI:
+        with needs("judge"):
+            import openai
+        config, key = self.config, self._key()
+        for name in ("httpcore", "httpcore2"):  # at DEBUG they log the headers of replies, which may echo the key
+            logging.getLogger(name).setLevel(logging.INFO)
+        turns = asyncio.Semaphore(config.concurrency)
+
+        class Guarded(openai.DefaultAsyncHttpxClient):
+            """Reads replies whole, in time, and hands on what of them is used."""
+
+            async def send(self, request: Any, **options: Any) -> Any:  # as the client calls it
+                library = importlib.import_module(type(request).__module__.partition(".")[0])
+                kind = "images" if "/images/" in request.url.path else "chat"
+                _tries.get()[0] += 1
+                kept: dict[str, str] = {}
+                try:
+                    async with turns:
+                        status, headers, body = await asyncio.wait_for(self._whole(request, kind), config.timeout)
+                    if status == 200:
+                        clean = images(body, key) if kind == "images" else completion(body, key)
+                    else:
+                        clean, kept = complaint(body, key, headers)
+                except asyncio.TimeoutError:
+                    status, clean = 504, own_words(f"no answer in {config.timeout:g} s")
+                except NoAnswer as error:
+                    status, clean = 502, own_words(without(key, str(error)))
+                except library.RequestError:  # the connection: the client tries again by itself
+                    raise
+                except Exception as error:  # a reply that breaks the library which reads it
+                    status, clean = 502, own_words(f"a reply that cannot be read ({type(error).__name__})")
+                kept["content-type"] = "application/json"
+                return library.Response(status, headers=kept, content=clean, request=request)
+
+            async def _whole(self, request: Any, kind: str) -> tuple[int, dict[str, str], bytes]:
+                request.headers["accept-encoding"] = "identity"
+                response = await super().send(request, stream=True, follow_redirects=False)
+                try:
+                    parts, size = [], 0
+                    async for part in response.aiter_bytes():
+                        parts.append(part)
+                        size += len(part)
+                        if size > _LONGEST[kind]:
+                            raise NoAnswer(f"a reply of more than {_LONGEST[kind] >> 20} MiB")
+                    return response.status_code, dict(response.headers), b"".join(parts)
+                finally:
+                    await response.aclose()
+
+        return openai.AsyncOpenAI(
+            api_key=key or "none",
+            base_url=self.config.base_url,
+            timeout=self.config.timeout,
+            max_retries=self.config.attempts - 1,
+            http_client=Guarded(),
+        )
 
     def _key(self) -> str:
         name = self.config.key_env
@@ -215,58 +304,19 @@ class Endpoint:
             )
         return key
 
-    def _without_key(self, text: str) -> str:
-        key = os.environ.get(self.config.key_env, "").strip() if self.config.key_env else ""
-        return text.replace(key, "[key]") if key else text
 
-    def _wait(self, attempt: int, asked: float) -> float:
-        """Seconds before the next attempt: the doubled back-off by chance, or what the server asked for if longer."""
-        grown = self.config.backoff * 2.0**attempt * (0.5 + 0.5 * self._chance())
-        return min(self.config.backoff_limit, max(grown, asked))
-
-    def count(self, **by: float) -> None:
-        """Add to the counters by name."""
-        with self._lock:
-            for name, amount in by.items():
-                setattr(self.counters, name, getattr(self.counters, name) + amount)
+@functools.cache
+def _background() -> Background:
+    """The thread in which requests to endpoints are under way."""
+    return Background("endpoints")
 
 
-class _NoAnswer(Exception):
-    """A reply without an answer in it."""
-
-
-def _read(made: Any) -> tuple[str, int, int]:
-    """(text, prompt tokens, completion tokens) of a chat completion."""
-    choices = getattr(made, "choices", None)
-    if not choices:
-        raise _NoAnswer("the reply holds no choices: is this a chat completions endpoint?")
-    text = choices[0].message.content
-    if not isinstance(text, str):
-        raise _NoAnswer(f"the reply holds no text (finish_reason {choices[0].finish_reason})")
-    usage = getattr(made, "usage", None)
-    return text, int(getattr(usage, "prompt_tokens", 0) or 0), int(getattr(usage, "completion_tokens", 0) or 0)
-
-
-def _passes(error: Any) -> bool:
-    """Whether the same request may succeed later."""
-    status = getattr(error, "status_code", None)
-    if status is None:
-        return True  # the connection: refused, lost, timed out
-    if getattr(error, "code", None) == "insufficient_quota":
-        return False
-    return status in {408, 409, 425, 429} or status >= 500
-
-
-def _explain(error: Any) -> str:
-    status = getattr(error, "status_code", None)
+def _explain(error: Exception) -> str:
+    """What happened, in a line: the reply's own words, or the connection's."""
+    with needs("judge"):
+        import openai
+    if isinstance(error, openai.APIStatusError):
+        said = error.body.get("message") if isinstance(error.body, dict) else None
+        return f"HTTP {error.status_code}: {said or error.message}"
     cause = f" ({error.__cause__})" if error.__cause__ is not None and str(error.__cause__) else ""
-    return f"HTTP {status}: {error}" if status is not None else f"{type(error).__name__}: {error}{cause}"
-
-
-def _retry_after(error: Any) -> float:
-    """Seconds the server asks to wait, 0 where it does not say."""
-    response = getattr(error, "response", None)
-    try:
-        return max(0.0, float(response.headers.get("retry-after", 0))) if response is not None else 0.0
-    except ValueError:
-        return 0.0  # a date: the back-off decides
+    return f"{type(error).__name__}: {error}{cause}"

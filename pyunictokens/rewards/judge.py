@@ -1,4 +1,4 @@
-"""A remote judge: a model behind an OpenAI-compatible endpoint looks at pictures and texts and gives a score.
+"""A remote judge: a model behind an OpenAI-compatible endpoint looks at images and texts and gives a score.
 
 Used for the GPT metrics of the evaluation and, as :class:`JudgeReward`, as one more reward model. Here are the
 question's form, the strict reading of the answer and the cache on disk; endpoint.py has the key and the counters.
@@ -18,7 +18,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +29,21 @@ from .base import RewardBatch, check_pixels
 from .endpoint import Counters, Endpoint, EndpointConfig, EndpointError
 from .registry import register
 
-_FENCE = re.compile(r"^```(?:json)?\s*\n(.*?)\n?```$", re.DOTALL)
+_LONG = 300
+"""Longest line in which a score is looked for: what the pattern takes grows with the square of the line."""
 _LINE = re.compile(r"^\W*score\W*?[:=]\W*?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?\W*$", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+Message = dict[str, object]
+"""A turn of a chat, as the endpoint wants it."""
 
 
 @dataclass(frozen=True)
 class JudgeConfig(EndpointConfig):
     """An endpoint that is asked for scores."""
 
+    RETIRED = EndpointConfig.RETIRED
     low: float = 0.0
     """The worst score the model may give."""
     high: float = 10.0
@@ -48,15 +53,15 @@ class JudgeConfig(EndpointConfig):
     cache: str | None = None
     """Folder in which answers are kept, keyed by all that was asked; None keeps none."""
     image_side: int = 768
-    """Pictures are made smaller until their longer side has at most this many pixels."""
+    """Images are made smaller until their longer side has at most this many pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise UserError(f"low={self.low}, high={self.high}: must be finite, low below high")
-        for name in ("answers", "image_side"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, value in (("answers", self.answers), ("image_side", self.image_side)):
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class JudgeItem:
 
     question: str
     images: Sequence[Tensor] = ()
-    """Pictures [3, H, W] in [-1, 1], shown in this order before the question."""
+    """Images [3, H, W] in [-1, 1], shown in this order before the question."""
     name: str = ""
     """What the item is called in error lists; not sent."""
 
@@ -102,7 +107,7 @@ class Judge:
     def score(self, items: Sequence[JudgeItem]) -> list[JudgeScore]:
         """One score an item, in order. Equal items are asked once.
 
-        Raises UserError for an item that is no question (no text, no picture tensor) and where the key is missing;
+        Raises UserError for an item that is no question (no text, no image tensor) and where the key is missing;
         whatever the endpoint does ends in `JudgeScore.error`.
         """
         asked = [self._messages(item) for item in items]
@@ -111,11 +116,11 @@ class Judge:
         found = dict(zip(first, self.endpoint.map(self._one, list(first.items())), strict=True))
         return [found[key] for key in keys]
 
-    def _one(self, question: tuple[str, list[dict[str, Any]]]) -> JudgeScore:
+    def _one(self, question: tuple[str, list[Message]]) -> JudgeScore:
         key, messages = question
         kept = self._read(key)
         if kept is not None:
-            self.endpoint.count(cached=1)
+            self.endpoint.counters.add(cached=1)
             return kept
         seconds, raw, why = 0.0, "", ""
         turns = list(messages)
@@ -146,7 +151,7 @@ class Judge:
             f'{{"reason": "one short sentence", "score": a number from {low} (worst) to {high} (best)}}'
         )
 
-    def _messages(self, item: JudgeItem) -> list[dict[str, Any]]:
+    def _messages(self, item: JudgeItem) -> list[Message]:
         if not item.question.strip():
             raise UserError(f"{item.name or 'an item'}: the question is empty: say what is to be judged")
         text = {"type": "text", "text": f"{item.question.strip()}\n\n{self._form()}"}
@@ -155,8 +160,8 @@ class Judge:
 
     # --- the cache: one small file an answer, named by a digest of the whole request -------------------------------
 
-    def _key(self, messages: list[dict[str, Any]]) -> str:
-        request = {"at": self.config.base_url, **self.endpoint.request(messages)}
+    def _key(self, messages: list[Message]) -> str:
+        request = {"at": self.endpoint.address, **self.endpoint.request(messages)}
         return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def _read(self, key: str) -> JudgeScore | None:
@@ -181,24 +186,21 @@ def parse_score(text: str, low: float, high: float) -> tuple[float, str]:
     Taken are a JSON object with a number under "score" (also inside a code fence), exactly one line "Score: 7" or
     "Score: 7/10", or an answer that is a number alone. Nothing is guessed from prose.
     """
-    plain = text.strip()
-    fenced = _FENCE.match(plain)
-    body = fenced[1].strip() if fenced else plain
-    reason = ""
-    score: Any
+    body, reason = _unfenced(text.strip()), ""
     if body.startswith("{"):
         try:
-            made = json.loads(body)
-        except ValueError as error:
-            raise UserError(f"the answer is no valid JSON: {error}") from None
-        score = made.get("score")
-        reason = str(made.get("reason", ""))
-        if isinstance(score, bool) or not isinstance(score, (int, float)):
-            raise UserError(f"the answer's score is {score!r}: must be a number")
-    elif _NUMBER.fullmatch(body):
+            made: dict[str, object] = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the answer is no valid JSON: {str(error)[:200]}") from None
+        found_score, reason = made.get("score"), str(made.get("reason", ""))
+        if isinstance(found_score, bool) or not isinstance(found_score, (int, float)):
+            raise UserError(f"the answer's score is {found_score!r:.80}: must be a number")
+        score = float(found_score) if abs(found_score) < 1e300 else math.inf
+    elif len(body) <= _LONG and _NUMBER.fullmatch(body):
         score = float(body)
     else:
-        found = [match for match in map(_LINE.match, body.splitlines()) if match]
+        lines = (line.strip() for line in body.splitlines())
+        found = [match for line in lines if len(line) <= _LONG and (match := _LINE.match(line))]
         if len(found) != 1:
             shown = body if len(body) <= 80 else body[:77] + "…"
             raise UserError(f"the answer holds {len(found)} scores, must hold one: {shown!r}")
@@ -210,16 +212,24 @@ def parse_score(text: str, low: float, high: float) -> tuple[float, str]:
     return float(score), reason
 
 
+def _unfenced(text: str) -> str:
+    """The inside of a code fence, where the whole text is one."""
+    first, _, rest = text.partition("\n")
+    if first.strip() not in {"```", "```json"} or not rest.endswith("```"):
+        return text
+    return rest[:-3].strip()
+
+
 def data_url(pixels: Tensor, longest: int = 768) -> str:
-    """A picture [3, H, W] in [-1, 1] as a data URL (PNG), made smaller to `longest` pixels where it is larger."""
+    """An image [3, H, W] in [-1, 1] as a data URL (PNG), made smaller to `longest` pixels where it is larger."""
     with needs("judge"):
         from PIL import Image
 
     if not isinstance(pixels, Tensor) or pixels.ndim != 3:
         found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise UserError(f"a judge's picture: {found}: must be a tensor [3, H, W]")
+        raise UserError(f"a judge's image: {found}: must be a tensor [3, H, W]")
     image = pixels.detach()[None].float()
-    check_pixels(image, "a judge's picture")
+    check_pixels(image, "a judge's image")
     high, wide = image.shape[-2:]
     if max(high, wide) > longest:
         size = (max(1, round(high * longest / max(high, wide))), max(1, round(wide * longest / max(high, wide))))
@@ -234,6 +244,7 @@ def data_url(pixels: Tensor, longest: int = 768) -> str:
 class JudgeRewardConfig(JudgeConfig):
     """A judge as a reward model."""
 
+    RETIRED = EndpointConfig.RETIRED
     question: str | None = None
     """What is asked; ``{prompt}`` stands for the image's prompt."""
     photos: int = 1
@@ -268,7 +279,7 @@ class JudgeReward:
         """Scores [R] in [0, 1]. Raises UserError naming the first row without a score."""
         shown = list(batch.references[: self.photos])
         items = [
-            JudgeItem(self.question.replace("{prompt}", prompt), [*shown, image], f"row {row}")
+            JudgeItem(self.question.replace("{prompt}", prompt), [*shown, image], f"image {row}")
             for row, (image, prompt) in enumerate(zip(batch.images, batch.prompts, strict=True))
         ]
         values: list[float] = []

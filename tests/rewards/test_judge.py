@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunictokens.rewards import Ensemble, RewardBatch
-from pyunictokens.rewards.endpoint import Endpoint, EndpointConfig, EndpointError
+from pyunictokens.rewards.endpoint import EndpointError
 from pyunictokens.rewards.judge import Judge, JudgeConfig, JudgeItem, JudgeReward, data_url, parse_score
 from pyunictokens.utils.errors import UserError
 
@@ -41,10 +43,15 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
 
-def judge(server: JudgeServer, waits: list[float] | None = None, **changes: Any) -> Judge:
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The openai client's first wait is half a second; its growth is its own business."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+
+
+def judge(server: JudgeServer, **changes: Any) -> Judge:
     settings = {"model": "m", "base_url": server.url, "key_env": "JUDGE_KEY", "timeout": 5.0, **changes}
-    config = JudgeConfig(**settings)
-    return Judge(config, Endpoint(config, sleep=(waits if waits is not None else []).append, chance=lambda: 1.0))
+    return Judge(JudgeConfig(**settings))
 
 
 # --- asking --------------------------------------------------------------------------------------------------------
@@ -119,42 +126,43 @@ def test_counters(server: JudgeServer) -> None:
     assert 0 < found["p50_s"] <= found["p95_s"] < 5
 
 
+def _said(text: str, **more: Any) -> bytes:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}], **more}).encode()
+
+
 # --- an endpoint that misbehaves -----------------------------------------------------------------------------------
 
 
-def test_what_passes_is_tried_again_with_growing_waits(server: JudgeServer) -> None:
-    server.script("500", "hang_up", "not_json", "no_choices", "ok")
-    waits: list[float] = []
-    score = judge(server, waits, attempts=5, backoff=0.5, backoff_limit=3.0).score([JudgeItem("q")])[0]
-    assert score.value == 0.7
-    assert waits == [0.5, 1.0, 2.0, 3.0]  # doubled, then at the limit
-
-
-def test_jitter_shortens_the_wait_by_up_to_half(server: JudgeServer) -> None:
-    waits: list[float] = []
-    dice = iter([0.0, 0.5, 1.0])
-    config = EndpointConfig("m", server.url, "JUDGE_KEY", attempts=4, backoff=1.0)
+def test_what_passes_is_tried_again(server: JudgeServer) -> None:
+    server.script("500", "hang_up", "not_json", "no_choices", "429", "ok")
+    asked = judge(server, attempts=6)
+    assert asked.score([JudgeItem("q")])[0].value == 0.7
+    assert asked.counters.retried == 5 and asked.counters.answered == 1 and asked.counters.failed == 0
     server.always = "500"
-    with pytest.raises(EndpointError, match=r"HTTP 500.*given up after 4 attempts"):
-        Endpoint(config, sleep=waits.append, chance=lambda: next(dice)).chat([{"role": "user", "content": "q"}])
-    assert waits == [0.5, 1.5, 4.0]
+    with pytest.raises(EndpointError, match=r"m: HTTP 500: failed for Bearer \[key\] \(given up after 3 attempts\)"):
+        judge(server, attempts=3).endpoint.chat([{"role": "user", "content": "q"}])
 
 
-def test_a_429_waits_as_long_as_it_asks_but_not_for_ever(server: JudgeServer) -> None:
-    for asked, expected in (("7", 7.0), ("900", 30.0), (None, 1.0), ("Wed, 21 Oct 2099 07:28:00 GMT", 1.0)):
-        server.retry_after = asked
-        server.script("429")
-        waits: list[float] = []
-        assert judge(server, waits).score([JudgeItem(f"q{asked}")])[0].value == 0.7
-        assert waits == [expected], asked
-
-
-def test_a_server_too_slow_is_given_up(server: JudgeServer) -> None:
-    server.always, server.delay = "slow", 3.0
+def test_a_429_waits_as_long_as_it_asks(server: JudgeServer) -> None:
+    server.retry_after = "0.3"
+    server.script("429")
     begin = time.monotonic()
-    score = judge(server, timeout=0.15, attempts=2).score([JudgeItem("q")])[0]
-    assert score.value is None and "APITimeoutError" in str(score.error) and "2 attempts" in str(score.error)
-    assert time.monotonic() - begin < 2
+    assert judge(server).score([JudgeItem("q")])[0].value == 0.7
+    assert 0.3 <= time.monotonic() - begin < 5
+    server.retry_after = "90000"  # longer than anybody waits
+    server.always = "429"
+    score = judge(server).score([JudgeItem("q2")])[0]
+    assert "HTTP 429: too many requests" in str(score.error) and "attempts" not in str(score.error)
+
+
+@pytest.mark.parametrize("behaviour", ["slow", "drip"])
+def test_a_server_too_slow_is_given_up(server: JudgeServer, behaviour: str) -> None:
+    """Also one that sends a byte now and then: the time is that of the whole attempt."""
+    server.always, server.delay = behaviour, 3.0
+    begin = time.monotonic()
+    score = judge(server, timeout=0.3, attempts=2).score([JudgeItem("q")])[0]
+    assert score.value is None and "HTTP 504: no answer in 0.3 s (given up after 2 attempts)" in str(score.error)
+    assert time.monotonic() - begin < 2.5
 
 
 def test_a_slow_server_within_the_time_is_waited_for(server: JudgeServer) -> None:
@@ -168,10 +176,9 @@ def test_no_server_at_all() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = JudgeConfig("m", f"http://127.0.0.1:{port}/v1", "JUDGE_KEY", attempts=3)
-    waits: list[float] = []
-    score = Judge(config, Endpoint(config, sleep=waits.append)).score([JudgeItem("q")])[0]
-    assert score.value is None and "APIConnectionError" in str(score.error) and len(waits) == 2
+    asked = Judge(JudgeConfig("m", f"http://127.0.0.1:{port}/v1", "JUDGE_KEY", attempts=3))
+    score = asked.score([JudgeItem("q")])[0]
+    assert score.value is None and "APIConnectionError" in str(score.error) and asked.counters.retried == 2
 
 
 def test_a_refused_key_is_not_tried_again_and_not_shown(server: JudgeServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -190,6 +197,140 @@ def test_the_key_is_nowhere_on_disk(server: JudgeServer, tmp_path: Path) -> None
     judge(server, cache=str(tmp_path)).score([JudgeItem("q")])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 1 and all(KEY not in path.read_text() for path in files)
+
+
+def echoes(key: str) -> list[str]:
+    """What a careless or curious server may make of an Authorization header."""
+    bare = key.removeprefix("Bearer ")
+    coded = [base64.b64encode((ahead + key).encode()).decode() for ahead in ("", "a", "ab")]
+    return [key, bare, *coded, coded[1].replace("+", "-").replace("/", "_"), quote(bare, safe=""), bare.encode().hex()]
+
+
+def spellings(key: str) -> list[str]:
+    """Texts of which none may be kept: the key, and what can be turned back into it."""
+    parts = [base64.b64encode(b" " * n + key.encode()).decode()[4:-8] for n in range(3)]
+    return [key, *parts, quote(key, safe=""), key.encode().hex()]
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_a_reply_that_echoes_the_key_keeps_nothing_of_it(
+    server: JudgeServer, tmp_path: Path, which: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Successful ones too: in the text, in the reason, in the cache, in errors and in logs."""
+    secret = "sk+very/secret=0123456789~ABC"
+    monkeypatch.setenv("JUDGE_KEY", secret)
+    caplog.set_level(logging.DEBUG)
+
+    def body(key: str) -> bytes:
+        text = json.dumps({"score": 5, "reason": f"<<{echoes(key)[which]}>>"})
+        return json.dumps({"choices": [{"message": {"content": text}}], "id": key, "model": key}).encode()
+
+    server.always, server.raw = "raw", body
+    server.raw_headers = {"x-request-id": secret}
+    score = judge(server, cache=str(tmp_path)).score([JudgeItem("q")])[0]
+    assert score.value == 0.5 and "[key]" in score.reason
+    said = [repr(score), caplog.text, *(path.read_text() for path in tmp_path.rglob("*.json"))]
+    server.raw = lambda key: json.dumps({"choices": [{"message": {"content": f"no {echoes(key)[which]}"}}]}).encode()
+    bad = judge(server).score([JudgeItem("q2")])[0]
+    said += [repr(bad), caplog.text]
+    assert bad.value is None and len(said) == 5
+    for text in said:
+        for spelling in spellings(secret):
+            assert spelling not in text, (spelling, text)
+
+
+ODD: dict[str, bytes] = {
+    "a score of 400 digits": _said('{"score": 1' + "0" * 400 + "}"),
+    "a score of 5000 digits": _said('{"score": 1' + "0" * 5000 + "}"),
+    "an answer nested deeply": _said('{"score": ' + "[" * 30000 + "]" * 30000 + "}"),
+    "a lone surrogate": b'{"choices": [{"message": {"content": "\\ud800 score"}}]}',
+    "a reply nested deeply": b'{"choices": ' + b"[" * 200000 + b"]" * 200000 + b"}",
+    "choices as text": b'{"choices": "none"}',
+    "choices as a table": b'{"choices": {"0": 1}}',
+    "a choice as a number": b'{"choices": [3]}',
+    "no message": b'{"choices": [{"message": null}]}',
+    "no content": b'{"choices": [{"message": {"content": null}}]}',
+    "content as parts": b'{"choices": [{"message": {"content": [{"type": "text", "text": "7"}]}}]}',
+    "a list": b"[]",
+    "a number of 5000 digits": b"1" * 5000,
+    "not UTF-8": b"\xff\xfe\x00",
+    "nothing": b"",
+    "usage of odd kinds": _said("no score", usage={"prompt_tokens": "x", "completion_tokens": -3}),
+    "usage too large": _said("no score", usage={"prompt_tokens": 10**300}),
+    "colons for a quadratic pattern": _said("score" + ":" * 50000),
+    "stars for a quadratic pattern": _said("\n".join("*" * 5000 + "score" + "*" * 5000 for _ in range(20))),
+    "fences for a quadratic pattern": _said("```" + "\n" * 100000 + "`"),
+    "more than fits": _said("x" * (5 << 20)),
+}
+"""Replies of HTTP 200 in which there is no score."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_reply_of_any_shape_costs_its_item_alone(server: JudgeServer, tmp_path: Path, name: str) -> None:
+    server.raw = ODD[name]
+    server.answer = lambda request: '{"score": 4}'
+    begin = time.monotonic()
+    server.script(*["raw"] * 4)
+    asked = judge(server, attempts=2, concurrency=1, cache=str(tmp_path))
+    odd, good = asked.score([JudgeItem("odd"), JudgeItem("good")])
+    while good.value is None:  # an answer that is text is asked for twice, and has used up less of the script
+        good = asked.score([JudgeItem("good")])[0]
+    assert odd.value is None and odd.error, odd
+    assert good.value == 0.4
+    json.dumps(odd.error).encode()
+    (odd.error + odd.raw).encode("utf-8")
+    assert time.monotonic() - begin < 20
+
+
+def test_a_reply_packed_to_blow_up_is_not_unpacked_whole(server: JudgeServer) -> None:
+    server.raw = gzip.compress(_said("y" * (12 << 20)), compresslevel=1)
+    server.raw_headers = {"Content-Encoding": "gzip"}
+    server.always = "raw"
+    score = judge(server, attempts=1).score([JudgeItem("q")])[0]
+    assert score.value is None and "more than 4 MiB" in str(score.error)
+
+
+def test_a_spent_quota_is_not_asked_again(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyunictokens.rewards import replies
+
+    body, headers = replies.complaint(
+        b'{"error": {"message": "spent", "code": "insufficient_quota"}}', "", {"retry-after": "3", "set-cookie": "x"}
+    )
+    assert (
+        headers == {"retry-after": "3", "x-should-retry": "false"} and json.loads(body)["error"]["message"] == "spent"
+    )
+
+
+def test_the_fake_server_refuses_what_a_real_one_refuses(server: JudgeServer) -> None:
+    turn = {"role": "user", "content": "q"}
+    for wrong in (
+        {"messages": []},
+        {"messages": [{"role": "judge", "content": "q"}]},
+        {"messages": [{"role": "user", "content": ""}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc"}}]}]},
+        {"messages": [turn], "temperature": 3},
+        {"messages": [turn], "max_tokens": 0},
+        {"messages": [turn], "max_completion_tokens": 5},
+    ):
+        with pytest.raises(EndpointError, match="HTTP 400"):
+            judge(server).endpoint.chat(wrong.pop("messages"), **wrong)  # type: ignore[arg-type]
+    assert server.requests == []
+
+
+def test_the_cache_minds_where_it_asks(server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with JudgeServer('{"score": 1}') as other:
+        assert judge(server, cache=str(tmp_path)).score([JudgeItem("q")])[0].value == 0.7
+        assert judge(other, cache=str(tmp_path)).score([JudgeItem("q")])[0].value == 0.1
+        for url, value in ((server.url, 0.7), (other.url, 0.1)):  # the same by the environment
+            monkeypatch.setenv("OPENAI_BASE_URL", url)
+            assert judge(server, base_url=None, cache=str(tmp_path)).score([JudgeItem("q")])[0].value == value
+
+
+def test_settings_of_the_version_before_are_read() -> None:
+    from pyunictokens.config.settings import from_mapping
+
+    with pytest.warns(UserWarning, match="is left out: the openai client chooses its waits"):
+        assert from_mapping(JudgeConfig, {"model": "m", "backoff": 2.0, "backoff_limit": 9}).model == "m"
 
 
 def test_a_missing_key_names_the_variable(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +468,6 @@ def test_json_answers_come_back_exactly(score: float, reason: str) -> None:
         ({"model": " "}, "model is empty"),
         ({"timeout": 0}, "timeout=0: must be"),
         ({"timeout": float("nan")}, "timeout=nan"),
-        ({"backoff": -1}, "backoff=-1"),
         ({"attempts": 0}, "attempts=0: must be at least 1"),
         ({"concurrency": 0}, "concurrency=0"),
         ({"answers": 0}, "answers=0"),
@@ -347,7 +487,7 @@ def test_bad_items(server: JudgeServer) -> None:
     with pytest.raises(UserError, match="card 3: the question is empty"):
         judge(server).score([JudgeItem("  ", name="card 3")])
     for wrong in (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4, 3), torch.full((3, 4, 4), 2.0), "a.png"):
-        with pytest.raises(UserError, match="a judge's picture"):
+        with pytest.raises(UserError, match="a judge's image"):
             judge(server).score([JudgeItem("q", [wrong])])  # type: ignore[list-item]
     assert server.requests == []
 
@@ -365,7 +505,7 @@ def test_the_judge_as_a_reward(server: JudgeServer) -> None:
 def test_a_row_the_judge_cannot_score_stops_the_step(server: JudgeServer) -> None:
     server.answer = lambda request: "99" if "snow" in str(request["messages"][0]) else "2"
     expert = JudgeReward(judge(server), photos=0)
-    with pytest.raises(UserError, match=r"reward model 'judge': the judge gave no score for row 1: .*99"):
+    with pytest.raises(UserError, match=r"reward model 'judge': the judge gave no score for image 1: .*99"):
         Ensemble({"judge": expert}, weights={"judge": 1}).score(RewardBatch(flat((0, 0, 0), (0, 0, 0)), ["a", "snow"]))
     with pytest.raises(UserError, match=r"must hold \{prompt\}"):
         JudgeReward(judge(server), question="How good?")

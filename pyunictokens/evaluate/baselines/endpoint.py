@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,19 +19,20 @@ from torch import Tensor
 from ...data.images import fit_within, from_pil, square
 from ...rewards.endpoint import Endpoint, EndpointConfig, EndpointError
 from ...rewards.judge import data_url
-from ...utils.errors import UserError, needs, require
+from ...utils.errors import UserError, needs
 from ..core import Unsupported
 from ..tasks import Subject
 from .prompts import described, pointed, references, told
 
 if TYPE_CHECKING:
-    from openai import OpenAI
     from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class RemoteConfig(EndpointConfig):
     """An endpoint as a contestant."""
+
+    RETIRED = EndpointConfig.RETIRED
 
     image_model: str = ""
     """The model asked for images; empty means that it generates none."""
@@ -68,32 +68,11 @@ class Remote:
         """`n` images, squares of one size. The endpoint decides its own noise: the seed is not sent."""
         if not self.config.image_model:
             raise Unsupported(f"{self.config.model}: no image model was named")
-        openai = require("openai", "judge")
         try:
-            made = self._openai().images.generate(
-                model=self.config.image_model,
-                prompt=described(self.subject, prompt),
-                n=n,
-                response_format="b64_json",
-            )
-        except openai.APIStatusError as error:
-            raise UserError(f"{self.config.image_model}: no image (HTTP {error.status_code})") from None
-        except openai.OpenAIError as error:
-            raise UserError(f"{self.config.image_model}: no image ({type(error).__name__})") from None
-        return _stacked([_decoded(image.b64_json or "") for image in made.data or []], n)
-
-    def _openai(self) -> OpenAI:
-        """A client for images; its own retries are enough for them."""
-        key = os.environ.get(self.config.key_env, "").strip() if self.config.key_env else ""
-        if self.config.key_env and not key:
-            raise UserError(f"{self.config.key_env} is not set: the key comes from the environment")
-        client: OpenAI = require("openai", "judge").OpenAI(
-            api_key=key or "none",
-            base_url=self.config.base_url,
-            timeout=self.config.timeout,
-            max_retries=self.config.attempts - 1,
-        )
-        return client
+            made = self.endpoint.draw(self.config.image_model, described(self.subject, prompt), n)
+        except EndpointError as error:
+            raise UserError(f"no image: {error}") from None
+        return _stacked([_decoded(image) for image in made], n)
 
 
 def _decoded(data: str) -> Image:
