@@ -12,7 +12,12 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3.12}
 TARGET=${TARGET:-90a-real}
 TOOLS=${TOOLS:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-PYTHON=$("$PYTHON" -c 'import sys; print(sys.executable)')
+for candidate in "$PYTHON" "$HOME"/.pyenv/versions/"${PYTHON#python}"*/bin/python; do # a shim may be there and not run
+  found=$("$candidate" -c 'import sys; print(sys.executable)' 2>/dev/null) && break
+done
+[ -n "${found:-}" ] || { echo "$PYTHON: does not run here; set PYTHON to the interpreter whose core is wanted"; exit 1; }
+PYTHON=$found
+TOOLS=$(cd "$(dirname "$(command -v "$TOOLS")")" && pwd)/$(basename "$TOOLS")
 NVCC=${NVCC:-$("$TOOLS" -c 'from benchmarks.gpu import find_nvcc; print(find_nvcc() or "")')}
 [ -n "$NVCC" ] || { echo "nvcc: not on the PATH, in CUDA_HOME or under /usr/local/cuda*; set NVCC"; exit 1; }
 
