@@ -12,8 +12,8 @@ import sys
 import typer
 
 from ..utils.signals import ENDS_WITH_STDIN, end_with_parent
-from . import bench, data, demo, doctor, evaluate, generate, reinforce, train
-from . import rewards_server as experts
+from . import bench, data, demo, doctor, evaluate, evaluate_table, generate, reinforce, train
+from . import rewards_server as rewards
 from .shell import guarded, print_anything, show_warnings_briefly
 
 app = typer.Typer(
@@ -31,9 +31,11 @@ app.command("reinforce")(guarded(reinforce.reinforce))
 app.command("generate")(guarded(generate.generate))
 app.command("understand")(guarded(generate.understand))
 app.add_typer(evaluate.app, name="evaluate")
+app.command("compare")(guarded(evaluate_table.compare))
 app.command("bench", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(guarded(bench.bench))
 app.add_typer(data.app, name="data")
-app.add_typer(experts.app, name="experts")
+app.add_typer(rewards.app, name="rewards")
+app.add_typer(rewards.app, name="experts", hidden=True)  # what it was called before
 app.command("doctor")(guarded(doctor.doctor))
 
 

@@ -144,7 +144,7 @@ def compare(
 
     Examples:
 
-        pyunictokens evaluate compare tables/before tables/after
+        pyunictokens compare tables/before tables/after
 
         pyunictokens evaluate compare tables/bo tables/bo --model-a "Show-o + TP" --model-b ours
 

@@ -1,4 +1,4 @@
-"""`pyunictokens generate` and `pyunictokens understand`: draw with a model, ask it about a picture.
+"""`pyunictokens generate` and `pyunictokens understand`: draw with a model, ask it about an image.
 
 Drawing may reason first: the model is shown the concept's facts and the prompt, answers with the fact that fits, and
 draws from both (paper, equations 2 to 4). Sampling is `rollout`'s business.
@@ -51,10 +51,10 @@ ConceptOption = Annotated[
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How pictures and answers are sampled."""
+    """How images and answers are sampled."""
 
     timesteps: int = 50
-    """MaskGIT timesteps of a picture."""
+    """MaskGIT timesteps of an image."""
     guidance_scale: float = 5.0
     """Classifier-free guidance; 0 turns it off."""
     temperature: float = 1.0
@@ -153,9 +153,9 @@ def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Argument(help='What to draw, as in "A photo of `<bo>` on the beach."')],
     overrides: OverridesArgument = None,
-    number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many pictures.")] = 1,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many images.")] = 1,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The grid; single pictures get _0, _1, … in their names.")
+        Path, typer.Option("--out", "-o", help="The grid; single images get _0, _1, … in their names.")
     ] = Path("out.png"),
     use_reason: Annotated[
         bool, typer.Option("--reason", help="Ask first which fact of the concept the prompt means, then draw.")
@@ -171,7 +171,7 @@ def generate(
     seed: SeedOption = 0,
     profile: ProfileOption = None,
 ) -> None:
-    """Draw pictures from a prompt, with what a run has learned or with the bare model (RUN = base).
+    """Draw images from a prompt, with what a run has learned or with the bare model (RUN = base).
 
     Settings: timesteps, guidance_scale, temperature, schedule; with --reason also max_new_tokens, answer_temperature,
     top_k.
@@ -233,7 +233,7 @@ def generate(
 
 def understand(
     run: RunArgument,
-    image: Annotated[Path, typer.Argument(help="A picture file.")],
+    image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help='As in "What colour is `<bo>`?"')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many answers to sample.")] = 1,
@@ -246,7 +246,7 @@ def understand(
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
 ) -> None:
-    """Ask a question about a picture and print the answer.
+    """Ask a question about an image and print the answer.
 
     Settings: max_new_tokens, answer_temperature, top_k. More than one answer (-n) is sampled at temperature 1 unless
     answer_temperature says otherwise.
@@ -255,7 +255,7 @@ def understand(
 
         pyunictokens understand runs/bo photo.png "What colour is <bo>?"
 
-        pyunictokens understand base photo.png "What is in the picture?" -n 3 answer_temperature=0.7
+        pyunictokens understand base photo.png "What is in the image?" -n 3 answer_temperature=0.7
     """
     from ..data.images import load_pixels
     from ..models.bundle import Sources

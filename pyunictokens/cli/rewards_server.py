@@ -1,4 +1,4 @@
-"""`pyunictokens experts serve`: reward models in a process of their own, for any number of trainers.
+"""`pyunictokens rewards serve`: reward models in a process of their own, for any number of trainers.
 
 Reads the same settings as `train --rewards`; serving is done by `pyunictokens.rewards.served.server`.
 """
@@ -44,9 +44,9 @@ def serve(
 
     Examples:
 
-        pyunictokens experts serve --device cuda:1
+        pyunictokens rewards serve --device cuda:1
 
-        pyunictokens experts serve --rewards rewards.yaml --host 0.0.0.0 --port 7000 --device cuda
+        pyunictokens rewards serve --rewards rewards.yaml --host 0.0.0.0 --port 7000 --device cuda
     """
     from ..models.bundle import Sources
     from ..rewards.served.messages import read_key

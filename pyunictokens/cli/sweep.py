@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..runs.sweep_results import Row
 
 
-def train_many(
+def train_sweep(
     root: Path | None,
     concepts: str,
     out: Path | None,

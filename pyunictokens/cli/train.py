@@ -112,7 +112,7 @@ def train(
     ] = None,
     profile: ProfileOption = None,
 ) -> None:
-    """Learn a concept's tokens from its folder, then improve answers and pictures by reinforcement.
+    """Learn a concept's tokens from its folder, then improve answers and images by reinforcement.
 
     Settings have three sections: stages, grpo, evaluation (docs/training.md lists them). A run's config.yaml is a valid
     --config.
@@ -143,7 +143,7 @@ def train(
             raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("--concepts starts its own processes: run it without torchrun (--workers, --ray)")
-        from .sweep import train_many
+        from .sweep import train_sweep
 
         given = {
             "--stages": stages and stages.value,
@@ -161,7 +161,7 @@ def train(
         arguments += ["--trust"] if trust else []
         arguments += [] if grpo else ["--no-grpo"]
         arguments += [] if evaluate else ["--no-evaluate"]
-        return train_many(
+        return train_sweep(
             root,
             concepts,
             out,

@@ -101,7 +101,8 @@ def test_every_command_has_help_with_examples() -> None:
 
     def visit(command: Any, path: list[str]) -> None:
         for name, inner in getattr(command, "commands", {}).items():
-            visit(inner, [*path, name])
+            if not inner.hidden:
+                visit(inner, [*path, name])
         if not hasattr(command, "commands"):
             text = call(*path, "--help")
             assert "Example" in text and f"pyunictokens {' '.join(path)}" in text, path

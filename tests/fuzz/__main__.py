@@ -21,22 +21,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 READERS = (
+    "config.settings",
     "data.folder",
     "data.images",
+    "data.parse",
     "evaluate.result",
-    "many_results",
     "models",
     "models.checkpoint",
-    "models.concept",
+    "models.concept_tokens",
     "models.magvit",
     "models.showo",
     "rewards.judge",
-    "rewards.wire",
-    "runs",
-    "train.logs",
+    "rewards.served.messages",
+    "runs.run_dir",
+    "runs.sweep_results",
+    "train.checkpoint.run_state",
+    "train.metrics",
     "train.policy",
-    "train.settings",
-    "train.state",
+    "utils.yaml_text",
 )
 """Modules whose branches guide the fuzzer."""
 
