@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .. import ops
 from ..config.training import GrpoConfig
 from ..models import AnsweringModel
 from ..models.showo import prompting
-from ..rewards.base import EnsembleScore, PreviewJudge, RewardBatch, Rewards
+from ..rewards.base import EnsembleScore, PreviewJudge, PreviewScorer, RewardBatch, Rewards
 from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import TextRollout
@@ -30,6 +30,9 @@ from .distributed.ranks import Ranks
 from .objective import Objective
 from .tasks import Task, TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories
+
+ByReward = Literal["reward"]
+"""In place of a judge of previews: the rewards themselves."""
 
 
 @dataclass
@@ -105,7 +108,7 @@ class Collector:
         engine: RolloutEngine,
         tasks: TaskSource,
         rewards: Rewards,
-        preview_judge: PreviewJudge | None,
+        preview_judge: PreviewJudge | ByReward | None,
         threshold: DsogThreshold,
         objective: Objective,
         config: GrpoConfig,
@@ -165,7 +168,7 @@ class Collector:
             temperature=config.temperature,
             seed=2 * config.seed,
             sample_ids=sample_ids,
-            dsog=self._dsog(judged),
+            dsog=self._dsog(task, judged),
         )
         if self._hung is not None:
             raise self._hung
@@ -235,10 +238,22 @@ class Collector:
             sample_ids=sample_ids,
         )
 
-    def _dsog(self, judged: list[str]) -> Dsog | None:
-        if not self.config.dsog.enabled or self.preview_judge is None:
+    def _by_reward(self, task: Task, judged: list[str]) -> PreviewScorer:
+        """Previews scored as the finished images will be."""
+
+        def score(pixels: Tensor, index: Tensor) -> Tensor:
+            rows = index.tolist()
+            columns = {name: [value] * len(rows) for name, value in task.columns.items()}
+            return self.rewards.score(RewardBatch(pixels, [judged[row] for row in rows], columns=columns)).total
+
+        return score
+
+    def _dsog(self, task: Task, judged: list[str]) -> Dsog | None:
+        judge = self.preview_judge
+        if not self.config.dsog.enabled or judge is None:
             return None
-        scorer, limit = self.preview_judge(judged), self.config.reward_timeout
+        scorer = self._by_reward(task, judged) if judge == "reward" else judge(judged)
+        limit = self.config.reward_timeout
 
         def score(pixels: Tensor, index: Tensor) -> Tensor:
             if self._hung is not None:
