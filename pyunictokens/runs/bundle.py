@@ -99,6 +99,15 @@ def load_experts(
     )
 
 
+def with_clip(experts: Experts | None, clip: str | None, device: torch.device) -> Experts | None:
+    """`experts` with a CLIP model of open_clip for CLIP-T and CLIP-I (what `OpenClip` takes); None leaves them."""
+    if clip is None:
+        return experts
+    from ..evaluate.clip import OpenClip
+
+    return replace(experts or Experts(None), image_text=OpenClip(clip, device))
+
+
 def read_rewards(given: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
     """`given` as :func:`load_experts` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all)."""
     from ..config.settings import load_yaml

@@ -164,6 +164,11 @@ def chat_question(question: str) -> str:
     return f"USER: \n{question} ASSISTANT:"
 
 
+def published_question(question: str) -> str:
+    """The wrapping that UniCTokens trains its tokens with: as :func:`chat_question`, without the line break."""
+    return f"USER: {question} ASSISTANT:"
+
+
 def text_only_question(extra_info: Sequence[str], prompt: str) -> str:
     """All facts of a concept and one request: the model is to answer with the fact that fits (paper, equation 2)."""
     facts = ". ".join(fact.strip().rstrip(".") for fact in extra_info)
