@@ -34,7 +34,7 @@ from pyunictokens.data.folder import load_concept
 from pyunictokens.models import ConceptTokens
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.toy.model import load_toy
-from pyunictokens.toy.rewards import load_toy_experts
+from pyunictokens.toy.rewards import load_toy_rewards
 from pyunictokens.train import TrainConfig, train_concept_tokens, train_grpo
 from pyunictokens.train.distributed.ranks import Ranks
 from pyunictokens.utils.files import read_json, write_json
@@ -59,7 +59,7 @@ def work(folder: Path, out: Path, words: list[str], core: int, device: str = "cp
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     with Ranks.open(device) as ranks:
-        toy, rewards = load_toy(torch.float32, ranks.device), load_toy_experts(device=ranks.device)
+        toy, rewards = load_toy(torch.float32, ranks.device), load_toy_rewards(device=ranks.device)
         data = load_concept(folder / "data", "bo")
         times = [(time.perf_counter(), time.process_time())]
         train_grpo(

@@ -95,7 +95,7 @@ def evaluate(
     from ..evaluate.protocol import protocol_named
     from ..evaluate.result import EvalResult
     from ..models.bundle import Sources
-    from ..runs.bundle import choose_rewards, load_experts, with_clip
+    from ..runs.bundle import choose_rewards, load_scorers, with_clip
     from ..runs.pipeline import measure
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
 
@@ -117,10 +117,10 @@ def evaluate(
         out = place.path / "evaluation.json" if place.path is not None else Path("evaluation.json")
     chosen, trusted = choose_rewards(rewards, place.origin.rewards, place.path or out, trust=trust)
     bench = place.open(flags, device, dtype, name)
-    experts = load_experts(bench.sources, bench.device, chosen, trust=trusted)
-    experts = with_clip(experts, clip or place.origin.clip, bench.device)
+    scorers = load_scorers(bench.sources, bench.device, chosen, trust=trusted)
+    scorers = with_clip(scorers, clip or place.origin.clip, bench.device)
     with Bars() as bars:
-        result = measure(bench, data, settings, experts, bars, "measuring")
+        result = measure(bench, data, settings, scorers, bars, "measuring")
     result.save(out)
     results = {"now": result}
     if against is None and place.path is not None and (place.path / "before.json").is_file():

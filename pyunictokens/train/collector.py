@@ -12,15 +12,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..config.training import GrpoConfig
+from ..data import wording
 from ..models import AnsweringModel
-from ..models.showo import prompting
 from ..rewards.base import EnsembleScore, PreviewJudge, RewardBatch, Rewards
 from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
@@ -207,7 +206,7 @@ class Collector:
         texts = answers.texts if answers is not None else [task.answer] * len(rows)
         prompts = [task.prompt] * len(rows)
         if answers is not None:
-            prompts = [tasks.completed(task.prompt, prompting.first_sentence(text)) for text in texts]
+            prompts = [tasks.completed(task.prompt, wording.first_sentence(text)) for text in texts]
         judged = prompts
         if config.judged_prompt == "truth":
             judged = [tasks.completed(task.prompt, task.answer)] * len(prompts)
@@ -328,7 +327,7 @@ class Collector:
         )
 
 
-def summary(groups: Sequence[Group]) -> dict[str, Any]:
+def summary(groups: Sequence[Group]) -> dict[str, object]:
     """The groups of a step as numbers and texts for the log; question, answer and prompt are of the best rollout."""
     parts = [group.summary for group in groups]
     rewards = torch.cat([part.rewards for part in parts])

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import wording
 from ..data.concept import Concept
 from ..data.prompts import Prompt
 from ..models import ConceptTokens
-from ..models.showo import prompting
 from ..rewards.base import plain_text
 from ..utils import fingerprint
 from ..utils.errors import UserError
-from .images import Pictures
+from .images import ReferenceImages
 from .prompts import as_prompt
 
 VISUAL, TEXT_ONLY, PROMPT = "visual", "text_only", "prompt"
@@ -46,7 +46,7 @@ class Task:
     prompt: str
     """What images are drawn from; the model's answer goes behind it."""
     question: str | None = None
-    """Asked before drawing; None: nothing is."""
+    """Asked before an image is generated; None: nothing is."""
     image: Path | None = None
     """The image asked about; None is the black one."""
     facts: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ class TaskSource(Protocol):
 
 def visual_tasks(concept: Concept) -> list[Task]:
     """Every conversation about a training image: Image + Question → IR, CP = BP + IR (equations 1 and 3)."""
-    base = prompting.base_prompt(concept.sks)
+    base = wording.base_prompt(concept.sks)
     return [Task(VISUAL, base, qa.query, qa.image, (qa.answer,)) for qa in concept.conversations]
 
 
@@ -117,7 +117,7 @@ def text_only_tasks(concept: Concept, pairs: Sequence[tuple[str, int]]) -> list[
     """Reasoning prompts with their fact: Extra_info + IP → IR, CP = IP + IR (equations 2 and 4)."""
     facts = tuple(concept.extra_info)
     return [
-        Task(TEXT_ONLY, prompt, prompting.text_only_question(facts, prompt), None, facts, correct)
+        Task(TEXT_ONLY, prompt, wording.text_only_question(facts, prompt), None, facts, correct)
         for prompt, correct in pairs
     ]
 
@@ -133,7 +133,7 @@ class ConceptTasks:
         self,
         concept: Concept,
         tokens: ConceptTokens,
-        images: Pictures,
+        images: ReferenceImages,
         *,
         visual_ratio: float = 0.5,
         judged_as: Literal["class", "info"] = "class",
@@ -146,7 +146,7 @@ class ConceptTasks:
             VISUAL: visual_tasks(concept) if visual_ratio > 0 else [],
             TEXT_ONLY: text_only_tasks(concept, concept.fact_pairs_train) if visual_ratio < 1 else [],
         }
-        wanted = {VISUAL: "conversations about training pictures", TEXT_ONLY: "facts with reasoning prompts"}
+        wanted = {VISUAL: "conversations about training images", TEXT_ONLY: "facts with reasoning prompts"}
         missing = [mode for mode, share in ((VISUAL, visual_ratio), (TEXT_ONLY, 1 - visual_ratio)) if share > 0]
         missing = [mode for mode in missing if not self._tasks[mode]]
         if missing:
@@ -184,9 +184,9 @@ class ConceptTasks:
 
     def completed(self, prompt: str, answer: str) -> str:
         if self._compound == "answer":
-            return prompting.compound_prompt(prompt, answer)
+            return wording.compound_prompt(prompt, answer)
         named = named_for_class(answer, self.concept.class_word, self.concept.sks)
-        return prompting.compound_prompt(prompting.compound_prompt(prompt, self.concept.info), named)
+        return wording.compound_prompt(wording.compound_prompt(prompt, self.concept.info), named)
 
     def for_model(self, text: str) -> str:
         return as_prompt(self.tokens, text)
@@ -242,7 +242,7 @@ class PromptTasks:
         raise UserError("a list of prompts asks nothing about images")
 
     def completed(self, prompt: str, answer: str) -> str:
-        return prompting.compound_prompt(prompt, answer)
+        return wording.compound_prompt(prompt, answer)
 
     def for_model(self, text: str) -> str:
         return text

@@ -39,7 +39,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Jobs run in this process, on a tiny model in the toy's place; returns the runs in their order."""
     done: list[str] = []
     monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
-    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
+    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
 
     def at_once(jobs: Sequence[Job], workers: int, **_: Any) -> Iterator[Status]:
         for job in jobs:

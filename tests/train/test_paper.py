@@ -14,10 +14,10 @@ from torch import Tensor
 from pyunictokens.config.training import PRESETS, TrainConfig
 from pyunictokens.rollout import DsogThreshold, RolloutEngine
 from pyunictokens.train import GrpoConfig, read_metrics, train_concept_tokens, train_grpo
-from pyunictokens.train.images import Pictures
+from pyunictokens.train.images import ReferenceImages
 from pyunictokens.train.tasks import ConceptTasks, named_for_class
 from pyunictokens.train.trajectories import ImageTrajectories
-from pyunictokens.train.update import PieceSizes, image_logprobs
+from pyunictokens.train.update import MicrobatchSizes, image_logprobs
 from pyunictokens.utils.signals import Stopped
 from tests.train.world import World, stage_config, tiny_concept, tiny_model, world
 
@@ -68,8 +68,8 @@ def reward_gained(trained: Any, here: World, samples: int = 192) -> float:
     assert rollout.pixels is not None and rollout.logp is not None
     red = rollout.pixels[:, 0].float().clamp(-1, 1).mean(dim=(1, 2)) * 0.5 + 0.5
     images = ImageTrajectories.of(start, rollout, None)
-    before = image_logprobs(start, images, 32, 4, PieceSizes()).double().sum(dim=(1, 2))
-    after = image_logprobs(trained, images, 32, 4, PieceSizes()).double().sum(dim=(1, 2))
+    before = image_logprobs(start, images, 32, 4, MicrobatchSizes()).double().sum(dim=(1, 2))
+    after = image_logprobs(trained, images, 32, 4, MicrobatchSizes()).double().sum(dim=(1, 2))
     return float(((after - before).exp() * (red - red.mean()).double()).mean())
 
 
@@ -190,9 +190,9 @@ def test_the_class_word_of_an_answer_becomes_the_token(answer: str, named: str) 
 
 def test_compound_prompts_hold_the_info_where_that_is_wanted(here: World) -> None:
     found = {
-        compound: ConceptTasks(here.data, here.concept, Pictures(here.model, here.vq), compound=compound).completed(
-            "A photo of <bo>.", "The dog is red."
-        )
+        compound: ConceptTasks(
+            here.data, here.concept, ReferenceImages(here.model, here.vq), compound=compound
+        ).completed("A photo of <bo>.", "The dog is red.")
         for compound in ("answer", "info")
     }
     assert found == {
