@@ -103,6 +103,8 @@ class StageConfig:
     blanked (published: step 35 of 50)."""
     cache_mb: int = 512
     """Memory for keys and values of pictures, which never change while only concept rows are trained."""
+    save_every: int = 50
+    """Steps between checkpoints inside a stage; 0 writes one only where the run is asked to stop."""
     seed: int = 0
     """Seed of initial rows, order of data, masks and augmentation."""
 
@@ -116,6 +118,7 @@ class StageConfig:
         _at_least(1, batch_understanding=self.batch_understanding, batch_generation=self.batch_generation)
         _at_least(1, batch_mixed=self.batch_mixed, crop=self.crop, generated_images=self.generated_images)
         _at_least(2, generated_timesteps=self.generated_timesteps)
+        _at_least(0, save_every=self.save_every)
         _at_least(0, generated_guidance=self.generated_guidance, weight_decay=self.weight_decay, warmup=self.warmup)
         _at_least(0, l2_pull=self.l2_pull, cache_mb=self.cache_mb, negatives_per_positive=self.negatives_per_positive)
         _above(0, lr=self.lr, lr_generation=self.lr_generation)
@@ -282,7 +285,8 @@ class GrpoConfig:
     reward_timeout: float = field(default=0.0, metadata={"was": "expert_timeout"})
     """Seconds that the reward models may take for a group before the run ends with an error; 0 waits for ever."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32."""
+    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. float16 is refused for new runs:
+    its range is too small for gradients."""
     seed: int = 0
     """Seed of every draw of the run: questions, answers, images."""
 

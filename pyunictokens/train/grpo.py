@@ -30,6 +30,7 @@ from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
+from ..utils.devices import check_training_dtype
 from ..utils.errors import UserError
 from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
@@ -41,6 +42,7 @@ from .metrics import MetricsLog, save_samples
 from .objective import objective_of
 from .optimizer import learning_rate, make_optimizer
 from .policy import Policy
+from .spread import SpreadWatch
 from .statistics import UpdateStats
 from .tasks import TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
@@ -83,11 +85,12 @@ def run_grpo(
     """Improve `model` on `tasks` by `rewards`. The other arguments are told by `train_grpo` (reinforcement.py).
 
     Raises:
-        UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a
-            reward, loss or gradient that is not finite.
+        UserError: for settings, data or checkpoints that cannot be used, for a model in float16, and when
+            `max_bad_steps` steps in a row have a reward, loss or gradient that is not finite.
         Stopped: `stop` said so before the last step; `resume` goes on from there.
     """
     out, ranks = Path(out_dir), ranks or Ranks()
+    check_training_dtype(model.dtype, resume)
     about: dict[str, Any] = {
         "identity": {**identity(model), **tasks.identity()},
         "settings": to_mapping(config),
@@ -153,6 +156,7 @@ class _Run:
         self.sizes = PieceSizes()
         self.step = self.skipped = self.bad = 0
         self.recent: list[float] = []
+        self.spread = SpreadWatch()
 
     def _make_policy(self) -> Policy:
         """What learns. The reference file is rank 0's to write, so the others come after it."""
@@ -220,6 +224,8 @@ class _Run:
         else:
             problem, stats, norm = self._update(groups, rate)
         self._count(problem)
+        if (said := self.spread.see(groups)) and self.ranks.first:
+            log.warning("step %d: %s", self.step, said)
         if shown and self.ranks.first:
             self._save_samples(groups)
         facts = summary(groups)
