@@ -71,7 +71,7 @@ def evaluate(
 ) -> None:
     """Measure a run: recognition, answers, reasoning, images. Writes JSON and prints before and after.
 
-    Settings: samples, timesteps, guidance_scale, max_new_tokens, tasks, seed.
+    Settings: samples, timesteps, guidance_scale, max_new_tokens, judged_as, tasks, seed.
 
     Examples:
 
