@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from toy_cache import load_cache
 
+from pyunictokens.data import wording
 from pyunictokens.models.showo import prompting
 from pyunictokens.toy import grammar as grammar
 from pyunictokens.toy.scene import from_labels, random_scene
@@ -71,7 +72,7 @@ def _fact_pair(rng: np.random.Generator) -> tuple[str, str]:
     scene = random_scene(rng)
     if dice < 0.85:
         facts, prompt, answer = grammar.text_only(rng, grammar.mention(scene, rng))
-        return prompting.text_only_question(facts, prompt), answer
+        return wording.text_only_question(facts, prompt), answer
     values = grammar.draw_facts(rng)
     facts = [fact.sentence(value) for fact, value in zip(grammar.FACTS, values, strict=True)]
     k = int(rng.integers(len(facts)))

@@ -179,7 +179,7 @@ def _say(text: str, mark: str = "error: ") -> None:
 
 
 class Bars:
-    """Progress bars by name on stderr. `bars("drawing", done, total)` makes, moves and finishes one.
+    """Progress bars by name on stderr. `bars("images", done, total)` makes, moves and finishes one.
 
     Without a terminal a line is written every ten seconds at most, so that logs stay short. `quiet` shows nothing.
     """

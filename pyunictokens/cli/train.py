@@ -230,7 +230,7 @@ def _train_one(
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..models.bundle import Sources
-    from ..runs.bundle import choose_rewards, load_experts, open_bundle
+    from ..runs.bundle import choose_rewards, load_scorers, open_bundle
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
@@ -263,10 +263,10 @@ def _train_one(
     check_training_dtype(pick_dtype(settings.grpo.dtype), resume)
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
     chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
-    experts = load_experts(sources, ranks.device, chosen, trust=trusted)
+    scorers = load_scorers(sources, ranks.device, chosen, trust=trusted)
     parts = Parts(begin, stages is not Stages.none, grpo, evaluate, resume=resume)
     if ranks.first:
-        parts.check(out, experts)
+        parts.check(out, scorers)
     bundle = open_bundle(sources, str(ranks.device), settings.grpo.dtype, origin.max_text)
     try:
         with (
@@ -274,7 +274,7 @@ def _train_one(
             stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
             trace(profile if ranks.first else None),
         ):
-            context = RunContext(bundle, concept, settings, out, experts, chosen, ranks, bars, stop)
+            context = RunContext(bundle, concept, settings, out, scorers, chosen, ranks, bars, stop)
             outcome = run_concept(context, parts)
     except Stopped as stopped:  # asked for, and saved: a good end
         if not ranks.first:

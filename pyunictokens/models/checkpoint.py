@@ -10,13 +10,12 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, needs
-from ..utils.files import read_json, refuse_lfs_pointer, unreadable
+from ..utils.files import AnyJson, read_json, refuse_lfs_pointer, unreadable
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -56,7 +55,7 @@ def resolve(path: str | os.PathLike[str], *, offline: bool = False, also: tuple[
         ) from error
 
 
-def read_config(folder: Path, required: bool = True) -> dict[str, Any]:
+def read_config(folder: Path, required: bool = True) -> dict[str, AnyJson]:
     """The folder's `config.json` as a dict; {} when absent and not required."""
     places = (folder / "config.json", folder / UNWRAPPED / "config.json")
     file = next((place for place in places if place.exists()), places[0])
@@ -68,17 +67,21 @@ def read_config(folder: Path, required: bool = True) -> dict[str, Any]:
     return config
 
 
-def whole_number(config: Mapping[str, Any], key: str, default: int, origin: object, least: int = 1) -> int:
+def whole_number(config: Mapping[str, object], key: str, default: int, origin: object, least: int = 1) -> int:
     """`config[key]`, or `default` where it is absent or null, as an int in [least, 2**31). Raises UserError."""
     value = config.get(key)
     value = default if value is None else value
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < 2**31
-    if not fits or int(value) != value:
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not least <= value < 2**31
+        or int(value) != value
+    ):
         raise UserError(f"{origin}: {key}={value!r}: must be a whole number ≥ {least}")
     return int(value)
 
 
-def real_number(config: Mapping[str, Any], key: str, default: float, origin: object) -> float:
+def real_number(config: Mapping[str, object], key: str, default: float, origin: object) -> float:
     """`config[key]`, or `default` where it is absent, null or 0, as a float above 0. Raises UserError."""
     value = config.get(key) or default
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:

@@ -140,6 +140,6 @@ def make_scorer(
 
 
 def _toy_encoder(device: torch.device) -> ImageTextEncoder:
-    from ..toy.rewards import load_toy_experts
+    from ..toy.rewards import load_toy_rewards
 
-    return load_toy_experts(device=device).nets.image_text
+    return load_toy_rewards(device=device).nets.image_text

@@ -19,7 +19,7 @@ from ..toy.concept import write_toy_concept
 from ..utils.devices import check_training_dtype, pick_dtype
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
-from .bundle import load_experts, open_bundle
+from .bundle import load_scorers, open_bundle
 from .context import Parts, RunContext
 from .pipeline import Outcome, run_concept
 from .run_dir import CONFIG, RunConfig
@@ -69,7 +69,7 @@ def run_demo(
     write_toy_concept(out / "data", seed=seed, kind=kind, name=NAME)
     concept = load_concept(out / "data", NAME)
     bundle = open_bundle(Sources(), device, dtype)
-    rewards = load_experts(bundle.sources, bundle.device)
+    rewards = load_scorers(bundle.sources, bundle.device)
     context = RunContext(bundle, concept, config, out, rewards, progress=progress)
     return run_concept(context, Parts(evaluate_base=True))
 

@@ -22,9 +22,9 @@ from ..utils.devices import check_training_dtype
 from ..utils.files import folder_lock, read_json, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
-from .bundle import Experts
+from .bundle import Scorers
 from .context import Parts, RunContext
-from .run_dir import CONCEPT, EXPERTS, MEASURED, STAGES, EvaluationConfig, write_description
+from .run_dir import CONCEPT, MEASURED, STAGES, THROUGHPUT, EvaluationConfig, write_description
 
 if TYPE_CHECKING:
     from ..config.training import GrpoConfig
@@ -104,7 +104,7 @@ def measure(
     bundle: ModelBundle,
     concept: Concept,
     config: EvaluationConfig,
-    rewards: Experts | None,
+    rewards: Scorers | None,
     progress: Progress = silent,
     name: str = "measuring",
 ) -> EvalResult:
@@ -115,7 +115,7 @@ def measure(
     def step(task: str, done: int, wanted: int) -> None:
         progress(f"{name}: {task.replace('_', ' ')}", done, wanted)
 
-    rewards = rewards or Experts(None)
+    rewards = rewards or Scorers(None)
     return unifybench(
         RolloutEngine.of(bundle),
         concept,
@@ -201,7 +201,7 @@ class _Run:
         from ..train.reinforcement import train_grpo
 
         context, rewards = self.context, self.context.rewards
-        assert rewards is not None
+        assert rewards is not None and rewards.ensemble is not None
         result = train_grpo(
             self.bundle.model,
             self.bundle.vq,
@@ -216,8 +216,8 @@ class _Run:
             stop=context.stop,
             ranks=context.ranks,
         )
-        if context.ranks.first and callable(throughput := getattr(rewards.ensemble, "throughput", None)):
-            write_json(self.out / EXPERTS, {"drawings_per_second": throughput()})
+        if context.ranks.first:
+            write_json(self.out / THROUGHPUT, {"images_per_second": rewards.ensemble.throughput()})
         return result.concept
 
     def measure(self, name: str) -> EvalResult:

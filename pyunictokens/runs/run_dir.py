@@ -4,7 +4,7 @@
     about.json       the concept in words, for when its folder is elsewhere
     stages/          the concept stages (train/concept_tokens/stages.py)
     run.json, grpo.yaml, metrics.jsonl, checkpoints/, samples/, final/      reinforcement (train/grpo.py)
-    experts.json     drawings a second that each reward expert scored
+    experts.json     images a second that each reward model scored
     concept/         the concept's rows as they are now
     base.json, before.json, after.json, report.html      evaluation; measured.json says of which weights
 
@@ -33,7 +33,7 @@ BASE = "base"
 """Given where a run is expected: the model as it is, without a concept."""
 
 CONFIG, ABOUT, FINAL, CONCEPT, STAGES = "config.yaml", "about.json", "final", "concept", "stages"
-EXPERTS, MEASURED = "experts.json", "measured.json"
+THROUGHPUT, MEASURED = "experts.json", "measured.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Origin:
     name: str | None = None
     """The concept."""
     max_text: int | None = None
-    """Text positions of the model's drawing prompts."""
+    """Text positions of the model's image prompts."""
     preset: str | None = None
     """Which preset the settings stand over."""
 

@@ -14,12 +14,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -46,7 +45,7 @@ from .spread import SpreadWatch
 from .statistics import UpdateStats
 from .tasks import TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
-from .update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
+from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class RunResult:
     steps: int
     skipped: int
     """Steps without an update because a number was not finite."""
-    last: dict[str, Any]
+    last: Mapping[str, object]
     """The numbers of the last step."""
 
 
@@ -91,14 +90,11 @@ def run_grpo(
     """
     out, ranks = Path(out_dir), ranks or Ranks()
     check_training_dtype(model.dtype, resume)
-    about: dict[str, Any] = {
-        "identity": {**identity(model), **tasks.identity()},
-        "settings": to_mapping(config),
-        "resume": resume,
-    }
+    who, settings = {**identity(model), **tasks.identity()}, to_mapping(config)
+    about = (who, settings, resume)
     if any(other != about for other in ranks.gather(about)):
         raise UserError(f"rank {ranks.rank} has another model, tasks or settings than another rank: start all alike")
-    with RunFolder(out, about["identity"], about["settings"], resume=resume, ranks=ranks) as folder:
+    with RunFolder(out, who, settings, resume=resume, ranks=ranks) as folder:
         run = _Run(model, vq, tokenizer, tasks, rewards, preview_judge, config, folder, ranks)
         if ranks.first:
             save_yaml(out / "grpo.yaml", config)
@@ -153,7 +149,7 @@ class _Run:
             config.micro_timesteps,
             self.objective,
         )
-        self.sizes = PieceSizes()
+        self.sizes = MicrobatchSizes()
         self.step = self.skipped = self.bad = 0
         self.recent: list[float] = []
         self.spread = SpreadWatch()
@@ -191,7 +187,9 @@ class _Run:
                     metrics.write(values)
                 self.step += 1
                 profiling.step_done()
-                self.recent.append(values["reward_mean"])
+                reward = values["reward_mean"]
+                assert isinstance(reward, float)
+                self.recent.append(reward)
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
                 stopping = self.ranks.any(stop()) and self.step < config.steps
                 self.saver.check()
@@ -209,7 +207,7 @@ class _Run:
         self.policy.merge().requires_grad_(False)
         return RunResult(self.folder.path, self.step, self.skipped, values)
 
-    def _one_step(self) -> dict[str, Any]:
+    def _one_step(self) -> dict[str, object]:
         started, config = time.perf_counter(), self.config
         every = config.sample_every
         shown = every > 0 and (self.step % every == 0 or self.step == config.steps - 1)

@@ -64,13 +64,13 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_json_rows(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+def write_json_rows(path: str | os.PathLike[str], value: Mapping[str, object]) -> None:
     """Write JSON with each item of the lists and tables in `value` on a line of its own: results of many records."""
 
-    def line(item: Any) -> str:
+    def line(item: object) -> str:
         return json.dumps(item, ensure_ascii=False)
 
-    def part(item: Any) -> str:
+    def part(item: object) -> str:
         if isinstance(item, list) and item:
             return "[\n  " + ",\n  ".join(map(line, item)) + "\n ]"
         if isinstance(item, Mapping) and item:

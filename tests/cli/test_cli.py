@@ -42,7 +42,7 @@ SHORT = [
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
-    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
+    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "bo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
-        patch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
+        patch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
         call("train", data, "bo", "--out", out, *SHORT)
     return out
 

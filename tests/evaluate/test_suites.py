@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from pyunictokens.data import load_concept
+from pyunictokens.data.wording import text_only_question
 from pyunictokens.evaluate.suites import open_suite
 from pyunictokens.evaluate.suites.dreambooth import is_live, templates
 from pyunictokens.evaluate.suites.files import inline_options
 from pyunictokens.evaluate.tasks import TASKS, Item, Subject
-from pyunictokens.models.showo.prompting import text_only_question
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.utils.errors import UserError
 

@@ -17,7 +17,7 @@ from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards import Ber, Der, Fer, JudgeReward, RewardBatch, Tier
 from pyunictokens.rewards.load import RewardConfig, load_rewards
 from pyunictokens.rewards.registry import registered, weight_status
-from pyunictokens.runs.bundle import load_experts, read_rewards
+from pyunictokens.runs.bundle import load_scorers, read_rewards
 from pyunictokens.utils.errors import UserError
 
 from .checkpoints import SENTENCES, Folders
@@ -82,7 +82,7 @@ def test_settings_from_a_file_and_from_a_run(saved: Folders, tmp_path: Path) -> 
     (tmp_path / "none.yaml").write_text("model: m\n")
     with pytest.raises(UserError, match=r"none\.yaml: holds no reward models"):
         read_rewards(str(tmp_path / "none.yaml"))
-    experts = load_experts(Sources("m", "v", "t"), "cpu", read_rewards(str(tmp_path / "run.yaml")))
+    experts = load_scorers(Sources("m", "v", "t"), "cpu", read_rewards(str(tmp_path / "run.yaml")))
     assert experts is not None and experts.face_embedding is None and callable(experts.preview_scorer)
     assert experts.ensemble.placement.memory == "together"
     assert set(experts.ensemble.score(batch()).parts) == {"ber", "der"}

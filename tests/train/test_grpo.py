@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from pyunictokens.data import wording
 from pyunictokens.models import ConceptTokens
-from pyunictokens.models.showo import prompting
 from pyunictokens.rewards import Ensemble
 from pyunictokens.train import grpo, read_metrics, train_grpo
 from pyunictokens.train.checkpoint import run_state as state
 from pyunictokens.train.collector import Collector
-from pyunictokens.train.images import Pictures
+from pyunictokens.train.images import ReferenceImages
 from pyunictokens.train.tasks import ConceptTasks
 from pyunictokens.utils.devices import check_training_dtype
 from pyunictokens.utils.errors import UserError
@@ -253,7 +253,7 @@ def test_reinforcement_in_float16_says_why_not(here: World, tmp_path: Path) -> N
 
 
 def tasks_of(here: World, **options: Any) -> ConceptTasks:
-    return ConceptTasks(here.data, here.concept, Pictures(here.model, here.vq), **options)
+    return ConceptTasks(here.data, here.concept, ReferenceImages(here.model, here.vq), **options)
 
 
 def test_tasks_are_balanced_drawn_by_seed_and_never_from_the_test_half(here: World) -> None:
@@ -304,7 +304,7 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
     said_tokens = [known.decode([int(token) for token in row if token >= 0]) for row in group.local.answers.tokens_RL]
     assert told.texts == said_tokens
     for text, answer in zip(told.prompts, told.texts, strict=True):
-        assert text == prompting.compound_prompt(group.task.prompt, answer)
+        assert text == wording.compound_prompt(group.task.prompt, answer)
     images, answers = group.local.images, group.local.answers
     learned = arguments["model"]
     change = []

@@ -19,7 +19,7 @@ from pyunictokens.train import as_prompt, as_question, read_metrics, train_conce
 from pyunictokens.train.concept_tokens import token_init as rows
 from pyunictokens.train.concept_tokens.checkpoint import StageCheckpoint
 from pyunictokens.train.concept_tokens.losses import generation_loss, random_mask, text_row, understanding_loss
-from pyunictokens.train.images import Pictures
+from pyunictokens.train.images import ReferenceImages
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import read_json, write_json
 from pyunictokens.utils.signals import Stopped
@@ -323,7 +323,7 @@ def test_faces_start_a_human(here: World, tmp_path: Path) -> None:
 def test_understanding_is_the_answers_tokens_alone(here: World) -> None:
     model = here.model.attach(tiny_concept().requires_grad_(True))
     tokenizer, ids = here.tokenizer.with_concept(model.concept.tokens), prompting.SpecialIds.of(model)
-    pictures = Pictures(model, here.vq)
+    pictures = ReferenceImages(model, here.vq)
     asked = [
         ("what is <bo>?", "a dog"),
         (as_question(model.concept, "is <bo> here?"), "yes"),
@@ -396,14 +396,14 @@ def test_texts_name_the_concept_the_same_way_everywhere() -> None:
 
 def test_pictures(here: World) -> None:
     model = here.model.attach(tiny_concept())
-    pictures, path = Pictures(model, here.vq, crop=1.25, flip=True), here.data.train_images[0]
+    pictures, path = ReferenceImages(model, here.vq, crop=1.25, flip=True), here.data.train_images[0]
     assert pictures.size == 16 and pictures.pixels(None).eq(-1).all()
     assert torch.equal(pictures.codes(path), here.vq.encode(pictures.pixels(path)[None])[0])
     generator = torch.Generator().manual_seed(0)
     many = pictures.augmented([path] * 40, generator)
     assert len(many.unique(dim=0)) > 10 and many.shape == (40, 16)
-    still = Pictures(model, here.vq).augmented([path, path], generator)
+    still = ReferenceImages(model, here.vq).augmented([path, path], generator)
     assert torch.equal(still, pictures.codes(path).expand(2, 16))
     kept = pictures.prefix(path)
     assert pictures.prefix(path) is kept and kept.lengths == [19] and kept.next_position == [19]
-    assert Pictures(model, here.vq, cache_mb=0).prefix(path) is not kept
+    assert ReferenceImages(model, here.vq, cache_mb=0).prefix(path) is not kept

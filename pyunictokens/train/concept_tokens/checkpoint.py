@@ -44,7 +44,7 @@ class StageCheckpoint:
     generator: Tensor
     """State of the generator of masks, crops and dropped prompts."""
     questions: Mapping[str, int]
-    drawings: Mapping[str, int]
+    prompts: Mapping[str, int]
     """States of the samplers (`EpochSampler.state_dict`)."""
 
     def save(self, folder: Path) -> None:
@@ -57,7 +57,7 @@ class StageCheckpoint:
             "width": self.concept.width,
             "sizes": {name: getattr(self.concept, name) for name in _SIZES},
             "questions": dict(self.questions),
-            "drawings": dict(self.drawings),
+            "prompts": dict(self.prompts),
         }
         tensors: dict[str, Tensor] = {f"rows.{name}": value for name, value in self.concept.named_parameters()}
         tensors |= {f"begin.{name}": value for name, value in self.begin.items()}
@@ -95,7 +95,7 @@ class StageCheckpoint:
         concept.load_state_dict(begin)  # of another shape, or not all: an error
         concept.load_state_dict(rows)
         torch.Generator().set_state(tensors["generator"])
-        samplers = [{str(key): int(value) for key, value in state[name].items()} for name in ("questions", "drawings")]
+        samplers = [{str(key): int(value) for key, value in state[name].items()} for name in ("questions", "prompts")]
         step, steps_done = int(state["step"]), int(state["steps_done"])
         return cls(
             str(state["stage"]), step, steps_done, concept, begin, part("optimizer."), tensors["generator"], *samplers
