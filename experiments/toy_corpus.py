@@ -19,6 +19,7 @@ from pyunictokens.models.showo import prompting
 from pyunictokens.toy import grammar as grammar
 from pyunictokens.toy.scene import from_labels, random_scene
 from pyunictokens.toy.words import build_tokenizer
+from pyunictokens.utils.signals import end_with_parent_process
 
 CAPTIONS, QUESTIONS = 3, 6
 END, CODE = 0, 1
@@ -106,6 +107,6 @@ def build_corpus(work: Path, *, seed: int, facts: int = 45_000) -> None:
     _, labels = load_cache(work)
     chunks = np.array_split(labels, 38)
     jobs = [(seed + 1000 + k, chunk, facts // len(chunks)) for k, chunk in enumerate(chunks)]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent_process) as pool:
         parts = list(pool.map(_part, jobs))
     np.savez(work / "corpus.npz", **{key: np.concatenate([part[key] for part in parts]) for key in parts[0]})

@@ -75,8 +75,8 @@ def evaluate(
 ) -> None:
     """Measure a run: recognition, answers, reasoning, images. Writes JSON and prints before and after.
 
-    Settings: samples, timesteps, guidance_scale, max_new_tokens, tasks, seed. A protocol brings its own numbers of
-    images and its seed, unless words say otherwise.
+    Settings: samples, timesteps, guidance_scale, max_new_tokens, judged_as, tasks, seed. A protocol brings its own
+    numbers of images and its seed, unless words say otherwise.
 
     Examples:
 

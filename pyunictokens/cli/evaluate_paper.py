@@ -160,7 +160,16 @@ def paper(
         key = None if judge_key == "none" else judge_key
         for table in suites:
             own = suites[table].protocol
-            scorer = make_scorer(clip, judge_url, judge_model, key, out / "judge", device, protocol=own)
+            scorer = make_scorer(
+                clip,
+                judge_url,
+                judge_model,
+                key,
+                out / "judge",
+                device,
+                judged_as=asked.judged_as,
+                protocol=own,
+            )
             mine = asked if own is reading else replace(asked, protocol=own.name, samples=asked.samples or 4)
             ready = place.baselines(work.models_of(out, table, model_row or ()))
             filled = fill(ready, subjects[table], scorer, out / table, mine, bars)

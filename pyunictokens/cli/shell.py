@@ -202,11 +202,11 @@ class Bars:
         self._console = console(stderr=True)
         self._console.quiet = quiet
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -227,11 +227,11 @@ class Bars:
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
         if not self._console.is_terminal and time.monotonic() - self._last_line > 10:
             self._last_line = time.monotonic()
-            self._console.print(f"{name} {done}/{total} {note}".rstrip())
+            self._console.print(f"{name} {done}/{total} {note}".rstrip(), markup=False)
 
     def say(self, text: str) -> None:
         """A line of text above the bars."""
-        self._progress.console.print(text)
+        self._progress.console.print(text, markup=False)
 
     def counter(self, name: str) -> Callable[[int, int], None]:
         """A function of (done, total) that moves the bar `name`."""

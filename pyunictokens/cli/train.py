@@ -102,7 +102,9 @@ def train(
     device: DeviceOption = "auto",
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: what grpo.dtype says."),
+        typer.Option(
+            "--dtype", help="float32 or bfloat16 (gradients do not fit float16). Default: what grpo.dtype says."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
     concepts: Annotated[
@@ -248,6 +250,7 @@ def _train_one(
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
     from ..train.grpo import PHASES
+    from ..utils.devices import check_training_dtype, pick_dtype
     from ..utils.profiling import PhaseReport, trace
     from ..utils.signals import Stopped, stop_on_signals
 
@@ -255,6 +258,9 @@ def _train_one(
         config = out / CONFIG  # what the run was started with
     values = load_yaml(config) if config is not None else {}
     origin = Origin.of(values, str(config))
+    if root is None and name is None and origin.root is not None and origin.name is not None:
+        way = command("train", "ROOT", origin.name, *(["--out", out] if out else []), *(["--resume"] if resume else []))
+        root, name = origin.folder(way)
     root, name = root or origin.root, name or origin.name
     if root is None or name is None:
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
@@ -269,6 +275,7 @@ def _train_one(
     out = out or Path("runs") / concept.name
     if ranks.attempt and (out / CONFIG).is_file():
         resume = True  # torchrun starts anew what it has started before
+    check_training_dtype(pick_dtype(settings.grpo.dtype), resume)
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
     chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
     clip = clip or origin.clip

@@ -109,6 +109,8 @@ class StageConfig:
     blanked (published: step 35 of 50)."""
     cache_mb: int = 512
     """Memory for keys and values of images, which never change while only concept rows are trained."""
+    save_every: int = 50
+    """Steps between checkpoints inside a stage; 0 writes one only where the run is asked to stop."""
     seed: int = 0
     """Seed of initial rows, order of data, masks and augmentation."""
 
@@ -122,6 +124,7 @@ class StageConfig:
         _at_least(1, batch_understanding=self.batch_understanding, batch_generation=self.batch_generation)
         _at_least(1, batch_mixed=self.batch_mixed, crop=self.crop, generated_images=self.generated_images)
         _at_least(2, generated_timesteps=self.generated_timesteps)
+        _at_least(0, save_every=self.save_every)
         _at_least(0, generated_guidance=self.generated_guidance, weight_decay=self.weight_decay, warmup=self.warmup)
         _at_least(0, l2_pull=self.l2_pull, cache_mb=self.cache_mb, negatives_per_positive=self.negatives_per_positive)
         _above(0, lr=self.lr, lr_generation=self.lr_generation, eps=self.eps)
@@ -296,7 +299,8 @@ class GrpoConfig:
     """How image steps run: auto captures them on a GPU once their prompts' lengths were met before, and lets the host
     run them elsewhere; loop, replay and eager by name capture at first sight; off lets the host run them always."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32."""
+    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. float16 is refused for new runs:
+    its range is too small for gradients."""
     seed: int = 0
     """Seed of every draw of the run: questions, answers, images."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, needs
-from ..utils.files import AnyJson, read_json, refuse_lfs_pointer
+from ..utils.files import AnyJson, read_json, refuse_lfs_pointer, unreadable
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -175,15 +175,7 @@ def unpickle(file: Path) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no weights make the readers raise whatever they stumble over
-        refuse_lfs_pointer(file)
-        if "weights_only" in str(error):  # torch's advice to read it regardless is not passed on
-            raise UserError(
-                f"{file}: cannot be read as weights: it is damaged, or holds Python objects besides tensors, which "
-                "could run code: save the state dict alone, best as safetensors"
-            ) from None
-        raise UserError(
-            f"{file}: cannot be read as weights, it may be cut short: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"{file}: cannot be read as weights, it may be cut short: {unreadable(file, error)}") from None
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ The variant (`showlab/show-o-w-clip-vit`) answers from features in place of code
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +52,13 @@ class ClipVision:
         if kind not in ("clip", "clip_vision_model"):
             raise UserError(f"{path}: is no CLIP checkpoint of transformers (model_type {kind!r} in its config.json)")
         try:
-            net, loaded = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            made: Any = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{path}: cannot be read as CLIP's image encoder: {error}") from None
-        if loaded["missing_keys"]:  # transformers would fill the gaps with random numbers
-            raise UserError(f"{path}: lacks {len(loaded['missing_keys'])} weights of CLIP's image encoder")
+        net: CLIPVisionModel = made[0]
+        missing = made[1]["missing_keys"]
+        if missing:  # transformers would fill the gaps with random numbers
+            raise UserError(f"{path}: lacks {len(missing)} weights of CLIP's image encoder")
         net = net.eval().requires_grad_(False)
         torch.nn.Module.to(net, device)
         return cls(net)

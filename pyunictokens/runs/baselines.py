@@ -46,6 +46,8 @@ class TableConfig(TableSettings):
     """How a learned concept is named in questions and prompts: as our stages train it, or as UniCTokens' code does
     ("<name> is <token_0>…." before a question, helpers before every name, "USER: " without a line break). auto: its own
     form for tokens that its code published, ours for runs."""
+    judged_as: Literal["class", "info"] = "class"
+    """What the judge of images reads for the concept's token, as in training; CLIP-T always takes the class word."""
 
     @classmethod
     def of(cls, run: Run, is_toy: bool) -> TableConfig:
@@ -56,6 +58,7 @@ class TableConfig(TableSettings):
             timesteps=base.timesteps,
             guidance_scale=base.guidance_scale,
             max_new_tokens=base.max_new_tokens,
+            judged_as=base.judged_as,
         )
 
 
@@ -127,8 +130,10 @@ def make_scorer(
     device: str = "auto",
     concurrency: int = 8,
     protocol: BenchProtocol = OURS,
+    judged_as: str = "class",
 ) -> Scorer:
-    """A scorer from a CLIP model ("toy", or what `OpenClip` takes) and a judge; None leaves either out."""
+    """A scorer from a CLIP model ("toy", or what `OpenClip` takes) and a judge; None leaves either out. `judged_as`:
+    what the judge of images reads for the concept's token."""
     place = pick_device(device)
     embeddings = None
     if clip == TOY_CLIP:
@@ -149,7 +154,7 @@ def make_scorer(
     if protocol.temperature is not None:
         config = replace(config, temperature=protocol.temperature)
     name = f"{judge_model} at {judge_url or 'the default endpoint'}"
-    return Scorer(embeddings, Judge(config), name, protocol=protocol)
+    return Scorer(embeddings, Judge(config), name, protocol=protocol, judged_as=judged_as)
 
 
 def _toy_encoder(device: torch.device) -> ImageTextEncoder:

@@ -16,6 +16,7 @@ from ..evaluate.result import EvalResult
 from ..evaluate.tasks import label
 from ..models.bundle import Sources
 from ..toy.concept import write_toy_concept
+from ..utils.devices import check_training_dtype, pick_dtype
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
 from .bundle import load_scorers, open_bundle
@@ -60,6 +61,7 @@ def run_demo(
     """
     words = list(words)
     config = RunConfig.make("toy", words=words, seed=seed)
+    check_training_dtype(pick_dtype(dtype))
     if out.exists() and any(out.iterdir()):
         if not (replace and (out / CONFIG).exists() and (out / "data" / "concept").is_dir()):
             raise UserError(f"{out}: is not empty and holds no earlier demo: choose another folder")

@@ -18,6 +18,7 @@ from ..models.base import owning_rows
 from ..models.bundle import ModelBundle
 from ..models.concept_tokens import ConceptTokens
 from ..utils import fingerprint
+from ..utils.devices import check_training_dtype
 from ..utils.files import folder_lock, read_json, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
@@ -64,6 +65,7 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
         return _follow(context)
     out = context.folder
     parts.check(out, context.rewards)
+    check_training_dtype(context.bundle.model.dtype, parts.resume)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, ".pipeline.lock"):
         parts.check(out, context.rewards)

@@ -29,6 +29,7 @@ from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
+from ..utils.devices import check_training_dtype
 from ..utils.errors import UserError
 from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
@@ -40,6 +41,7 @@ from .metrics import MetricsLog, save_samples
 from .objective import objective_of
 from .optimizer import learning_rate, make_optimizer
 from .policy import Policy
+from .spread import SpreadWatch
 from .statistics import UpdateStats
 from .tasks import TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
@@ -89,11 +91,12 @@ def run_grpo(
     """Improve `model` on `tasks` by `rewards`. The other arguments are told by `train_grpo` (reinforcement.py).
 
     Raises:
-        UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a
-            reward, loss or gradient that is not finite.
+        UserError: for settings, data or checkpoints that cannot be used, for a model in float16, and when
+            `max_bad_steps` steps in a row have a reward, loss or gradient that is not finite.
         Stopped: `stop` said so before the last step; `resume` goes on from there.
     """
     out, ranks = Path(out_dir), ranks or Ranks()
+    check_training_dtype(model.dtype, resume)
     who, settings = {**identity(model), **tasks.identity()}, to_mapping(config)
     about = (who, settings, resume)
     if any(other != about for other in ranks.gather(about)):
@@ -157,6 +160,7 @@ class _Run:
         self.sizes = MicrobatchSizes()
         self.step = self.skipped = self.bad = 0
         self.recent: list[float] = []
+        self.spread = SpreadWatch()
 
     def _make_policy(self) -> Policy:
         """What learns. The reference file is rank 0's to write, so the others come after it."""
@@ -189,8 +193,9 @@ class _Run:
                 self.collector.calibrate()
             while self.step < config.steps:
                 values = self._one_step()
-                if values["skipped"] is None:
-                    self._warn_if_still(values["kl"])
+                kl = values["kl"]
+                if values["skipped"] is None and isinstance(kl, float):
+                    self._warn_if_still(kl)
                 if metrics is not None:
                     metrics.write(values)
                 self.step += 1
@@ -230,6 +235,8 @@ class _Run:
         else:
             problem, stats, norm = self._update(groups, rate)
         self._count(problem)
+        if (said := self.spread.see(groups)) and self.ranks.first:
+            log.warning("step %d: %s", self.step, said)
         if shown and self.ranks.first:
             self._save_samples(groups)
         facts = summary(groups)

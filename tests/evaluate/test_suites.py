@@ -286,6 +286,12 @@ def test_mcllava_names_what_is_no_question(mcllava: Path, file: str, content: An
         open_suite(f"mcllava:{mcllava}").subject("Anna")
 
 
+def test_the_case_of_a_listing_does_not_matter(yollava: Path) -> None:
+    (yollava / "yollava-visual-qa.json").rename(yollava / "Yollava-Visual-QA.JSON")
+    with pytest.warns(UserWarning, match=r"yollava-visual-qa\.json is spelled Yollava-Visual-QA\.JSON on disk"):
+        assert len(open_suite(f"yollava:{yollava}").subject("bo").of("vqa")) == 1
+
+
 def test_yollava_entries_as_a_list_or_none(yollava: Path) -> None:
     question = {"question": "Is <sks> red?", "options": {"A": "yes", "B": "no"}, "correct_answer": "A"}
     put(yollava / "yollava-visual-qa.json", {"bo": [{"image": "x/9.png", **question}], "mug": None})

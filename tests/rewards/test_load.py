@@ -190,6 +190,12 @@ def test_wrong_checkpoints_are_refused(saved: Folders, tmp_path: Path) -> None:
     (dino / "model.safetensors").write_bytes((saved.dinov2 / "model.safetensors").read_bytes()[:500])
     with pytest.raises(UserError, match="weights cannot be read as AutoModel"):
         score("der", dino)
+    for file in ("model.safetensors", "preprocessor_config.json", "config.json"):
+        shutil.copy(saved.dinov2 / "model.safetensors", dino / "model.safetensors")
+        (dino / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+        with pytest.raises(UserError, match=rf"{file}: a Git LFS pointer, not the file itself: run `git lfs pull`"):
+            score("der", dino)
+    shutil.copy(saved.dinov2 / "preprocessor_config.json", dino / "preprocessor_config.json")
     (dino / "config.json").write_text('{"model_type": "no such thing"}')
     with pytest.raises(UserError, match=r"config\.json cannot be used"):
         score("der", dino)

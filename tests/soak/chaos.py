@@ -36,7 +36,7 @@ OPERATIONS = ("fsync", "replace", "rename")
 def settings(**grpo: Any) -> RunConfig:
     changes = {"steps": 6, "checkpoint_every": 2, "keep_last": 2, "keep_best": 1, "sample_every": 2, **grpo}
     return RunConfig(
-        replace(stage_config(), epochs=1, max_steps=3),
+        replace(stage_config(), epochs=1, max_steps=3, save_every=1),
         grpo_config(**changes),
         EvaluationConfig(samples=1, timesteps=2, guidance_scale=1.0, max_new_tokens=3, tasks=("vqa", "pure")),
     )

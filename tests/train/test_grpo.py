@@ -20,6 +20,7 @@ from pyunictokens.train.checkpoint import run_state as state
 from pyunictokens.train.collector import Collector
 from pyunictokens.train.images import ReferenceImages
 from pyunictokens.train.tasks import ConceptTasks
+from pyunictokens.utils.devices import check_training_dtype
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.profiling import PHASES, PhaseReport
 from tests.train import naive
@@ -237,6 +238,18 @@ def test_concepts_without_what_a_step_needs(here: World, tmp_path: Path) -> None
     arguments = {**here.fresh(), "concept": None}
     with pytest.raises(UserError, match="no concept attached"):
         train_grpo(**arguments, config=grpo_config(), out_dir=tmp_path / "other")
+
+
+def test_reinforcement_in_float16_says_why_not(here: World, tmp_path: Path) -> None:
+    arguments = here.fresh()
+    arguments["model"].half()
+    with pytest.raises(UserError, match=r"gradients below 6e-8 vanish.*dtype=bfloat16"):
+        train_grpo(**arguments, config=grpo_config(), out_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for dtype in (torch.float32, torch.bfloat16):
+        check_training_dtype(dtype)
+    with pytest.warns(UserWarning, match="begun in float16 and goes on in it"):
+        check_training_dtype(torch.float16, resume=True)
 
 
 def tasks_of(here: World, **options: Any) -> ConceptTasks:

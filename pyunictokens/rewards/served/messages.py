@@ -16,12 +16,12 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...utils.errors import UserError, needs
+from ...utils.text import read_text
 from ..base import RewardBatch
 
 KEY, KEY_FILE = "PYUNICTOKENS_REWARDS_KEY", "PYUNICTOKENS_REWARDS_KEY_FILE"
@@ -52,9 +52,9 @@ def read_key() -> bytes:
     )
     if not text and file:
         try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{KEY_FILE}={file}: cannot be read: {error}") from None
+            text = read_text(file)
+        except UserError as error:
+            raise UserError(f"{KEY_FILE}: {error}") from None
     return checked_key(text.strip().encode())
 
 

@@ -11,6 +11,7 @@ starting rows in token_init.py, images in train/images.py.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import reduce
@@ -28,6 +29,7 @@ from ...data.concept import Concept
 from ...models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, answering, owning_rows
 from ...models.showo.prompting import published_question
 from ...rollout.engine import RolloutEngine
+from ...utils.devices import check_training_dtype
 from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, write_json
 from ...utils.progress import Progress
@@ -36,8 +38,12 @@ from ..images import ReferenceImages
 from ..metrics import MetricsLog, read_metrics
 from ..optimizer import Optimizer, learning_rate
 from ..prompts import as_prompt, as_question
+from . import checkpoint
 from . import token_init as rows
+from .checkpoint import StageCheckpoint
 from .losses import generation_loss, random_mask, text_row, understanding_loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,15 +92,17 @@ def train_concept_tokens(
         out_dir: gets stages.jsonl, a folder per stage, and concept/ with the final rows.
         start: rows to go on from, in place of new ones.
         face_embedding: for humans, pixels [M, 3, H, W] to face embeddings; starts the generation rows.
-        resume: take finished stages from `out_dir` instead of running them again.
-        stop: asked after every step; where it says so, Stopped is raised. Finished stages stay, the one at hand is
-            begun anew on resume.
+        resume: take finished stages from `out_dir` instead of running them again, and go on inside the one that was cut
+            off, from its last checkpoint (`save_every`), as if it had never stopped.
+        stop: asked after every step; where it says so, a checkpoint is written and Stopped raised.
 
     Raises:
-        UserError: for data that cannot be learned from, and when a loss is not finite.
+        UserError: for data that cannot be learned from, for a model in float16, when a loss is not finite, and where
+            a checkpoint cannot be written.
         Stopped: `stop` said so.
     """
     config = config or StageConfig()
+    check_training_dtype(model.dtype, resume)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
@@ -133,23 +141,33 @@ class _Stages:
                 f"{self.out}: already holds concept stages: go on with them (--resume) or choose another folder"
             )
         found = {**to_mapping(StageConfig()), **read_json(about)} if about.exists() else settings
-        if {**found, "max_text": found.get("max_text") or own["max_text"]} != settings:
+        known = {"max_text": found.get("max_text") or own["max_text"], "save_every": self.config.save_every}
+        if {**found, **known} != settings:
             raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
         write_json(about, settings)
         save_yaml(self.out / "stages.yaml", self.config)
         self.model.requires_grad_(False)
         finished = self._finished() if resume else []
-        concept = (
-            ConceptTokens.load(self.out / finished[-1]).to(self.model.device) if finished else start or self._new()
-        )
-        if finished:
+        begun = self._begun(finished) if resume else None
+        if begun is not None:
+            concept = begun.concept.to(self.model.device)
+            self.steps_done = begun.steps_done
+        elif finished:
+            concept = ConceptTokens.load(self.out / finished[-1]).to(self.model.device)
             self.steps_done = sum(line["stage"] in finished for line in read_metrics(self.out, "stages.jsonl"))
+        else:
+            concept = start or self._new()
         with MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl") as metrics:
             for number, stage in enumerate(self.config.stages):
-                if stage not in finished:
+                if stage in finished:
+                    continue
+                if begun is None:
                     concept = self._prepare(stage, concept)
-                    self._learn(stage, number, concept, metrics)
-                    concept.save(self.out / stage)
+                self.model.attach(concept.requires_grad_(True))
+                self._learn(stage, number, concept, metrics, begun)
+                concept.save(self.out / stage)
+                checkpoint.remove(self.out)
+                begun = None
         self.model.attach(concept.requires_grad_(False))
         concept.save(self.out / "concept")
         return concept
@@ -159,6 +177,22 @@ class _Stages:
         stages = self.config.stages
         missing = [place for place, stage in enumerate(stages) if not (self.out / stage / "concept.json").exists()]
         return list(stages[: missing[0]] if missing else stages)
+
+    def _begun(self, finished: list[str]) -> StageCheckpoint | None:
+        """The checkpoint of the first stage that is not finished; None without, or where it is of other data."""
+        found = StageCheckpoint.load(self.out)
+        if found is None:
+            return None
+        left = self.config.stages[len(finished) :]
+        if not left or found.stage != left[0]:  # a kill came between the stage's end and the removing of this
+            checkpoint.remove(self.out)
+            return None
+        there = found.questions.get("items"), found.prompts.get("items")
+        here = len(self._questions()), len(generation_items(self.data))
+        if there != here:
+            log.warning("stage %s is begun anew: the concept's folder has changed since it was cut off", found.stage)
+            return None
+        return found
 
     # --- starting rows ---------------------------------------------------------------------------------------------
 
@@ -178,7 +212,7 @@ class _Stages:
         return concept
 
     def _prepare(self, stage: str, concept: ConceptTokens) -> ConceptTokens:
-        """Starting rows of a stage, and the concept attached."""
+        """The rows that a stage starts with."""
         if stage in ("generation", "joint") and self.data.kind == "human" and self.face_embedding is not None:
             pixels = torch.stack([self.images.pixels(path) for path in self.data.train_images])
             rows.from_face(concept, pixels.to(self.model.device), self.face_embedding)
@@ -186,8 +220,6 @@ class _Stages:
             still = self._still_codes(concept)
             concept = concept.grown(self.config.num_extra, seed=self.config.seed + 2)
             rows.from_codes(concept, self.model, still, "extra", self.config.seed)
-        concept.requires_grad_(True)
-        self.model.attach(concept)
         return concept
 
     def _still_codes(self, concept: ConceptTokens) -> Tensor:
@@ -211,7 +243,9 @@ class _Stages:
 
     # --- learning --------------------------------------------------------------------------------------------------
 
-    def _learn(self, stage: str, number: int, concept: ConceptTokens, metrics: MetricsLog) -> None:
+    def _learn(
+        self, stage: str, number: int, concept: ConceptTokens, metrics: MetricsLog, begun: StageCheckpoint | None
+    ) -> None:
         config, plan = self.config, PLANS[stage]
         batch = config.batch_mixed if plan.mixed else config.batch_understanding
         questions = EpochSampler(self._questions(), batch, seed=config.seed + number)
@@ -226,7 +260,20 @@ class _Stages:
         begin = {name: value.detach().clone() for name, value in named.items()}
         frozen = _frozen_rows(concept, plan.learning)
         tokenizer = self.plain.with_concept(concept.tokens)
-        for step in range(steps):
+        if begun is not None:
+            begin = {name: value.to(self.model.device) for name, value in begun.begin.items()}
+            optimizer.load_state_dict(begun.optimizer, self.out)
+            generator.set_state(begun.generator)
+            questions.load_state_dict(begun.questions)
+            prompts.load_state_dict(begun.prompts)
+
+        def save(step: int) -> None:
+            metrics.sync()
+            states = questions.state_dict(), prompts.state_dict()
+            rows = concept, begin, optimizer.state_dict(), generator.get_state()
+            StageCheckpoint(stage, step, self.steps_done, *rows, *states).save(self.out)
+
+        for step in range(begun.step if begun is not None else 0, steps):
             optimizer.zero_grad()
             losses = {"understanding": self._understanding(questions.next(), concept, tokenizer, plan, generator)}
             weight = 1.0
@@ -252,8 +299,13 @@ class _Stages:
             self.steps_done += 1
             if self.progress is not None:
                 self.progress(stage, step + 1, steps, values)
-            if self.stop() and step + 1 < steps:
-                raise Stopped(f"stopped in stage {stage} at step {step + 1} of {steps}; the stage is begun anew")
+            if step + 1 == steps:  # its rows are written now
+                continue
+            stopping = self.stop()
+            if stopping or (config.save_every and (step + 1) % config.save_every == 0):
+                save(step + 1)
+            if stopping:
+                raise Stopped(f"stopped in stage {stage} at step {step + 1} of {steps}, its checkpoint is written")
 
     def _questions(self) -> list[UnderstandingItem]:
         return understanding_items(
