@@ -36,8 +36,8 @@ demo: $(STAMP) ## teach the toy model one concept, start to finish, and write de
 reinforce: $(STAMP) ## reinforce the toy model on a list of prompts; the curve on held-out ones: reinforce/curve.png
 	$(BIN)/pyunictokens demo --prompts --out reinforce $(ARGS)
 
-test: $(STAMP) ## the test suite (without the tests that need a GPU)
-	$(BIN)/python -m pytest -q -m "not gpu and not soak and not fuzz" $(ARGS)
+test: $(STAMP) ## the test suite (without the tests that need a GPU), a process a core
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not soak and not fuzz" $(ARGS)
 
 soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliability.md promises, for minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray>=2.40'

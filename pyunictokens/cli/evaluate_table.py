@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..utils.errors import UserError
+from .generate import ConceptOption
 from .shell import Bars, ConfigOption, DeviceOption, DtypeOption, OverridesArgument, TokenizerOption, VqOption, console
 
 if TYPE_CHECKING:
@@ -22,6 +23,16 @@ MODELS_HELP = (
     "diffusers:PATH[,lora=…|,embedding=…], endpoint:URL,model=NAME[,draw=NAME][+ip], real. "
     "{name} in RUN is the concept."
 )
+
+
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        metavar="ours|sync-r1",
+        help="How is asked and scored: ours, or as the authors' later public code does (docs/evaluation.md).",
+    ),
+]
 
 
 def table(
@@ -38,6 +49,8 @@ def table(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="A concept of SUITE; give it once a concept. Default: all.")
     ] = None,
+    protocol: ProtocolOption = None,
+    concept: ConceptOption = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the table; what is there already is not done again.")
     ] = Path("table"),
@@ -73,7 +86,8 @@ def table(
 ) -> None:
     """Fill the paper's table: every column, any models, with intervals, as JSON, CSV, Markdown, LaTeX and pages.
 
-    Settings: samples, seeds, tasks, limit, timesteps, guidance_scale, max_new_tokens.
+    Settings: protocol, samples, seeds, tasks, limit, timesteps, guidance_scale, max_new_tokens, question_form,
+    judged_as (what the judge reads for the concept's token: class or info; by default as in the run).
 
     Examples:
 
@@ -82,8 +96,13 @@ def table(
         pyunictokens evaluate table toydata --name bo -m ours:runs/{name} --judge-model gpt-4o "seeds=[0, 1]"
 
         pyunictokens evaluate table dreambench:dreambooth -m diffusers:sd,lora=bo_lora --clip local_clip samples=4
+
+        pyunictokens evaluate table unictokens_data --name bo -m ours:published/bo --protocol sync-r1 --showo show-o-512
     """
+    from dataclasses import replace
+
     from ..config.settings import from_mapping, load_yaml, to_mapping, with_overrides
+    from ..evaluate.protocol import protocol_named
     from ..evaluate.report.gallery import write_gallery
     from ..evaluate.runner import fill
     from ..evaluate.suites import open_suite
@@ -95,14 +114,19 @@ def table(
     run = Run.find(suite) if (Path(suite) / CONFIG).is_file() else Run(None)
     names = list(name or [])
     if run.path is not None:
-        root, concept = run.concept_folder(None)
-        suite, names = str(root), names or [concept]
-    opened = open_suite(suite, names)
+        root, of_run = run.concept_folder(concept)
+        suite, names = str(root), names or [of_run]
+    elif concept is not None:
+        raise UserError(f"--concept says where the concept of a run is, and {suite} is no run: leave one of the two")
     sources = run.sources(Sources(showo, vq, tokenizer))
     settings = TableConfig.of(run, sources.is_toy)
     if config is not None:
         settings = from_mapping(TableConfig, load_yaml(config), base=settings, origin=str(config))
+    if protocol is not None:
+        settings = replace(settings, protocol=protocol, samples=0, seeds=())
     settings = with_overrides(settings, overrides or [])
+    reading = protocol_named(settings.protocol)
+    opened = open_suite(suite, names, reading)
     models = list(model or []) or (["ours", "real"] if run.path is not None else [])
     if not models:
         raise UserError("which models? Give --model, once for each row of the table")
@@ -110,7 +134,16 @@ def table(
     if clip is None and sources.is_toy:
         clip = TOY_CLIP
     key = None if judge_key == "none" else judge_key
-    scorer = make_scorer(clip, judge_url, judge_model, key, out / "judge", device)
+    scorer = make_scorer(
+        clip,
+        judge_url,
+        judge_model,
+        key,
+        out / "judge",
+        device,
+        judged_as=settings.judged_as,
+        protocol=reading,
+    )
     subjects = [opened.subject(one) for one in opened.names]
     with Bars() as bars:
         filled = fill(place.baselines(models), subjects, scorer, out, settings, bars)
@@ -122,6 +155,7 @@ def table(
     made.save(out)
     index = write_gallery(made, out / "pages", {subject.name: subject for subject in subjects}) if pages else None
     show(made)
+    console().print(f"protocol {reading.name}: {reading.about}", markup=False)
     for line in told(made.failures):
         console().print(f"not judged: {line}", markup=False)
     for note in dict.fromkeys(made.notes):
@@ -180,6 +214,7 @@ def compare(
 
 def show(table: Table) -> None:
     """The paper's columns as rows, one column a model: a terminal is higher than wide."""
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     from ..evaluate.tables import metric_of
@@ -187,7 +222,7 @@ def show(table: Table) -> None:
     grid = Grid(box=None, padding=(0, 2, 0, 0))
     grid.add_column("")
     for model in table.models:
-        grid.add_column(model, justify="right")
+        grid.add_column(escape(model), justify="right")
     for column in table.columns:
         metrics = [metric_of(table.of(model), column.key) for model in table.models]
         shown = ["–" if metric is None else f"{metric.mean:.3f}" for metric in metrics]

@@ -107,7 +107,7 @@ def reinforce(
         raise UserError(f"{len(weight)} --weight for {len(reward or ())} --reward: give one for each, or none")
     sys.path.insert(0, os.getcwd())
     sources = Sources.choose(Sources(model, vq, tokenizer))
-    settings = replace(PRESETS["toy" if sources.is_toy else "paper"].grpo, trainable="lora")
+    settings = replace(PRESETS["toy"].grpo if sources.is_toy else GrpoConfig(), trainable="lora")
     if config is not None:
         section = values.get("grpo", {key: value for key, value in values.items() if key != "rewards"})
         if not isinstance(section, Mapping):

@@ -13,6 +13,7 @@ from ..utils.errors import UserError
 from .demo import show_results
 from .shell import (
     Bars,
+    ClipOption,
     ConfigOption,
     DeviceOption,
     ModelOption,
@@ -45,6 +46,7 @@ class Preset(str, Enum):
 
     toy = "toy"
     paper = "paper"
+    unictokens = "unictokens"
     fast = "fast"
     quality = "quality"
 
@@ -62,7 +64,14 @@ def train(
     ] = None,
     grpo: Annotated[bool, typer.Option("--grpo/--no-grpo", help="Whether to reinforce after the stages.")] = True,
     start: Annotated[
-        str | None, typer.Option("--start", help="A run or folder of concept tokens to begin with.", metavar="RUN")
+        str | None,
+        typer.Option(
+            "--start-from",
+            "--start",
+            help="A run or folder of concept tokens to begin with. Under torchrun, which has a --start-method of its "
+            "own, the long form alone.",
+            metavar="RUN",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     evaluate: Annotated[
@@ -78,6 +87,7 @@ def train(
         ),
     ] = None,
     trust: TrustOption = False,
+    clip: ClipOption = None,
     preset: Annotated[
         Preset | None,
         typer.Option(
@@ -92,7 +102,9 @@ def train(
     device: DeviceOption = "auto",
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: what grpo.dtype says."),
+        typer.Option(
+            "--dtype", help="float32 or bfloat16 (gradients do not fit float16). Default: what grpo.dtype says."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
     concepts: Annotated[
@@ -132,6 +144,8 @@ def train(
         pyunictokens train --concepts all --workers 2 toydata --out runs/all
 
         torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --out runs/bo
+
+        torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --stages none --start-from published/bo
     """
     from ..models.bundle import Sources
     from ..train.distributed.ranks import Ranks
@@ -148,6 +162,7 @@ def train(
         given = {
             "--stages": stages and stages.value,
             "--rewards": rewards,
+            "--clip": clip,
             "--preset": preset and preset.value,
             "--model": model,
             "--vq": vq,
@@ -193,6 +208,7 @@ def train(
             evaluate,
             rewards,
             trust,
+            clip,
             preset,
             Sources(model, vq, tokenizer),
             config,
@@ -215,6 +231,7 @@ def _train_one(
     evaluate: bool,
     rewards: str | None,
     trust: bool,
+    clip: str | None,
     preset: Preset | None,
     sources: Sources,
     config: Path | None,
@@ -228,11 +245,12 @@ def _train_one(
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..models.bundle import Sources
-    from ..runs.bundle import choose_rewards, load_experts, open_bundle
+    from ..runs.bundle import choose_rewards, load_scorers, open_bundle, with_clip
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
     from ..train.grpo import PHASES
+    from ..utils.devices import check_training_dtype, pick_dtype
     from ..utils.profiling import PhaseReport, trace
     from ..utils.signals import Stopped, stop_on_signals
 
@@ -240,6 +258,9 @@ def _train_one(
         config = out / CONFIG  # what the run was started with
     values = load_yaml(config) if config is not None else {}
     origin = Origin.of(values, str(config))
+    if root is None and name is None and origin.root is not None and origin.name is not None:
+        way = command("train", "ROOT", origin.name, *(["--out", out] if out else []), *(["--resume"] if resume else []))
+        root, name = origin.folder(way)
     root, name = root or origin.root, name or origin.name
     if root is None or name is None:
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
@@ -254,12 +275,14 @@ def _train_one(
     out = out or Path("runs") / concept.name
     if ranks.attempt and (out / CONFIG).is_file():
         resume = True  # torchrun starts anew what it has started before
+    check_training_dtype(pick_dtype(settings.grpo.dtype), resume)
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
     chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
-    experts = load_experts(sources, ranks.device, chosen, trust=trusted)
+    clip = clip or origin.clip
+    scorers = with_clip(load_scorers(sources, ranks.device, chosen, trust=trusted), clip, ranks.device)
     parts = Parts(begin, stages is not Stages.none, grpo, evaluate, resume=resume)
     if ranks.first:
-        parts.check(out, experts)
+        parts.check(out, scorers)
     bundle = open_bundle(sources, str(ranks.device), settings.grpo.dtype, origin.max_text)
     try:
         with (
@@ -267,7 +290,7 @@ def _train_one(
             stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
             trace(profile if ranks.first else None),
         ):
-            context = RunContext(bundle, concept, settings, out, experts, chosen, ranks, bars, stop)
+            context = RunContext(bundle, concept, settings, out, scorers, chosen, clip, ranks, bars, stop)
             outcome = run_concept(context, parts)
     except Stopped as stopped:  # asked for, and saved: a good end
         if not ranks.first:

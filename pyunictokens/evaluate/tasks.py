@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..data.concept import in_words
 from ..rewards.registry import labels
 from ..utils.errors import UserError
 
@@ -140,6 +141,10 @@ class Item:
     """The prompt that a question of reasoning is about."""
     correct: int | None = None
     """Index in `facts` of the one that is meant."""
+    asks: str = ""
+    """The question that a prompt with `facts` is completed by; empty: which fact fits?"""
+    rewrites: bool = False
+    """Whether the answer to it is the prompt anew, in place of a fact that joins the prompt."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -156,6 +161,7 @@ class Item:
         image = "/".join(self.image.parts[-2:]) if self.image else ""
         key = TASKS[self.task].key
         parts = (key, self.text, self.truth, image, self.group, *self.facts, "|", *self.options)
+        parts = (*parts, self.asks) if self.asks else parts
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -182,6 +188,10 @@ class Subject:
     @property
     def sks(self) -> str:
         return f"<{self.name}>"
+
+    def in_words(self, judged_as: str) -> str:
+        """What judges read for `<name>` (`data.Concept.in_words`)."""
+        return in_words(self.sks, self.class_word, self.info, judged_as)
 
     def of(self, task: str) -> list[Item]:
         """Items of one task, in order."""

@@ -13,7 +13,7 @@ from ..models.concept_tokens import ConceptTokens
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
 from ..utils.signals import Stop, never
-from .bundle import Experts
+from .bundle import Scorers
 from .run_dir import CONFIG, RunConfig
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ class RunContext:
     settings: RunConfig
     folder: Path
     """Where everything is left."""
-    rewards: Experts | None = None
+    rewards: Scorers | None = None
     """The reward models, and the encoders that evaluation measures with."""
     rewards_from: str | Mapping[str, object] | None = None
     """What the reward models were made of, as config.yaml keeps it."""
+    clip: str | None = None
+    """The CLIP model that evaluation measures with, as it was named; config.yaml keeps it."""
     ranks: Ranks = field(default_factory=lambda: _alone())
     """The processes that train together."""
     progress: Progress = silent
@@ -60,13 +62,13 @@ class Parts:
     resume: bool = False
     """Go on with the run that the folder holds."""
 
-    def check(self, folder: Path, rewards: Experts | None) -> None:
+    def check(self, folder: Path, rewards: Scorers | None) -> None:
         """Raise UserError for a run that cannot work, before anything is loaded."""
         if not (self.stages or self.grpo):
             raise UserError("nothing to do: neither stages nor reinforcement was asked for")
         if not self.stages and self.start is None:
             raise UserError("no stages and no tokens to begin with: give --start RUN, or let the stages run")
-        if self.grpo and rewards is None:
+        if self.grpo and (rewards is None or rewards.ensemble is None):
             raise UserError(
                 "reinforcement needs reward models, and this model brings none: "
                 "give --rewards FILE.yaml (docs/rewards.md), or --no-grpo"

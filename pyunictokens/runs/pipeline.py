@@ -18,12 +18,13 @@ from ..models.base import owning_rows
 from ..models.bundle import ModelBundle
 from ..models.concept_tokens import ConceptTokens
 from ..utils import fingerprint
+from ..utils.devices import check_training_dtype
 from ..utils.files import folder_lock, read_json, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
-from .bundle import Experts
+from .bundle import Scorers
 from .context import Parts, RunContext
-from .run_dir import CONCEPT, EXPERTS, MEASURED, STAGES, EvaluationConfig, write_description
+from .run_dir import CONCEPT, MEASURED, STAGES, THROUGHPUT, EvaluationConfig, write_description
 
 if TYPE_CHECKING:
     from ..config.training import GrpoConfig
@@ -64,6 +65,7 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
         return _follow(context)
     out = context.folder
     parts.check(out, context.rewards)
+    check_training_dtype(context.bundle.model.dtype, parts.resume)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, ".pipeline.lock"):
         parts.check(out, context.rewards)
@@ -77,6 +79,7 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
                 context.bundle.model.max_text,
                 context.concept,
                 context.settings,
+                context.clip,
             )
         run = _Run(context, parts.resume)
         try:
@@ -102,7 +105,7 @@ def measure(
     bundle: ModelBundle,
     concept: Concept,
     config: EvaluationConfig,
-    rewards: Experts | None,
+    rewards: Scorers | None,
     progress: Progress = silent,
     name: str = "measuring",
 ) -> EvalResult:
@@ -113,7 +116,7 @@ def measure(
     def step(task: str, done: int, wanted: int) -> None:
         progress(f"{name}: {task.replace('_', ' ')}", done, wanted)
 
-    rewards = rewards or Experts(None)
+    rewards = rewards or Scorers(None)
     return unifybench(
         RolloutEngine.of(bundle),
         concept,
@@ -121,6 +124,7 @@ def measure(
         image_text=rewards.image_text,
         ensemble=rewards.ensemble,
         reader=rewards.reader,
+        protocol=config.protocol,
         samples=config.samples,
         seed=config.seed,
         steps=config.timesteps,
@@ -199,7 +203,7 @@ class _Run:
         from ..train.reinforcement import train_grpo
 
         context, rewards = self.context, self.context.rewards
-        assert rewards is not None
+        assert rewards is not None and rewards.ensemble is not None
         result = train_grpo(
             self.bundle.model,
             self.bundle.vq,
@@ -214,8 +218,8 @@ class _Run:
             stop=context.stop,
             ranks=context.ranks,
         )
-        if context.ranks.first and callable(throughput := getattr(rewards.ensemble, "throughput", None)):
-            write_json(self.out / EXPERTS, {"drawings_per_second": throughput()})
+        if context.ranks.first:
+            write_json(self.out / THROUGHPUT, {"images_per_second": rewards.ensemble.throughput()})
         return result.concept
 
     def measure(self, name: str) -> EvalResult:
@@ -225,7 +229,8 @@ class _Run:
         subject, known = self._subject(), read_json(about) if about.exists() else {}
         was = known.get(name)
         if isinstance(was, dict) and isinstance(was.get("settings"), dict):
-            was = {**was, "settings": renamed(EvaluationConfig, was["settings"])}
+            told = renamed(EvaluationConfig, was["settings"])
+            was = {**was, "settings": {**to_mapping(EvaluationConfig()), **told}}
         if self.resume and file.exists() and was == subject:
             return EvalResult.load(file)
         if context.stop():

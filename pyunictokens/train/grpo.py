@@ -14,12 +14,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
+from ..utils.devices import check_training_dtype
 from ..utils.errors import UserError
 from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
@@ -44,12 +44,20 @@ from .metrics import MetricsLog, read_metrics, save_samples
 from .objective import objective_of
 from .optimizer import learning_rate, make_optimizer
 from .policy import Policy
+from .spread import SpreadWatch
 from .statistics import UpdateStats
 from .tasks import TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
-from .update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
+from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 
 log = logging.getLogger(__name__)
+
+_STILL_AFTER = 10
+"""Steps after the warm-up at which a run is looked at: has the policy moved?"""
+_MOVED, _KL_MOVED = 0.01, 1e-7
+"""It has where this part of its numbers differs from the start, and its tokens' mean divergence is this large."""
+_UNKNOWN = 0.5
+"""DSOG's threshold until it is known where previews lie."""
 
 PHASES = "phases.json"
 """Where the time of the run's last session went (utils/profiling.py)."""
@@ -64,7 +72,7 @@ class RunResult:
     steps: int
     skipped: int
     """Steps without an update because a number was not finite."""
-    last: dict[str, Any]
+    last: Mapping[str, object]
     """The numbers of the last step."""
     held_out: list[Measurement] = field(default_factory=list)
     """The measurements on held-out prompts, in order; empty without such prompts."""
@@ -95,19 +103,18 @@ def run_grpo(
     held_out: prompts to measure on every `held_out.every` steps, best policy and early end by them (held_out.py).
 
     Raises:
-        UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a
-            reward, loss or gradient that is not finite.
+        UserError: for settings, data or checkpoints that cannot be used, for a model in float16, and when
+            `max_bad_steps` steps in a row have a reward, loss or gradient that is not finite.
         Stopped: `stop` said so before the last step; `resume` goes on from there.
     """
     out, ranks = Path(out_dir), ranks or Ranks()
-    about: dict[str, Any] = {
-        "identity": {**identity(model), **tasks.identity(), **(held_out.identity() if held_out else {})},
-        "settings": to_mapping(config),
-        "resume": resume,
-    }
+    check_training_dtype(model.dtype, resume)
+    who = {**identity(model), **tasks.identity(), **(held_out.identity() if held_out else {})}
+    settings = to_mapping(config)
+    about = (who, settings, resume)
     if any(other != about for other in ranks.gather(about)):
         raise UserError(f"rank {ranks.rank} has another model, tasks or settings than another rank: start all alike")
-    with RunFolder(out, about["identity"], about["settings"], resume=resume, ranks=ranks) as folder:
+    with RunFolder(out, who, settings, resume=resume, ranks=ranks) as folder:
         run = _Run(model, vq, tokenizer, tasks, rewards, preview_judge, held_out, config, folder, ranks)
         if ranks.first:
             save_yaml(out / "grpo.yaml", config)
@@ -140,9 +147,10 @@ class _Run:
         self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
         if model.concept is not None and tokenizer.token_id(model.concept.sks) is None:
             tokenizer = tokenizer.with_concept(model.concept.tokens)
-        engine = RolloutEngine(model, vq, tokenizer)
+        engine = RolloutEngine(model, vq, tokenizer, capture=config.capture)
         dsog = config.dsog
-        self.threshold = DsogThreshold(dsog.initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
+        initial = _UNKNOWN if isinstance(dsog.initial, str) else dsog.initial
+        self.threshold = DsogThreshold(initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
         preview_judge = preview_judge or rewards.preview_scorer
         if dsog.enabled and preview_judge is None and ranks.first:
             log.warning("no reward model judges previews: DSOG is off")
@@ -163,13 +171,14 @@ class _Run:
             config.micro_timesteps,
             self.objective,
         )
-        self.sizes = PieceSizes()
+        self.sizes = MicrobatchSizes()
         self.step = self.skipped = self.bad = 0
         self.recent: list[float] = []
         self.rewards, self.held_out = rewards, held_out
         self.training: dict[int, float] = {}
         self.headroom = FirstGroups(tasks, rewards, folder.path, config.reward_timeout)
         self.best: Measurement | None = None
+        self.spread = SpreadWatch()
 
     def _make_policy(self) -> Policy:
         """What learns. The reference file is rank 0's to write, so the others come after it."""
@@ -201,17 +210,24 @@ class _Run:
                 log_of = MetricsLog(self.folder.path, from_step=self.step + 1, name=HELD_OUT_LOG, events=False)
                 measured = undo.enter_context(log_of)
             undo.callback(self.saver.wait)
+            if self.step == 0 and config.dsog.enabled and config.dsog.initial == "auto":
+                self.collector.calibrate()
             while self.step < config.steps:
                 why = self._measure(measured) if self.step % config.held_out.every == 0 else ""
                 if why:
                     break
                 values = self._one_step()
+                kl = values["kl"]
+                if values["skipped"] is None and isinstance(kl, float):
+                    self._warn_if_still(kl)
                 if metrics is not None:
                     metrics.write(values)
-                self.training[self.step] = values["reward_mean"]
+                reward = values["reward_mean"]
+                assert isinstance(reward, float)
+                self.training[self.step] = reward
                 self.step += 1
                 profiling.step_done()
-                self.recent.append(values["reward_mean"])
+                self.recent.append(reward)
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
                 stopping = self.ranks.any(stop()) and self.step < config.steps
                 self.saver.check()
@@ -271,7 +287,7 @@ class _Run:
         if true:
             Headroom(sum(true) / len(true), sum(own) / len(own), len(true)).say(self.folder.path)
 
-    def _one_step(self) -> dict[str, Any]:
+    def _one_step(self) -> dict[str, object]:
         started, config = time.perf_counter(), self.config
         every = config.sample_every
         shown = every > 0 and (self.step % every == 0 or self.step == config.steps - 1)
@@ -288,6 +304,8 @@ class _Run:
         else:
             problem, stats, norm = self._update(groups, rate)
         self._count(problem)
+        if (said := self.spread.see(groups)) and self.ranks.first:
+            log.warning("step %d: %s", self.step, said)
         if shown and self.ranks.first:
             self._save_samples(groups)
         facts = summary(groups)
@@ -309,6 +327,26 @@ class _Run:
             "skipped": problem or None,
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+    def _warn_if_still(self, kl: float) -> None:
+        """Say so once where the steps after the warm-up are lost: in the rounding of the weights, or in being small."""
+        config = self.config
+        if self.step != config.warmup + _STILL_AFTER or not self.ranks.first:
+            return
+        changed = self.policy.changed()
+        if changed >= _MOVED and (config.beta == 0 or kl >= _KL_MOVED):
+            return
+        log.warning(
+            "the policy has not moved: after %d steps %.2g %% of the trained numbers differ from where they began "
+            "(in %s), and its divergence from the reference is %.2g. Raise grpo.lr (%g), or train more than %s "
+            "(grpo.trainable)",
+            self.step,
+            100 * changed,
+            str(self.model.dtype).removeprefix("torch."),
+            kl,
+            config.lr,
+            {"concept": "the concept's rows", "lora": "adapters"}.get(config.trainable, "now"),
+        )
 
     @torch.no_grad()
     def _save_samples(self, groups: Sequence[Group]) -> None:

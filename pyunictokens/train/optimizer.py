@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +37,26 @@ def learning_rate(step: int, *, lr: float, steps: int, warmup: int = 0, schedule
 
 def make_optimizer(config: GrpoConfig, named: Mapping[str, nn.Parameter], ranks: Ranks) -> Optimizer:
     """AdamW as `config` says, its state spread over the ranks where that is wanted. Concept rows are never decayed."""
-    settings: dict[str, Any] = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "undecayed": frozenset(name for name in named if name.startswith("concept.")),
-        "ranks": ranks,
-    }
+    kind: Callable[..., Optimizer] = Optimizer
     wanted = config.shard_optimizer == "always" or (config.shard_optimizer == "auto" and config.trainable == "full")
     if wanted and ranks.world > 1:
         from .distributed.sharded_optimizer import ShardedOptimizer
 
-        return ShardedOptimizer(named, **settings)
-    return Optimizer(named, **settings)
+        kind = ShardedOptimizer
+    return kind(
+        named,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        undecayed=frozenset(name for name in named if name.startswith("concept.")),
+        ranks=ranks,
+    )
+
+
+class Gathers(Protocol):
+    """Where gradients of a parameter are added up: a tensor, or a sum beside it."""
+
+    grad: Tensor | None
 
 
 class Optimizer:
@@ -61,6 +68,7 @@ class Optimizer:
         *,
         lr: float,
         weight_decay: float = 0.0,
+        eps: float = 1e-8,
         max_grad_norm: float | None = None,
         undecayed: frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
@@ -80,13 +88,15 @@ class Optimizer:
             {"params": [self._masters[n] for n in self.named if (n in undecayed) == bare], "weight_decay": decay}
             for bare, decay in ((False, weight_decay), (True, 0.0))
         ]
-        self.adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.999))
+        self.adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.999), eps=eps
+        )
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """What AdamW works on in place of `parameter`."""
         return parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
 
-    def _gathering(self, name: str) -> Any:
+    def _gathering(self, name: str) -> Gathers:
         """Whose `grad` gathers a parameter's gradients in float32."""
         return self._masters[name]
 
@@ -147,7 +157,7 @@ class Optimizer:
                 tensors[f"optim.{name}.{part}"] = torch.as_tensor(value)
         return tensors
 
-    def shards(self) -> dict[str, Any]:
+    def shards(self) -> dict[str, Tensor]:
         """State that is spread over ranks, by the same names; empty here, where every rank has all."""
         return {}
 
@@ -177,7 +187,7 @@ class Optimizer:
                 }
 
 
-def _into(master: Any) -> Callable[[Tensor], None]:
+def _into(master: Gathers) -> Callable[[Tensor], None]:
     """A hook that moves a parameter's new gradient to its master weight, or to whatever has a `grad`."""
 
     def gather(parameter: Tensor) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..config.training import GrpoConfig
+from ..config.training import GrpoConfig, TrainConfig
 from ..data.concept import Concept
 from ..data.prompts import PromptSource, read_prompts
 from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, owning_rows
@@ -29,7 +29,7 @@ from .collector import ByReward
 from .distributed.ranks import Ranks
 from .grpo import RunResult, run_grpo
 from .held_out import HeldOut
-from .images import Pictures
+from .images import ReferenceImages
 from .tasks import REFERENCE, ConceptTasks, PromptTasks
 
 
@@ -63,6 +63,7 @@ def train_grpo(
         tokenizer: the plain tokenizer; the concept's tokens are added here.
         concept_data: a `data.Concept`; only the training half of its facts is used.
         rewards: an `Ensemble`, or anything whose score(batch) gives .total [R], .parts and .no_face.
+        config: by default the `paper` preset's.
         preview_scorer: judge of DSOG's previews (`ToyRewards.preview_scorer`, `Ber.preview_scorer`); by default the
             first reward model that judges previews. Without one, no previews are taken.
         out_dir: the run's folder; one that holds a run is refused unless `resume`.
@@ -75,7 +76,7 @@ def train_grpo(
     Raises:
         UserError, Stopped: as `run_grpo`.
     """
-    config = config or GrpoConfig()
+    config = config or TrainConfig.preset("paper").grpo
     if concept is not None:
         owning_rows(model).attach(concept)
     tokens = model.concept
@@ -84,9 +85,10 @@ def train_grpo(
     tasks = ConceptTasks(
         concept_data,
         tokens,
-        Pictures(model, vq),
+        ReferenceImages(model, vq),
         visual_ratio=config.visual_ratio,
         judged_as=config.judged_as,
+        compound=config.compound,
         seed=config.seed,
     )
     result = run_grpo(
@@ -219,5 +221,5 @@ def _tasks(model: Bundle, source: PromptSource, name: str, seed: int, *askers: o
                     raise UserError(
                         f"{name}: {prompt.text!r} has no {empty[0]}, which reward function {label!r} asks for"
                     )
-    images = Pictures(model.model, model.vq) if REFERENCE in columns else None
+    images = ReferenceImages(model.model, model.vq) if REFERENCE in columns else None
     return PromptTasks(prompts, seed=seed, concept=model.model.concept, images=images)

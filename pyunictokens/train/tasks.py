@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import wording
 from ..data.concept import Concept
 from ..data.prompts import Prompt
 from ..models import ConceptTokens
-from ..models.showo import prompting
 from ..rewards.base import RewardBatch, plain_text
 from ..utils import fingerprint
 from ..utils.errors import UserError
-from .images import Pictures
+from .images import ReferenceImages
 from .prompts import as_prompt
 
 VISUAL, TEXT_ONLY, PROMPT = "visual", "text_only", "prompt"
@@ -45,7 +46,7 @@ class Task:
     prompt: str
     """What images are drawn from; the model's answer goes behind it."""
     question: str | None = None
-    """Asked before drawing; None: nothing is."""
+    """Asked before an image is generated; None: nothing is."""
     image: Path | None = None
     """The image asked about; None is the black one."""
     facts: tuple[str, ...] = ()
@@ -82,6 +83,10 @@ class TaskSource(Protocol):
         """Codes int64 [N] of the image that the task's question is about."""
         ...
 
+    def completed(self, prompt: str, answer: str) -> str:
+        """What an image is drawn from: a task's prompt, and what the model answered."""
+        ...
+
     def for_model(self, text: str) -> str:
         """A prompt or question as the model reads it."""
         ...
@@ -108,7 +113,7 @@ class TaskSource(Protocol):
 
 def visual_tasks(concept: Concept) -> list[Task]:
     """Every conversation about a training image: Image + Question → IR, CP = BP + IR (equations 1 and 3)."""
-    base = prompting.base_prompt(concept.sks)
+    base = wording.base_prompt(concept.sks)
     return [Task(VISUAL, base, qa.query, qa.image, (qa.answer,)) for qa in concept.conversations]
 
 
@@ -116,7 +121,7 @@ def text_only_tasks(concept: Concept, pairs: Sequence[tuple[str, int]]) -> list[
     """Reasoning prompts with their fact: Extra_info + IP → IR, CP = IP + IR (equations 2 and 4)."""
     facts = tuple(concept.extra_info)
     return [
-        Task(TEXT_ONLY, prompt, prompting.text_only_question(facts, prompt), None, facts, correct)
+        Task(TEXT_ONLY, prompt, wording.text_only_question(facts, prompt), None, facts, correct)
         for prompt, correct in pairs
     ]
 
@@ -132,18 +137,20 @@ class ConceptTasks:
         self,
         concept: Concept,
         tokens: ConceptTokens,
-        images: Pictures,
+        images: ReferenceImages,
         *,
         visual_ratio: float = 0.5,
         judged_as: Literal["class", "info"] = "class",
+        compound: Literal["answer", "info"] = "answer",
         seed: int = 0,
     ):
         self.concept, self.tokens, self.images, self._judged_as = concept, tokens, images, judged_as
+        self._compound = compound
         self._tasks = {
             VISUAL: visual_tasks(concept) if visual_ratio > 0 else [],
             TEXT_ONLY: text_only_tasks(concept, concept.fact_pairs_train) if visual_ratio < 1 else [],
         }
-        wanted = {VISUAL: "conversations about training pictures", TEXT_ONLY: "facts with reasoning prompts"}
+        wanted = {VISUAL: "conversations about training images", TEXT_ONLY: "facts with reasoning prompts"}
         missing = [mode for mode, share in ((VISUAL, visual_ratio), (TEXT_ONLY, 1 - visual_ratio)) if share > 0]
         missing = [mode for mode in missing if not self._tasks[mode]]
         if missing:
@@ -179,6 +186,12 @@ class ConceptTasks:
     def image_codes(self, task: Task) -> Tensor:
         return self.images.codes(task.image)
 
+    def completed(self, prompt: str, answer: str) -> str:
+        if self._compound == "answer":
+            return wording.compound_prompt(prompt, answer)
+        named = named_for_class(answer, self.concept.class_word, self.concept.sks)
+        return wording.compound_prompt(wording.compound_prompt(prompt, self.concept.info), named)
+
     def for_model(self, text: str) -> str:
         return as_prompt(self.tokens, text)
 
@@ -197,7 +210,7 @@ class ConceptTasks:
         answer = self.for_answer_judges(task.answer)
         return RewardBatch(
             images=mine[None],
-            prompts=[self.for_image_judges(prompting.compound_prompt(task.prompt, task.answer))],
+            prompts=[self.for_image_judges(self.completed(task.prompt, task.answer))],
             answers=[answer],
             facts=[answer],
             references=torch.stack(others) if others else self._references,
@@ -210,6 +223,15 @@ class ConceptTasks:
             "concept_tokens": self.tokens.num_tokens,
             "starting_concept": fingerprint.of_tensors(dict(self.tokens.named_parameters())),
         }
+
+
+def named_for_class(text: str, class_word: str, sks: str) -> str:
+    """`text` with the concept's token where it speaks of "the dog", "a dog" or "dog"; as it is where it holds the token
+    or the concept has no class word."""
+    if not class_word.strip() or sks in text:
+        return text
+    word = rf"\b(?:(?:the|a|an|this)\s+)?{re.escape(class_word.strip())}\b"
+    return re.sub(word, lambda _: sks, text, flags=re.IGNORECASE)
 
 
 # --- a list of prompts ---------------------------------------------------------------------------------------------
@@ -234,7 +256,7 @@ class PromptTasks:
         *,
         seed: int = 0,
         concept: ConceptTokens | None = None,
-        images: Pictures | None = None,
+        images: ReferenceImages | None = None,
     ):
         self._tasks = [Task(PROMPT, each.text, columns=each.columns) for each in prompts]
         self._seed, self._concept, self._images = seed, concept, images
@@ -271,6 +293,9 @@ class PromptTasks:
 
     def image_codes(self, task: Task) -> Tensor:
         raise UserError("a list of prompts asks nothing about images")
+
+    def completed(self, prompt: str, answer: str) -> str:
+        return wording.compound_prompt(prompt, answer)
 
     def for_model(self, text: str) -> str:
         return text if self._concept is None else as_prompt(self._concept, text)

@@ -42,7 +42,7 @@ SHORT = [
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
-    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
+    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "bo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
-        patch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
+        patch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
         call("train", data, "bo", "--out", out, *SHORT)
     return out
 
@@ -307,13 +307,18 @@ def test_evaluate_a_run(run: Path, toy: None, tmp_path: Path) -> None:
     assert "--concept ROOT NAME" in only_error("evaluate", "base")
 
 
-def test_evaluate_says_where_to_name_a_data_folder_that_moved(tmp_path: Path, toy: None) -> None:
+def test_a_data_folder_that_moved_is_told_of_with_the_way_to_name_it(tmp_path: Path, toy: None) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(f"root: {tmp_path / 'gone'}\nname: bo\n")
     ConceptTokens("bo", 8, 1, 1).save(run)
     said = only_error("evaluate", run)
-    assert f"{tmp_path / 'gone'}: the folder of 'bo'" in said and "--concept ROOT bo" in said
+    gone = f"{tmp_path / 'gone'}: the folder of 'bo' that this run was trained on is no longer there: say where it is"
+    assert f"{gone} with --concept ROOT bo" in said
+    assert f"{gone} with --concept ROOT bo" in only_error("evaluate", "table", run)
+    assert "no run: leave one of the two" in only_error("evaluate", "table", tmp_path, "--concept", tmp_path, "bo")
+    said = only_error("train", "--out", run, "--resume")
+    assert f"{gone} with pyunictokens train ROOT bo --out {run} --resume" in said
 
 
 def _concept(run: Path) -> tuple[str, str]:
@@ -448,18 +453,69 @@ def test_bench_runs_the_suite_of_the_source_tree(monkeypatch: pytest.MonkeyPatch
 
     called: list[Any] = []
 
-    def fake(command: list[str], **_: Any) -> Any:
+    def fake(command: list[str], env: dict[str, str], **_: Any) -> Any:
         called.append(command)
+        assert env["PYTHONIOENCODING"] == "cp1252:backslashreplace"
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(bench.subprocess, "run", fake)
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     call("bench", "rollout", "--only", "text", "--rounds", 1, code=3)
     assert called[0][1:] == ["-m", "benchmarks.run_cpu", "--only", "text", "--rounds", "1"]
     call("bench", "memory", "--timesteps", 5, 50, code=3)
     assert called[1][1:] == ["-m", "benchmarks.update_memory", "--timesteps", "5", "50"]
+    call("bench", "ops", "--help", code=3)  # the suite's own
+    assert called[2][1:] == ["-m", "benchmarks.ops", "--help"]
+    for option in ("--help", "-h"):
+        assert "bench SUITE --help" in call("bench", option)
+    assert len(called) == 3
     assert "rollout or memory" in only_error("bench", "speed")
     assert "rollout or memory" in only_error("bench", "--rounds", 1)
     assert (bench.source_tree() / "benchmarks" / "run_cpu.py").is_file()
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
     monkeypatch.chdir(tmp_path)
     assert "source tree" in only_error("bench")
+
+
+def test_generate_any_grid_and_paint_into_an_image(
+    run: Path, toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    drawn = RolloutEngine.generate_images
+
+    def kept(self: RolloutEngine, *words: Any, **options: Any) -> Any:
+        rollout = drawn(self, *words, **options)
+        asked.append((options["grid"], options["known_codes"], rollout.codes))
+        return rollout
+
+    monkeypatch.setattr(RolloutEngine, "generate_images", kept)
+    few = ("timesteps=2", "guidance_scale=0", "--device", "cpu")
+    wide = tmp_path / "wide.png"
+    call("generate", run, "a photo of <bo>", "--size", "16x48", "--out", wide, *few)
+    assert asked[-1][0] == (2, 6) and asked[-1][1] is None
+    assert Image.open(tmp_path / "wide_0.png").size == (48, 16)
+    noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "photo.png")
+    mask = torch.zeros(32, 32, dtype=torch.uint8)
+    mask[3:9, 20] = 255  # touches two codes of one column
+    Image.fromarray(mask.numpy()).save(tmp_path / "mask.png")
+    words = ("--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--out", tmp_path / "in.png")
+    call("generate", run, "a photo of <bo>", *words, *few)
+    grid, known, codes = asked[-1]
+    bundle = tiny_toy()
+    whole = bundle.vq.encode(noise.permute(2, 0, 1)[None].float() / 127.5 - 1)[0]
+    painted = [place for place in range(16) if known[place] == -1]
+    assert grid == (4, 4) and painted == [2, 6]
+    kept_places = [place for place in range(16) if place not in painted]
+    assert torch.equal(known[kept_places], whole[kept_places].long())
+    assert torch.equal(codes[0, kept_places].cpu(), known[kept_places]) and int(codes.min()) >= 0
+    Image.new("L", (32, 32)).save(tmp_path / "black.png")
+    Image.new("L", (16, 32), 255).save(tmp_path / "small.png")
+    for options, said in (
+        (("--size", "20x32"), "must be multiples of 8"),
+        (("--size", "wide"), "must be HEIGHTxWIDTH"),
+        (words[:2], "--image and --mask belong together"),
+        ((*words[:2], "--mask", tmp_path / "black.png"), "is black all over"),
+        ((*words[:2], "--mask", tmp_path / "small.png"), "must be of one size"),
+    ):
+        assert said in only_error("generate", run, "<bo>", *options, "--out", tmp_path / "x.png", *few)

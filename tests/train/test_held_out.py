@@ -19,7 +19,7 @@ from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.train import load_policy, read_metrics, reinforce, train_grpo
 from pyunictokens.train.distributed.ranks import Ranks
 from pyunictokens.train.held_out import SEED, Measurement, difference, verdict
-from pyunictokens.train.images import Pictures
+from pyunictokens.train.images import ReferenceImages
 from pyunictokens.train.tasks import ConceptTasks
 from pyunictokens.utils.errors import UserError
 from tests.train.ranks import together
@@ -273,7 +273,7 @@ def test_headroom_of_a_concept_is_that_of_its_photos(tmp_path: Path) -> None:
     del parts_of["preview_scorer"]
     train_grpo(**parts_of, config=chosen, out_dir=tmp_path / "run")
     told = json.loads((tmp_path / "run" / "headroom.json").read_text())
-    images = Pictures(given.model, given.vq)
+    images = ReferenceImages(given.model, given.vq)
     tasks = ConceptTasks(given.data, given.concept, images, visual_ratio=1.0)
     want = []
     for number in range(4):
