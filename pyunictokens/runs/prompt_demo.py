@@ -147,10 +147,10 @@ def _toy_world(
     from ..rewards.ensemble import as_model
     from ..rewards.experts.ber import Ber
     from ..toy.drawing import render
-    from ..toy.networks import ToyExperts
+    from ..toy.networks import ToyNetworks
     from ..toy.prompts import metrics, wearing
 
-    nets = ToyExperts.from_pretrained().to(bundle.device)
+    nets = ToyNetworks.from_pretrained().to(bundle.device)
     (out / "drawings").mkdir()
     test = wearing(held_out, 1)  # the same for every seed
     lines = []

@@ -12,7 +12,7 @@ from PIL import Image
 from pyunictokens.data.prompts import read_prompts
 from pyunictokens.rewards.experts.objects import Objects
 from pyunictokens.runs.prompt_demo import SETTINGS, run_prompt_demo
-from pyunictokens.toy.networks import AttributeReader, ToyExperts
+from pyunictokens.toy.networks import AttributeReader, ToyNetworks
 from pyunictokens.toy.prompts import WANTED, metrics, wearing
 from pyunictokens.toy.scene import SLOTS
 from pyunictokens.toy.world import words
@@ -27,8 +27,8 @@ SHORT = ["steps=2", "groups=2", "group_size=2", "held_out.every=1"]
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
     torch.manual_seed(3)
-    nets = ToyExperts(words()).requires_grad_(False).eval()
-    monkeypatch.setattr(ToyExperts, "from_pretrained", lambda folder=None: nets)
+    nets = ToyNetworks(words()).requires_grad_(False).eval()
+    monkeypatch.setattr(ToyNetworks, "from_pretrained", lambda folder=None: nets)
     monkeypatch.setattr("pyunictokens.toy.composed.model.shipped", lambda: False)
 
 
