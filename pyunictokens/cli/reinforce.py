@@ -82,7 +82,7 @@ def reinforce(
     found = [imported(name, "--reward", trust=True) for name in reward]
     functions = [each() if isinstance(each, type) else each for each in found]
     sources = Sources.choose(Sources(model, vq, tokenizer))
-    settings = replace(PRESETS["toy" if sources.is_toy else "paper"].grpo, trainable="lora")
+    settings = replace(PRESETS["toy"].grpo if sources.is_toy else GrpoConfig(), trainable="lora")
     if config is not None:
         values = load_yaml(config)
         section = values.get("grpo", values)

@@ -43,6 +43,14 @@ VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or 
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="Folder or hub id with tokenizer.json. Default: as for --model.")
 ]
+ClipOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clip",
+        help="CLIP of open_clip for the CLIP-T and CLIP-I columns: a folder, a hub id, or ARCHITECTURE=FILE. Default: "
+        "what the run used; the toy has its own.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
@@ -110,6 +118,10 @@ def show_phases(report: PhaseReport) -> None:
         table.add_row(*row, f"{100 * part:.1f} %" if part else "")
     rest = report.seconds - sum(phase.seconds for phase in report.phases)
     table.add_row("the rest", "", f"{rest:.2f}", f"{100 * rest / report.seconds:.1f} %" if report.seconds else "")
+    for what, fraction in report.shares.items():
+        table.add_row(what, "", "", f"{100 * fraction:.1f} %")
+    for what, path in report.paths.items():
+        table.add_row(what, path)
     table.caption = f"matrix rate {rate / 1e12:.3g} TFLOP/s, a large product in {report.dtype}, measured here"
     console().print(table)
 

@@ -13,6 +13,7 @@ from ..utils.errors import UserError
 from .demo import show_results
 from .shell import (
     Bars,
+    ClipOption,
     ConfigOption,
     DeviceOption,
     ModelOption,
@@ -45,6 +46,7 @@ class Preset(str, Enum):
 
     toy = "toy"
     paper = "paper"
+    unictokens = "unictokens"
     fast = "fast"
     quality = "quality"
 
@@ -62,7 +64,14 @@ def train(
     ] = None,
     grpo: Annotated[bool, typer.Option("--grpo/--no-grpo", help="Whether to reinforce after the stages.")] = True,
     start: Annotated[
-        str | None, typer.Option("--start", help="A run or folder of concept tokens to begin with.", metavar="RUN")
+        str | None,
+        typer.Option(
+            "--start-from",
+            "--start",
+            help="A run or folder of concept tokens to begin with. Under torchrun, which has a --start-method of its "
+            "own, the long form alone.",
+            metavar="RUN",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     evaluate: Annotated[
@@ -78,6 +87,7 @@ def train(
         ),
     ] = None,
     trust: TrustOption = False,
+    clip: ClipOption = None,
     preset: Annotated[
         Preset | None,
         typer.Option(
@@ -134,6 +144,8 @@ def train(
         pyunictokens train --concepts all --workers 2 toydata --out runs/all
 
         torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --out runs/bo
+
+        torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --stages none --start-from published/bo
     """
     from ..models.bundle import Sources
     from ..train.distributed.ranks import Ranks
@@ -150,6 +162,7 @@ def train(
         given = {
             "--stages": stages and stages.value,
             "--rewards": rewards,
+            "--clip": clip,
             "--preset": preset and preset.value,
             "--model": model,
             "--vq": vq,
@@ -195,6 +208,7 @@ def train(
             evaluate,
             rewards,
             trust,
+            clip,
             preset,
             Sources(model, vq, tokenizer),
             config,
@@ -217,6 +231,7 @@ def _train_one(
     evaluate: bool,
     rewards: str | None,
     trust: bool,
+    clip: str | None,
     preset: Preset | None,
     sources: Sources,
     config: Path | None,
@@ -230,7 +245,7 @@ def _train_one(
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..models.bundle import Sources
-    from ..runs.bundle import choose_rewards, load_scorers, open_bundle
+    from ..runs.bundle import choose_rewards, load_scorers, open_bundle, with_clip
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
@@ -263,7 +278,8 @@ def _train_one(
     check_training_dtype(pick_dtype(settings.grpo.dtype), resume)
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
     chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
-    scorers = load_scorers(sources, ranks.device, chosen, trust=trusted)
+    clip = clip or origin.clip
+    scorers = with_clip(load_scorers(sources, ranks.device, chosen, trust=trusted), clip, ranks.device)
     parts = Parts(begin, stages is not Stages.none, grpo, evaluate, resume=resume)
     if ranks.first:
         parts.check(out, scorers)
@@ -274,7 +290,7 @@ def _train_one(
             stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
             trace(profile if ranks.first else None),
         ):
-            context = RunContext(bundle, concept, settings, out, scorers, chosen, ranks, bars, stop)
+            context = RunContext(bundle, concept, settings, out, scorers, chosen, clip, ranks, bars, stop)
             outcome = run_concept(context, parts)
     except Stopped as stopped:  # asked for, and saved: a good end
         if not ranks.first:

@@ -108,6 +108,15 @@ def load_scorers(
     )
 
 
+def with_clip(scorers: Scorers | None, clip: str | None, device: torch.device) -> Scorers | None:
+    """`scorers` with a CLIP model of open_clip for CLIP-T and CLIP-I (what `OpenClip` takes); None leaves them."""
+    if clip is None:
+        return scorers
+    from ..evaluate.clip import OpenClip
+
+    return replace(scorers or Scorers(None), image_text=OpenClip(clip, device))
+
+
 def read_rewards(given: str | Mapping[str, object] | None) -> str | Mapping[str, object] | None:
     """`given` as :func:`load_scorers` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all)."""
     from ..config.settings import load_yaml

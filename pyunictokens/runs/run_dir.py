@@ -46,6 +46,8 @@ class Origin:
     vq: str | None = None
     tokenizer: str | None = None
     rewards: str | Mapping[str, object] | None = None
+    clip: str | None = None
+    """The CLIP model that evaluation measures with."""
     root: Path | None = None
     """The data folder."""
     name: str | None = None
@@ -84,8 +86,10 @@ OWN_KEYS = tuple(each.name for each in fields(Origin))
 class EvaluationConfig:
     """How a run is measured."""
 
+    protocol: Literal["ours", "sync-r1"] = "ours"
+    """How is asked and scored: ours, or the authors' later public code (docs/evaluation.md)."""
     samples: int = 4
-    """Images of each prompt."""
+    """Images of each prompt; 0 takes the protocol's numbers."""
     timesteps: int = 50
     """MaskGIT timesteps of an image."""
     guidance_scale: float = 5.0
@@ -190,6 +194,19 @@ class Run:
                 return folder
         return self.path if published_epochs(self.path) else None
 
+    @property
+    def published(self) -> bool:
+        """Whether its tokens were taught UniCTokens' form of questions: by its own code, or by our stages set to it."""
+        stages = self.config.get("stages")
+        if isinstance(stages, Mapping) and stages.get("question_form") == "unictokens":
+            return True
+        learned = self._learned() if self.path is not None else None
+        return learned is not None and not any(
+            (place / name).is_file()
+            for place in (learned / CONCEPT, learned)
+            for name in ("concept.json", "policy.json")
+        )
+
     def sources(self, flags: Sources) -> Sources:
         """The models that flags name, else those the run was made with."""
         return Sources.choose(flags, self.origin)
@@ -235,6 +252,7 @@ def write_description(
     max_text: int,
     concept: Concept,
     config: RunConfig,
+    clip: str | None = None,
 ) -> None:
     """Write config.yaml and about.json of a run."""
     from .. import __version__
@@ -245,6 +263,7 @@ def write_description(
         "vq": sources.vq,
         "tokenizer": sources.tokenizer,
         "rewards": dict(rewards) if isinstance(rewards, Mapping) else rewards,
+        **({"clip": clip} if clip is not None else {}),
         "root": str(concept.root.absolute()),
         "name": concept.name,
         "max_text": max_text,

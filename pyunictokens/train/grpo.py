@@ -49,6 +49,13 @@ from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logpro
 
 log = logging.getLogger(__name__)
 
+_STILL_AFTER = 10
+"""Steps after the warm-up at which a run is looked at: has the policy moved?"""
+_MOVED, _KL_MOVED = 0.01, 1e-7
+"""It has where this part of its numbers differs from the start, and its tokens' mean divergence is this large."""
+_UNKNOWN = 0.5
+"""DSOG's threshold until it is known where previews lie."""
+
 PHASES = "phases.json"
 """Where the time of the run's last session went (utils/profiling.py)."""
 
@@ -126,9 +133,10 @@ class _Run:
         self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
         if model.concept is not None and tokenizer.token_id(model.concept.sks) is None:
             tokenizer = tokenizer.with_concept(model.concept.tokens)
-        engine = RolloutEngine(model, vq, tokenizer)
+        engine = RolloutEngine(model, vq, tokenizer, capture=config.capture)
         dsog = config.dsog
-        self.threshold = DsogThreshold(dsog.initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
+        initial = _UNKNOWN if isinstance(dsog.initial, str) else dsog.initial
+        self.threshold = DsogThreshold(initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
         preview_judge = preview_judge or rewards.preview_scorer
         if dsog.enabled and preview_judge is None and ranks.first:
             log.warning("no reward model judges previews: DSOG is off")
@@ -181,8 +189,13 @@ class _Run:
             if self.ranks.first:
                 metrics = undo.enter_context(MetricsLog(self.folder.path, from_step=self.step))
             undo.callback(self.saver.wait)
+            if self.step == 0 and config.dsog.enabled and config.dsog.initial == "auto":
+                self.collector.calibrate()
             while self.step < config.steps:
                 values = self._one_step()
+                kl = values["kl"]
+                if values["skipped"] is None and isinstance(kl, float):
+                    self._warn_if_still(kl)
                 if metrics is not None:
                     metrics.write(values)
                 self.step += 1
@@ -245,6 +258,26 @@ class _Run:
             "skipped": problem or None,
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+    def _warn_if_still(self, kl: float) -> None:
+        """Say so once where the steps after the warm-up are lost: in the rounding of the weights, or in being small."""
+        config = self.config
+        if self.step != config.warmup + _STILL_AFTER or not self.ranks.first:
+            return
+        changed = self.policy.changed()
+        if changed >= _MOVED and (config.beta == 0 or kl >= _KL_MOVED):
+            return
+        log.warning(
+            "the policy has not moved: after %d steps %.2g %% of the trained numbers differ from where they began "
+            "(in %s), and its divergence from the reference is %.2g. Raise grpo.lr (%g), or train more than %s "
+            "(grpo.trainable)",
+            self.step,
+            100 * changed,
+            str(self.model.dtype).removeprefix("torch."),
+            kl,
+            config.lr,
+            {"concept": "the concept's rows", "lora": "adapters"}.get(config.trainable, "now"),
+        )
 
     @torch.no_grad()
     def _save_samples(self, groups: Sequence[Group]) -> None:

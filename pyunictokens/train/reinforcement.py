@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..config.training import GrpoConfig
+from ..config.training import GrpoConfig, TrainConfig
 from ..data.concept import Concept
 from ..data.prompts import PromptSource, read_prompts
 from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, owning_rows
@@ -60,6 +60,7 @@ def train_grpo(
         tokenizer: the plain tokenizer; the concept's tokens are added here.
         concept_data: a `data.Concept`; only the training half of its facts is used.
         rewards: an `Ensemble`, or anything whose score(batch) gives .total [R], .parts and .no_face.
+        config: by default the `paper` preset's.
         preview_scorer: judge of DSOG's previews (`ToyRewards.preview_scorer`, `Ber.preview_scorer`); by default the
             first reward model that judges previews. Without one, no previews are taken.
         out_dir: the run's folder; one that holds a run is refused unless `resume`.
@@ -72,7 +73,7 @@ def train_grpo(
     Raises:
         UserError, Stopped: as `run_grpo`.
     """
-    config = config or GrpoConfig()
+    config = config or TrainConfig.preset("paper").grpo
     if concept is not None:
         owning_rows(model).attach(concept)
     tokens = model.concept
@@ -84,6 +85,7 @@ def train_grpo(
         ReferenceImages(model, vq),
         visual_ratio=config.visual_ratio,
         judged_as=config.judged_as,
+        compound=config.compound,
         seed=config.seed,
     )
     result = run_grpo(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,10 @@ class TaskSource(Protocol):
         """Codes int64 [N] of the image that the task's question is about."""
         ...
 
+    def completed(self, prompt: str, answer: str) -> str:
+        """What an image is drawn from: a task's prompt, and what the model answered."""
+        ...
+
     def for_model(self, text: str) -> str:
         """A prompt or question as the model reads it."""
         ...
@@ -132,9 +137,11 @@ class ConceptTasks:
         *,
         visual_ratio: float = 0.5,
         judged_as: Literal["class", "info"] = "class",
+        compound: Literal["answer", "info"] = "answer",
         seed: int = 0,
     ):
         self.concept, self.tokens, self.images, self._judged_as = concept, tokens, images, judged_as
+        self._compound = compound
         self._tasks = {
             VISUAL: visual_tasks(concept) if visual_ratio > 0 else [],
             TEXT_ONLY: text_only_tasks(concept, concept.fact_pairs_train) if visual_ratio < 1 else [],
@@ -175,6 +182,12 @@ class ConceptTasks:
     def image_codes(self, task: Task) -> Tensor:
         return self.images.codes(task.image)
 
+    def completed(self, prompt: str, answer: str) -> str:
+        if self._compound == "answer":
+            return wording.compound_prompt(prompt, answer)
+        named = named_for_class(answer, self.concept.class_word, self.concept.sks)
+        return wording.compound_prompt(wording.compound_prompt(prompt, self.concept.info), named)
+
     def for_model(self, text: str) -> str:
         return as_prompt(self.tokens, text)
 
@@ -190,6 +203,15 @@ class ConceptTasks:
             "concept_tokens": self.tokens.num_tokens,
             "starting_concept": fingerprint.of_tensors(dict(self.tokens.named_parameters())),
         }
+
+
+def named_for_class(text: str, class_word: str, sks: str) -> str:
+    """`text` with the concept's token where it speaks of "the dog", "a dog" or "dog"; as it is where it holds the token
+    or the concept has no class word."""
+    if not class_word.strip() or sks in text:
+        return text
+    word = rf"\b(?:(?:the|a|an|this)\s+)?{re.escape(class_word.strip())}\b"
+    return re.sub(word, lambda _: sks, text, flags=re.IGNORECASE)
 
 
 # --- a list of prompts ---------------------------------------------------------------------------------------------
@@ -218,6 +240,9 @@ class PromptTasks:
 
     def image_codes(self, task: Task) -> Tensor:
         raise UserError("a list of prompts asks nothing about images")
+
+    def completed(self, prompt: str, answer: str) -> str:
+        return wording.compound_prompt(prompt, answer)
 
     def for_model(self, text: str) -> str:
         return text

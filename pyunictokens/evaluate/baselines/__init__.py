@@ -120,7 +120,7 @@ def _remote(spec: Spec, max_new_tokens: int) -> Callable[[Subject], Model]:
     from ...rewards.endpoint import Endpoint
     from .endpoint import Remote, RemoteConfig
 
-    known = {"model", "draw", "key", "references"}
+    known = {"model", "draw", "key", "references", "size", "quality", "timeout"}
     if not {"model"} <= set(spec.options) <= known | {"photos"}:
         got = ", ".join(spec.options) or "nothing"
         raise UserError(f"endpoint {spec.where}: needs model=NAME and knows {', '.join(sorted(known))}; got {got}")
@@ -128,12 +128,18 @@ def _remote(spec: Spec, max_new_tokens: int) -> Callable[[Subject], Model]:
     shown = spec.options.get("references", spec.options.get("photos", "1"))  # as it was called before
     if not shown.isdigit() or not 1 <= int(shown) <= 20:
         raise UserError(f"endpoint {spec.where}: references={shown}: must be from 1 to 20")
+    waits = spec.options.get("timeout", "180" if spec.options.get("draw") else "60")
+    if not waits.isdigit() or not 1 <= int(waits) <= 3600:
+        raise UserError(f"endpoint {spec.where}: timeout={waits}: must be from 1 to 3600 seconds")
     config = RemoteConfig(
         spec.options["model"],
         spec.where,
         None if key == "none" else key,
         max_tokens=max_new_tokens,
         image_model=spec.options.get("draw", ""),
+        size=spec.options.get("size", ""),
+        quality=spec.options.get("quality", ""),
+        timeout=float(waits),
         shown=int(shown) if spec.image else 0,
     )
     endpoint = Endpoint(config)
