@@ -41,7 +41,9 @@ class DefaultGroup(TyperGroup):
     default = DEFAULT
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer carries a click of its own
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+        known = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        own = args and args[0] == self.default and (len(args) == 1 or "=" in args[1] or args[1].startswith("--"))
+        if args and (not known or (own and Path(args[0]).is_dir())):  # a run may be called as the command is
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 

@@ -258,9 +258,9 @@ def _train_one(
         config = out / CONFIG  # what the run was started with
     values = load_yaml(config) if config is not None else {}
     origin = Origin.of(values, str(config))
-    if root is None and name is None and origin.root is not None and origin.name is not None:
-        way = command("train", "ROOT", origin.name, *(["--out", out] if out else []), *(["--resume"] if resume else []))
-        root, name = origin.folder(way)
+    if resume and root is None and name is None and origin.root is not None and origin.name is not None:
+        where = ("--out", out) if out is not None else ()
+        root, name = origin.folder(command("train", "ROOT", origin.name, *where, "--resume"))
     root, name = root or origin.root, name or origin.name
     if root is None or name is None:
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")

@@ -282,7 +282,9 @@ class _Trace:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profile: torch.profiler.profile | None = torch.profiler.profile(activities=activities)
+        else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it looks for GPUs, and prints an error for finding none
+        self._profile: torch.profiler.profile | None = torch.profiler.profile(activities=activities, acc_events=True)
         self._profile.start()
 
     def step(self) -> None:

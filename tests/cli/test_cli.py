@@ -316,6 +316,10 @@ def test_a_data_folder_that_moved_is_told_of_with_the_way_to_name_it(tmp_path: P
     gone = f"{tmp_path / 'gone'}: the folder of 'bo' that this run was trained on is no longer there: say where it is"
     assert f"{gone} with --concept ROOT bo" in said
     assert f"{gone} with --concept ROOT bo" in only_error("evaluate", "table", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for words in ([], ["samples=1"], ["--seed", 3], ["run", "samples=1"]):
+            assert f"{gone} with --concept ROOT bo" in only_error("evaluate", "run", *words)
     assert "no run: leave one of the two" in only_error("evaluate", "table", tmp_path, "--concept", tmp_path, "bo")
     said = only_error("train", "--out", run, "--resume")
     assert f"{gone} with pyunictokens train ROOT bo --out {run} --resume" in said

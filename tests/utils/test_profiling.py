@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +103,15 @@ def test_a_trace_holds_the_phases_and_ends_by_itself(tmp_path: Path) -> None:
     with trace(short), phase("alone"):
         pass
     assert "alone" in short.read_text() and [f.name for f in tmp_path.iterdir() if "part" in f.name] == []
+
+
+def test_a_trace_without_a_gpu_prints_nothing(tmp_path: Path) -> None:
+    code = "import torch; from pyunictokens.utils.profiling import trace\nwith trace('a.json'): torch.ones(3).sum()"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("KINETO_LOG_LEVEL", None)
+    command = [sys.executable, "-W", "default", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "") and "aten::sum" in (tmp_path / "a.json").read_text()
 
 
 def test_the_engine_tells_its_phases_and_what_they_cost() -> None:
