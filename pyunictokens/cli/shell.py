@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import io
+import logging
 import re
 import shlex
 import sys
@@ -174,8 +175,6 @@ def show_warnings_briefly() -> None:
 
 def quiet() -> None:
     """No warnings and no log from here on: another process says it."""
-    import logging
-
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
 
@@ -188,6 +187,22 @@ def _unexpected() -> NoReturn:
 
 def _say(text: str, mark: str = "error: ") -> None:
     print(f"{mark}{text}", file=sys.stderr, flush=True)
+
+
+HEARD = ("pyunictokens.train.headroom", "pyunictokens.train.held_out")
+"""Whose news is shown above the bars, not its warnings alone."""
+
+
+class _Heard(logging.Handler):
+    """What a log says, said above the bars."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(logging.INFO)
+        self._tell = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        self._tell(f"{mark}{record.getMessage()}")
 
 
 class Bars:
@@ -215,9 +230,18 @@ class Bars:
 
     def __enter__(self) -> Bars:
         self._progress.start()
+        self._heard = _Heard(self.say)
+        for name in HEARD:
+            logger = logging.getLogger(name)
+            logger.addHandler(self._heard)
+            logger.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *error: object) -> None:
+        for name in HEARD:
+            logger = logging.getLogger(name)
+            logger.removeHandler(self._heard)
+            logger.setLevel(logging.NOTSET)
         self._progress.stop()
 
     def __call__(self, name: str, done: int, total: int, numbers: Numbers = NO_NUMBERS, /) -> None:
@@ -231,7 +255,7 @@ class Bars:
 
     def say(self, text: str) -> None:
         """A line of text above the bars."""
-        self._progress.console.print(text, markup=False)
+        self._progress.console.print(text, markup=False, soft_wrap=True)
 
     def counter(self, name: str) -> Callable[[int, int], None]:
         """A function of (done, total) that moves the bar `name`."""

@@ -184,6 +184,27 @@ class LoraConfig:
             raise UserError(f"targets={list(self.targets)}: must be some of {', '.join(known)}")
 
 
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Prompts that never train, drawn every few steps with the same noise; used where held-out prompts are given."""
+
+    every: int = 10
+    """Steps between two measurements; the beginning and the end are always measured."""
+    images: int = 2
+    """Images of each held-out prompt."""
+    by: str = "reward"
+    """What decides which step is the best: reward, one of the reward models, or a metric, by name."""
+    patience: int = 3
+    """The run ends after this many measurements in a row that lie below the best by more than the standard error of
+    the difference; 0 never ends it."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, every=self.every, images=self.images)
+        _at_least(0, patience=self.patience)
+        if not self.by.strip():
+            raise UserError("held_out.by is empty: must be reward, or the name of a reward model or metric")
+
+
 OBJECTIVES = ("unictask", "mask_grpo", "gspo", "final_sample")
 """Names of `train/objective.py: REGISTRY`."""
 
@@ -266,6 +287,8 @@ class GrpoConfig:
     """Adapters, used when `trainable` is lora."""
     dsog: DsogConfig = field(default_factory=DsogConfig)
     """Previews and their threshold."""
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Measuring on held-out prompts (`reinforce`)."""
     timestep_choice: Literal["all", "random", "largest_change"] = "random"
     """Which timesteps of an image the update looks at where it is not all of them: random ones, drawn anew each step
     and the same for a group, or for each image those that change it most."""

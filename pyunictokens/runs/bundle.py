@@ -81,7 +81,7 @@ def load_scorers(
         )
     if own is not None:
         from ..rewards.ensemble import as_rewards
-        from ..rewards.load import imported
+        from ..rewards.names import imported
 
         if not own.rpartition(":")[2].isidentifier() or ":" not in own:
             raise UserError(

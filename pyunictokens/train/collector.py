@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .. import ops
 from ..config.training import GrpoConfig
 from ..data import wording
 from ..models import AnsweringModel
-from ..rewards.base import EnsembleScore, PreviewJudge, RewardBatch, Rewards
+from ..rewards.base import EnsembleScore, PreviewJudge, PreviewScorer, RewardBatch, Rewards
 from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import ImageRollout, TextRollout
@@ -31,6 +32,8 @@ from .objective import Objective
 from .tasks import Task, TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories
 
+ByReward = Literal["reward"]
+"""In place of a judge of previews: the rewards themselves."""
 log = logging.getLogger(__name__)
 
 
@@ -124,7 +127,7 @@ class Collector:
         engine: RolloutEngine,
         tasks: TaskSource,
         rewards: Rewards,
-        preview_judge: PreviewJudge | None,
+        preview_judge: PreviewJudge | ByReward | None,
         threshold: DsogThreshold,
         objective: Objective,
         config: GrpoConfig,
@@ -179,7 +182,7 @@ class Collector:
             if not rows:
                 continue
             asked = self._asked(task, number, rows)
-            dsog = self._dsog(asked.judged)
+            dsog = self._dsog(task, asked.judged)
             assert dsog is not None
             only_looked_at = replace(dsog, only_previews=True, max_candidates=1)
             report = self._drawn(asked, only_looked_at, record=False, decode=False).dsog
@@ -236,7 +239,7 @@ class Collector:
         tasks = self.tasks
         asked = self._asked(task, number, rows)
         answers, texts, prompts, judged = asked.answers, asked.texts, asked.prompts, asked.judged
-        images = self._drawn(asked, self._dsog(judged))
+        images = self._drawn(asked, self._dsog(task, judged))
         assert images.pixels is not None
         pixels, images.pixels = images.pixels.float().clamp(-1, 1), None
         batch = RewardBatch(
@@ -303,10 +306,22 @@ class Collector:
             sample_ids=sample_ids,
         )
 
-    def _dsog(self, judged: list[str]) -> Dsog | None:
-        if not self.config.dsog.enabled or self.preview_judge is None:
+    def _by_reward(self, task: Task, judged: list[str]) -> PreviewScorer:
+        """Previews scored as the finished images will be."""
+
+        def score(pixels: Tensor, index: Tensor) -> Tensor:
+            rows = index.tolist()
+            columns = {name: [value] * len(rows) for name, value in task.columns.items()}
+            return self.rewards.score(RewardBatch(pixels, [judged[row] for row in rows], columns=columns)).total
+
+        return score
+
+    def _dsog(self, task: Task, judged: list[str]) -> Dsog | None:
+        judge = self.preview_judge
+        if not self.config.dsog.enabled or judge is None:
             return None
-        scorer, limit = self.preview_judge(judged), self.config.reward_timeout
+        scorer = self._by_reward(task, judged) if judge == "reward" else judge(judged)
+        limit = self.config.reward_timeout
 
         def score(pixels: Tensor, index: Tensor) -> Tensor:
             if self._hung is not None:

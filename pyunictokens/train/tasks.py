@@ -25,7 +25,7 @@ from ..data import wording
 from ..data.concept import Concept
 from ..data.prompts import Prompt
 from ..models import ConceptTokens
-from ..rewards.base import plain_text
+from ..rewards.base import RewardBatch, plain_text
 from ..utils import fingerprint
 from ..utils.errors import UserError
 from .images import ReferenceImages
@@ -97,6 +97,10 @@ class TaskSource(Protocol):
 
     def for_answer_judges(self, text: str) -> str:
         """An answer or fact as one reads it who judges answers."""
+        ...
+
+    def reference(self, task: Task) -> RewardBatch | None:
+        """What reward models would be asked about a true image of this task; None where there is none."""
         ...
 
     def identity(self) -> dict[str, object]:
@@ -197,6 +201,22 @@ class ConceptTasks:
     def for_answer_judges(self, text: str) -> str:
         return plain_text(text, self.concept.class_word)
 
+    def reference(self, task: Task) -> RewardBatch | None:
+        """The image that the question is about, with the true answer; the references are the other images."""
+        if task.mode != VISUAL or task.image is None:
+            return None
+        mine = self.images.pixels(task.image)
+        others = [image for image in self._references if not torch.equal(image, mine)]
+        answer = self.for_answer_judges(task.answer)
+        return RewardBatch(
+            images=mine[None],
+            prompts=[self.for_image_judges(self.completed(task.prompt, task.answer))],
+            answers=[answer],
+            facts=[answer],
+            references=torch.stack(others) if others else self._references,
+            kind=self.kind,
+        )
+
     def identity(self) -> dict[str, object]:
         return {
             "concept": self.tokens.name,
@@ -217,26 +237,59 @@ def named_for_class(text: str, class_word: str, sks: str) -> str:
 # --- a list of prompts ---------------------------------------------------------------------------------------------
 
 
+REFERENCE = "reference_image"
+"""The column of a prompt list that names a file with a good picture of the prompt."""
+
+
 class PromptTasks:
     """A list of prompts: each is drawn as it stands, once before any comes twice, in an order by `seed`.
 
-    Reward functions get its columns. Nothing is asked, and there are no reference images.
+    Reward functions get its columns. Nothing is asked. With a concept attached to the model, prompts may name it as
+    `<name>`: the model reads its tokens, reward models read its name.
     """
 
     kind = "object"
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int = 0):
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int = 0,
+        concept: ConceptTokens | None = None,
+        images: ReferenceImages | None = None,
+    ):
         self._tasks = [Task(PROMPT, each.text, columns=each.columns) for each in prompts]
-        self._seed = seed
+        self._seed, self._concept, self._images = seed, concept, images
+
+    def __len__(self) -> int:
+        return len(self._tasks)
 
     @property
     def references(self) -> Tensor:
         return torch.empty(0, 3, 1, 1)
 
+    @property
+    def texts(self) -> list[str]:
+        """The prompts in their order."""
+        return [task.prompt for task in self._tasks]
+
+    def at(self, place: int) -> Task:
+        """The task of the list's prompt number `place`."""
+        return self._tasks[place]
+
     def draw(self, number: int) -> Task:
         epoch, place = divmod(number, len(self._tasks))
         order = np.random.default_rng([self._seed, 4, epoch]).permutation(len(self._tasks))
         return self._tasks[int(order[place])]
+
+    def batch(self, tasks: Sequence[Task], pixels: Tensor) -> RewardBatch:
+        """Images [R, 3, H, W] of R tasks as reward models get them."""
+        return RewardBatch(
+            images=pixels,
+            prompts=[self.for_image_judges(task.prompt) for task in tasks],
+            kind=self.kind,
+            columns={name: [task.columns[name] for task in tasks] for name in tasks[0].columns},
+        )
 
     def image_codes(self, task: Task) -> Tensor:
         raise UserError("a list of prompts asks nothing about images")
@@ -245,14 +298,23 @@ class PromptTasks:
         return wording.compound_prompt(prompt, answer)
 
     def for_model(self, text: str) -> str:
-        return text
+        return text if self._concept is None else as_prompt(self._concept, text)
 
     def for_image_judges(self, text: str) -> str:
-        return text
+        return text if self._concept is None else plain_text(text, self._concept.name)
 
     def for_answer_judges(self, text: str) -> str:
         return text
 
+    def reference(self, task: Task) -> RewardBatch | None:
+        """The image that the task's column `reference_image` names."""
+        file = task.columns.get(REFERENCE)
+        if file is None or self._images is None:
+            return None
+        if not isinstance(file, (str, Path)):
+            raise UserError(f"prompt {task.prompt!r}: {REFERENCE}={file!r}: must be the name of an image file")
+        return self.batch([task], self._images.pixels(Path(file))[None])
+
     def identity(self) -> dict[str, object]:
-        texts = json.dumps([task.prompt for task in self._tasks], ensure_ascii=False)
+        texts = json.dumps(self.texts, ensure_ascii=False)
         return {"prompts": len(self._tasks), "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()[:16]}
