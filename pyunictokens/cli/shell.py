@@ -38,7 +38,9 @@ USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Show-o folder or hub id. Default: the embedded toy, or what the run used."),
+    typer.Option(
+        "--model", help="Folder, hub id or word (docs/models.md). Default: the embedded toy, or what the run used."
+    ),
 ]
 VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or hub id. Default: as for --model.")]
 TokenizerOption = Annotated[
