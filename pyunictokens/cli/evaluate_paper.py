@@ -118,7 +118,7 @@ def paper(
     suites = {table: open_suite(*three) for table, three in given.items()}
     names = list(suites[wanted[0]].names) if wanted else []
     place = Place(Run(None), sources, asked, device, dtype)
-    rows = {table: place.baselines(work.models_of(out, table, model_row or ())) for table in suites}
+    rows = {table: work.titled(table, place.baselines(work.models_of(out, table, model_row or ()))) for table in suites}
     subjects = {table: [suite.subject(one) for one in suite.names] for table, suite in suites.items()}
     todo = work.Plan(missing=_missing(sources, clip, rewards))
     todo.runs = {variant: (sum(work.is_done(out, variant, one) for one in names), len(names)) for variant in variants}
@@ -171,7 +171,7 @@ def paper(
                 protocol=own,
             )
             mine = asked if own is reading else replace(asked, protocol=own.name, samples=asked.samples or 4)
-            ready = place.baselines(work.models_of(out, table, model_row or ()))
+            ready = work.titled(table, place.baselines(work.models_of(out, table, model_row or ())))
             filled = fill(ready, subjects[table], scorer, out / table, mine, bars)
             said = {**to_mapping(mine), "suite": str(root), "clip": clip, "judge": judge_model}
             made = Table(suites[table].layout, filled.records, filled.failures, filled.notes, said)

@@ -78,6 +78,10 @@ class Baseline:
     """Makes the model ready for one concept; called once a concept, and not at all when every record is there."""
     reasons: bool = False
     """Prompts that hint at a fact are answered first ("which fact fits?") and generated together with the answer."""
+    answers: bool = True
+    """Whether it answers questions; where not, none is asked of it in a plan."""
+    generates: bool = True
+    """Whether it generates images."""
     release: Callable[[], None] = lambda: None
     """Lets go of what `load` keeps for all concepts; called when the row is done: one model is held at a time."""
 

@@ -10,7 +10,7 @@ is done again. How runs are trained is sweep.py's business, how tables are fille
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config.training import GrpoConfig
@@ -116,6 +116,13 @@ def models_of(out: Path, table: str, more: Sequence[str] = ()) -> list[str]:
     return [*(f"ours:{run_of(out, name)}" for name in about.variants), *about.models, *more]
 
 
+def titled(table: str, baselines: Sequence[Baseline]) -> list[Baseline]:
+    """The rows of :func:`models_of`, ours called as in the paper."""
+    ours = [VARIANTS[name].title for name in TABLES[table].variants]
+    named = [replace(row, name=title) for row, title in zip(baselines, ours, strict=False)]
+    return [*named, *baselines[len(ours) :]]
+
+
 # --- the plan ------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +170,8 @@ def cells_of(
         for subject in subjects:
             for task in settings.tasks or TASKS:
                 samples = settings.images(task)
+                if not (model.generates if samples else model.answers):
+                    continue
                 items = list({item.digest: item for item in subject.of(task)}.values())
                 for seed in settings.seeds if samples else (0,):
                     for item in items[: settings.limit or None]:

@@ -65,6 +65,7 @@ def test_tables_from_nothing_and_nothing_twice(here: list[str], tmp_path: Path) 
     for table, rows in (("table1", 5), ("table3", 4)):
         content = json.loads((out / table / "results.json").read_text())
         assert len({record["model"] for record in content["records"]}) == rows, content["failures"]
+        assert {"UniCTokens", "UniCTokens-R1"} <= {record["model"] for record in content["records"]}
         assert {record["concept"] for record in content["records"]} == {"bo", "mi"}
     begun = json.loads((out / "runs" / "unictokens-r1" / "bo" / "run.json").read_text())
     assert begun["identity"]["concept"] == "bo" and not (out / "runs" / "unictokens-r1" / "bo" / "stages").exists()

@@ -127,3 +127,23 @@ def test_the_engine_tells_its_phases_and_what_they_cost() -> None:
     assert totals["rollout steps"].flops == 6 * cost.image_step(CONFIG, 1, prompt, 9).flops
     assert totals["prefill"].flops == cost.prefill(CONFIG, prompt).flops + cost.prefill(CONFIG, 3).flops
     assert totals["answers"].flops > 0
+
+
+def test_shares_and_ways_taken_are_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pyunictokens.cli.shell import show_phases
+
+    profiling.share("nobody listens", 1, 1)
+    profiling.taken("nobody listens", "x")
+    with Recorder() as recorder:
+        profiling.share("row-steps that ran captured", 0, 30)
+        profiling.share("row-steps that ran captured", 10, 10)
+        for way in ("one kernel", "another", "one kernel"):
+            profiling.taken("attention", way)
+    report = recorder.report(torch.float32)
+    assert report.shares == {"row-steps that ran captured": 0.25}
+    assert report.paths == {"attention": "one kernel, another"}
+    Recorder.save(tmp_path / "phases.json", report)
+    assert PhaseReport.load(tmp_path / "phases.json") == report
+    show_phases(report)
+    said = capsys.readouterr().out
+    assert "row-steps that ran captured" in said and "25.0 %" in said and "another" in said

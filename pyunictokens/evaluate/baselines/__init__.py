@@ -92,7 +92,7 @@ def baseline(
     if spec.kind == "real":
         from .real import RealImages
 
-        return Baseline(spec.name, identity, RealImages)
+        return Baseline(spec.name, identity, RealImages, answers=False)
     if spec.kind == "transformers":
         from .vlm import Backbone, Vlm
 
@@ -101,6 +101,7 @@ def baseline(
             spec.name,
             identity,
             lambda subject: Vlm(backbone(), subject, int(spec.image), max_new_tokens),
+            generates=False,
             release=backbone.cache_clear,
         )
     if spec.kind == "diffusers":
@@ -109,10 +110,15 @@ def baseline(
         source = parse_source([spec.where, *(f"{key}={value}" for key, value in spec.options.items())])
         pipeline = functools.cache(lambda: Pipeline(source, device, dtype))
         return Baseline(
-            spec.name, identity, lambda subject: Diffusion(pipeline(), subject), release=pipeline.cache_clear
+            spec.name,
+            identity,
+            lambda subject: Diffusion(pipeline(), subject),
+            answers=False,
+            release=pipeline.cache_clear,
         )
     if spec.kind == "endpoint":
-        return Baseline(spec.name, identity, _remote(spec, max_new_tokens))
+        generates = bool(spec.options.get("draw"))
+        return Baseline(spec.name, identity, _remote(spec, max_new_tokens), generates=generates)
     raise UserError(f"model {spec.kind!r}: needs an engine")
 
 
