@@ -143,7 +143,7 @@ def test_what_is_missing_is_named(base: DiffusionSource, tmp_path: Path) -> None
 
     with pytest.raises(UserError, match="cannot be loaded as a pipeline"):
         Pipeline(DiffusionSource(str(tmp_path)))
-    with pytest.raises(UserError, match=r"lora=.*nowhere.safetensors: no such file"):
+    with pytest.raises(UserError, match=r"lora=.*nowhere.safetensors: no such folder"):
         Pipeline(replace(base, lora=str(tmp_path / "nowhere.safetensors")))
     (tmp_path / "bad.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match=r"bad.safetensors: cannot be loaded"):
