@@ -135,6 +135,8 @@ class _Stages:
                 f"{self.out}: already holds concept stages: go on with them (--resume) or choose another folder"
             )
         found = read_json(about) if about.exists() else settings
+        if not isinstance(found, dict):
+            raise UserError(f"{about}: must be a table of settings, is {type(found).__name__}")
         if {**found, "max_text": found.get("max_text") or own["max_text"]} != settings:
             raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
         write_json(about, settings)
@@ -145,7 +147,7 @@ class _Stages:
             ConceptTokens.load(self.out / finished[-1]).to(self.model.device) if finished else start or self._new()
         )
         if finished:
-            self.steps_done = sum(line["stage"] in finished for line in read_metrics(self.out, "stages.jsonl"))
+            self.steps_done = sum(line.get("stage") in finished for line in read_metrics(self.out, "stages.jsonl"))
         with MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl") as metrics:
             for number, stage in enumerate(self.config.stages):
                 if stage not in finished:
