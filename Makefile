@@ -33,8 +33,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(CORE)
 demo: $(STAMP) ## teach the toy model one concept, start to finish, and write demo/report.html
 	$(BIN)/pyunictokens demo --out demo $(ARGS)
 
-test: $(STAMP) ## the test suite (without the tests that need a GPU)
-	$(BIN)/python -m pytest -q -m "not gpu and not soak and not fuzz" $(ARGS)
+test: $(STAMP) ## the test suite (without the tests that need a GPU), a process a core
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not soak and not fuzz" $(ARGS)
 
 soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliability.md promises, for minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray>=2.40'

@@ -44,7 +44,7 @@ from pyunictokens.rollout.types import ImageRollout, TextRollout
 from pyunictokens.train.optimizer import Optimizer
 from pyunictokens.train.policy import Policy
 from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
-from pyunictokens.train.update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
+from pyunictokens.train.update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 from pyunictokens.utils.errors import UserError
 
 SECTIONS = ("images", "batched", "published", "image", "grpo", "answers", "small")
@@ -382,7 +382,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             policy = Policy(model, "full", reference_file=Path(folder) / "reference.safetensors")
             optimizer = Optimizer(policy.named_parameters(), lr=1e-6, max_grad_norm=1.0)
-            sizes, settings = PieceSizes(), LossSettings(micro_rows=0, micro_timesteps=0)
+            sizes, settings = MicrobatchSizes(), LossSettings(micro_rows=0, micro_timesteps=0)
 
             def answer() -> TextRollout:
                 return engine.generate_text(codes, [self.question], samples=s.group, max_new_tokens=s.tokens)

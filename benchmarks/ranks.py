@@ -33,7 +33,7 @@ from pyunictokens.data.folder import load_concept
 from pyunictokens.models import ConceptTokens
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.toy.model import load_toy
-from pyunictokens.toy.rewards import load_toy_experts
+from pyunictokens.toy.rewards import load_toy_rewards
 from pyunictokens.train import TrainConfig, train_concept_tokens, train_grpo
 from pyunictokens.train.distributed.ranks import Ranks
 from pyunictokens.utils.files import read_json, write_json
@@ -57,7 +57,7 @@ def work(folder: Path, out: Path, words: list[str], core: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    toy, rewards, data = load_toy(), load_toy_experts(), load_concept(folder / "data", "bo")
+    toy, rewards, data = load_toy(), load_toy_rewards(), load_concept(folder / "data", "bo")
     times = [(time.perf_counter(), time.process_time())]
     with Ranks.open("cpu") as ranks:
         train_grpo(

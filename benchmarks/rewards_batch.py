@@ -3,7 +3,7 @@
     python -m benchmarks.rewards_batch                    # writes benchmarks/results/rewards-<device>.json
     python -m benchmarks.rewards_batch --device cuda --full          # the networks in the sizes of the paper
 
-Two sets of networks: the toy's experts as shipped, and small random checkpoints of the paper's networks (ERNIE, BLIP-2,
+Two sets of networks: the toy's reward models as shipped, and small random checkpoints of the paper's (ERNIE, BLIP-2,
 DINOv2, and MTCNN with FaceNet, these two in full size), made by the tests. `--full` measures the latter alone, in their
 published sizes with random weights in bfloat16, on drawings of 512², and the rate of operations that this comes to. The
 two sides take turns, round by round, after a warm-up that embeds photos, facts and prompts; answers are new in every
@@ -30,11 +30,11 @@ from benchmarks.run_cpu import machine
 from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.rewards import costs as cost
 from pyunictokens.rewards.load import load_rewards
-from pyunictokens.toy.rewards import load_toy_experts
+from pyunictokens.toy.rewards import load_toy_rewards
 from pyunictokens.utils.files import read_json, write_json
 from tests.rewards import checkpoints
 
-TOY, REAL = "the toy's experts", "small ERNIE, BLIP-2, DINOv2; MTCNN and FaceNet"
+TOY, REAL = "the toy's reward models", "small ERNIE, BLIP-2, DINOv2; MTCNN and FaceNet"
 FULL = "ERNIE 3.0 base, BLIP-2 ViT-g, DINOv2 base, MTCNN and FaceNet"
 SIDE = 64
 ANSWER_TOKENS = 10  # of the answers below: seven words, a number, and the two that frame them
@@ -148,7 +148,7 @@ def markdown(report: dict[str, Any]) -> str:
     gpu = report["device"] == "cuda"
     rate = " drawings a second |" if gpu else ""
     lines = [
-        f"| networks | expert | one batch of {report['rows']} is faster by |{rate}",
+        f"| networks | reward model | one batch of {report['rows']} is faster by |{rate}",
         "|---|---|---|" + "---|" * gpu,
     ]
     for networks, experts in report["networks"].items():
@@ -186,7 +186,7 @@ def main() -> None:
         if options.full:
             ensembles = {FULL: full_ensemble(Path(folder), options.device)}
         else:
-            toy = load_toy_experts(device=options.device).ensemble
+            toy = load_toy_rewards(device=options.device).ensemble
             ensembles = {TOY: toy, REAL: real_ensemble(Path(folder), options.device)}
         networks = {n: measure(e, options.rows, options.rounds, options.device, side) for n, e in ensembles.items()}
     report = {

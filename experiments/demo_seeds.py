@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pyunictokens.utils.signals import ENDS_WITH_STDIN
+
 ROOT = Path(__file__).parent.parent
 NAMES = ("base", "before", "after")
 TITLES = {"base": "never saw it", "before": "tokens learned", "after": "reinforced"}
@@ -36,7 +38,8 @@ def run_one(seed: int, kind: str, work: Path, words: list[str], again: bool, job
         start = time.monotonic()
         command = [sys.executable, "-m", "pyunictokens", "demo", "--out", str(out), "--kind", kind, "--seed", str(seed)]
         threads = max(1, cores() // jobs)
-        child = subprocess.Popen([*command, *words], env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), ENDS_WITH_STDIN: "1"}
+        child = subprocess.Popen([*command, *words], stdin=subprocess.PIPE, env=environment)  # ends with us
         _, status, usage = os.wait4(child.pid, 0)
         if status:
             raise SystemExit(f"the demo of {kind} {seed} failed; what it left is in {out}")

@@ -22,7 +22,7 @@ import torch
 from pyunictokens.data.folder import load_concept
 from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards.base import RewardBatch, plain_text
-from pyunictokens.runs.bundle import load_experts
+from pyunictokens.runs.bundle import load_scorers
 from pyunictokens.toy import world as toyworld
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.toy.scene import SLOTS, Attributes, random_moment, random_scene
@@ -50,7 +50,7 @@ def gaps(seed: int, folder: Path) -> dict[str, list[list[float]]]:
     write_toy_concept(folder, seed=seed, kind="animal", name="bo")
     concept = load_concept(folder, "bo")
     truth = json.loads((concept.test_folder / "truth.json").read_text(encoding="utf-8"))
-    ber = load_experts(Sources(), torch.device("cpu")).ensemble.experts["ber"]
+    ber = load_scorers(Sources(), torch.device("cpu")).ensemble.experts["ber"]
     rng = np.random.default_rng(seed)
 
     def values(names: dict[str, str]) -> dict[str, int]:

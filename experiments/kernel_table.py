@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from pyunictokens.utils.files import write_text_atomic
+from pyunictokens.utils.signals import end_with_parent_process
 
 FILE = Path(__file__).parent.parent / "docs" / "kernels.md"
 MARKS = "<!-- {}: begin -->\n", "<!-- {}: end -->"
@@ -260,7 +261,7 @@ def _compile_one(job: tuple[Variant, int]) -> Usage | str:
 def compile_all(found: list[Variant], processes: int) -> dict[tuple[Variant, int], Usage | str]:
     """Usage of every variant on every target; where it does not compile, why."""
     jobs = list(itertools.product(found, TARGETS))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent_process) as pool:
         results = []
         for done, result in enumerate(pool.map(_compile_one, jobs, chunksize=4), 1):
             results.append(result)

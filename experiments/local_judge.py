@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from pyunictokens.data.images import from_pil
 from pyunictokens.evaluate import judge_prompts as judging
 from pyunictokens.evaluate.metrics import normalise
-from pyunictokens.toy.networks import ToyExperts
+from pyunictokens.toy.networks import ToyNetworks
 from pyunictokens.toy.scene import COLOURS, SLOTS
 
 BEST = 10.0
@@ -68,7 +68,7 @@ class ToyJudge:
     """Scores one request."""
 
     def __init__(self) -> None:
-        self.reader = ToyExperts.from_pretrained().reader
+        self.reader = ToyNetworks.from_pretrained().reader
         self.asked = 0
         self._lock = threading.Lock()
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pyunictokens.toy.drawing import render
 from pyunictokens.toy.scene import random_scene
+from pyunictokens.utils.signals import end_with_parent_process
 
 HOLD = 2000
 _CHUNK = 1000
@@ -30,7 +31,7 @@ def build_cache(work: Path, *, count: int, seed: int) -> None:
     """Draw `count` training scenes (+ HOLD for measuring) and HOLD scenes of held-out subjects."""
     folder = work / "cache"
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent_process) as pool:
         for name, total, held_out in (("", count + HOLD, False), ("held_out_", HOLD, True)):
             jobs = [(seed * 100_000 + 5_000 * bool(held_out) + k, _CHUNK, held_out) for k in range(total // _CHUNK)]
             images, labels = zip(*pool.map(_draw, jobs), strict=True)

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 from toy_cache import load_cache
 
+from pyunictokens.data import wording
 from pyunictokens.models.showo import prompting
 from pyunictokens.toy import grammar as grammar
 from pyunictokens.toy.scene import from_labels, random_scene
 from pyunictokens.toy.words import build_tokenizer
+from pyunictokens.utils.signals import end_with_parent_process
 
 CAPTIONS, QUESTIONS = 3, 6
 END, CODE = 0, 1
@@ -70,7 +72,7 @@ def _fact_pair(rng: np.random.Generator) -> tuple[str, str]:
     scene = random_scene(rng)
     if dice < 0.85:
         facts, prompt, answer = grammar.text_only(rng, grammar.mention(scene, rng))
-        return prompting.text_only_question(facts, prompt), answer
+        return wording.text_only_question(facts, prompt), answer
     values = grammar.draw_facts(rng)
     facts = [fact.sentence(value) for fact, value in zip(grammar.FACTS, values, strict=True)]
     k = int(rng.integers(len(facts)))
@@ -105,6 +107,6 @@ def build_corpus(work: Path, *, seed: int, facts: int = 45_000) -> None:
     _, labels = load_cache(work)
     chunks = np.array_split(labels, 38)
     jobs = [(seed + 1000 + k, chunk, facts // len(chunks)) for k, chunk in enumerate(chunks)]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent_process) as pool:
         parts = list(pool.map(_part, jobs))
     np.savez(work / "corpus.npz", **{key: np.concatenate([part[key] for part in parts]) for key in parts[0]})

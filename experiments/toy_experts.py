@@ -19,7 +19,7 @@ from toy_cache import HOLD, load_cache
 from toy_vq import degrade, log_line, slot_loss, to_pixels
 
 from pyunictokens.toy import grammar as grammar
-from pyunictokens.toy.networks import ImageText, ToyExperts
+from pyunictokens.toy.networks import ImageText, ToyNetworks
 from pyunictokens.toy.scene import HAIR_STYLES, SLOTS, SUBJECT_SLOTS, Attributes, from_labels, random_scene
 from pyunictokens.toy.words import words
 
@@ -175,7 +175,7 @@ def _worker(rank: int, work: Path, seconds: float, seed: int, batch: int) -> Non
     torch.set_num_threads(1)
     torch.manual_seed(seed + 3 + rank)
     log, names = work / "experts.log", _SHARES[rank]
-    model = ToyExperts(words())
+    model = ToyNetworks(words())
     if (work / "experts.pt").exists():
         model.load_state_dict(torch.load(work / "experts.pt", weights_only=True))
     for part in (model.reader, model.image_text.backbone, model.subject, model.face):
@@ -212,15 +212,15 @@ def _worker(rank: int, work: Path, seconds: float, seed: int, batch: int) -> Non
     torch.save(kept, work / f"experts_{rank}.pt")
 
 
-def load_experts(work: Path) -> ToyExperts:
+def load_experts(work: Path) -> ToyNetworks:
     """The trained experts, ready to use."""
-    model = ToyExperts(words())
+    model = ToyNetworks(words())
     model.load_state_dict(torch.load(work / "experts.pt", weights_only=True))
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def measure_experts(work: Path, model: ToyExperts) -> dict[str, object]:
+def measure_experts(work: Path, model: ToyNetworks) -> dict[str, object]:
     """What each expert can do on scenes it never saw (the last HOLD, and held-out subjects)."""
     rng = np.random.default_rng(11)
     out: dict[str, object] = {}

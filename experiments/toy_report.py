@@ -16,10 +16,10 @@ from toy_export import ROOT
 from toy_vq import to_pixels
 
 from pyunictokens import MagvitV2, RolloutEngine, Showo, TextTokenizer
+from pyunictokens.data import wording
 from pyunictokens.data.images import make_grid
-from pyunictokens.models.showo import prompting
 from pyunictokens.toy import grammar as grammar
-from pyunictokens.toy.networks import ToyExperts
+from pyunictokens.toy.networks import ToyNetworks
 from pyunictokens.toy.scene import SLOTS, Attributes, from_labels
 from pyunictokens.utils.files import read_json, write_json, write_text_atomic
 
@@ -55,7 +55,7 @@ class _Toy:
         self.model.max_text = _MAX_TEXT
         self.vq = MagvitV2.from_pretrained(_ASSETS / "vq")
         self.tokenizer = TextTokenizer.from_pretrained(_ASSETS / "tokenizer")
-        self.experts = ToyExperts.from_pretrained(_ASSETS)
+        self.experts = ToyNetworks.from_pretrained(_ASSETS)
         self.engine = RolloutEngine(self.model, self.vq, self.tokenizer)
 
     def read(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _following(toy: _Toy, work: Path, count: int) -> dict[str, object]:
         values = grammar.draw_facts(rng)
         k = int(rng.integers(len(values)))
         prompt = grammar.FACTS[k].prompts[0].format(x=f"{grammar.bag(scene, rng, full=True)} {scene.noun}")
-        prompts.append(prompting.compound_prompt(prompt, grammar.FACTS[k].sentence(values[k])))
+        prompts.append(wording.compound_prompt(prompt, grammar.FACTS[k].sentence(values[k])))
         truths.append(scene.with_words(**_clean(scene, values[k])))
         asked.append([*own[len(asked)], *values[k]])
     out["hints_with_their_fact"] = agreement(toy.read(toy.draw(prompts)), truths, asked)
@@ -146,7 +146,7 @@ def _understanding(toy: _Toy, work: Path, count: int) -> dict[str, object]:
     lists, facts = [], []
     for _ in range(count):
         found, prompt, answer = grammar.text_only(rng, str(rng.choice(grammar.NAMES)))
-        lists.append(prompting.text_only_question(found, prompt))
+        lists.append(wording.text_only_question(found, prompt))
         facts.append(answer)
     chosen = toy.answers(black, lists)
     out: dict[str, object] = {"questions": round(float(hits.mean()), 4)}
@@ -169,7 +169,7 @@ def _pictures(toy: _Toy, work: Path, x: torch.Tensor, y: torch.Tensor) -> None:
         scene, values = from_labels(row), grammar.draw_facts(rng)
         k = int(rng.integers(len(values)))
         hint = grammar.FACTS[k].prompts[0].format(x=grammar.subject_phrase(scene, rng, full=True))
-        prompts.append(prompting.compound_prompt(hint, grammar.FACTS[k].sentence(values[k])))
+        prompts.append(wording.compound_prompt(hint, grammar.FACTS[k].sentence(values[k])))
     make_grid(toy.draw(prompts, seed=3), 5, prompts, tile=176).save(folder / "toyworld_generations.png", optimize=True)
 
 

@@ -101,7 +101,7 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     judge = f"http://127.0.0.1:{server.server_address[1]}/v1"
     rows = [word for model in MODELS for word in ("--model", model)]
-    asked = (f"samples={given.samples}", f"limit={given.limit}")
+    asked = (f"samples={given.samples}", f"limit={given.limit}", "judged_as=class")  # as the table of the page was
     judged = ("--judge-url", judge, "--judge-model", "toy", "--judge-key-env", "none")
     call("evaluate", "table", run, *rows, *judged, "--out", given.out, *asked, *given.words)
     server.shutdown()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,41 @@ class FakeLab:
 def make_all(work: Path, arms: list[str], lab: Any = None) -> None:
     for unit, names in units(SCALES["quick"]).items():
         assert run_unit(unit, [name for name in names if name in arms], "quick", work, lab or FakeLab()) == []
+
+
+def children(parent: int) -> list[int]:
+    """Ids of the workers that a process has started."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "cmdline").read_bytes()
+            up = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):  # no process, or one that has just ended
+            continue
+        found += [int(folder.name)] if up == parent and b"spawn_main" in words else []
+    return found
+
+
+def test_workers_end_with_the_one_who_started_them(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from experiments.tables import runner
+runner.run(runner.choose("quick", None, None), "quick", Path({str(tmp_path)!r}), 2)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1]) as tables:
+        try:
+            workers = wait_for(lambda: found if len(found := children(tables.pid)) == 2 else None)
+        finally:
+            tables.kill()
+    wait_for(lambda: not [worker for worker in workers if Path(f"/proc/{worker}").exists()])
+
+
+def wait_for(what: Any, seconds: float = 60.0) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
 
 
 def test_the_plan_holds_what_the_paper_asks_for() -> None:

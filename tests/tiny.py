@@ -35,9 +35,9 @@ def tiny_toy(*_: Any, **__: Any) -> Any:
 
 def tiny_experts(*_: Any, **__: Any) -> Any:
     """The toy's reward experts with random weights."""
-    from pyunictokens.toy.networks import ToyExperts
+    from pyunictokens.toy.networks import ToyNetworks
     from pyunictokens.toy.rewards import toy_rewards
     from pyunictokens.toy.world import words
 
     torch.manual_seed(1)
-    return toy_rewards(ToyExperts(words()).requires_grad_(False).eval())
+    return toy_rewards(ToyNetworks(words()).requires_grad_(False).eval())

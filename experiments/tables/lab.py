@@ -136,7 +136,7 @@ class ToyLab:
     def make(self, arm: Arm, unit: Unit, scale: Scale, config: RunConfig) -> dict[str, Any]:
         from pyunictokens.data.folder import load_concept
         from pyunictokens.models.bundle import Sources
-        from pyunictokens.runs.bundle import load_experts, open_bundle
+        from pyunictokens.runs.bundle import load_scorers, open_bundle
         from pyunictokens.runs.pipeline import measure
         from pyunictokens.toy.concept import write_toy_concept
 
@@ -145,7 +145,7 @@ class ToyLab:
             write_toy_concept(root, seed=unit.number, kind=unit.kind, name=NAME, force=True)
         concept = load_concept(root, NAME)
         bench = open_bundle(Sources(), "cpu", "float32")
-        experts = load_experts(bench.sources, bench.device)
+        experts = load_scorers(bench.sources, bench.device)
         assert experts is not None
         seconds = {}
         if arm.start == "text":

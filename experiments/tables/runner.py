@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.signals import end_with_parent_process
 
 from .arms import ARMS, SCALES
 from .lab import ToyLab, Unit, about_of, cell_file, config_of, read_cell, run_unit, units
@@ -38,7 +39,7 @@ def run(chosen: dict[Unit, list[str]], scale: str, work: Path, workers: int) -> 
     problems: list[str] = []
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes to come
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, context, end_with_parent_process, max_tasks_per_child=1) as pool:
         futures = {pool.submit(_work, unit, names, scale, work): unit for unit, names in chosen.items()}
         for number, future in enumerate(as_completed(futures), start=1):
             unit = futures[future]

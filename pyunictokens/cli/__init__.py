@@ -32,7 +32,7 @@ app.command("generate")(guarded(generate.generate))
 app.command("understand")(guarded(generate.understand))
 app.add_typer(evaluate.app, name="evaluate")
 app.command("compare")(guarded(evaluate_table.compare))
-app.command("bench", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(guarded(bench.bench))
+app.command("bench", context_settings=bench.CONTEXT)(guarded(bench.bench))
 app.add_typer(data.app, name="data")
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(rewards.app, name="experts", hidden=True)  # what it was called before

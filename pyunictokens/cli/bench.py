@@ -22,6 +22,9 @@ SUITES = {
     "rewards": "benchmarks.rewards_batch",
 }
 """What can be measured, and the module that does it."""
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+"""Options go to the suite, and so does --help behind its name."""
+HELP = ("-h", "--help")
 TOOLS = {"compare": "benchmarks.compare", "plan": "benchmarks.plan"}
 """What works on results or shapes and measures nothing."""
 
@@ -49,7 +52,7 @@ def bench(
     for memory --timesteps, --width, --device, --out; for ops --device, --smoke, --operations, --peers, --skip-peers,
     --shape, --rounds, --share, --budget, --threads, --no-memory, --resume, --tables, --out; for rewards --device,
     --rows, --rounds, --threads, --table, --out. Peers of ops that are not installed are listed as such:
-    pip install -e '.[bench]' brings them.
+    pip install -e '.[bench]' brings them. `pyunictokens bench SUITE --help` tells all of a suite's own.
 
     Examples:
 
@@ -67,12 +70,17 @@ def bench(
 
         pyunictokens bench plan --shape R=9,T=50,N=1024,D=2048,K=8192
     """
+    if suite in HELP:
+        typer.echo(context.get_help())
+        return
     known = {**SUITES, **TOOLS}
     if suite is not None and suite not in known:
         raise UserError(f"suite {suite!r}: must be {' or '.join(known)}, with its own options behind it")
     paths = [str(source_tree()), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The suite is found there, and not in a folder of the caller that has the same name.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    encoding = os.environ.get("PYTHONIOENCODING", "").partition(":")[0] or sys.stdout.encoding or "utf-8"
+    environment["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"  # signs that the terminal lacks end nothing
     for name in [suite] if suite else list(SUITES):
         command = [sys.executable, "-m", known[name], *context.args]
         code = subprocess.run(command, env=environment, check=False).returncode

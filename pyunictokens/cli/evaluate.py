@@ -71,7 +71,7 @@ def evaluate(
 ) -> None:
     """Measure a run: recognition, answers, reasoning, images. Writes JSON and prints before and after.
 
-    Settings: samples, timesteps, guidance_scale, max_new_tokens, tasks, seed.
+    Settings: samples, timesteps, guidance_scale, max_new_tokens, judged_as, tasks, seed.
 
     Examples:
 
@@ -87,7 +87,7 @@ def evaluate(
     from ..data.folder import load_concept
     from ..evaluate.result import EvalResult
     from ..models.bundle import Sources
-    from ..runs.bundle import choose_rewards, load_experts
+    from ..runs.bundle import choose_rewards, load_scorers
     from ..runs.pipeline import measure
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
     from ..utils.files import refuse_unwritable
@@ -107,9 +107,9 @@ def evaluate(
     refuse_unwritable(out)
     chosen, trusted = choose_rewards(rewards, place.origin.rewards, place.path or out, trust=trust)
     bench = place.open(flags, device, dtype, name)
-    experts = load_experts(bench.sources, bench.device, chosen, trust=trusted)
+    scorers = load_scorers(bench.sources, bench.device, chosen, trust=trusted)
     with Bars() as bars:
-        result = measure(bench, data, settings, experts, bars, "measuring")
+        result = measure(bench, data, settings, scorers, bars, "measuring")
     result.save(out)
     results = {"now": result}
     if against is None and place.path is not None and (place.path / "before.json").is_file():

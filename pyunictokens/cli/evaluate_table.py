@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..utils.errors import UserError
+from .generate import ConceptOption
 from .shell import Bars, ConfigOption, DeviceOption, DtypeOption, OverridesArgument, TokenizerOption, VqOption, console
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def table(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="A concept of SUITE; give it once a concept. Default: all.")
     ] = None,
+    concept: ConceptOption = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the table; what is there already is not done again.")
     ] = Path("table"),
@@ -73,7 +75,8 @@ def table(
 ) -> None:
     """Fill the paper's table: every column, any models, with intervals, as JSON, CSV, Markdown, LaTeX and pages.
 
-    Settings: samples, seeds, tasks, limit, timesteps, guidance_scale, max_new_tokens.
+    Settings: samples, seeds, tasks, limit, timesteps, guidance_scale, max_new_tokens, judged_as (what the judge reads
+    for the concept's token: class or info; by default as in the run).
 
     Examples:
 
@@ -96,8 +99,10 @@ def table(
     run = Run.find(suite) if (Path(suite) / CONFIG).is_file() else Run(None)
     names = list(name or [])
     if run.path is not None:
-        root, concept = run.concept_folder(None)
-        suite, names = str(root), names or [concept]
+        root, of_run = run.concept_folder(concept)
+        suite, names = str(root), names or [of_run]
+    elif concept is not None:
+        raise UserError(f"--concept says where the concept of a run is, and {suite} is no run: leave one of the two")
     opened = open_suite(suite, names)
     sources = run.sources(Sources(showo, vq, tokenizer))
     settings = TableConfig.of(run, sources.is_toy)
@@ -112,7 +117,7 @@ def table(
     if clip is None and sources.is_toy:
         clip = TOY_CLIP
     key = None if judge_key == "none" else judge_key
-    scorer = make_scorer(clip, judge_url, judge_model, key, out / "judge", device)
+    scorer = make_scorer(clip, judge_url, judge_model, key, out / "judge", device, judged_as=settings.judged_as)
     subjects = [opened.subject(one) for one in opened.names]
     with Bars() as bars:
         filled = fill(place.baselines(models), subjects, scorer, out, settings, bars)
@@ -182,6 +187,7 @@ def compare(
 
 def show(table: Table) -> None:
     """The paper's columns as rows, one column a model: a terminal is higher than wide."""
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     from ..evaluate.tables import metric_of
@@ -189,7 +195,7 @@ def show(table: Table) -> None:
     grid = Grid(box=None, padding=(0, 2, 0, 0))
     grid.add_column("")
     for model in table.models:
-        grid.add_column(model, justify="right")
+        grid.add_column(escape(model), justify="right")
     for column in table.columns:
         metrics = [metric_of(table.of(model), column.key) for model in table.models]
         shown = ["–" if metric is None else f"{metric.mean:.3f}" for metric in metrics]

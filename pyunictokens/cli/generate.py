@@ -1,6 +1,6 @@
 """`pyunictokens generate` and `pyunictokens understand`: draw with a model, ask it about an image.
 
-Drawing may reason first: the model is shown the concept's facts and the prompt, answers with the fact that fits, and
+Generation may reason first: the model is shown the concept's facts and the prompt, answers with the fact that fits, and
 draws from both (paper, equations 2 to 4). Sampling is `rollout`'s business.
 """
 
@@ -123,7 +123,7 @@ def reason(
 ) -> tuple[str, str]:
     """(answer, prompt + answer): the fact the model takes the prompt to mean, and what to draw (equations 2 and 4)."""
     from ..data.images import black_image
-    from ..models.showo.prompting import compound_prompt, first_sentence, text_only_question
+    from ..data.wording import compound_prompt, first_sentence, text_only_question
 
     question = text_only_question(facts, prompt)
     concept = bench.concept
@@ -216,7 +216,7 @@ def generate(
                 temperature=settings.temperature,
                 seed=seed,
                 record=False,
-                progress=bars.counter("drawing"),
+                progress=bars.counter("generating"),
             )
         except RolloutInterrupted as stopped:  # what is finished is kept
             rollout, rows = stopped.rollout, stopped.rows

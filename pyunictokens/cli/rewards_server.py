@@ -39,7 +39,7 @@ def serve(
 ) -> None:
     """Score for trainers until Ctrl-C or SIGTERM. Their side: `--rewards http://HOST:PORT`.
 
-    Both sides need one key in PYUNICTOKENS_EXPERTS_KEY, or in a file that PYUNICTOKENS_EXPERTS_KEY_FILE names. The
+    Both sides need one key in PYUNICTOKENS_REWARDS_KEY, or in a file that PYUNICTOKENS_REWARDS_KEY_FILE names. The
     key itself never travels; images and scores are not encrypted: use a network you trust, or a tunnel.
 
     Examples:
@@ -51,12 +51,12 @@ def serve(
     from ..models.bundle import Sources
     from ..rewards.served.messages import read_key
     from ..rewards.served.server import RewardServer
-    from ..runs.bundle import load_experts, read_rewards
+    from ..runs.bundle import load_scorers, read_rewards
     from ..utils.devices import pick_device
     from ..utils.signals import stop_on_signals
 
     key, place = read_key(), pick_device(device)
-    found = load_experts(Sources(), place, read_rewards(rewards), trust=True)  # named on this command line
+    found = load_scorers(Sources(), place, read_rewards(rewards), trust=True)  # named on this command line
     assert found is not None
     server = RewardServer(found.ensemble, key, host=host, port=port, device=place)
     names = ", ".join(server.names) or "reward models"

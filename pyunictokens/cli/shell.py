@@ -256,7 +256,7 @@ def _short(text: str) -> str:
 
 
 class Bars:
-    """Progress bars by name on stderr. `bars("drawing", done, total)` makes, moves and finishes one.
+    """Progress bars by name on stderr. `bars("images", done, total)` makes, moves and finishes one.
 
     Without a terminal a line is written every ten seconds at most, so that logs stay short. `quiet` shows nothing.
     """
@@ -292,7 +292,7 @@ class Bars:
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
         if not self._console.is_terminal and time.monotonic() - self._last_line > 10:
             self._last_line = time.monotonic()
-            self._console.print(f"{name} {done}/{total} {note}".rstrip())
+            self._console.print(f"{name} {done}/{total} {note}".rstrip(), markup=False)
 
     def say(self, text: str) -> None:
         """A line of text above the bars."""

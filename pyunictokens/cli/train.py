@@ -99,7 +99,9 @@ def train(
     device: DeviceOption = "auto",
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: what grpo.dtype says."),
+        typer.Option(
+            "--dtype", help="float32 or bfloat16 (gradients do not fit float16). Default: what grpo.dtype says."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
     concepts: Annotated[
@@ -242,11 +244,12 @@ def _train_one(
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..models.bundle import Sources
-    from ..runs.bundle import check_objective, choose_rewards, load_experts, open_bundle
+    from ..runs.bundle import check_objective, choose_rewards, load_scorers, open_bundle
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, PARTS, Origin, Run, RunConfig
     from ..train.grpo import PHASES
+    from ..utils.devices import check_training_dtype, pick_dtype
     from ..utils.profiling import PhaseReport, trace
     from ..utils.signals import Stopped, stop_on_signals
 
@@ -254,6 +257,9 @@ def _train_one(
         config = out / CONFIG  # what the run was started with
     values = load_yaml(config) if config is not None else {}
     origin = Origin.of(values, str(config))
+    if root is None and name is None and origin.root is not None and origin.name is not None:
+        way = command("train", "ROOT", origin.name, *(["--out", out] if out else []), *(["--resume"] if resume else []))
+        root, name = origin.folder(way)
     root, name = root or origin.root, name or origin.name
     if root is None or name is None:
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
@@ -270,6 +276,7 @@ def _train_one(
         resume = True  # torchrun starts anew what it has started before
     if start is None and origin.name == concept.name:
         start = origin.start
+    check_training_dtype(pick_dtype(settings.grpo.dtype), resume)
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
     wanted = origin.parts or PARTS
     learn = "stages" in wanted if stages is None else stages is not Stages.none
@@ -277,10 +284,10 @@ def _train_one(
     evaluate = "evaluation" in wanted if evaluate is None else evaluate
     check_objective(settings.grpo.objective, words, out, trust=trust)
     chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
-    experts = load_experts(sources, ranks.device, chosen, trust=trusted)
+    scorers = load_scorers(sources, ranks.device, chosen, trust=trusted)
     parts = Parts(begin, learn, grpo, evaluate, resume=resume, start_from=start)
     if ranks.first:
-        parts.check(out, experts)
+        parts.check(out, scorers)
     bundle = open_bundle(sources, str(ranks.device), settings.grpo.dtype, origin.max_text)
     try:
         with (
@@ -288,7 +295,7 @@ def _train_one(
             stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
             trace(profile if ranks.first else None),
         ):
-            context = RunContext(bundle, concept, settings, out, experts, chosen, ranks, bars, stop)
+            context = RunContext(bundle, concept, settings, out, scorers, chosen, ranks, bars, stop)
             outcome = run_concept(context, parts)
     except Stopped as stopped:  # asked for, and saved: a good end
         if not ranks.first:

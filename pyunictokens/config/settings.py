@@ -42,8 +42,9 @@ _NAMES: dict[object, str] = {
 }
 
 
-def from_mapping(cls: type[T], values: Mapping[str, object], *, base: T | None = None, origin: str = "settings") -> T:
-    """An instance of dataclass `cls` with `values` put over `base` (or the defaults); `origin` opens each error.
+def from_mapping(cls: type[T], values: object, *, base: T | None = None, origin: str = "settings") -> T:
+    """An instance of dataclass `cls` with the mapping `values` put over `base` (or the defaults); `origin` opens each
+    error.
 
     Files and words of older versions are read: a field with ``metadata={"was": OLD}`` also goes by its old name, and a
     setting of ``cls.RETIRED = ((OLD, why), …)`` is left out; a warning says so.

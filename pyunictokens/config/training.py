@@ -79,16 +79,16 @@ class StageConfig:
     batch_mixed: int = 1
     """Questions a step in the stages that draw."""
     weight_generation: float = 0.8
-    """Weight of the drawing loss where both tasks are trained; answering has the rest."""
+    """Weight of the image loss where both tasks are trained; answering has the rest."""
     question_form: Literal["expand", "prefix", "both"] = "both"
     """How a question names the concept: helper tokens before `<name>` (as everywhere after the stages), the published
     sentence "<name> is <token_0>…." before the question, or now one and now the other."""
     negatives_per_positive: float = 1.0
-    """No-questions kept for each yes-question about pictures."""
+    """No-questions kept for each yes-question about images."""
     l2_pull: float = 0.01
     """Strength of the pull that keeps the rows of `<name>` near where the generation stage found them."""
     condition_dropout: float = 0.1
-    """Probability that a drawing prompt is replaced by the empty one, so that guidance keeps working."""
+    """Probability that an image prompt is replaced by the empty one, so that guidance keeps working."""
     mask_schedule: str = "cosine"
     """Schedule from which the masking rate of a training image is drawn."""
     crop: float = 1.1
@@ -106,7 +106,9 @@ class StageConfig:
     are
     blanked (published: step 35 of 50)."""
     cache_mb: int = 512
-    """Memory for keys and values of pictures, which never change while only concept rows are trained."""
+    """Memory for keys and values of images, which never change while only concept rows are trained."""
+    save_every: int = 50
+    """Steps between checkpoints inside a stage; 0 writes one only where the run is asked to stop."""
     seed: int = 0
     """Seed of initial rows, order of data, masks and augmentation."""
 
@@ -120,6 +122,7 @@ class StageConfig:
         _at_least(1, batch_understanding=self.batch_understanding, batch_generation=self.batch_generation)
         _at_least(1, batch_mixed=self.batch_mixed, crop=self.crop, generated_images=self.generated_images)
         _at_least(2, generated_timesteps=self.generated_timesteps)
+        _at_least(0, save_every=self.save_every)
         _at_least(0, generated_guidance=self.generated_guidance, weight_decay=self.weight_decay, warmup=self.warmup)
         _at_least(0, l2_pull=self.l2_pull, cache_mb=self.cache_mb, negatives_per_positive=self.negatives_per_positive)
         _above(0, lr=self.lr, lr_generation=self.lr_generation)
@@ -230,10 +233,10 @@ class GrpoConfig:
     inner_epochs: int = field(default=1, metadata={"was": "inner_updates"})
     """Optimizer steps on one set of rollouts; the first has ratio 1, so clipping acts from the second on."""
     visual_ratio: float = 0.5
-    """Part of the steps that ask about a picture; the others ask for a fact in text alone."""
+    """Part of the steps that ask about an image; the others ask for a fact in text alone."""
     reasoning: bool = True
     """Whether the model answers before it draws. Without it images are drawn from the prompts alone, the reward takes
-    the true answer for each, and nothing but drawing is trained (paper, table 2)."""
+    the true answer for each, and nothing but image generation is trained (paper, table 2)."""
     judged_prompt: Literal["compound", "truth"] = "compound"
     """What the image is judged against: the prompt it was drawn from (the paper), or the same with the true answer."""
     judged_as: Literal["class", "info"] = "class"
@@ -265,10 +268,10 @@ class GrpoConfig:
     timestep_fraction: float = 1.0
     """Part of an image's timesteps that the update looks at; those taken count the more."""
     micro_rows: int = 4
-    """Rollouts in one piece of the update; memory grows with micro_rows · micro_timesteps, never with T. 0 takes what
-    fits."""
+    """Rollouts in one microbatch of the update; memory grows with micro_rows · micro_timesteps, never with T. 0 takes
+    what fits."""
     micro_timesteps: int = 1
-    """Timesteps in one piece of the update; 0 takes what fits."""
+    """Timesteps in one microbatch of the update; 0 takes what fits."""
     checkpoint_layers: bool = False
     """Recompute all layers in the backward pass instead of keeping their activations. Where a size above is 0, some are
     recomputed when memory is short."""
@@ -283,13 +286,14 @@ class GrpoConfig:
     shard_optimizer: Literal["auto", "always", "never"] = field(default="auto", metadata={"was": "shard_optimiser"})
     """Whether several ranks share the optimizer's state out (docs/distributed.md); auto does with trainable=full."""
     sample_every: int = 10
-    """Steps between pictures in samples/; 0 turns them off."""
+    """Steps between images in samples/; 0 turns them off."""
     max_bad_steps: int = 3
     """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
     reward_timeout: float = field(default=0.0, metadata={"was": "expert_timeout"})
     """Seconds that the reward models may take for a group before the run ends with an error; 0 waits for ever."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32."""
+    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. float16 is refused for new runs:
+    its range is too small for gradients."""
     seed: int = 0
     """Seed of every draw of the run: questions, answers, images."""
 

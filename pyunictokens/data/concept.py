@@ -77,12 +77,7 @@ class Concept:
         ``"class"``: the class word (`cat`). ``"info"``: what info says it is (`a striped pink cat`, from "<name> is a
         striped pink cat."), so that a drawing has to show *this* cat; the class word where info does not say "is".
         """
-        if judged_as == "class":
-            return self.class_word
-        if judged_as != "info":
-            raise UserError(f"judged_as={judged_as!r}: must be class or info")
-        said = re.match(rf"\s*{re.escape(self.sks)}\s+is\s+([^.!?]+)", self.info)
-        return " ".join(said[1].split()) if said else self.class_word
+        return in_words(self.sks, self.class_word, self.info, judged_as)
 
     @property
     def fact_pairs_train(self) -> list[tuple[str, int]]:
@@ -99,6 +94,16 @@ class Concept:
     @property
     def test_folder(self) -> Path:
         return spelled(self.root / "concept" / "test" / self.name)
+
+
+def in_words(sks: str, class_word: str, info: str, judged_as: str) -> str:
+    """:meth:`Concept.in_words` of a concept's token, class word and info. Raises UserError for another `judged_as`."""
+    if judged_as == "class":
+        return class_word
+    if judged_as != "info":
+        raise UserError(f"judged_as={judged_as!r}: must be class or info")
+    said = re.match(rf"\s*{re.escape(sks)}\s+is\s+([^.!?]+)", info)
+    return " ".join(said[1].split()) if said else class_word
 
 
 def concept_name(name: str) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..utils.errors import UserError, needs
-from ..utils.text import read_text
+from ..utils.errors import UserError, require
+from ..utils.yaml_text import read_yaml
 from .parse import Ledger, TextFix, kind_of, show, text_of
 
 _SIZE_LIMIT = 1_000_000
@@ -111,21 +111,10 @@ prompts:
 
 
 def _load(path: Path) -> object:
-    with needs("data"):
-        import yaml
-
-    try:
-        # BaseLoader leaves every value the text it is: `answer: yes` stays a word, `0123` keeps its zero.
-        return yaml.load(read_text(path, _SIZE_LIMIT), Loader=yaml.BaseLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        hint = "a text that holds any of : # ? , { } [ ] wants double quotes around it"
-        raise UserError(f"{path}: not valid YAML{place}: {error.problem or error.context} ({hint})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: YAML nested too deeply") from None
+    """The tree of a sheet, every value the text it is: `answer: yes` stays a word, `0123` keeps its zero."""
+    require("yaml", "data")
+    hint = " (a text that holds any of : # ? , { } [ ] wants double quotes around it)"
+    return read_yaml(path, _SIZE_LIMIT, hint=hint, nulls=False)
 
 
 class _SheetReader:

@@ -18,6 +18,7 @@ import torch
 
 from ..utils.errors import UserError, needs
 from ..utils.files import refuse_lfs_pointer, write_bytes_atomic
+from ..utils.spelling import on_disk
 from .formats import can_read, image_format, missing_decoder, readable
 
 with needs("data"):
@@ -35,7 +36,7 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
     With `at_least`, a large JPEG is decoded at a reduced scale whose sides are still four times that. Raises UserError
     naming the file: missing, not an image, cut off, too large.
     """
-    path = Path(path)
+    path = on_disk(Path(path))
     try:
         with warnings.catch_warnings():
             # An image beyond Pillow's warning size is judged by PIXEL_LIMIT; broken metadata is no reason to complain.

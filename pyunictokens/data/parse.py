@@ -126,7 +126,9 @@ def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
     if isinstance(value, bool):
         return "true/false"
-    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+    if isinstance(value, str):
+        return "text"
+    names = {int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
 

@@ -1,11 +1,17 @@
-"""The words that come with every new concept: questions about it, yes/no questions, prompts to draw it.
+"""Every wording in one place: how facts and answers join a prompt, and the words that come with a new concept.
 
-Plain templates, so that a concept made from photos alone can be trained and tested; a sheet of facts adds to them.
+How facts, requests and answers are joined is the paper's (equations 2 to 4 and appendix D) and the same for every
+model. The words of a new concept (questions about it, yes/no questions, prompts to draw it) are plain templates, so
+that a concept made from photos alone can be trained and tested; a sheet of facts adds to them.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 _RECOGNITION = (
     "Is {sks} in this picture?",
@@ -45,6 +51,31 @@ _DENSE = (
     "A photo of {sks} on a sandy beach at sunset, with two palm trees on the left and a white sailing boat far behind.",
     "A photo of {sks} in a small library, with a green lamp on the right, full shelves behind and a red rug in front.",
 )
+
+
+def text_only_question(extra_info: Sequence[str], prompt: str) -> str:
+    """All facts of a concept and one request: the model is to answer with the fact that fits (paper, equation 2)."""
+    facts = ". ".join(fact.strip().rstrip(".") for fact in extra_info)
+    return f"Information: {facts}. Request: {prompt.strip().rstrip('.')}. Which information fits?"
+
+
+def base_prompt(sks: str) -> str:
+    """BP, the prompt that visual-instruct reasoning starts from (paper, equation 3)."""
+    return f"A photo of {sks}."
+
+
+def first_sentence(answer: str) -> str:
+    """The part of an answer that goes into the compound prompt (a long one confuses drawing): its first line's first
+    sentence."""
+    line = answer.strip().partition("\n")[0].strip()
+    end = _SENTENCE_END.search(line)
+    return line[: end.end()] if end else line
+
+
+def compound_prompt(prompt: str, answer: str) -> str:
+    """CP = BP/IP + IR: the prompt, then the model's own answer as a sentence (paper, equations 3 and 4)."""
+    prompt, answer = prompt.strip().rstrip("."), answer.strip().rstrip(".")
+    return f"{prompt}. {answer}." if answer else f"{prompt}."
 
 
 @dataclass(frozen=True)

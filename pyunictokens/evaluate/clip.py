@@ -24,6 +24,7 @@ from torch import Tensor
 from ..data.images import from_pil, load_pixels, to_pil
 from ..models.checkpoint import local_or_hub
 from ..utils.errors import UserError, require
+from ..utils.files import unreadable
 
 
 @runtime_checkable
@@ -124,7 +125,7 @@ def _load(source: str, device: torch.device, dtype: torch.dtype) -> _Loaded:
         tokenizer = open_clip.get_tokenizer(wanted)
     except Exception as error:  # the hub's client and torch raise many kinds; all mean that the weights cannot be used
         raise UserError(
-            f"CLIP model {source}: its weights cannot be read ({type(error).__name__}: {error}): wanted are "
+            f"CLIP model {source}: its weights cannot be read ({unreadable(weights or folder, error)}): wanted are "
             "open_clip_config.json and open_clip_model.safetensors (or open_clip_pytorch_model.bin)"
         ) from error
     side, visual = model.visual.image_size, model.visual

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..models.showo.prompting import compound_prompt, first_sentence, text_only_question
+from ..data.wording import compound_prompt, first_sentence, text_only_question
 from ..utils.errors import UserError
 from .metrics import clean
 from .tasks import Item, Subject

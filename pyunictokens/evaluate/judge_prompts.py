@@ -23,10 +23,10 @@ def answer_question(question: str, reference: str, answer: str) -> str:
     )
 
 
-def segment_question(segment: str, class_word: str) -> str:
+def segment_question(segment: str, subject: str) -> str:
     """Is this part of a longer prompt shown?"""
     return (
-        f"The picture was drawn from a longer description of one {_line(class_word)}. Judge one part of it "
+        f"The picture was drawn from a longer description of {_one(subject)}. Judge one part of it "
         "alone: is it correctly shown in the picture? Style and beauty do not count.\n"
         f"{PART} {_line(segment)}\n"
         "Best score: everything this part says is there as it says. Worst score: nothing of it is."
@@ -37,6 +37,12 @@ def field(text: str, label: str) -> str | None:
     """What stands behind `label` in a judge's question, None where there is no such line."""
     found = re.search(rf"^{re.escape(label)} ?(.*)$", text, re.MULTILINE)
     return found[1].strip() if found else None
+
+
+def _one(subject: str) -> str:
+    """`one dog` of a class word; what begins with an article (`a striped pink cat`) is said as it is."""
+    words = _line(subject)
+    return words if re.match(r"(a|an|the)\s", words, re.IGNORECASE) else f"one {words}"
 
 
 def _line(text: str) -> str:

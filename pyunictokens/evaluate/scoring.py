@@ -23,6 +23,8 @@ from .sample_cache import Record
 from .tasks import TASKS, Item, Subject
 
 _CLIP = ("clip_t", "clip_i")
+_HERE = "\ue000"
+"""Where the subject is named while a prompt is cut at its punctuation: its own words may have some."""
 
 
 class Judge(Protocol):
@@ -105,6 +107,8 @@ class Scorer:
     Args:
         embeddings: CLIP; None leaves CLIP-T and CLIP-I out.
         judge, judge_name: a judge and what it is called where scores are kept; None leaves the judge's columns out.
+        judged_as: what the judge reads for `<name>` of images: the class word, or what info says it is. CLIP-T always
+            takes the class word.
         reward: of images of held-out facts, each judged by the prompt with the true fact.
         attributes: attribute accuracy of all images.
     """
@@ -115,10 +119,12 @@ class Scorer:
         judge: Judge | None = None,
         judge_name: str = "judge",
         *,
+        judged_as: str = "class",
         reward: RewardOf | None = None,
         attributes: AttributesOf | None = None,
     ):
         self.embeddings, self.judge, self.judge_name = embeddings, judge, judge_name
+        self.judged_as = judged_as
         self.reward, self.attributes = reward, attributes
         self.notes: list[str] = []
         if embeddings is None:
@@ -134,17 +140,18 @@ class Scorer:
         if TASKS[record.task].images:
             names += ["attributes"] if self.attributes else []
             names += ["reward"] if self.reward and record.task == "reasoning_generation" else []
-        by = {name: self._by(name) for name in names}
+        by = {name: self._by(name, record.task) for name in names}
         return [
             name
             for name, who in by.items()
             if who is not None and (name not in record.scores or record.by.get(name, "") != who)
         ]
 
-    def _by(self, measure: str) -> str | None:
-        """What gives a measure; None where it cannot be had."""
+    def _by(self, measure: str, task: str) -> str | None:
+        """What gives a measure of a task; None where it cannot be had."""
         if measure == "judge":
-            return None if self.judge is None else self.judge_name
+            other = TASKS[task].images and self.judged_as != "class"
+            return None if self.judge is None else self.judge_name + (f", told {self.judged_as}" if other else "")
         if measure in _CLIP:
             return None if self.embeddings is None else self.embeddings.name
         return ""
@@ -184,12 +191,12 @@ class Scorer:
             seen = self.attributes.reader.attributes(pixels)
             self._keep(record, _shown(self.attributes, seen, item.text))
             record.seen = seen
-        return self._about_images(record, subject, pixels, plain) if "judge" in lacking else []
+        return self._about_images(record, subject, pixels) if "judge" in lacking else []
 
     def _keep(self, record: Record, scores: Mapping[str, list[float]]) -> None:
         for name, values in scores.items():
             record.scores[name] = values
-            record.by[name] = self._by(name) or ""
+            record.by[name] = self._by(name, record.task) or ""
 
     # --- the judge -------------------------------------------------------------------------------------------------
 
@@ -203,8 +210,10 @@ class Scorer:
             _Question(record, 0, "", JudgeItem(prompts.answer_question(item.text, item.truth, answer), (), item.digest))
         ]
 
-    def _about_images(self, record: Record, subject: Subject, pixels: Tensor, plain: str) -> list[_Question]:
-        asked = {part: prompts.segment_question(part, subject.class_word) for part in m.segments(plain)}
+    def _about_images(self, record: Record, subject: Subject, pixels: Tensor) -> list[_Question]:
+        words = subject.in_words(self.judged_as)
+        parts = [part.replace(_HERE, words) for part in m.segments(plain_text(record.meant, _HERE))]
+        asked = {part: prompts.segment_question(part, words) for part in parts}
         return [
             _Question(record, place, part, JudgeItem(question, (one,), f"{record.item}/{place}"))
             for place, one in enumerate(pixels)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..data.concept import in_words
 from ..rewards.registry import labels
 from ..utils.errors import UserError
 
@@ -182,6 +183,10 @@ class Subject:
     @property
     def sks(self) -> str:
         return f"<{self.name}>"
+
+    def in_words(self, judged_as: str) -> str:
+        """What judges read for `<name>` (`data.Concept.in_words`)."""
+        return in_words(self.sks, self.class_word, self.info, judged_as)
 
     def of(self, task: str) -> list[Item]:
         """Items of one task, in order."""

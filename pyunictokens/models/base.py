@@ -53,7 +53,7 @@ class MaskedModel(nn.Module, ABC):
     width: int
     """D: of the hidden states before the heads, and of a concept's rows."""
     max_text: int
-    """Text positions of a drawing prompt. It belongs to the weights: with another one the image stands elsewhere."""
+    """Text positions of an image prompt. It belongs to the weights: with another one the image stands elsewhere."""
     num_text_ids: int
     """Ids 0…num_text_ids − 1 may stand in a prompt, an attached concept's included."""
     checkpoint_layers: bool | int = False
@@ -69,7 +69,7 @@ class MaskedModel(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    # --- drawing ---------------------------------------------------------------------------------------------------
+    # --- images ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def prompt_ids(self, text_ids: Sequence[int]) -> list[int]:

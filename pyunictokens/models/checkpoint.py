@@ -11,13 +11,12 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, needs
-from ..utils.files import read_json, refuse_lfs_pointer, verify_safetensors
+from ..utils.files import AnyJson, read_json, refuse_lfs_pointer, unreadable, verify_safetensors
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -90,7 +89,7 @@ def local_or_hub(path: str | os.PathLike[str], quiet: bool = False) -> str:
     return text
 
 
-def read_config(folder: Path, required: bool = True) -> dict[str, Any]:
+def read_config(folder: Path, required: bool = True) -> dict[str, AnyJson]:
     """The folder's `config.json` as a dict; {} when absent and not required."""
     places = (folder / "config.json", folder / UNWRAPPED / "config.json")
     file = next((place for place in places if place.exists()), places[0])
@@ -102,17 +101,21 @@ def read_config(folder: Path, required: bool = True) -> dict[str, Any]:
     return config
 
 
-def whole_number(config: Mapping[str, Any], key: str, default: int, origin: object, least: int = 1) -> int:
+def whole_number(config: Mapping[str, object], key: str, default: int, origin: object, least: int = 1) -> int:
     """`config[key]`, or `default` where it is absent or null, as an int in [least, 2**31). Raises UserError."""
     value = config.get(key)
     value = default if value is None else value
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < 2**31
-    if not fits or int(value) != value:
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not least <= value < 2**31
+        or int(value) != value
+    ):
         raise UserError(f"{origin}: {key}={value!r}: must be a whole number ≥ {least}")
     return int(value)
 
 
-def real_number(config: Mapping[str, Any], key: str, default: float, origin: object) -> float:
+def real_number(config: Mapping[str, object], key: str, default: float, origin: object) -> float:
     """`config[key]`, or `default` where it is absent, null or 0, as a float above 0. Raises UserError."""
     value = config.get(key) or default
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
@@ -214,15 +217,7 @@ def unpickle(file: Path) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no weights make the readers raise whatever they stumble over
-        refuse_lfs_pointer(file)
-        if "weights_only" in str(error):  # torch's advice to read it regardless is not passed on
-            raise UserError(
-                f"{file}: cannot be read as weights: it is damaged, or holds Python objects besides tensors, which "
-                "could run code: save the state dict alone, best as safetensors"
-            ) from None
-        raise UserError(
-            f"{file}: cannot be read as weights, it may be cut short: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"{file}: cannot be read as weights, it may be cut short: {unreadable(file, error)}") from None
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

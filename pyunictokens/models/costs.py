@@ -48,7 +48,7 @@ class ModelCosts:
     """A guess for any transformer: two operations a parameter and position, and of memory 17 numbers of the width a
     position and layer (Korthikanti et al., 2022, attention left to a fused kernel).
 
-    The guess is for profiles and for the first size of an update's pieces, which are then measured.
+    The guess is for profiles and for the first size of an update's microbatches, which are then measured.
     """
 
     def __init__(self, parameters: int, layers: int, width: int, codebook: int, count: int, itemsize: int):

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,13 +89,12 @@ class _Residual(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, width_out, eps=1e-6)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        if width_in != width_out:
-            self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
+        self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        return self.nin_shortcut(x) + h
 
 
 class _Attention(nn.Module):
@@ -289,7 +287,7 @@ class MagvitV2(ImageTokenizer):
         Raises UserError when a weight is missing, left over, or of another shape.
         """
         folder = resolve(path)
-        options: dict[str, Any] = read_config(folder, required=False)
+        options = read_config(folder, required=False)
         weights = load_state_dict(folder)
         groups = whole_number(options, "norm_groups", 32, folder)
         config = MagvitConfig.from_state_dict({key: tuple(value.shape) for key, value in weights.items()}, groups)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..utils.errors import UserError, needs
 from ..utils.files import read_json, refuse_lfs_pointer
 from .checkpoint import resolve
 from .showo.prompting import SPECIAL_TOKENS
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class TextTokenizer:
@@ -22,14 +25,10 @@ class TextTokenizer:
     ``len()`` counts all of them. `text_size` is the number of text ids alone (the model's llm_vocab_size).
     """
 
-    def __init__(self, tokenizer: Any, bos: str, eos: str, text_size: int | None = None):
+    def __init__(self, tokenizer: Tokenizer, bos: str, eos: str, text_size: int | None = None):
         self._tokenizer = tokenizer
         self._bos, self._eos = bos, eos
-        for token in (bos, eos):
-            if tokenizer.token_to_id(token) is None:
-                raise UserError(
-                    f"the tokenizer has no token {token!r}: name its bos and eos tokens in tokenizer_config.json"
-                )
+        self.bos_id, self.eos_id = (_id_of(tokenizer, token) for token in (bos, eos))
         if text_size is None:
             text_size = tokenizer.get_vocab_size()
             self._add(SPECIAL_TOKENS, special=True)
@@ -86,14 +85,6 @@ class TextTokenizer:
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    @property
-    def bos_id(self) -> int:
-        return self._tokenizer.token_to_id(self._bos)
-
-    @property
-    def eos_id(self) -> int:
-        return self._tokenizer.token_to_id(self._eos)
-
     def token_id(self, token: str) -> int | None:
         """Id of one token string, None when it is not in the vocabulary."""
         return self._tokenizer.token_to_id(token)
@@ -112,3 +103,10 @@ class TextTokenizer:
             text = re.sub(r" ([.,?!:;'])", r"\1", text)
             text = re.sub(r"' s\b", "'s", text)
         return text.strip()
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise UserError(f"the tokenizer has no token {token!r}: name its bos and eos tokens in tokenizer_config.json")
+    return found

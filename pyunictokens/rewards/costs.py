@@ -23,19 +23,19 @@ class Setting:
     """One group that is scored; by default the paper's."""
 
     rows: int = 9
-    """Drawings of the group."""
+    """Images of the group."""
     side: int = 512
-    """Pixels along a side of a drawing."""
+    """Pixels along a side of an image."""
     answer_tokens: int = 100
     """Tokens of an answer (the longest the paper's step allows)."""
     previews: int = 0
-    """Early previews that DSOG has scored by BER beside the drawings."""
+    """Early previews that DSOG has scored by BER beside the images."""
     dino_side: int = 224
-    """Pixels DINOv2's processor cuts a picture to."""
+    """Pixels DINOv2's processor cuts an image to."""
     smallest_face: int = 20
     """MTCNN's smallest face."""
     boxes: tuple[int, int] = (300, 40)
-    """Boxes of a drawing that MTCNN's second and third network look at (a photograph of an astronaut has fewer)."""
+    """Boxes of an image that MTCNN's second and third network look at (a photograph of an astronaut has fewer)."""
 
 
 def encoder_flops(tokens: int, width: int, inner: int, layers: int, *, matrices: int = 2) -> int:
@@ -52,7 +52,7 @@ def ernie_flops(config: Any, tokens: int) -> int:
 
 
 def dinov2_flops(config: Any, side: int) -> int:
-    """One picture of `side` pixels through DINOv2."""
+    """One image of `side` pixels through DINOv2."""
     width, patch = config.hidden_size, config.patch_size
     patches = (side // patch) ** 2
     tokens = patches + 1 + int(getattr(config, "num_register_tokens", 0))
@@ -64,7 +64,7 @@ def dinov2_flops(config: Any, side: int) -> int:
 
 
 def blip2_image_flops(config: Any) -> int:
-    """One picture through BLIP-2's ViT, Q-Former and projection (the contrastive head)."""
+    """One image through BLIP-2's ViT, Q-Former and projection (the contrastive head)."""
     vit, former = config.vision_config, config.qformer_config
     patches = (vit.image_size // vit.patch_size) ** 2
     seen, queries, width = patches + 1, config.num_query_tokens, former.hidden_size
@@ -84,7 +84,7 @@ def facenet_flops() -> int:
 
 
 def mtcnn_flops(height: int, width: int, smallest: int, boxes: tuple[int, int]) -> int:
-    """One picture through MTCNN: P-Net over the pyramid, R-Net and O-Net over so many boxes."""
+    """One image through MTCNN: P-Net over the pyramid, R-Net and O-Net over so many boxes."""
     models = require("facenet_pytorch.models.mtcnn", "rewards")
     with torch.device("meta"):
         first, second, third = (getattr(models, name)(pretrained=False) for name in ("PNet", "RNet", "ONet"))
@@ -116,7 +116,7 @@ def paper_configs() -> dict[str, Any]:
 
 
 def group_flops(setting: Setting | None = None, configs: dict[str, Any] | None = None) -> dict[str, int]:
-    """Operations that scoring one group takes, by expert."""
+    """Operations that scoring one group takes, by reward model."""
     s, c = setting or Setting(), configs or paper_configs()
     faces = mtcnn_flops(s.side, s.side, s.smallest_face, s.boxes) + facenet_flops()
     return {
@@ -138,7 +138,7 @@ def rollout_flops(
     codebook: int = 8192,
     prompt: int = 129,
 ) -> int:
-    """Operations of drawing one group with Show-o: guided, the prompt's keys kept, the head over image codes alone.
+    """Operations of generating one group with Show-o: guided, the prompt's keys kept, the head over image codes alone.
 
     The defaults are Show-o at 512². Both halves of the guidance go through the layers, their sum through the head.
     """
@@ -148,7 +148,7 @@ def rollout_flops(
 
 
 def table(setting: Setting | None = None) -> list[tuple[str, float, float]]:
-    """(expert, TFLOP a group, share of the rollout) of every expert and of all together."""
+    """(reward model, TFLOP a group, share of the rollout) of every reward model and of all together."""
     s = setting or Setting()
     costs, rollout = group_flops(s), rollout_flops(s.rows)
     costs["all four"] = sum(costs.values())
@@ -157,7 +157,7 @@ def table(setting: Setting | None = None) -> list[tuple[str, float, float]]:
 
 def markdown() -> str:
     """The table of docs/rewards.md."""
-    lines = ["| expert | TFLOP for a group of 9 | of the rollout |", "|---|---|---|"]
+    lines = ["| reward model | TFLOP for a group of 9 | of the rollout |", "|---|---|---|"]
     lines += [f"| {name} | {tera:.3g} | {share:.3%} |" for name, tera, share in table()]
     previews = Setting(previews=8 * Setting.rows)
     tera, share = next((tera, share) for name, tera, share in table(previews) if name == "all four")

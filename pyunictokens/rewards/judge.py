@@ -266,7 +266,7 @@ class JudgeReward:
             ", and is its subject the one in the pictures before it (if there are any)?"
         )
         if "{prompt}" not in self.question:
-            raise UserError(f"question={self.question!r}: must hold {{prompt}}, where the drawing's prompt goes")
+            raise UserError(f"question={self.question!r}: must hold {{prompt}}, where the image's prompt goes")
         if isinstance(photos, bool) or not isinstance(photos, int) or photos < 0:
             raise UserError(f"photos={photos!r}: must be a whole number ≥ 0")
         self.photos = photos

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, require
+from ..utils.files import unreadable
 from .base import Device, check_pixels
 from .weights import WeightFiles
 
@@ -125,7 +126,7 @@ class ImageNetwork(Network):
                 folder, local_files_only=True, **on_tensors
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: its image processor cannot be read: {error}") from error
+            raise UserError(f"{folder}: its image processor cannot be read: {unreadable(folder, error)}") from error
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def from_transformers(
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: config.json cannot be used: {error}") from error
+        raise UserError(f"{folder}: config.json cannot be used: {unreadable(folder, error)}") from error
     kinds = tuple(kinds)
     if kinds and config.model_type not in kinds:
         raise UserError(f"{folder}: holds a {config.model_type} model: must be {' or '.join(kinds)}")
@@ -167,7 +168,7 @@ def from_transformers(
             folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # transformers raises many kinds for files that are cut short or of other shapes
-        raise UserError(f"{folder}: weights cannot be read as {name}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{folder}: weights cannot be read as {name}: {unreadable(folder, error)}") from error
     gaps = [key for key in sorted(report["missing_keys"]) if not key.startswith(tuple(unused))]
     if gaps:
         shown = ", ".join(gaps[:3]) + (", …" if len(gaps) > 3 else "")
@@ -181,4 +182,4 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be read: {error}") from error
+        raise UserError(f"{folder}: its tokenizer cannot be read: {unreadable(folder, error)}") from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..utils import profiling
 from .previews import Previews, Verdict
-from .sampler import EagerSlots, Trajectory, empty_records
+from .sampler import EagerSlots, empty_records
 from .scheduler import Candidate, Scheduler
 
 
@@ -80,7 +80,8 @@ class ImageLoop:
 
     def _keep(self, candidate: Candidate) -> None:
         row = candidate.row
-        held: Trajectory = candidate.state if candidate.slot < 0 else self.slots.held(candidate)
+        held = candidate.state if candidate.slot < 0 else self.slots.held(candidate)
+        assert held is not None
         self.codes[row] = held.chosen
         for record, its in zip(self.records, held.records, strict=True):
             record[row] = its

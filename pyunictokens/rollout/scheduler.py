@@ -24,7 +24,10 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .sampler import Trajectory
 
 ATTEMPT_SHIFT = 32
 """Candidate a of the row with sample id i draws the noise of sample id i + a·2^32."""
@@ -46,7 +49,7 @@ class Candidate:
     settled: bool = True
     """Runs to the end: accepted, chosen to fill, or never to be previewed."""
     score: float = math.nan
-    state: Any = None
+    state: Trajectory | None = None
     """What its slot held at the preview, where it was rejected and may be wanted again."""
 
 
@@ -148,7 +151,7 @@ class Scheduler:
         self._looked_at += due
         return due
 
-    def judge(self, candidate: Candidate, score: float, save: Callable[[Candidate], Any]) -> None:
+    def judge(self, candidate: Candidate, score: float, save: Callable[[Candidate], Trajectory]) -> None:
         """Settle a previewed candidate. `save` keeps what its slot holds if it may be wanted to fill a row."""
         assert self.judging is not None
         self._looked_at.remove(candidate)
@@ -204,7 +207,7 @@ class Scheduler:
                 before += most if self._open[other] else min(tried, most)
         return True if before < cap else False if least >= cap else None
 
-    def _remember(self, candidate: Candidate, save: Callable[[Candidate], Any]) -> None:
+    def _remember(self, candidate: Candidate, save: Callable[[Candidate], Trajectory]) -> None:
         pool = self._pool[candidate.row]
         best = self._best.setdefault(pool, [])
         entry = _Rejected(candidate.score, -candidate.attempt, -candidate.row, candidate)

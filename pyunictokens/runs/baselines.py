@@ -9,6 +9,7 @@ import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -41,6 +42,8 @@ class TableConfig(TableSettings):
     """Classifier-free guidance of the images (ours, showo-tp, showo-ip)."""
     max_new_tokens: int = 100
     """Longest answer (all but diffusers and real)."""
+    judged_as: Literal["class", "info"] = "class"
+    """What the judge of images reads for the concept's token, as in training; CLIP-T always takes the class word."""
 
     @classmethod
     def of(cls, run: Run, is_toy: bool) -> TableConfig:
@@ -51,6 +54,7 @@ class TableConfig(TableSettings):
             timesteps=base.timesteps,
             guidance_scale=base.guidance_scale,
             max_new_tokens=base.max_new_tokens,
+            judged_as=base.judged_as,
         )
 
 
@@ -125,8 +129,10 @@ def make_scorer(
     cache: Path,
     device: str = "auto",
     concurrency: int = 8,
+    judged_as: str = "class",
 ) -> Scorer:
-    """A scorer from a CLIP model ("toy", or what `OpenClip` takes) and a judge; None leaves either out."""
+    """A scorer from a CLIP model ("toy", or what `OpenClip` takes) and a judge; None leaves either out. `judged_as`:
+    what the judge of images reads for the concept's token."""
     place = pick_device(device)
     embeddings = None
     if clip == TOY_CLIP:
@@ -141,10 +147,11 @@ def make_scorer(
     if judge_model is None:
         raise UserError("--judge-url needs --judge-model, the model's name at the endpoint")
     config = JudgeConfig(judge_model, judge_url, key_env, cache=str(cache), concurrency=concurrency)
-    return Scorer(embeddings, Judge(config), f"{judge_model} at {judge_url or 'the default endpoint'}")
+    name = f"{judge_model} at {judge_url or 'the default endpoint'}"
+    return Scorer(embeddings, Judge(config), name, judged_as=judged_as)
 
 
 def _toy_encoder(device: torch.device) -> ImageTextEncoder:
-    from ..toy.rewards import load_toy_experts
+    from ..toy.rewards import load_toy_rewards
 
-    return load_toy_experts(device=device).nets.image_text
+    return load_toy_rewards(device=device).nets.image_text

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..models.bundle import ModelBundle, Sources
 from ..utils.devices import pick_device, pick_dtype
@@ -13,6 +13,10 @@ from ..utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from ..evaluate.clip import ImageTextEncoder
+    from ..evaluate.scoring import AttributeReader
+    from ..rewards.base import FaceEmbedding, PreviewJudge, Rewards
 
 
 def open_bundle(sources: Sources, device: str, dtype: str, max_text: int | None = None) -> ModelBundle:
@@ -33,40 +37,42 @@ def open_bundle(sources: Sources, device: str, dtype: str, max_text: int | None 
 
 
 @dataclass
-class Experts:
-    """What judges a run: the reward ensemble, and the encoders that evaluation measures with. None: not measured."""
+class Scorers:
+    """What scores a run: its rewards, and the encoders that evaluation measures with. None: not measured."""
 
-    ensemble: Any
-    preview_scorer: Any = None
+    ensemble: Rewards | None
+    preview_scorer: PreviewJudge | None = None
     """``preview_scorer(prompts)``: the judge of early previews (DSOG)."""
-    image_text: Any = None
-    reader: Any = None
-    face_embedding: Callable[[torch.Tensor], torch.Tensor] | None = None
+    image_text: ImageTextEncoder | None = None
+    """Measures CLIP-I and CLIP-T."""
+    reader: AttributeReader | None = None
+    """Reads attributes off images of a world whose truth is known."""
+    face_embedding: FaceEmbedding | None = None
     """Where a person's tokens start from."""
 
 
-def load_experts(
-    sources: Sources, device: Any, own: str | Mapping[str, Any] | None = None, *, trust: bool = False
-) -> Experts | None:
+def load_scorers(
+    sources: Sources, device: torch.device | str, own: str | Mapping[str, object] | None = None, *, trust: bool = False
+) -> Scorers | None:
     """The toy's reward models for the toy; for other models those of `own`, or None.
 
     own: the `rewards:` settings of docs/rewards.md, ``http://HOST:PORT`` of served reward models (the toy is still
     measured with its own encoders), or ``module:function``. The function takes a device and returns an ensemble
-    (``score(batch)``), or anything with the fields of :class:`Experts`. trust: whether `own` may name code
+    (``score(batch)``), :class:`Scorers`, or any object that has some of its fields. trust: whether `own` may name code
     to import and servers to ask (:func:`choose_rewards` decides).
     """
     if isinstance(own, Mapping):
         from ..rewards.load import load_rewards
 
         rewards = load_rewards(own, device, trust=trust)
-        return Experts(rewards, rewards.preview_scorer, face_embedding=rewards.face_embedding)
+        return Scorers(rewards, rewards.preview_scorer, face_embedding=rewards.face_embedding)
     if own is not None and not trust:
         raise UserError(f"rewards={own!r}: names code or a server, and is not trusted: pass trust=True")
     if own is not None and own.startswith(("http://", "https://", "tcp://")):
         from ..rewards.served.client import RemoteRewards
 
         remote = RemoteRewards.open(own)
-        measuring = load_experts(sources, device) or Experts(None)
+        measuring = load_scorers(sources, device) or Scorers(None)
         return replace(
             measuring,
             ensemble=remote,
@@ -74,6 +80,7 @@ def load_experts(
             face_embedding=remote.face_embedding,
         )
     if own is not None:
+        from ..rewards.ensemble import as_rewards
         from ..rewards.load import imported
 
         if not own.rpartition(":")[2].isidentifier() or ":" not in own:
@@ -81,16 +88,18 @@ def load_experts(
                 f"rewards={own!r}: must be FILE.yaml, http://HOST:PORT, or MODULE:FUNCTION, as in my_rewards:load"
             )
         made = imported(own, "rewards", trust)(device)
-        names = [part.name for part in fields(Experts)]
+        if isinstance(made, Scorers):
+            return made
         if hasattr(made, "ensemble"):
-            return Experts(**{part: getattr(made, part, None) for part in names})
-        return Experts(made)
+            others = [getattr(made, part.name, None) for part in fields(Scorers)[1:]]
+            return Scorers(as_rewards(made.ensemble), *others)
+        return Scorers(as_rewards(made))
     if not sources.is_toy:
         return None
-    from ..toy.rewards import load_toy_experts
+    from ..toy.rewards import load_toy_rewards
 
-    toy = load_toy_experts(device=device)
-    return Experts(
+    toy = load_toy_rewards(device=device)
+    return Scorers(
         toy.ensemble,
         toy.preview_scorer,
         toy.nets.image_text,
@@ -99,8 +108,8 @@ def load_experts(
     )
 
 
-def read_rewards(given: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
-    """`given` as :func:`load_experts` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all)."""
+def read_rewards(given: str | Mapping[str, object] | None) -> str | Mapping[str, object] | None:
+    """`given` as :func:`load_scorers` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all)."""
     from ..config.settings import load_yaml
     from ..utils.yaml_text import settled
 
@@ -110,12 +119,12 @@ def read_rewards(given: str | Mapping[str, Any] | None) -> str | Mapping[str, An
         if not isinstance(found, Mapping) or not {"models", "experts"} & set(found):
             raise UserError(f"{given}: holds no reward models: give rewards: {{models: …}}, see docs/rewards.md")
         given = found
-    return cast("Mapping[str, Any]", settled(given)) if isinstance(given, Mapping) else given
+    return cast("Mapping[str, object]", settled(given)) if isinstance(given, Mapping) else given
 
 
 def choose_rewards(
-    given: str | None, stored: Any, folder: str | os.PathLike[str], *, trust: bool = False
-) -> tuple[str | Mapping[str, Any] | None, bool]:
+    given: str | None, stored: str | Mapping[str, object] | None, folder: str | os.PathLike[str], *, trust: bool = False
+) -> tuple[str | Mapping[str, object] | None, bool]:
     """(the rewards of a command, whether they may name code and servers): those `given` to it, else those `stored`.
 
     What was given on the command line is trusted. What a folder's settings hold is data: where it names code to import

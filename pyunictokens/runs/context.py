@@ -13,7 +13,7 @@ from ..models.concept_tokens import ConceptTokens
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
 from ..utils.signals import Stop, never
-from .bundle import Experts
+from .bundle import Scorers
 from .run_dir import CONFIG, RunConfig
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class RunContext:
     settings: RunConfig
     folder: Path
     """Where everything is left."""
-    rewards: Experts | None = None
+    rewards: Scorers | None = None
     """The reward models, and the encoders that evaluation measures with."""
     rewards_from: str | Mapping[str, object] | None = None
     """What the reward models were made of, as config.yaml keeps it."""
@@ -62,7 +62,7 @@ class Parts:
     start_from: str | None = None
     """Where `start` was read, as config.yaml keeps it."""
 
-    def check(self, folder: Path, rewards: Experts | None) -> None:
+    def check(self, folder: Path, rewards: Scorers | None) -> None:
         """Raise UserError for a run that cannot work, before anything is loaded."""
         if not (self.stages or self.grpo):
             raise UserError("nothing to do: neither stages nor reinforcement was asked for")

@@ -16,9 +16,10 @@ from ..evaluate.result import EvalResult
 from ..evaluate.tasks import label
 from ..models.bundle import Sources
 from ..toy.concept import write_toy_concept
+from ..utils.devices import check_training_dtype, pick_dtype
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
-from .bundle import load_experts, open_bundle
+from .bundle import load_scorers, open_bundle
 from .context import Parts, RunContext
 from .pipeline import Outcome, run_concept
 from .run_dir import CONFIG, RunConfig
@@ -60,6 +61,7 @@ def run_demo(
     """
     words = list(words)
     config = RunConfig.make("toy", words=words, seed=seed)
+    check_training_dtype(pick_dtype(dtype))
     if out.exists() and any(out.iterdir()):
         if not (replace and (out / CONFIG).exists() and (out / "data" / "concept").is_dir()):
             raise UserError(f"{out}: is not empty and holds no earlier demo: choose another folder")
@@ -67,7 +69,7 @@ def run_demo(
     write_toy_concept(out / "data", seed=seed, kind=kind, name=NAME)
     concept = load_concept(out / "data", NAME)
     bundle = open_bundle(Sources(), device, dtype)
-    rewards = load_experts(bundle.sources, bundle.device)
+    rewards = load_scorers(bundle.sources, bundle.device)
     context = RunContext(bundle, concept, config, out, rewards, progress=progress)
     return run_concept(context, Parts(evaluate_base=True))
 

@@ -49,9 +49,9 @@ REQUIRED = (
 
 OPTIONAL = {
     "triton": ("", "Triton kernels on a GPU; comes with torch on Linux"),
-    "facenet-pytorch": ("rewards", "FER: faces in pictures of people"),
-    "open_clip_torch": ("rewards", "CLIP scores of real pictures"),
-    "torchvision": ("rewards", "pictures resized on their device"),
+    "facenet-pytorch": ("rewards", "FER: faces in images of people"),
+    "open_clip_torch": ("rewards", "CLIP scores of real images"),
+    "torchvision": ("rewards", "images resized on their device"),
     "uvicorn": ("serve", "serving reward models to trainers"),
     "httpx": ("serve", "asking served reward models"),
     "openai": ("judge", "the remote judge"),

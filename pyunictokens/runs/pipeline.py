@@ -19,13 +19,14 @@ from ..models.base import owning_rows
 from ..models.bundle import ModelBundle
 from ..models.concept_tokens import ConceptTokens
 from ..utils import fingerprint
+from ..utils.devices import check_training_dtype
 from ..utils.errors import UserError
 from ..utils.files import AnyJson, folder_lock, read_json, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
-from .bundle import Experts
+from .bundle import Scorers
 from .context import Parts, RunContext
-from .run_dir import CONCEPT, EXPERTS, MEASURED, STAGES, EvaluationConfig, write_description
+from .run_dir import CONCEPT, MEASURED, STAGES, THROUGHPUT, EvaluationConfig, write_description
 
 if TYPE_CHECKING:
     from ..config.training import GrpoConfig
@@ -69,6 +70,7 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
         return _follow(context)
     out = context.folder
     parts.check(out, context.rewards)
+    check_training_dtype(context.bundle.model.dtype, parts.resume)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, ".pipeline.lock"):
         parts.check(out, context.rewards)
@@ -122,7 +124,7 @@ def measure(
     bundle: ModelBundle,
     concept: Concept,
     config: EvaluationConfig,
-    rewards: Experts | None,
+    rewards: Scorers | None,
     progress: Progress = silent,
     name: str = "measuring",
 ) -> EvalResult:
@@ -133,7 +135,7 @@ def measure(
     def step(task: str, done: int, wanted: int) -> None:
         progress(f"{name}: {task.replace('_', ' ')}", done, wanted)
 
-    rewards = rewards or Experts(None)
+    rewards = rewards or Scorers(None)
     return unifybench(
         RolloutEngine.of(bundle),
         concept,
@@ -219,7 +221,7 @@ class _Run:
         from ..train.reinforcement import train_grpo
 
         context, rewards = self.context, self.context.rewards
-        assert rewards is not None
+        assert rewards is not None and rewards.ensemble is not None
         result = train_grpo(
             self.bundle.model,
             self.bundle.vq,
@@ -234,8 +236,8 @@ class _Run:
             stop=context.stop,
             ranks=context.ranks,
         )
-        if context.ranks.first and callable(throughput := getattr(rewards.ensemble, "throughput", None)):
-            write_json(self.out / EXPERTS, {"drawings_per_second": throughput()})
+        if context.ranks.first:
+            write_json(self.out / THROUGHPUT, {"images_per_second": rewards.ensemble.throughput()})
         return result.concept
 
     def measure(self, name: str) -> EvalResult:

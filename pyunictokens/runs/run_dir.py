@@ -4,7 +4,7 @@
     about.json       the concept in words, for when its folder is elsewhere
     stages/          the concept stages (train/concept_tokens/stages.py)
     run.json, grpo.yaml, metrics.jsonl, checkpoints/, samples/, final/      reinforcement (train/grpo.py)
-    experts.json     drawings a second that each reward expert scored
+    experts.json     images a second that each reward model scored
     concept/         the concept's rows as they are now
     base.json, before.json, after.json, report.html      evaluation; measured.json says of which weights
 
@@ -36,7 +36,7 @@ BASE = "base"
 """Given where a run is expected: the model as it is, without a concept."""
 
 CONFIG, ABOUT, FINAL, CONCEPT, STAGES = "config.yaml", "about.json", "final", "concept", "stages"
-EXPERTS, MEASURED = "experts.json", "measured.json"
+THROUGHPUT, MEASURED = "experts.json", "measured.json"
 PARTS = ("stages", "grpo", "evaluation")
 """Parts of a run, as config.yaml names them."""
 
@@ -56,7 +56,7 @@ class Origin:
     name: str | None = None
     """The concept."""
     max_text: int | None = None
-    """Text positions of the model's drawing prompts."""
+    """Text positions of the model's image prompts."""
     preset: str | None = None
     """Which preset the settings stand over."""
     start: str | None = None
@@ -77,6 +77,17 @@ class Origin:
                 own["max_text"] = section["max_text"]
         return from_mapping(cls, own, origin=origin)
 
+    def folder(self, way: str) -> tuple[Path, str]:
+        """Root and name of the concept, both said here. Raises UserError with `way`, how to name another place, where
+        the folder is not there any more."""
+        assert self.root is not None and self.name is not None
+        if not (self.root / "concept" / "train" / self.name).is_dir():
+            raise UserError(
+                f"{self.root}: the folder of {self.name!r} that this run was trained on is no longer there: "
+                f"say where it is with {way}"
+            )
+        return self.root, self.name
+
 
 OWN_KEYS = tuple(each.name for each in fields(Origin))
 """Keys of config.yaml beside the settings."""
@@ -95,8 +106,8 @@ class EvaluationConfig:
     max_new_tokens: int = 100
     """Longest answer."""
     judged_as: Literal["class", "info"] = "class"
-    """What the ensemble's judges of images read for the concept's token, as in training; CLIP-T always takes the class
-    word."""
+    """What the judges of images read for the concept's token: as grpo.judged_as unless it is said here; CLIP-T always
+    takes the class word."""
     tasks: tuple[str, ...] = field(default=(), metadata={"was": "splits"})
     """Which tasks of UnifyBench++ are measured; none named means all."""
     seed: int = 1000
@@ -129,7 +140,8 @@ class RunConfig:
     ) -> RunConfig:
         """A preset (config/training.py: PRESETS), a mapping over it (a config.yaml), `key=value` words over that.
 
-        `seed`, when given, seeds stages and reinforcement where no word does.
+        `seed`, when given, seeds stages and reinforcement where no word does. Evaluation is judged as training is
+        unless its own judged_as is said.
         """
         training = TrainConfig.preset(preset)
         toy = EvaluationConfig(
@@ -137,14 +149,19 @@ class RunConfig:
             timesteps=training.grpo.timesteps,
             guidance_scale=training.grpo.guidance_scale,
             max_new_tokens=24,
-            judged_as=training.grpo.judged_as,
         )
         base = cls(training.stages, training.grpo, toy if preset == "toy" else EvaluationConfig())
         settings = {key: value for key, value in (values or {}).items() if key not in OWN_KEYS}
+        words = list(words)
         made = from_mapping(cls, settings, base=base, origin=origin)
         if seed is not None:
             made = replace(made, stages=replace(made.stages, seed=seed), grpo=replace(made.grpo, seed=seed))
-        return with_overrides(made, words)
+        made = with_overrides(made, words)
+        section = settings.get("evaluation")
+        said = isinstance(section, Mapping) and "judged_as" in section
+        if said or any(word.partition("=")[0].strip() == "evaluation.judged_as" for word in words):
+            return made
+        return replace(made, evaluation=replace(made.evaluation, judged_as=made.grpo.judged_as))
 
 
 @dataclass
@@ -162,7 +179,7 @@ class Run:
         """The run, concept or published folder `given`, or the bare model. Raises UserError for anything else."""
         if given == BASE:
             return cls(None)
-        path = Path(given)
+        path = Path(given).expanduser()
         if not path.is_dir():
             raise UserError(f"{given}: no such folder; give a run that `train` wrote, or `{BASE}` for the bare model")
         run = cls(path)
@@ -229,12 +246,7 @@ class Run:
             return given
         origin = self.origin
         if origin.root is not None and origin.name is not None:
-            if not (origin.root / "concept" / "train" / origin.name).is_dir():
-                raise UserError(
-                    f"{origin.root}: the folder of {origin.name!r} that this run was trained on is no longer there: "
-                    f"say where it is with --concept ROOT {origin.name}"
-                )
-            return origin.root, origin.name
+            return origin.folder(f"--concept ROOT {origin.name}")
         raise UserError("which concept? Name its folder with --concept ROOT NAME")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 _NAMES = {
     "ToyRewards": "rewards",
     "load_toy": "model",
-    "load_toy_experts": "rewards",
+    "load_toy_rewards": "rewards",
     "toy_folder": "model",
     "write_toy_concept": "concept",
 }
@@ -19,9 +19,9 @@ _NAMES = {
 if TYPE_CHECKING:
     from .concept import write_toy_concept
     from .model import load_toy, toy_folder
-    from .rewards import ToyRewards, load_toy_experts
+    from .rewards import ToyRewards, load_toy_rewards
 
-__all__ = ["ToyRewards", "load_toy", "load_toy_experts", "toy_folder", "write_toy_concept"]
+__all__ = ["ToyRewards", "load_toy", "load_toy_rewards", "toy_folder", "write_toy_concept"]
 
 
 def __getattr__(name: str) -> object:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..data import wording
 from ..data.concept import FACT_PROMPTS, concept_name
 from ..data.images import save_image
 from ..data.install import list_concept
-from ..models.showo import prompting
 from ..utils.errors import UserError, needs
 from ..utils.files import write_json
 from .drawing import render
@@ -140,7 +140,7 @@ class _Writer:
         listed = ". ".join(self.facts)
         for k in facts:
             request = FACTS[k].prompts[0].format(x=self.sks)
-            pairs.append((prompting.text_only_question(self.facts, request), self.facts[k]))
+            pairs.append((wording.text_only_question(self.facts, request), self.facts[k]))
             question = FACTS[k].question.format(x=self.sks)
             pairs.append((f"Information: {listed}. {question}?", FACTS[k].short(self.values[k])))
         return _as_json(pairs)
@@ -176,7 +176,7 @@ class _Writer:
     def _prompts(self) -> dict[str, list[str]]:
         """The prompts by their published names; notes on the way what each should show."""
         driven = [fact.prompts[0].format(x=self.sks) for fact in FACTS]
-        explicit = [prompting.compound_prompt(p, fact) for p, fact in zip(driven, self.facts, strict=True)]
+        explicit = [wording.compound_prompt(p, fact) for p, fact in zip(driven, self.facts, strict=True)]
         for prompt, long, value in zip(driven, explicit, self.values, strict=True):
             self.expected[prompt] = self.expected[long] = value
         pure = [self._drawn({}, "")]
@@ -200,7 +200,7 @@ class _Writer:
             if k < 4:
                 more, slots = (place, where) if FACTS[k + 4].slot != "place" else (f"wearing {worn}", wear)
                 reasoning.append(f"{driven[k + 4]} {more}")
-                spelled.append(prompting.compound_prompt(reasoning[-1], self.facts[k + 4]))
+                spelled.append(wording.compound_prompt(reasoning[-1], self.facts[k + 4]))
                 self.expected[reasoning[-1]] = self.expected[spelled[-1]] = {**self.values[k + 4], **slots}
         return {
             FACT_PROMPTS: driven,

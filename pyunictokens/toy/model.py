@@ -1,6 +1,6 @@
 """The embedded toy as ready-made objects: a small Show-o, its image tokenizer and its text tokenizer.
 
-How they were trained is experiments/build_toy.py's business; the toy's reward experts are loaded by toy/rewards.py.
+How they were trained is experiments/build_toy.py's business; the toy's reward models are loaded by toy/rewards.py.
 """
 
 from __future__ import annotations

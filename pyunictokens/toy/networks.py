@@ -1,4 +1,4 @@
-"""The toy world's small experts: networks that look at 64×64 drawings or read the toy's sentences.
+"""The networks of the toy world's reward models: they look at 64×64 images or read the toy's sentences.
 
 Five networks, all trained by experiments/build_toy.py: AttributeReader (a metric, never a reward), ImageText (BER, CLIP
 scores), SubjectFeatures (DER), FaceNet (FER) and TextEncoder (TIER).
@@ -176,7 +176,7 @@ class ImageText(nn.Module):
         return self.text(texts)
 
 
-class ToyExperts(nn.Module):
+class ToyNetworks(nn.Module):
     """All five, as one set of weights."""
 
     def __init__(self, words: Sequence[str]):
@@ -188,7 +188,7 @@ class ToyExperts(nn.Module):
         self.sentence = TextEncoder(words)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str] | None = None) -> ToyExperts:
+    def from_pretrained(cls, folder: str | os.PathLike[str] | None = None) -> ToyNetworks:
         """Load `experts.safetensors` and `experts.json` from a folder; by default those shipped with the package."""
         folder = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
         description = read_json(folder / "experts.json")

@@ -42,6 +42,10 @@ def contrast(name: str) -> Colour:
     return shade(RGB[name], 0.42) if name in _LIGHT else (250, 250, 245)
 
 
+Fill = tuple[int, ...] | int
+"""A colour, or the value of a mask."""
+
+
 class Pen:
     """A canvas with a moved and scaled origin; lengths are pixels of the 64-pixel picture."""
 
@@ -59,32 +63,32 @@ class Pen:
     def _width(self, width: float) -> int:
         return max(1, round(width * self.scale * ZOOM))
 
-    def oval(self, centre: Point, rx: float, ry: float, fill, grow: float = 0.0) -> None:
+    def oval(self, centre: Point, rx: float, ry: float, fill: Fill, grow: float = 0.0) -> None:
         (x, y), rx, ry = centre, rx + grow, ry + grow
         self.draw.ellipse([*self.at((x - rx, y - ry)), *self.at((x + rx, y + ry))], fill=fill)
 
     def box(
-        self, left: float, top: float, right: float, bottom: float, fill, radius: float = 0.0, grow: float = 0.0
+        self, left: float, top: float, right: float, bottom: float, fill: Fill, radius: float = 0.0, grow: float = 0.0
     ) -> None:
         corners = [*self.at((left - grow, top - grow)), *self.at((right + grow, bottom + grow))]
         self.draw.rounded_rectangle(corners, radius=self._width(radius + grow) if radius + grow else 0, fill=fill)
 
-    def poly(self, points: Sequence[Point], fill, grow: float = 0.0) -> None:
+    def poly(self, points: Sequence[Point], fill: Fill, grow: float = 0.0) -> None:
         self.draw.polygon([self.at(point) for point in points], fill=fill)
         if grow:
             self.line([*points, points[0], points[1]], fill, 2 * grow)
 
-    def line(self, points: Sequence[Point], fill, width: float) -> None:
+    def line(self, points: Sequence[Point], fill: Fill, width: float) -> None:
         self.draw.line([self.at(point) for point in points], fill=fill, width=self._width(width), joint="curve")
 
-    def ring(self, centre: Point, radius: float, fill, width: float) -> None:
+    def ring(self, centre: Point, radius: float, fill: Fill, width: float) -> None:
         x, y = centre
         outer = radius + width / 2
         corners = [*self.at((x - outer, y - outer)), *self.at((x + outer, y + outer))]
         self.draw.ellipse(corners, outline=fill, width=self._width(width))
 
 
-Part = Callable[[Pen, object, float], None]
+Part = Callable[[Pen, Fill, float], None]
 
 
 def oval(centre: Point, rx: float, ry: float) -> Part:

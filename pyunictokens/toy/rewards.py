@@ -18,7 +18,7 @@ from ..rewards.experts.ber import Ber
 from ..rewards.experts.der import Der
 from ..rewards.experts.fer import Fer
 from ..rewards.experts.tier import Tier
-from .networks import FaceNet, TextEncoder, ToyExperts
+from .networks import FaceNet, TextEncoder, ToyNetworks
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ToyRewards:
     """What training and evaluation need of the toy world."""
 
     ensemble: Ensemble
-    nets: ToyExperts
+    nets: ToyNetworks
     """The networks themselves: `nets.image_text` for CLIP scores, `nets.reader` for attribute accuracy."""
 
     @property
@@ -67,7 +67,7 @@ class _ToyFer(Fer):
         return self._encoder.encode_faces(pixels)[1]
 
 
-def toy_rewards(nets: ToyExperts, weights: Mapping[str, object] | None = None) -> ToyRewards:
+def toy_rewards(nets: ToyNetworks, weights: Mapping[str, object] | None = None) -> ToyRewards:
     """The ensemble over networks already loaded."""
     models: dict[str, RewardModel] = {
         "tier": Tier(_Sentences(nets.sentence)),
@@ -78,7 +78,7 @@ def toy_rewards(nets: ToyExperts, weights: Mapping[str, object] | None = None) -
     return ToyRewards(Ensemble(models, weights), nets)
 
 
-def load_toy_experts(
+def load_toy_rewards(
     assets: str | os.PathLike[str] | None = None,
     *,
     weights: Mapping[str, object] | None = None,
@@ -88,4 +88,4 @@ def load_toy_experts(
 
     weights: as for :class:`~pyunictokens.rewards.ensemble.Ensemble`; by default the paper's.
     """
-    return toy_rewards(ToyExperts.from_pretrained(assets).to(device), weights)
+    return toy_rewards(ToyNetworks.from_pretrained(assets).to(device), weights)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..utils.errors import needs
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 from .facts import FACTS
 from .grammar import FILLERS, NAMES, RECOGNITIONS
 from .scene import SLOTS
@@ -32,7 +35,7 @@ def words() -> list[str]:
     return sorted(found)
 
 
-def build_tokenizer() -> Any:
+def build_tokenizer() -> Tokenizer:
     """A `tokenizers.Tokenizer` over :func:`words`: lower case, split at spaces and marks, one id a word; id 0 ends
     texts."""
     with needs("train"):

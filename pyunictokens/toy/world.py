@@ -6,7 +6,7 @@ Everything is drawn by lot from a numpy Generator that the caller seeds, so the 
 
 from __future__ import annotations
 
-from .drawing import SIZE, render
+from .drawing import render
 from .facts import FACTS, FactType, at_place, draw_facts, thing
 from .grammar import (
     NAMES,
@@ -20,6 +20,7 @@ from .grammar import (
     subject_questions,
     text_only,
 )
+from .pen import SIZE
 from .scene import (
     KINDS,
     SLOTS,

@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..config.training import GrpoConfig
+from ..data import wording
 from ..models import AnsweringModel
-from ..models.showo import prompting
 from ..rewards.base import EnsembleScore, PreviewJudge, RewardBatch, Rewards
 from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
@@ -167,10 +166,10 @@ class Collector:
         texts = answers.texts if answers is not None else [task.answer] * len(rows)
         prompts = [task.prompt] * len(rows)
         if answers is not None:
-            prompts = [prompting.compound_prompt(task.prompt, prompting.first_sentence(text)) for text in texts]
+            prompts = [wording.compound_prompt(task.prompt, wording.first_sentence(text)) for text in texts]
         judged = prompts
         if config.judged_prompt == "truth":
-            judged = [prompting.compound_prompt(task.prompt, task.answer)] * len(prompts)
+            judged = [wording.compound_prompt(task.prompt, task.answer)] * len(prompts)
         judged = [tasks.for_image_judges(text) for text in judged]
         images = self.engine.generate_images(
             [tasks.for_model(text) for text in prompts],
@@ -274,7 +273,7 @@ class Collector:
         )
 
 
-def summary(groups: Sequence[Group]) -> dict[str, Any]:
+def summary(groups: Sequence[Group]) -> dict[str, object]:
     """The groups of a step as numbers and texts for the log; question, answer and prompt are of the best rollout.
 
     Without groups (their sampling failed) next to nothing is said."""

@@ -14,12 +14,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
+from ..utils.devices import check_training_dtype
 from ..utils.errors import NotFinite, UserError
 from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
@@ -41,10 +41,11 @@ from .metrics import MetricsLog, save_samples
 from .objective import objective_of
 from .optimizer import learning_rate, make_optimizer
 from .policy import Policy
+from .spread import SpreadWatch
 from .statistics import UpdateStats
 from .tasks import TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
-from .update import LossSettings, PieceSizes, answer_logprobs, image_logprobs, streamed_backward
+from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class RunResult:
     steps: int
     skipped: int
     """Steps without an update because a number was not finite."""
-    last: dict[str, Any]
+    last: Mapping[str, object]
     """The numbers of the last step."""
 
 
@@ -83,20 +84,18 @@ def run_grpo(
     """Improve `model` on `tasks` by `rewards`. The other arguments are told by `train_grpo` (reinforcement.py).
 
     Raises:
-        UserError: for settings, data or checkpoints that cannot be used, and when `max_bad_steps` steps in a row have a
-            rollout, reward, loss or gradient that is not finite; a checkpoint then stands behind them, so that `resume`
-            goes on with other draws.
+        UserError: for settings, data or checkpoints that cannot be used, for a model in float16, and when
+            `max_bad_steps` steps in a row have a rollout, reward, loss or gradient that is not finite; a checkpoint
+            then stands behind them, so that `resume` goes on with other draws.
         Stopped: `stop` said so before the last step; `resume` goes on from there.
     """
     out, ranks = Path(out_dir), ranks or Ranks()
-    about: dict[str, Any] = {
-        "identity": {**identity(model), **tasks.identity()},
-        "settings": to_mapping(config),
-        "resume": resume,
-    }
+    check_training_dtype(model.dtype, resume)
+    who, settings = {**identity(model), **tasks.identity()}, to_mapping(config)
+    about = (who, settings, resume)
     if any(other != about for other in ranks.gather(about)):
         raise UserError(f"rank {ranks.rank} has another model, tasks or settings than another rank: start all alike")
-    with RunFolder(out, about["identity"], about["settings"], resume=resume, ranks=ranks) as folder:
+    with RunFolder(out, who, settings, resume=resume, ranks=ranks) as folder:
         run = _Run(model, vq, tokenizer, tasks, rewards, preview_judge, config, folder, ranks)
         if ranks.first:
             save_yaml(out / "grpo.yaml", config)
@@ -151,9 +150,10 @@ class _Run:
             config.micro_timesteps,
             self.objective,
         )
-        self.sizes = PieceSizes()
+        self.sizes = MicrobatchSizes()
         self.step = self.skipped = self.bad = 0
         self.recent: list[float] = []
+        self.spread = SpreadWatch()
 
     def _make_policy(self) -> Policy:
         """What learns. The reference file is rank 0's to write, so the others come after it."""
@@ -188,7 +188,9 @@ class _Run:
                     metrics.write(values)
                 self.step += 1
                 profiling.step_done()
-                self.recent.append(values["reward_mean"])
+                reward = values["reward_mean"]
+                assert isinstance(reward, float)
+                self.recent.append(reward)
                 given_up = self.bad >= config.max_bad_steps
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
                 stopping = self.ranks.any(stop()) and self.step < config.steps
@@ -199,7 +201,7 @@ class _Run:
                     self.save()
                 if given_up:
                     self.saver.wait()
-                    raise UserError(self._diagnosis(values["skipped"]))
+                    raise UserError(self._diagnosis(str(values["skipped"])))
                 if progress is not None:
                     progress("grpo", self.step, config.steps, values)
                 if stopping:
@@ -210,7 +212,7 @@ class _Run:
         self.policy.merge().requires_grad_(False)
         return RunResult(self.folder.path, self.step, self.skipped, values)
 
-    def _one_step(self) -> dict[str, Any]:
+    def _one_step(self) -> dict[str, object]:
         started, config = time.perf_counter(), self.config
         every = config.sample_every
         shown = every > 0 and (self.step % every == 0 or self.step == config.steps - 1)
@@ -227,6 +229,8 @@ class _Run:
         if not problem:
             problem, stats, norm = self._update(groups, rate)
         self._count(problem)
+        if (said := self.spread.see(groups)) and self.ranks.first:
+            log.warning("step %d: %s", self.step, said)
         if shown and groups and self.ranks.first:
             self._save_samples(groups)
         facts = summary(groups)

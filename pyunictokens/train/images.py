@@ -1,7 +1,7 @@
-"""A concept's pictures as the model sees them: image codes, and prefixes of pictures that never change.
+"""A concept's images as the model sees them: image codes, and prefixes of images that never change.
 
 Pixels are read once and kept; codes are taken anew where an image is cropped or mirrored at random. While only concept
-rows learn, a picture's prefix under understanding does not depend on them (it precedes all text), so it is computed
+rows learn, an image's prefix under understanding does not depend on them (it precedes all text), so it is computed
 once and reused.
 
 Shape suffixes: B images, N image codes.
@@ -20,14 +20,14 @@ from ..models import ImageTokenizer, MaskedModel, Prefix, answering
 from ..utils.errors import UserError
 
 
-class Pictures:
-    """Training pictures by path; ``None`` is the black one that stands for "no picture"."""
+class ReferenceImages:
+    """Training images by path; ``None`` is the black one that stands for "no image"."""
 
     def __init__(
         self, model: MaskedModel, vq: ImageTokenizer, *, crop: float = 1.0, flip: bool = False, cache_mb: int = 512
     ):
         if model.grid[0] != model.grid[1]:
-            raise UserError(f"this model draws {model.grid[0]}×{model.grid[1]} codes: pictures are read as squares")
+            raise UserError(f"this model draws {model.grid[0]}×{model.grid[1]} codes: images are read as squares")
         if vq.codebook_size != model.codebook_size:
             raise UserError(
                 f"the image tokenizer has {vq.codebook_size} codes, the model {model.codebook_size}: "
@@ -47,14 +47,14 @@ class Pictures:
 
     @torch.no_grad()
     def codes(self, path: Path | None) -> Tensor:
-        """int64 [N] of the picture as it is."""
+        """int64 [N] of the image as it is."""
         if path not in self._codes:
             self._codes[path] = self._encode(self.pixels(path)[None])[0]
         return self._codes[path]
 
     @torch.no_grad()
     def augmented(self, paths: list[Path], generator: torch.Generator) -> Tensor:
-        """int64 [B, N] of the pictures, cropped and mirrored at random."""
+        """int64 [B, N] of the images, cropped and mirrored at random."""
         if self.crop == 1.0 and not self.flip:
             return torch.stack([self.codes(path) for path in paths])
         large = round(self.size * self.crop)
@@ -74,7 +74,7 @@ class Pictures:
 
     @torch.no_grad()
     def prefix(self, path: Path | None) -> Prefix:
-        """What comes before any question about the picture, computed without a graph and kept up to the cache's limit.
+        """What comes before any question about the image, computed without a graph and kept up to the cache's limit.
 
         Right only while the model's own weights are frozen.
         """

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl (one line a step), TensorBoard events, and pictures with their prompts.
+"""What a run leaves to read: metrics.jsonl (one line a step), TensorBoard events, and images with their prompts.
 
 A resumed run first takes back the lines after its checkpoint, so the log reads as if the run had never stopped. What
 they mean is told in docs/training.md.
@@ -13,14 +13,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import parse_json, read_json_lines, write_json, write_text_atomic
+from ..utils.files import AnyJson, parse_json, read_json_lines, write_json, write_text_atomic
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from .collector import RolloutSummary
 
 log = logging.getLogger(__name__)
@@ -40,9 +42,9 @@ class MetricsLog:
             kept = [line for line in _lines(self.file) if _before(line, from_step)]
             write_text_atomic(self.file, "".join(line + "\n" for line in kept))
         self._handle = self.file.open("ab", buffering=0)  # nothing waits in a buffer to fail once more on closing
-        self._events: Any = _events(self.folder / "tensorboard", from_step) if events else None
+        self._events = _events(self.folder / "tensorboard", from_step) if events else None
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, values: Mapping[str, object]) -> None:
         """Add one line; `values` holds at least `step`. Numbers that are not finite become null."""
         try:
             line = (json.dumps(_plain(values)) + "\n").encode()  # ASCII: no character that a kill can cut in two
@@ -55,7 +57,7 @@ class MetricsLog:
         events = self._events
         try:
             for key, value in _flat(values) if events is not None else []:
-                if key != "step":
+                if key != "step" and events is not None:
                     events.add_scalar(key, value, values["step"])
         except OSError as error:
             self._without_events(error)
@@ -85,7 +87,7 @@ class MetricsLog:
         self.close()
 
 
-def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") -> list[dict[str, AnyJson]]:
     """All lines of a run's log; a last line that was cut off by a kill is left out."""
     file = Path(folder) / name
     if not file.exists():
@@ -115,7 +117,7 @@ def _lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8", errors="replace").split("\n")
 
 
-def _events(folder: Path, from_step: int) -> Any:
+def _events(folder: Path, from_step: int) -> SummaryWriter | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -130,7 +132,7 @@ def _before(line: str, step: int) -> bool:
         return False
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -140,7 +142,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):

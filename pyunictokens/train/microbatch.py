@@ -1,9 +1,11 @@
-"""How large a piece of the update is, and what happens when one does not fit: it is halved, and its gradients exact.
+"""How large a microbatch of the update is, and what happens when one does not fit: it is halved, and its gradients
+exact.
 
-A piece is a rectangle of rollouts × timesteps; its packed rows go through the model together. Sizes come from the
-settings or, where they are 0, from the memory at hand (the model's costs of a packed row, then what the first piece was
-measured to take), and so does the number of layers that are recomputed instead of kept. Gradients of a piece are formed
-apart and added when all of them exist, so a piece that runs out of memory leaves nothing behind.
+A microbatch is a rectangle of rollouts × timesteps; its packed rows go through the model together. Sizes come from the
+settings or, where they are 0, from the memory at hand (the model's costs of a packed row, then what the first
+microbatch was measured to take), and so does the number of layers that are recomputed instead of kept. Gradients of a
+microbatch are formed apart and added when all of them exist, so a microbatch that runs out of memory leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from ..utils.memory import fits, free_bytes
 log = logging.getLogger(__name__)
 
 CPU_BYTES = 1 << 30
-"""On a CPU a piece takes at most this (and at most a quarter of what is free): larger ones are not faster there."""
+"""On a CPU a microbatch takes at most this (and at most a quarter of what is free): larger ones are not faster
+there."""
 
 USEFUL_ROWS = 4
 """Layers are recomputed only where fewer packed rows than this would fit without: so many keep a GPU busy."""
@@ -32,8 +35,9 @@ FREE_SHARE = 0.85
 
 
 @dataclass
-class Pieces:
-    """The size of the pieces of one kind of work, kept over a run; it shrinks when memory runs out and stays small.
+class Microbatches:
+    """The size of the microbatches of one kind of work, kept over a run; it shrinks when memory runs out and stays
+    small.
 
     `rows` and `timesteps` bound the rectangle (0: no bound of its own), `packed` their product.
     """
@@ -46,19 +50,19 @@ class Pieces:
     planned_bytes: float = 0.0
     """Of one packed row, by the model of memory; 0 where the size was given."""
     measured_bytes: float = 0.0
-    """Of one packed row, as the first piece was measured; 0 before, and on a CPU."""
+    """Of one packed row, as the first microbatch was measured; 0 before, and on a CPU."""
     fixed_bytes: float = 0.0
-    """What a piece takes whatever its size: a gradient for every weight that learns."""
+    """What a microbatch takes whatever its size: a gradient for every weight that learns."""
     free_bytes: float = 0.0
     splits: int = 0
-    """How often a piece ran out of memory and was halved."""
+    """How often a microbatch ran out of memory and was halved."""
     tried: bool = field(default=True, repr=False)
     """False until an automatic size has been measured."""
 
     @classmethod
     def choose(
         cls, model: MaskedModel, rows: int, timesteps: int, *, prompt: int, count: int, guided: bool, learn: bool = True
-    ) -> Pieces:
+    ) -> Microbatches:
         """Sizes for the settings `rows` and `timesteps`; where one is 0, as much as fits the memory at hand.
 
         `prompt` is the longest prompt, `count` the codes of an image. Sets `model.checkpoint_layers` where it may and
@@ -95,8 +99,8 @@ class Pieces:
         return made
 
     def report(self, layers: int) -> str:
-        """One line for people: how large pieces are and why."""
-        line = f"pieces of at most {self.packed} packed rows (rollout × timestep)"
+        """One line for people: how large microbatches are and why."""
+        line = f"microbatches of at most {self.packed} packed rows (rollout × timestep)"
         if not self.planned_bytes:
             return f"{line}, as set"
         size, gib = self.measured_bytes or self.planned_bytes, 2.0**30
@@ -110,7 +114,7 @@ class Pieces:
     # --- running ---------------------------------------------------------------------------------------------------
 
     def run(self, rows: int, timesteps: int, work: Callable[[slice, slice], None], device: torch.device) -> int:
-        """Call `work(rows, timesteps)` on slices that cover rows × timesteps once; returns the number of pieces.
+        """Call `work(rows, timesteps)` on slices that cover rows × timesteps once; returns the number of microbatches.
 
         `work` must change nothing when it raises `torch.OutOfMemoryError`; its slice is then halved and taken again.
         Raises UserError when one rollout at one timestep does not fit.
@@ -163,17 +167,21 @@ class Pieces:
         return False
 
     def _learn(self, taken: float, size: int, device: torch.device) -> None:
-        """Take the size from what a piece of `size` packed rows was measured to need."""
+        """Take the size from what a microbatch of `size` packed rows was measured to need."""
         self.tried = True
-        # Never below a quarter of the plan: the first piece may find memory that was cached.
+        # Never below a quarter of the plan: the first microbatch may find memory that was cached.
         self.measured_bytes = max(0.25 * self.planned_bytes, (taken - self.fixed_bytes) / size)
         self.free_bytes = free_memory(device)
         self.packed = max(1, int((self.free_bytes - self.fixed_bytes) / self.measured_bytes))
-        log.info("pieces of at most %d packed rows: %.2f GiB a row measured", self.packed, self.measured_bytes / 2**30)
+        log.info(
+            "microbatches of at most %d packed rows: %.2f GiB a row measured",
+            self.packed,
+            self.measured_bytes / 2**30,
+        )
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a piece may plan with on `device`."""
+    """Bytes that a microbatch may plan with on `device`."""
     free = free_bytes(device)
     if device.type == "cuda":
         return FREE_SHARE * (free or 0)

@@ -69,7 +69,7 @@ class Objective:
     """A ratio for every token: head, log-probs and loss are then one operation (`ops.maskgit_grpo_loss`)."""
     splits_timesteps: ClassVar[bool] = True
     """Whether the loss is a sum over timesteps. Otherwise the update takes log-probs of everything first, then forms
-    the gradient with respect to each, then sends that back piece by piece."""
+    the gradient with respect to each, then sends that back microbatch by microbatch."""
 
     @classmethod
     def of(cls, config: GrpoConfig) -> Objective:

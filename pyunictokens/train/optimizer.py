@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +37,26 @@ def learning_rate(step: int, *, lr: float, steps: int, warmup: int = 0, schedule
 
 def make_optimizer(config: GrpoConfig, named: Mapping[str, nn.Parameter], ranks: Ranks) -> Optimizer:
     """AdamW as `config` says, its state spread over the ranks where that is wanted. Concept rows are never decayed."""
-    settings: dict[str, Any] = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "undecayed": frozenset(name for name in named if name.startswith("concept.")),
-        "ranks": ranks,
-    }
+    kind: Callable[..., Optimizer] = Optimizer
     wanted = config.shard_optimizer == "always" or (config.shard_optimizer == "auto" and config.trainable == "full")
     if wanted and ranks.world > 1:
         from .distributed.sharded_optimizer import ShardedOptimizer
 
-        return ShardedOptimizer(named, **settings)
-    return Optimizer(named, **settings)
+        kind = ShardedOptimizer
+    return kind(
+        named,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        undecayed=frozenset(name for name in named if name.startswith("concept.")),
+        ranks=ranks,
+    )
+
+
+class Gathers(Protocol):
+    """Where gradients of a parameter are added up: a tensor, or a sum beside it."""
+
+    grad: Tensor | None
 
 
 class Optimizer:
@@ -86,7 +93,7 @@ class Optimizer:
         """What AdamW works on in place of `parameter`."""
         return parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
 
-    def _gathering(self, name: str) -> Any:
+    def _gathering(self, name: str) -> Gathers:
         """Whose `grad` gathers a parameter's gradients in float32."""
         return self._masters[name]
 
@@ -147,7 +154,7 @@ class Optimizer:
                 tensors[f"optim.{name}.{part}"] = torch.as_tensor(value)
         return tensors
 
-    def shards(self) -> dict[str, Any]:
+    def shards(self) -> dict[str, Tensor]:
         """State that is spread over ranks, by the same names; empty here, where every rank has all."""
         return {}
 
@@ -177,7 +184,7 @@ class Optimizer:
                 }
 
 
-def _into(master: Any) -> Callable[[Tensor], None]:
+def _into(master: Gathers) -> Callable[[Tensor], None]:
     """A hook that moves a parameter's new gradient to its master weight, or to whatever has a `grad`."""
 
     def gather(parameter: Tensor) -> None:

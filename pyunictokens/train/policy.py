@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -247,11 +247,10 @@ def _peft_name(name: str) -> str:
     return "base_model.model." + name.replace(".default.", ".")
 
 
-def _read_adapter(folder: Path, about: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, Tensor]]:
+def _read_adapter(folder: Path, about: Mapping[str, object]) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Settings and tensors of the adapter in `folder`, by PEFT's names: PEFT's files, or those of version 0.1."""
     if (folder / "adapter.safetensors").is_file():
-        given: Any = about.get("lora")  # from_mapping refuses what is no mapping
-        settings = from_mapping(LoraConfig, given, origin=f"{folder / 'policy.json'}: lora")
+        settings = from_mapping(LoraConfig, about.get("lora"), origin=f"{folder / 'policy.json'}: lora")
         old = read_tensors(folder / "adapter.safetensors")
         return settings, {_peft_name(name): value for name, value in old.items()}
     file = folder / "adapter_config.json"

@@ -26,7 +26,7 @@ from ..utils.progress import Progress
 from ..utils.signals import Stop, never
 from .distributed.ranks import Ranks
 from .grpo import RunResult, run_grpo
-from .images import Pictures
+from .images import ReferenceImages
 from .tasks import ConceptTasks, PromptTasks
 
 
@@ -81,7 +81,7 @@ def train_grpo(
     tasks = ConceptTasks(
         concept_data,
         tokens,
-        Pictures(model, vq),
+        ReferenceImages(model, vq),
         visual_ratio=config.visual_ratio,
         judged_as=config.judged_as,
         seed=config.seed,

@@ -1,4 +1,4 @@
-"""What an update looked like: means over all its ratios, whatever pieces, groups and ranks they were taken in."""
+"""What an update looked like: means over all its ratios, whatever microbatches, groups and ranks they were taken in."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class UpdateStats:
     """Ratios: of tokens, timesteps or rollouts."""
     image_tokens: int = 0
     """Tokens whose entropy is known."""
-    pieces: int = 0
-    """Pieces of the image tokens' part."""
+    microbatches: int = 0
+    """Microbatches of the image tokens' part."""
     packed_rows: int = 0
-    """Packed (rollout, timestep) rows of its largest piece."""
+    """Packed (rollout, timestep) rows of its largest microbatch."""
 
     @classmethod
     def merged(cls, parts: Sequence[UpdateStats]) -> UpdateStats:
@@ -54,7 +54,7 @@ class UpdateStats:
             entropy=sum(value * count for value, count in seen) / max(1, drawn) if seen else None,
             tokens=tokens,
             image_tokens=drawn,
-            pieces=sum(part.pieces for part in parts),
+            microbatches=sum(part.microbatches for part in parts),
             packed_rows=max((part.packed_rows for part in parts), default=0),
         )
 
@@ -66,7 +66,7 @@ class Tally:
     weighted: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
     ratio_max: list[Tensor] = field(default_factory=list)
-    pieces: int = 0
+    microbatches: int = 0
     packed_rows: int = 0
 
     def add(self, stats: ops.GrpoStats, count: Tensor) -> None:

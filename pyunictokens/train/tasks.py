@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import wording
 from ..data.concept import Concept
 from ..data.prompts import Prompt
 from ..models import ConceptTokens
-from ..models.showo import prompting
 from ..rewards.base import plain_text
 from ..utils import fingerprint
 from ..utils.errors import UserError
-from .images import Pictures
+from .images import ReferenceImages
 from .prompts import as_prompt
 
 VISUAL, TEXT_ONLY, PROMPT = "visual", "text_only", "prompt"
@@ -45,7 +45,7 @@ class Task:
     prompt: str
     """What images are drawn from; the model's answer goes behind it."""
     question: str | None = None
-    """Asked before drawing; None: nothing is."""
+    """Asked before an image is generated; None: nothing is."""
     image: Path | None = None
     """The image asked about; None is the black one."""
     facts: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class TaskSource(Protocol):
 
 def visual_tasks(concept: Concept) -> list[Task]:
     """Every conversation about a training image: Image + Question → IR, CP = BP + IR (equations 1 and 3)."""
-    base = prompting.base_prompt(concept.sks)
+    base = wording.base_prompt(concept.sks)
     return [Task(VISUAL, base, qa.query, qa.image, (qa.answer,)) for qa in concept.conversations]
 
 
@@ -112,7 +112,7 @@ def text_only_tasks(concept: Concept, pairs: Sequence[tuple[str, int]]) -> list[
     """Reasoning prompts with their fact: Extra_info + IP → IR, CP = IP + IR (equations 2 and 4)."""
     facts = tuple(concept.extra_info)
     return [
-        Task(TEXT_ONLY, prompt, prompting.text_only_question(facts, prompt), None, facts, correct)
+        Task(TEXT_ONLY, prompt, wording.text_only_question(facts, prompt), None, facts, correct)
         for prompt, correct in pairs
     ]
 
@@ -128,7 +128,7 @@ class ConceptTasks:
         self,
         concept: Concept,
         tokens: ConceptTokens,
-        images: Pictures,
+        images: ReferenceImages,
         *,
         visual_ratio: float = 0.5,
         judged_as: Literal["class", "info"] = "class",
@@ -139,7 +139,7 @@ class ConceptTasks:
             VISUAL: visual_tasks(concept) if visual_ratio > 0 else [],
             TEXT_ONLY: text_only_tasks(concept, concept.fact_pairs_train) if visual_ratio < 1 else [],
         }
-        wanted = {VISUAL: "conversations about training pictures", TEXT_ONLY: "facts with reasoning prompts"}
+        wanted = {VISUAL: "conversations about training images", TEXT_ONLY: "facts with reasoning prompts"}
         missing = [mode for mode, share in ((VISUAL, visual_ratio), (TEXT_ONLY, 1 - visual_ratio)) if share > 0]
         missing = [mode for mode in missing if not self._tasks[mode]]
         if missing:

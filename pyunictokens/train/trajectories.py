@@ -27,7 +27,7 @@ class ImageTrajectories:
     """R image rollouts as the update sees them. Codes may be of any integer type; −1 is unknown."""
 
     prompts: list[list[int]]
-    """Drawing prompts (`MaskedModel.prompt_ids`), each once."""
+    """Image prompts (`MaskedModel.prompt_ids`), each once."""
     prompt_of_row: list[int]
     """Which prompt each rollout was drawn from."""
     inputs_RTN: Tensor

@@ -2,10 +2,10 @@
 
 The objective (objective.py) is a sum over rollouts, and most are sums over timesteps too, so it is taken a few rollouts
 and timesteps at a time: forward, loss, backward, next. Where it is no sum over timesteps (a ratio of whole rollouts),
-log-probs of everything come first, without a graph; the loss of those gives the slope of each, and the pieces then send
-slope · logp back. What the pieces share (prompts, heads that learn) is computed once, cut into
-leaves that add up gradients, and sent back once at the end. Either way the sum equals the loss with all graphs alive,
-gradient by gradient.
+log-probs of everything come first, without a graph; the loss of those gives the slope of each, and the microbatches
+then send slope · logp back. What microbatches share (prompts, heads that learn) is computed once, cut into leaves that
+add up gradients, and sent back once at the end. Either way the sum equals the loss with all graphs alive, gradient by
+gradient.
 
 Shape suffixes: R rollouts, T timesteps, N image codes, L answer tokens, D width, K codebook.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..models import AnsweringModel, MaskedModel, Prefix, answering
 from .logprobs import Leaves, PrefixLeaves, exact
-from .microbatch import Pieces, add_gradients, learning
+from .microbatch import Microbatches, add_gradients, learning
 from .objective import Loss, Objective, UniCTask
 from .statistics import Tally, UpdateStats
 from .trajectories import AnswerTrajectories, ImageTrajectories
@@ -31,7 +31,7 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The objective with its numbers, and how large its pieces are."""
+    """The objective with its numbers, and how large its microbatches are."""
 
     beta: float = 0.01
     clip_low: float = 0.2
@@ -39,19 +39,20 @@ class LossSettings:
     alpha_answer: float = 0.4
     alpha_image: float = 0.6
     micro_rows: int = 4
-    """Rollouts in one piece; 0 takes what the memory at hand allows."""
+    """Rollouts in one microbatch; 0 takes what the memory at hand allows."""
     micro_timesteps: int = 1
-    """Timesteps in one piece; 0 takes what the memory at hand allows."""
+    """Timesteps in one microbatch; 0 takes what the memory at hand allows."""
     objective: Objective = field(default_factory=UniCTask)
 
 
 @dataclass
-class PieceSizes:
-    """Sizes of pieces by kind of work, kept from update to update: found out once, shrunk where memory ran out."""
+class MicrobatchSizes:
+    """Sizes of microbatches by kind of work, kept from update to update: found out once, shrunk where memory ran
+    out."""
 
-    images: Pieces | None = None
-    answers: Pieces | None = None
-    scoring: Pieces | None = None
+    images: Microbatches | None = None
+    answers: Microbatches | None = None
+    scoring: Microbatches | None = None
     """Of log-probs without gradients."""
 
 
@@ -61,16 +62,17 @@ def streamed_backward(
     settings: LossSettings,
     images: ImageTrajectories | None = None,
     answers: AnswerTrajectories | None = None,
-    sizes: PieceSizes | None = None,
+    sizes: MicrobatchSizes | None = None,
     total_rows: int | None = None,
 ) -> UpdateStats:
     """Add the gradient of the whole objective to every parameter that learns; returns its value and statistics.
 
     `total_rows` is R of the objective where these rows are a part of it (other ranks, other groups); by default they
-    are all. Gradients are not cleared first. Peak memory grows with micro_rows · micro_timesteps, not with T; a piece
-    that does not fit is halved (`sizes` remembers). Raises UserError when one rollout at one timestep does not fit.
+    are all. Gradients are not cleared first. Peak memory grows with micro_rows · micro_timesteps, not with T; a
+    microbatch that does not fit is halved (`sizes` remembers). Raises UserError when one rollout at one timestep does
+    not fit.
     """
-    sizes = PieceSizes() if sizes is None else sizes
+    sizes = MicrobatchSizes() if sizes is None else sizes
     tally, loss_image, loss_answer = Tally(), torch.zeros(()), torch.zeros(())
     with torch.enable_grad():
         if answers is not None and settings.alpha_answer > 0:
@@ -88,7 +90,7 @@ def streamed_backward(
         entropy=tally.mean("entropy") if "entropy" in tally.weighted else None,
         tokens=int(tally.counts.get("kl", torch.zeros(()))),
         image_tokens=int(tally.counts.get("entropy", torch.zeros(()))),
-        pieces=tally.pieces,
+        microbatches=tally.microbatches,
         packed_rows=tally.packed_rows,
     )
 
@@ -96,9 +98,9 @@ def streamed_backward(
 # --- images --------------------------------------------------------------------------------------------------------
 
 
-def _sizes_for(model: MaskedModel, images: ImageTrajectories, rows: int, timesteps: int, learn: bool) -> Pieces:
+def _sizes_for(model: MaskedModel, images: ImageTrajectories, rows: int, timesteps: int, learn: bool) -> Microbatches:
     longest = max(len(prompt) for prompt in (*images.prompts, images.empty_prompt))
-    return Pieces.choose(
+    return Microbatches.choose(
         model,
         rows,
         timesteps,
@@ -118,10 +120,10 @@ def _image_prompts(model: MaskedModel, images: ImageTrajectories) -> Prefix:
         return prompts + model.prefill([images.empty_prompt])
 
 
-def _piece_hidden(
+def _microbatch_hidden(
     model: MaskedModel, images: ImageTrajectories, prompts: Prefix, rows: slice, steps: slice
 ) -> tuple[Tensor, Tensor | None]:
-    """Hidden states [r, t, N, D] of a piece, and its unconditional half.
+    """Hidden states [r, t, N, D] of a microbatch, and its unconditional half.
 
     Where only concept rows learn, nothing in the unconditional half does: it is computed apart and without a graph.
     """
@@ -155,7 +157,7 @@ def _images_backward(
     settings: LossSettings,
     images: ImageTrajectories,
     tally: Tally,
-    sizes: PieceSizes,
+    sizes: MicrobatchSizes,
     total_rows: int | None,
 ) -> Tensor:
     objective, weights = settings.objective, settings.objective.weights(images)
@@ -177,8 +179,8 @@ def _images_backward(
     shared, head = PrefixLeaves(prompts), Leaves(*(part for part in model.image_head() if part is not None))
     params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
 
-    def piece(rows: slice, steps: slice) -> None:
-        hidden, uncond = _piece_hidden(model, images, shared()[0], rows, steps)
+    def microbatch(rows: slice, steps: slice) -> None:
+        hidden, uncond = _microbatch_hidden(model, images, shared()[0], rows, steps)
         part, own = images.part(rows, steps, model.device), advantages[rows]
         weight, *bias_only = head()
         bias = bias_only[0] if bias_only else None
@@ -199,14 +201,14 @@ def _images_backward(
     if sizes.images is None:
         sizes.images = _sizes_for(model, images, settings.micro_rows, settings.micro_timesteps, learn=True)
     rollouts, timesteps = images.inputs_RTN.shape[:2]
-    tally.pieces = sizes.images.run(rollouts, timesteps, piece, model.device)
+    tally.microbatches = sizes.images.run(rollouts, timesteps, microbatch, model.device)
     shared.backward()
     head.backward()
     return total
 
 
 def _cut(weights: Tensor | float, like: Tensor, rows: slice, steps: slice = _ALL) -> Tensor | float:
-    """A piece's part of what terms count for, where `like` is."""
+    """A microbatch's part of what terms count for, where `like` is."""
     if not isinstance(weights, Tensor):
         return weights
     part = weights[rows, steps] if weights.dim() > 1 and weights.shape[1] > 1 else weights[rows]
@@ -223,7 +225,7 @@ def _token_loss(
     advantages: Tensor,
     weights: Tensor | float,
 ) -> Loss:
-    """The loss of a piece whose ratios are of tokens: head, log-probs and loss in one operation."""
+    """The loss of a microbatch whose ratios are of tokens: head, log-probs and loss in one operation."""
     loss, _, stats = ops.maskgit_grpo_loss(
         hidden,
         weight,
@@ -266,33 +268,34 @@ def image_logprobs(
     images: ImageTrajectories,
     micro_rows: int = 4,
     micro_timesteps: int = 1,
-    sizes: PieceSizes | None = None,
+    sizes: MicrobatchSizes | None = None,
 ) -> Tensor:
     """log p of every chosen code under the model as it is, fp32 (fp64 of such a model) [R, T, N]; 0 outside the mask.
 
-    Sizes of pieces as in :func:`streamed_backward`, with four times the timesteps: without a graph, a piece is light.
+    Sizes of microbatches as in :func:`streamed_backward`, with four times the timesteps: without a graph, a microbatch
+    is light.
     """
-    sizes = PieceSizes() if sizes is None else sizes
+    sizes = MicrobatchSizes() if sizes is None else sizes
     prompts = _image_prompts(model, images)
     weight, bias = model.image_head()
     logp = torch.zeros(images.inputs_RTN.shape, device=model.device, dtype=exact(weight))
 
-    def piece(rows: slice, steps: slice) -> None:
-        hidden, uncond = _piece_hidden(model, images, prompts, rows, steps)
+    def microbatch(rows: slice, steps: slice) -> None:
+        hidden, uncond = _microbatch_hidden(model, images, prompts, rows, steps)
         part = images.part(rows, steps, model.device)
         logp[rows, steps] = _selected(part, hidden, uncond, weight, bias)
 
     if sizes.scoring is None:
         sizes.scoring = _sizes_for(model, images, micro_rows, 4 * micro_timesteps, learn=False)
     rollouts, timesteps = images.inputs_RTN.shape[:2]
-    sizes.scoring.run(rollouts, timesteps, piece, model.device)
+    sizes.scoring.run(rollouts, timesteps, microbatch, model.device)
     return logp
 
 
 def _selected(
     part: ImageTrajectories, hidden: Tensor, uncond: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """log p of a piece's chosen codes [r, t, N], 0 outside the mask, where tokens cost nothing."""
+    """log p of a microbatch's chosen codes [r, t, N], 0 outside the mask, where tokens cost nothing."""
     target, kept = part.chosen_RTN.long(), part.mask_RTN
     if kept is None:
         kept = torch.ones_like(target, dtype=torch.bool)
@@ -333,7 +336,7 @@ def _answers_backward(
     settings: LossSettings,
     answers: AnswerTrajectories,
     tally: Tally,
-    sizes: PieceSizes,
+    sizes: MicrobatchSizes,
     total_rows: int | None,
 ) -> Tensor:
     objective, weights = settings.objective, settings.objective.weights(answers)
@@ -342,7 +345,7 @@ def _answers_backward(
     params, sums = list(learning(model)), [*shared.leaves, *head.leaves]
     total = torch.zeros((), device=model.device, dtype=exact(last))
 
-    def piece(rows: slice, _: slice) -> None:
+    def microbatch(rows: slice, _: slice) -> None:
         part = answers.part(rows, model.device)
         cut, (cut_last,) = shared()
         logp = _answer_logp(model, answers, cut, cut_last, rows, head())
@@ -364,8 +367,8 @@ def _answers_backward(
 
     if sizes.answers is None:
         rows = settings.micro_rows or len(answers)  # an answer is short beside an image
-        sizes.answers = Pieces(rows, 1, rows)
-    sizes.answers.run(len(answers), 1, piece, model.device)
+        sizes.answers = Microbatches(rows, 1, rows)
+    sizes.answers.run(len(answers), 1, microbatch, model.device)
     shared.backward()
     head.backward()
     return total

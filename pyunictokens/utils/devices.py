@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from .errors import UserError
@@ -35,3 +36,20 @@ def pick_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise UserError(f"dtype {name}: must be float32, bfloat16 or float16")
     return known[name]
+
+
+def check_training_dtype(dtype: torch.dtype, resume: bool = False) -> None:
+    """Raise UserError for float16, in which gradients would be formed too. A run that was begun in it before this was
+    refused (`resume`) goes on, with a warning."""
+    import torch
+
+    if dtype != torch.float16:
+        return
+    problem = (
+        "dtype=float16: gradients below 6e-8 vanish in it and sums above 65504 overflow, and losses are not scaled "
+        "against that here: train with dtype=bfloat16 (as small, with the range of float32) or float32. Generating "
+        "and evaluating in float16 work"
+    )
+    if not resume:
+        raise UserError(problem)
+    warnings.warn(f"{problem}. This run was begun in float16 and goes on in it", stacklevel=3)

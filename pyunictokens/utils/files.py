@@ -89,13 +89,13 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_json_rows(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+def write_json_rows(path: str | os.PathLike[str], value: Mapping[str, object]) -> None:
     """Write JSON with each item of the lists and tables in `value` on a line of its own: results of many records."""
 
-    def line(item: Any) -> str:
+    def line(item: object) -> str:
         return json.dumps(item, ensure_ascii=False)
 
-    def part(item: Any) -> str:
+    def part(item: object) -> str:
         if isinstance(item, list) and item:
             return "[\n  " + ",\n  ".join(map(line, item)) + "\n ]"
         if isinstance(item, Mapping) and item:
@@ -292,14 +292,30 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, AnyJson]]:
 
 
 def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:
-    """Raise UserError where `path` is what Git leaves of a large file that Git LFS has not fetched; else do nothing."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(_LFS_POINTER))
-    except OSError:
-        return
-    if start == _LFS_POINTER:
-        raise UserError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+    """Raise UserError where `path`, or a file in the folder `path`, is what Git leaves of a large file that Git LFS has
+    not fetched; else do nothing."""
+    path = Path(path)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        try:
+            with open(file, "rb") as opened:
+                start = opened.read(len(_LFS_POINTER))
+        except OSError:
+            continue
+        if start == _LFS_POINTER:
+            raise UserError(f"{file}: a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+
+
+def unreadable(path: str | os.PathLike[str], error: Exception) -> str:
+    """Why weights at `path` (a file or a folder) could not be read, for the end of an error: what the library that
+    stumbled says, but for its advice to let the file run code. Raises UserError where a Git LFS pointer is the cause.
+    """
+    refuse_lfs_pointer(path)
+    if "weights_only" in str(error):
+        return (
+            "it is damaged, or holds Python objects besides tensors, which could run code: save the state dict alone, "
+            "best as safetensors"
+        )
+    return f"{type(error).__name__}: {error}"
 
 
 def safe_name(name: str, what: str = "name") -> str:

@@ -7,6 +7,7 @@ saved, and where, is the business of whoever asks.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -96,6 +97,20 @@ def end_with_parent() -> None:
         time.sleep(GRACE)
         if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+def end_with_parent_process() -> None:
+    """In a process of `multiprocessing` (as the `initializer` of a pool): end at once when the one that started it is
+    gone, however it went. A worker that is killed loses nothing but what it had at hand.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a child has a parent to end with"
+
+    def watch() -> None:
+        parent.join()
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()

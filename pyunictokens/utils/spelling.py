@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import warnings
 from pathlib import Path
 
 
@@ -21,6 +22,14 @@ def spelled(path: Path) -> Path:
     except (OSError, ValueError):
         return path
     return folder / fits[0] if len(fits) == 1 else path
+
+
+def on_disk(path: Path) -> Path:
+    """:func:`spelled`, with a warning where the spelling differs."""
+    found = spelled(path)
+    if found != path:
+        warnings.warn(f"{path} is spelled {found.name} on disk: it is read", stacklevel=3)
+    return found
 
 
 def loose(name: str) -> str:

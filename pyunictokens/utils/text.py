@@ -9,11 +9,10 @@ from __future__ import annotations
 import codecs
 import os
 import re
-import warnings
 from pathlib import Path
 
 from .errors import UserError
-from .spelling import spelled
+from .spelling import on_disk
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -24,11 +23,7 @@ def read_text(path: str | os.PathLike[str], largest: int | None = None) -> str:
 
     Raises UserError naming the file: absent, a folder, not permitted, larger than `largest` bytes, not text.
     """
-    path = Path(path)
-    found = spelled(path)
-    if found != path:
-        warnings.warn(f"{path} is spelled {found.name} on disk: it is read", stacklevel=2)
-        path = found
+    path = on_disk(Path(path))
     try:
         size = path.stat().st_size
         if largest is not None and size > largest:

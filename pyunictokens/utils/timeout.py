@@ -1,4 +1,4 @@
-"""Calls of foreign code (reward experts) that may raise or never come back, turned into errors that say where.
+"""Calls of foreign code (reward models) that may raise or never come back, turned into errors that say where.
 
 A call with a time limit runs in a thread of its own. Python cannot end a thread, so one that hangs stays behind, idle
 to this process, and ends with it.

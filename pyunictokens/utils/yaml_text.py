@@ -64,22 +64,23 @@ def settled(value: object) -> object:
     return value
 
 
-def read_yaml(path: str | os.PathLike[str], largest: int = LARGEST) -> object:
+def read_yaml(path: str | os.PathLike[str], largest: int = LARGEST, *, hint: str = "", nulls: bool = True) -> object:
     """The tree in a YAML file: dicts with text as keys, lists, `str` where there were quotes, None, :class:`Plain`.
 
-    An empty file is None. Raises UserError naming file and line.
+    An empty file is None. With ``nulls=False`` `null`, `~` and nothing are texts too, for a reader to whom all values
+    are. `hint` ends the message about what is no YAML. Raises UserError naming file and line.
     """
-    return parse_yaml(read_text(path, largest), str(Path(path)))
+    return parse_yaml(read_text(path, largest), str(Path(path)), hint, nulls)
 
 
-def parse_yaml(text: str, origin: str, hint: str = "") -> object:
+def parse_yaml(text: str, origin: str, hint: str = "", nulls: bool = True) -> object:
     """:func:`read_yaml` of a text; `origin` opens each error."""
     require("yaml", "train")
     with needs("train"):
         import yaml
 
     try:
-        return _build(yaml.parse(text, Loader=yaml.SafeLoader), origin)
+        return _build(yaml.parse(text, Loader=yaml.SafeLoader), origin, nulls)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # ReaderError has none
         line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -126,7 +127,7 @@ class _Open:
     merged: list[dict[str, object]] = field(default_factory=list)
 
 
-def _build(events: Iterable[yaml.Event], origin: str) -> object:
+def _build(events: Iterable[yaml.Event], origin: str, nulls: bool) -> object:
     """The tree of a stream of events, without recursion: a file decides neither our stack nor our memory."""
     with needs("train"):
         import yaml
@@ -143,7 +144,7 @@ def _build(events: Iterable[yaml.Event], origin: str) -> object:
         nonlocal total
         total += size
         if total > MOST:
-            raise fail(event, f"more than {MOST} values: this is too large for settings (do aliases multiply it?)")
+            raise fail(event, f"more than {MOST} values: this is too large (do aliases multiply it?)")
         if not stack:
             top.append(value)
             return
@@ -176,10 +177,12 @@ def _build(events: Iterable[yaml.Event], origin: str) -> object:
                 raise fail(event, "a second document begins: give one")
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
-                raise fail(event, f"*{event.anchor} stands for nothing before it")
+                line = event.start_mark.line + 1
+                problem = f"*{event.anchor} stands for nothing before it (a text that begins with * wants quotes)"
+                raise UserError(f"{origin}: not valid YAML at line {line}: {problem}")
             put(event, *anchors[event.anchor])
         elif isinstance(event, yaml.ScalarEvent):
-            scalar = _scalar(event, fail)
+            scalar = _scalar(event, fail, nulls)
             if event.anchor:
                 anchors[event.anchor] = (scalar, 1)
             put(event, scalar, 1)
@@ -202,12 +205,12 @@ def _build(events: Iterable[yaml.Event], origin: str) -> object:
     return top[0] if top else None
 
 
-def _scalar(event: yaml.ScalarEvent, fail: Callable[[yaml.Event, str], UserError]) -> str | None:
+def _scalar(event: yaml.ScalarEvent, fail: Callable[[yaml.Event, str], UserError], nulls: bool) -> str | None:
     _known(event, fail)
     quoted = event.style not in (None, "") or event.tag in ("!", _TEXT_TAG)
     if quoted:
         return str(event.value)
-    return None if event.value in _NULLS else Plain(event.value)
+    return None if nulls and event.value in _NULLS else Plain(event.value)
 
 
 def _known(event: yaml.NodeEvent, fail: Callable[[yaml.Event, str], UserError]) -> None:

@@ -43,7 +43,7 @@ SHORT = [
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
-    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
+    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "bo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
-        patch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
+        patch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
         call("train", data, "bo", "--out", out, *SHORT)
     return out
 
@@ -332,13 +332,18 @@ def test_a_place_that_takes_no_file_is_told_before_the_work(
         assert str(tmp_path / "file") in only_error(*words)
 
 
-def test_evaluate_says_where_to_name_a_data_folder_that_moved(tmp_path: Path, toy: None) -> None:
+def test_a_data_folder_that_moved_is_told_of_with_the_way_to_name_it(tmp_path: Path, toy: None) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(f"root: {tmp_path / 'gone'}\nname: bo\n")
     ConceptTokens("bo", 8, 1, 1).save(run)
     said = only_error("evaluate", run)
-    assert f"{tmp_path / 'gone'}: the folder of 'bo'" in said and "--concept ROOT bo" in said
+    gone = f"{tmp_path / 'gone'}: the folder of 'bo' that this run was trained on is no longer there: say where it is"
+    assert f"{gone} with --concept ROOT bo" in said
+    assert f"{gone} with --concept ROOT bo" in only_error("evaluate", "table", run)
+    assert "no run: leave one of the two" in only_error("evaluate", "table", tmp_path, "--concept", tmp_path, "bo")
+    said = only_error("train", "--out", run, "--resume")
+    assert f"{gone} with pyunictokens train ROOT bo --out {run} --resume" in said
 
 
 def _concept(run: Path) -> tuple[str, str]:
@@ -506,15 +511,22 @@ def test_bench_runs_the_suite_of_the_source_tree(monkeypatch: pytest.MonkeyPatch
 
     called: list[Any] = []
 
-    def fake(command: list[str], **_: Any) -> Any:
+    def fake(command: list[str], env: dict[str, str], **_: Any) -> Any:
         called.append(command)
+        assert env["PYTHONIOENCODING"] == "cp1252:backslashreplace"
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(bench.subprocess, "run", fake)
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     call("bench", "rollout", "--only", "text", "--rounds", 1, code=3)
     assert called[0][1:] == ["-m", "benchmarks.run_cpu", "--only", "text", "--rounds", "1"]
     call("bench", "memory", "--timesteps", 5, 50, code=3)
     assert called[1][1:] == ["-m", "benchmarks.update_memory", "--timesteps", "5", "50"]
+    call("bench", "ops", "--help", code=3)  # the suite's own
+    assert called[2][1:] == ["-m", "benchmarks.ops", "--help"]
+    for option in ("--help", "-h"):
+        assert "bench SUITE --help" in call("bench", option)
+    assert len(called) == 3
     assert "rollout or memory" in only_error("bench", "speed")
     assert "rollout or memory" in only_error("bench", "--rounds", 1)
     assert (bench.source_tree() / "benchmarks" / "run_cpu.py").is_file()

@@ -401,6 +401,8 @@ def test_broken_listings_are_not_overwritten(tmp_path, photos, file, content):
         ("- a", "must hold info, facts"),
         ("a: *x", "not valid YAML at line 1"),
         ("\x07", "not valid YAML"),
+        ("info: <bo> is red.\ninfo: <bo> is blue.", "line 2: 'info' is given twice, first in line 1"),
+        ("facts: !!python/object:os.system [x]", "the tag .* is not understood"),
     ],
 )
 def test_bad_sheets(tmp_path, text, words):
@@ -430,6 +432,16 @@ def test_an_empty_sheet_says_nothing(tmp_path):
     assert read_facts(tmp_path / "sheet.yaml", "bo") == read_facts(None, "bo")
 
 
+def test_answers_stay_the_text_they_are(tmp_path):
+    said = ("yes", "no", "0123", "1.0", "null", "~", "1e3", "2024-01-01")
+    text = "\n".join(f"  - {{question: q{place}, answer: {answer}}}" for place, answer in enumerate(said))
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "sheet.yaml").write_bytes(f"text_only:\n{text}\n".encode(encoding))
+        sheet = read_facts(tmp_path / "sheet.yaml", "bo")
+        assert [answer for _, answer in sheet.text_only] == list(said)
+        assert all(type(answer) is str for _, answer in sheet.text_only)
+
+
 def test_sheets_too_large_or_too_deep(tmp_path):
     (tmp_path / "big.yaml").write_text("#" * 1_000_001, encoding="utf-8")
     with pytest.raises(UserError, match="must be at most 1000000"):
@@ -437,6 +449,10 @@ def test_sheets_too_large_or_too_deep(tmp_path):
     (tmp_path / "deep.yaml").write_text("[" * 5000, encoding="utf-8")
     with pytest.raises(UserError, match=r"deep\.yaml"):
         read_facts(tmp_path / "deep.yaml", "bo")
+    lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(["a0: &a0 [x, x, x]", *lines]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"bomb\.yaml.*more than 100000 values"):
+        read_facts(tmp_path / "bomb.yaml", "bo")
 
 
 VALUES = st.recursive(

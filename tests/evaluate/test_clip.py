@@ -117,6 +117,14 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(UserError, match="weights cannot be read"):
         OpenClip(str(tmp_path)).encode_text(["x"])
+    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    )
+    with pytest.raises(
+        UserError, match=r"open_clip_pytorch_model\.bin: a Git LFS pointer.*run `git lfs pull`"
+    ) as caught:
+        OpenClip(str(tmp_path)).encode_text(["x"])
+    assert "weights_only" not in str(caught.value)
 
 
 class Counting:

@@ -145,6 +145,10 @@ def test_what_is_missing_is_named(base: DiffusionSource, tmp_path: Path) -> None
         Pipeline(DiffusionSource(str(tmp_path)))
     with pytest.raises(UserError, match=r"lora=.*nowhere.safetensors: no such folder"):
         Pipeline(replace(base, lora=str(tmp_path / "nowhere.safetensors")))
+    for file in ("bad.safetensors", "bad.bin"):
+        (tmp_path / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+        with pytest.raises(UserError, match=rf"{file}: a Git LFS pointer"):
+            Diffusion(Pipeline(replace(base, embedding=str(tmp_path / file))), BO)
     (tmp_path / "bad.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match=r"bad.safetensors: cannot be loaded"):
         Diffusion(Pipeline(replace(base, embedding=str(tmp_path / "bad.safetensors"))), BO)

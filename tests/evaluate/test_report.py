@@ -13,8 +13,11 @@ from PIL import Image
 
 from pyunictokens.evaluate import write_report
 from pyunictokens.evaluate.report import plots
+from pyunictokens.evaluate.report.page import _table
 from pyunictokens.evaluate.report.run_files import read_run
 from pyunictokens.evaluate.report.summary import health, summarize
+from pyunictokens.evaluate.tasks import ALL_SAMPLES, MEASURES, TASKS, label
+from pyunictokens.runs.demo import headline_rows
 from pyunictokens.utils.errors import UserError
 
 from .synthetic import metrics, result, write_run
@@ -70,6 +73,22 @@ def test_every_section_is_there(page: Page) -> None:
         "plot-dsog",
     ]
     assert page.open == []  # every tag is closed
+
+
+def test_one_label_stands_for_one_number_in_the_report_and_in_the_table_of_a_command(run: Path) -> None:
+    keys = [f"{task}.{name}" for task in (*TASKS, ALL_SAMPLES) for name in (*MEASURES, "tier", "ber", "der", "fer")]
+    assert len({label(key) for key in keys}) == len(keys)
+    files = read_run(run)
+    shown: dict[str, list[str]] = {}
+    for group in _table(files):
+        for line in group["lines"]:
+            means = [f"{cell.mean:.3f}" if cell is not None else "" for cell in line["cells"]]
+            title = line["label"] if ": " in line["label"] else f"{group['title']}: {line['label']}"
+            assert shown.setdefault(title, means) == means, f"{title} has two numbers"
+    rows = headline_rows(files.results)
+    assert len(rows) > 5 and any("CLIP-I" in row[0] for row in rows)
+    for title, *cells, _ in rows:
+        assert shown[title] == cells, title
 
 
 def test_the_page_needs_no_other_file(run: Path, page: Page) -> None:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pyunictokens.data.wording import text_only_question
 from pyunictokens.evaluate.clip import Embeddings
 from pyunictokens.evaluate.core import AnswersOnly, Baseline, GeneratesOnly, Unsupported
 from pyunictokens.evaluate.runner import TableSettings, fill, noise_seed
 from pyunictokens.evaluate.sample_cache import Record, SampleCache
 from pyunictokens.evaluate.scoring import Scorer
 from pyunictokens.evaluate.tasks import Item, Subject
-from pyunictokens.models.showo.prompting import text_only_question
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.fingerprint import of_files
 

@@ -21,7 +21,7 @@ from pyunictokens.evaluate import EvalResult, Table, unifybench
 from pyunictokens.evaluate.result import read_means
 from pyunictokens.evaluate.tasks import measure_named, task_named
 from pyunictokens.models.bundle import Sources
-from pyunictokens.runs.bundle import load_experts, open_bundle
+from pyunictokens.runs.bundle import load_scorers, open_bundle
 from pyunictokens.toy.concept import write_toy_concept
 
 STORED = Path(__file__).parent / "stored"
@@ -58,7 +58,7 @@ class Heard:
 
 def test_unifybench_gives_the_same_samples_and_scores(stored: Any, data: Path) -> None:
     bench = open_bundle(Sources(), "cpu", "float32")
-    experts = load_experts(bench.sources, bench.device)
+    experts = load_scorers(bench.sources, bench.device)
     assert experts is not None
     engine = Heard(RolloutEngine.of(bench))
     result = unifybench(

@@ -166,6 +166,27 @@ def test_the_judge_scores_parts_and_answers_in_one_call(subject: Subject, tmp_pa
     )
 
 
+def test_the_judge_of_images_reads_what_info_says(subject: Subject, tmp_path: Path) -> None:
+    subject.info = "<bo> is a small, brown dog. It barks."
+    item, asked = Item("dense", "<bo> in red, <token_1><bo> asleep."), Item("vqa", "what?", "a ball")
+    said_of = {
+        "class": ("one dog", ["dog in red", "dog asleep"]),
+        "info": ("a small, brown dog", ["a small, brown dog in red", "a small, brown dog asleep"]),
+    }
+    cells = [drawn(tmp_path, item, "blue"), said(asked, "one ball")]
+    for judged_as, (whole, parts) in said_of.items():
+        judge, net = Judge(lambda item: 0.5), Colours()
+        scorer = Scorer(Embeddings(net, f"net {judged_as}"), judge, "rule", judged_as=judged_as)
+        assert scorer.score(list(zip(cells, (item, asked), strict=True)), subject) == []
+        questions = [each.question for each in judge.items if prompts.field(each.question, prompts.PART)]
+        assert [prompts.field(question, prompts.PART) for question in questions] == parts
+        assert all(f"longer description of {whole}." in question for question in questions)
+        assert "dog in red" in net.texts and not any("brown" in text for text in net.texts)
+    assert len(judge.items) == 2, "the answer was judged already, and nothing of it has changed"
+    assert cells[0].by["judge"] == "rule, told info" and cells[1].by["judge"] == "rule"
+    assert Scorer(None, judge, "rule").lacking(cells[0]) == ["judge"], "a score under other words is asked for anew"
+
+
 def test_an_empty_answer_is_worth_nothing_and_is_not_asked_about(subject: Subject) -> None:
     judge = Judge(lambda item: 1.0)
     item = Item("qa", "what?", "a ball")

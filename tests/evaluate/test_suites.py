@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from pyunictokens.data import load_concept
+from pyunictokens.data.wording import text_only_question
 from pyunictokens.evaluate.suites import open_suite
 from pyunictokens.evaluate.suites.dreambooth import is_live, templates
 from pyunictokens.evaluate.suites.files import inline_options
 from pyunictokens.evaluate.tasks import TASKS, Item, Subject
-from pyunictokens.models.showo.prompting import text_only_question
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.utils.errors import UserError
 
@@ -284,6 +284,12 @@ def test_mcllava_names_what_is_no_question(mcllava: Path, file: str, content: An
     put(mcllava / "two_concept/concept/test/Anna" / file, content)
     with pytest.raises(UserError, match=message):
         open_suite(f"mcllava:{mcllava}").subject("Anna")
+
+
+def test_the_case_of_a_listing_does_not_matter(yollava: Path) -> None:
+    (yollava / "yollava-visual-qa.json").rename(yollava / "Yollava-Visual-QA.JSON")
+    with pytest.warns(UserWarning, match=r"yollava-visual-qa\.json is spelled Yollava-Visual-QA\.JSON on disk"):
+        assert len(open_suite(f"yollava:{yollava}").subject("bo").of("vqa")) == 1
 
 
 def test_yollava_entries_as_a_list_or_none(yollava: Path) -> None:

@@ -48,7 +48,7 @@ def call(*words: object, code: int = 0) -> str:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
-    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_experts", tiny_experts)
+    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
 
 
 @pytest.fixture(scope="module")

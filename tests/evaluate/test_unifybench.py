@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyunictokens.data import load_batch, load_concept
+from pyunictokens.data import load_batch, load_concept, wording
 from pyunictokens.data.concept import Concept
 from pyunictokens.evaluate import SPLITS, EvalResult, unifybench
-from pyunictokens.models.showo import prompting
 from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.toy.scene import SLOTS, code
@@ -60,11 +59,11 @@ class Rule:
         black = (-1.0, -1.0, -1.0)
         self.answers = {(qa.query, black): qa.answer for qa in concept.test_text_only}
         for prompt, index in concept.fact_pairs_test:
-            self.answers[prompting.text_only_question(facts, prompt), black] = facts[index]
+            self.answers[wording.text_only_question(facts, prompt), black] = facts[index]
         # a long prompt hints at the fact of the short prompt that it begins with
         for long in concept.generation_prompts["personalized_dense_generation"]:
             (index,) = [index for prompt, index in concept.fact_pairs_test if long.startswith(prompt)]
-            self.answers[prompting.text_only_question(facts, long), black] = facts[index]
+            self.answers[wording.text_only_question(facts, long), black] = facts[index]
         for qa in concept.vqa:
             self.answers[qa.query, tuple(self.vq.encode(load_batch([qa.image], 64))[0].tolist())] = qa.answer
 

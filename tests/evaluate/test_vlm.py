@@ -258,5 +258,8 @@ def test_bad_checkpoints_and_subjects(backbone: Backbone, subject: Subject, tmp_
     assert row.name.endswith("+ IP")
     with pytest.raises(UserError, match="cannot be loaded as an image-text-to-text model"):
         row.load(subject)
+    (tmp_path / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match=r"config\.json: a Git LFS pointer"):
+        row.load(subject)
     with pytest.raises(UserError, match="no references, so there is no image prompt"):
         Vlm(backbone, Subject("bo", "dog"), shown=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
 from pyunictokens.train.trajectories import ImageTrajectories
-from pyunictokens.train.update import LossSettings, PieceSizes, image_logprobs, streamed_backward
+from pyunictokens.train.update import LossSettings, MicrobatchSizes, image_logprobs, streamed_backward
 from tests.train.world import tiny_model
 
 SIZES = {"cpu": (3, 2, 32), "cuda": (32, 16, 512)}
@@ -54,8 +54,8 @@ def equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert (found[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max() + 1e-6, name
 
 
-def update(model: Showo, images: ImageTrajectories, advantages: Tensor, rows: int, steps: int) -> PieceSizes:
-    sizes = PieceSizes()
+def update(model: Showo, images: ImageTrajectories, advantages: Tensor, rows: int, steps: int) -> MicrobatchSizes:
+    sizes = MicrobatchSizes()
     settings = LossSettings(beta=0.0, micro_rows=rows, micro_timesteps=steps)
     streamed_backward(model, advantages, settings, images, sizes=sizes)
     return sizes

@@ -19,7 +19,7 @@ HEAD = ("hidden", "weight", "bias", "hidden_uncond")
 
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of four rows, chunks of eight; settings that a test may change."""
+    """Microbatches of four rows, chunks of eight; settings that a test may change."""
     monkeypatch.setattr(engine, "settings", engine.Settings())
     monkeypatch.setattr(plan, "_cut", lambda tokens, *_: (max(1, min(tokens, 8)), max(1, min(tokens, 4))))
 

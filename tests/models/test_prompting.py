@@ -1,4 +1,4 @@
-"""Sequences and wordings: lengths, cuts, masks."""
+"""Sequences: lengths, cuts, masks."""
 
 import pytest
 import torch
@@ -49,14 +49,8 @@ def test_an_answer_follows_with_its_end():
     assert mmu([1], [7], IDS, [9]).tolist() == [IDS.mmu, IDS.soi, IDS.first_code + 1, IDS.eoi, IDS.sot, 7, 9, IDS.eot]
 
 
-def test_wordings():
-    facts = ["its favourite toy is a red ball.", "it sleeps in the snow"]
-    question = prompting.text_only_question(facts, "a photo of <bo> asleep.")
-    assert question.startswith("Information: its favourite toy is a red ball. it sleeps in the snow. Request:")
-    assert question.endswith("a photo of <bo> asleep. Which information fits?")
+def test_a_question_is_wrapped_as_published():
     assert prompting.chat_question("why?") == "USER: \nwhy? ASSISTANT:"
-    assert prompting.compound_prompt("A photo of <bo>.", "it is red.") == "A photo of <bo>. it is red."
-    assert prompting.compound_prompt("A photo of <bo>.", " ") == "A photo of <bo>."
 
 
 def test_bad_input_is_named():
@@ -66,18 +60,3 @@ def test_bad_input_is_named():
         attention_allowed(torch.zeros(1, 2, dtype=torch.long), "v2v", IDS)
     with pytest.raises(UserError, match="give codes, or num_codes"):
         t2i([1], None, IDS, 5)
-
-
-@pytest.mark.parametrize(
-    ("text", "first"),
-    [
-        ("A red ball. It rolls.", "A red ball."),
-        ("  3.5 metres tall! Yes.", "3.5 metres tall!"),
-        ("no stop at all", "no stop at all"),
-        ("one line\nanother. line", "one line"),
-        ("What? No.", "What?"),
-        ("", ""),
-    ],
-)
-def test_first_sentence(text: str, first: str) -> None:
-    assert prompting.first_sentence(text) == first

@@ -179,7 +179,7 @@ def test_the_streamed_update_is_the_gradient_of_the_whole(scale: float, choice: 
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(wanted, list(named.values()), allow_unused=True)
     stats = streamed_backward(model, advantages, settings, images)
-    assert stats.loss == pytest.approx(float(wanted.detach()), rel=1e-6) and stats.pieces > 5
+    assert stats.loss == pytest.approx(float(wanted.detach()), rel=1e-6) and stats.microbatches > 5
     for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
         assert gradient is not None and gradient.abs().max() > 0, name
         assert parameter.grad is not None
@@ -190,7 +190,7 @@ def test_pieces_find_their_size_by_the_models_costs() -> None:
     model = SecondModel.random().requires_grad_(True)
     images = ImageTrajectories.of(model, drawn(model))
     stats = streamed_backward(model, torch.ones(8), LossSettings(beta=0.0, micro_rows=0, micro_timesteps=0), images)
-    assert stats.pieces >= 1 and stats.packed_rows >= 1 and model.costs.activation_bytes(4, 15, True, "full") > 0
+    assert stats.microbatches >= 1 and stats.packed_rows >= 1 and model.costs.activation_bytes(4, 15, True, "full") > 0
 
 
 class Grey:

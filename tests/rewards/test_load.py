@@ -17,7 +17,7 @@ from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards import Ber, Der, Fer, JudgeReward, RewardBatch, Tier
 from pyunictokens.rewards.load import RewardConfig, load_rewards
 from pyunictokens.rewards.registry import registered, weight_status
-from pyunictokens.runs.bundle import load_experts, read_rewards
+from pyunictokens.runs.bundle import load_scorers, read_rewards
 from pyunictokens.utils.errors import UserError
 
 from .checkpoints import SENTENCES, Folders
@@ -82,7 +82,7 @@ def test_settings_from_a_file_and_from_a_run(saved: Folders, tmp_path: Path) -> 
     (tmp_path / "none.yaml").write_text("model: m\n")
     with pytest.raises(UserError, match=r"none\.yaml: holds no reward models"):
         read_rewards(str(tmp_path / "none.yaml"))
-    experts = load_experts(Sources("m", "v", "t"), "cpu", read_rewards(str(tmp_path / "run.yaml")))
+    experts = load_scorers(Sources("m", "v", "t"), "cpu", read_rewards(str(tmp_path / "run.yaml")))
     assert experts is not None and experts.face_embedding is None and callable(experts.preview_scorer)
     assert experts.ensemble.placement.memory == "together"
     assert set(experts.ensemble.score(batch()).parts) == {"ber", "der"}
@@ -191,6 +191,12 @@ def test_wrong_checkpoints_are_refused(saved: Folders, tmp_path: Path) -> None:
     (dino / "model.safetensors").write_bytes((saved.dinov2 / "model.safetensors").read_bytes()[:500])
     with pytest.raises(UserError, match="weights cannot be read as AutoModel"):
         score("der", dino)
+    for file in ("model.safetensors", "preprocessor_config.json", "config.json"):
+        shutil.copy(saved.dinov2 / "model.safetensors", dino / "model.safetensors")
+        (dino / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+        with pytest.raises(UserError, match=rf"{file}: a Git LFS pointer, not the file itself: run `git lfs pull`"):
+            score("der", dino)
+    shutil.copy(saved.dinov2 / "preprocessor_config.json", dino / "preprocessor_config.json")
     (dino / "config.json").write_text('{"model_type": "no such thing"}')
     with pytest.raises(UserError, match=r"config\.json cannot be used"):
         score("der", dino)

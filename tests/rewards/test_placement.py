@@ -13,7 +13,7 @@ import torch
 from pyunictokens.rewards import Ensemble, RewardBatch
 from pyunictokens.rewards.load import load_rewards
 from pyunictokens.rewards.placement import Placement, Throughput, fits
-from pyunictokens.toy.rewards import load_toy_experts
+from pyunictokens.toy.rewards import load_toy_rewards
 from pyunictokens.utils.errors import UserError
 
 from .checkpoints import SENTENCES, Folders
@@ -75,7 +75,7 @@ def test_lean_gives_the_same_scores(saved: Folders) -> None:
     experts = saved.settings("tier", "ber", "der")
     scores = [load_rewards({"experts": experts, "memory": m}).score(batch) for m in ("lean", "together")]
     assert torch.equal(scores[0].total, scores[1].total)
-    toy = load_toy_experts().ensemble
+    toy = load_toy_rewards().ensemble
     lean = Ensemble(toy.experts, memory="lean")
     assert torch.equal(lean.score(batch).total, toy.score(batch).total)
 
@@ -87,7 +87,7 @@ def test_real_networks_can_be_moved_and_weighed(saved: Folders) -> None:
         expert.to("meta")  # type: ignore[attr-defined]
         net = expert._encoder  # type: ignore[attr-defined]
         assert net.device == META and all(p.device == META for module in net.load() for p in module.parameters())
-    toy = load_toy_experts().ensemble.experts["der"]
+    toy = load_toy_rewards().ensemble.experts["der"]
     assert toy.bytes > 1000  # type: ignore[attr-defined]
 
 

@@ -38,7 +38,7 @@ def test_train_with_rewards_from_a_file(saved: Folders, tmp_path: Path, monkeypa
 
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and all(step["skipped"] is None for step in steps)
-    assert set(json.loads((out / "experts.json").read_text())["drawings_per_second"]) == {"tier", "ber", "der"}
+    assert set(json.loads((out / "experts.json").read_text())["images_per_second"]) == {"tier", "ber", "der"}
     kept = yaml.safe_load((out / "config.yaml").read_text())["rewards"]
     assert kept == settings["rewards"]  # --config of the run does the same again
     found = call("doctor", "--weights", "--json", "--config", out / "config.yaml")

@@ -36,8 +36,8 @@ from pyunictokens.rewards.served.messages import (
     unpack_batch,
 )
 from pyunictokens.rewards.served.server import RewardServer
-from pyunictokens.runs.bundle import load_experts
-from pyunictokens.toy.rewards import load_toy_experts
+from pyunictokens.runs.bundle import load_scorers
+from pyunictokens.toy.rewards import load_toy_rewards
 from pyunictokens.utils.errors import UserError
 from tests.toy.test_rewards import human_batch
 
@@ -105,10 +105,10 @@ def toy_server(port: int = 0, limit_files: int | None = None) -> tuple[subproces
 def test_the_command_serves_the_toy_and_outlives_kill_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values as at home; kill -9 is an error that names the address; a server that is back is used again."""
     monkeypatch.setenv(KEY, SECRET.decode())
-    home = load_toy_experts()
+    home = load_toy_rewards()
     process, address = toy_server()
     try:
-        found = load_experts(Sources(), "cpu", address, trust=True)
+        found = load_scorers(Sources(), "cpu", address, trust=True)
         assert found is not None and found.reader is not None and found.image_text is not None
         remote, torch_threads = found.ensemble, torch.get_num_threads()
         torch.set_num_threads(1)
@@ -222,7 +222,7 @@ def test_a_server_that_goes_in_the_middle_of_a_request(caplog: pytest.LogCapture
         server.close()
         with pytest.raises(UserError, match=f"reward models at {server.address} .* are lost, and no other answers"):
             future.result(10)
-    with pytest.raises(UserError, match=f"reward models at {server.address} cannot be reached .*experts serve"):
+    with pytest.raises(UserError, match=f"reward models at {server.address} cannot be reached .*rewards serve"):
         ask(server)
 
 
@@ -572,7 +572,7 @@ def test_addresses_and_keys(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         RemoteRewards(["http://127.0.0.1:1"], SECRET, 0.0)
     monkeypatch.delenv(KEY, raising=False)
     monkeypatch.setenv(KEY_FILE, str(tmp_path / "key"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=f"{KEY_FILE}: .*key: no such file"):
         read_key()
     (tmp_path / "key").write_text("short\n")
     with pytest.raises(UserError, match="has 5 characters, must have at least 16"):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from pyunictokens.cli import app
 from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards.load import reaches_out
-from pyunictokens.runs.bundle import check_objective, choose_rewards, load_experts
+from pyunictokens.runs.bundle import check_objective, choose_rewards, load_scorers
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.utils import trust
 from pyunictokens.utils.errors import UserError
@@ -55,9 +55,9 @@ def test_the_command_line_is_trusted_and_remembered(tmp_path: Path) -> None:
 def test_nothing_is_imported_without_it(tmp_path: Path) -> None:
     """The door behind the door: callers that ask nobody get no import either."""
     with pytest.raises(UserError, match="not trusted"):
-        load_experts(Sources(), "cpu", TRAP)
+        load_scorers(Sources(), "cpu", TRAP)
     with pytest.raises(UserError, match="not trusted"):
-        load_experts(Sources(), "cpu", "os:getcwd")
+        load_scorers(Sources(), "cpu", "os:getcwd")
 
 
 def test_a_memory_that_cannot_be_written_is_warned_of(

@@ -20,7 +20,7 @@ import torch
 from pytest import MonkeyPatch
 
 from pyunictokens.models.bundle import ModelBundle
-from pyunictokens.runs.bundle import Experts
+from pyunictokens.runs.bundle import Scorers
 from pyunictokens.runs.context import Parts, RunContext
 from pyunictokens.runs.pipeline import _Run, run_concept
 from pyunictokens.runs.run_dir import CONFIG, EvaluationConfig, RunConfig
@@ -36,7 +36,7 @@ OPERATIONS = ("fsync", "replace", "rename")
 def settings(**grpo: Any) -> RunConfig:
     changes = {"steps": 6, "checkpoint_every": 2, "keep_last": 2, "keep_best": 1, "sample_every": 2, **grpo}
     return RunConfig(
-        replace(stage_config(), epochs=1, max_steps=3),
+        replace(stage_config(), epochs=1, max_steps=3, save_every=1),
         grpo_config(**changes),
         EvaluationConfig(samples=1, timesteps=2, guidance_scale=1.0, max_new_tokens=3, tasks=("vqa", "pure")),
     )
@@ -50,7 +50,7 @@ def run(world: World, config: RunConfig, out: Path, stop: Any = None, report: bo
             return run(world, config, out, stop, report=True, ranks=ranks)
     bundle = ModelBundle(tiny_model(), world.vq, world.tokenizer)
     arguments = {name: value for name, value in (("stop", stop), ("ranks", ranks)) if value is not None}
-    context = RunContext(bundle, world.data, config, out, Experts(experts(), red_preview), **arguments)
+    context = RunContext(bundle, world.data, config, out, Scorers(experts(), red_preview), **arguments)
     run_concept(context, Parts(resume=(out / CONFIG).exists()))
     return None
 

@@ -13,8 +13,8 @@ import pyunictokens
 from pyunictokens.data.images import from_pil
 from pyunictokens.rewards import RewardBatch
 from pyunictokens.toy.drawing import render
-from pyunictokens.toy.networks import ToyExperts
-from pyunictokens.toy.rewards import ToyRewards, load_toy_experts, toy_rewards
+from pyunictokens.toy.networks import ToyNetworks
+from pyunictokens.toy.rewards import ToyRewards, load_toy_rewards, toy_rewards
 from pyunictokens.toy.scene import Attributes, random_moment, random_scene
 from pyunictokens.utils.errors import UserError
 
@@ -28,7 +28,7 @@ def draw(*scenes: Attributes) -> torch.Tensor:
 
 def untrained() -> ToyRewards:
     torch.manual_seed(0)
-    return toy_rewards(ToyExperts(WORDS).requires_grad_(False).eval())
+    return toy_rewards(ToyNetworks(WORDS).requires_grad_(False).eval())
 
 
 def human_batch(seed: int = 0) -> RewardBatch:
@@ -94,13 +94,13 @@ def test_weights_reach_the_ensemble() -> None:
 
 def test_missing_assets_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"experts\.json: no such file"):
-        load_toy_experts(tmp_path)
+        load_toy_rewards(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["animal", "object", "human"])
 def test_shipped_experts_prefer_what_is_right(kind: str) -> None:
     """Over 24 scenes: the concept's own subject and the prompt's own item beat wrong ones, and faces are faces."""
-    toy, rng = load_toy_experts(), np.random.default_rng(11)
+    toy, rng = load_toy_rewards(), np.random.default_rng(11)
     subject = random_scene(rng, kind, held_out=True)
     other = random_scene(rng, kind, held_out=True)
     place, wrong = ("beach", "night")

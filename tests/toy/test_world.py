@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyunictokens.data import wording
 from pyunictokens.data.check import check_folder
 from pyunictokens.data.folder import load_concept
 from pyunictokens.models.showo import prompting
@@ -100,7 +101,7 @@ def test_no_sentence_holds_an_unknown_word(tokenizer, seed):
     for question, answer in toy.questions(scene, rng):
         texts.append(f"{prompting.chat_question(question)} {answer}")
     facts, prompt, answer = toy.text_only(rng, "mimi")
-    texts.append(f"{prompting.chat_question(prompting.text_only_question(facts, prompt))} {answer}")
+    texts.append(f"{prompting.chat_question(wording.text_only_question(facts, prompt))} {answer}")
     unknown = tokenizer.token_to_id("<|unk|>")
     for text in texts:
         encoded = tokenizer.encode(text)

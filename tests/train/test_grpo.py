@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from pyunictokens.data import wording
 from pyunictokens.models import ConceptTokens
-from pyunictokens.models.showo import prompting
 from pyunictokens.rewards import Ensemble
 from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.train import grpo, read_metrics, train_grpo
 from pyunictokens.train.checkpoint import run_state as state
 from pyunictokens.train.collector import Collector
-from pyunictokens.train.images import Pictures
+from pyunictokens.train.images import ReferenceImages
 from pyunictokens.train.tasks import ConceptTasks
+from pyunictokens.utils.devices import check_training_dtype
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.profiling import PHASES, PhaseReport
 from tests.train import naive
@@ -302,8 +303,20 @@ def test_concepts_without_what_a_step_needs(here: World, tmp_path: Path) -> None
         train_grpo(**arguments, config=grpo_config(), out_dir=tmp_path / "other")
 
 
+def test_reinforcement_in_float16_says_why_not(here: World, tmp_path: Path) -> None:
+    arguments = here.fresh()
+    arguments["model"].half()
+    with pytest.raises(UserError, match=r"gradients below 6e-8 vanish.*dtype=bfloat16"):
+        train_grpo(**arguments, config=grpo_config(), out_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for dtype in (torch.float32, torch.bfloat16):
+        check_training_dtype(dtype)
+    with pytest.warns(UserWarning, match="begun in float16 and goes on in it"):
+        check_training_dtype(torch.float16, resume=True)
+
+
 def tasks_of(here: World, **options: Any) -> ConceptTasks:
-    return ConceptTasks(here.data, here.concept, Pictures(here.model, here.vq), **options)
+    return ConceptTasks(here.data, here.concept, ReferenceImages(here.model, here.vq), **options)
 
 
 def test_tasks_are_balanced_drawn_by_seed_and_never_from_the_test_half(here: World) -> None:
@@ -354,7 +367,7 @@ def test_one_group_fits_together_and_one_update_makes_the_better_likelier(here: 
     said_tokens = [known.decode([int(token) for token in row if token >= 0]) for row in group.local.answers.tokens_RL]
     assert told.texts == said_tokens
     for text, answer in zip(told.prompts, told.texts, strict=True):
-        assert text == prompting.compound_prompt(group.task.prompt, answer)
+        assert text == wording.compound_prompt(group.task.prompt, answer)
     images, answers = group.local.images, group.local.answers
     learned = arguments["model"]
     change = []

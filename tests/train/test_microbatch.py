@@ -1,4 +1,4 @@
-"""Pieces of the update: every row once, sizes from memory, and memory that runs out amid a backward pass."""
+"""Microbatches of the update: every row once, sizes from memory, and memory that runs out amid a backward pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from pyunictokens.models import PromptKV, Showo
 from pyunictokens.models.showo.costs import activation_bytes
 from pyunictokens.train import microbatch as pieces
-from pyunictokens.train.microbatch import Pieces, add_gradients
+from pyunictokens.train.microbatch import Microbatches, add_gradients
 from pyunictokens.train.trajectories import choose_timesteps
-from pyunictokens.train.update import LossSettings, PieceSizes, image_logprobs, streamed_backward
+from pyunictokens.train.update import LossSettings, MicrobatchSizes, image_logprobs, streamed_backward
 from pyunictokens.utils.errors import UserError
 
 from .test_update import fake_answers, fake_images
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 )
 def test_every_row_and_timestep_is_taken_once_whatever_fits(total, bounds, packed, room):
     seen = torch.zeros(total, dtype=torch.int64)
-    sizes = Pieces(*bounds, packed=packed)
+    sizes = Microbatches(*bounds, packed=packed)
 
     def work(rows: slice, steps: slice) -> None:
         part = seen[rows, steps]
@@ -113,10 +113,10 @@ def test_gradients_are_exact_when_memory_runs_out(kind, where, monkeypatch):
         return hidden
 
     monkeypatch.setattr(Showo, "image_hidden", tight)
-    sizes = PieceSizes()
+    sizes = MicrobatchSizes()
     stats = streamed_backward(model, ADVANTAGES, settings, images, answers, sizes)
     assert sizes.images is not None and sizes.images.splits >= 2 and len(refused) == sizes.images.splits
-    assert stats.packed_rows <= 3 < plain.packed_rows and stats.pieces > plain.pieces == 1
+    assert stats.packed_rows <= 3 < plain.packed_rows and stats.microbatches > plain.microbatches == 1
     assert stats.loss == pytest.approx(plain.loss, rel=1e-5) and stats.tokens == plain.tokens
     equal(gradients(model), wanted)
     refused.clear()
@@ -150,7 +150,7 @@ def test_scoring_goes_on_with_smaller_pieces(monkeypatch):
         return real(model, codes, *rest)
 
     monkeypatch.setattr(Showo, "image_hidden", tight)
-    sizes = PieceSizes()
+    sizes = MicrobatchSizes()
     assert (image_logprobs(model, images, 5, 1, sizes) - wanted).abs().max() < 1e-5
     assert sizes.scoring is not None and sizes.scoring.packed <= 2 and sizes.scoring.splits > 0
 
@@ -193,10 +193,10 @@ def test_automatic_sizes_follow_the_memory_at_hand(rows, monkeypatch, caplog):
     assert least < one
     fixed = sum(p.numel() * 4 for p in pieces.learning(model))
 
-    def chosen(room: float) -> Pieces:
+    def chosen(room: float) -> Microbatches:
         monkeypatch.setattr(pieces, "free_memory", lambda device: fixed + room)
         model.checkpoint_layers = False
-        return Pieces.choose(model, rows, 0, prompt=longest, count=count, guided=True)
+        return Microbatches.choose(model, rows, 0, prompt=longest, count=count, guided=True)
 
     with caplog.at_level(logging.INFO):
         found = chosen(7.5 * one)
@@ -206,9 +206,9 @@ def test_automatic_sizes_follow_the_memory_at_hand(rows, monkeypatch, caplog):
     assert short.packed >= 4 and 0 < short.checkpointed <= layers and model.checkpoint_layers == short.checkpointed
     assert "layers are recomputed" in short.report(layers)
     assert chosen(0.0).packed == max(1, rows) and model.checkpoint_layers == layers
-    scoring = Pieces.choose(model, rows, 0, prompt=longest, count=count, guided=True, learn=False)
+    scoring = Microbatches.choose(model, rows, 0, prompt=longest, count=count, guided=True, learn=False)
     assert scoring.fixed_bytes == 0 and scoring.packed >= 1
-    given = Pieces.choose(model, 3, 2, prompt=9, count=9, guided=True)
+    given = Microbatches.choose(model, 3, 2, prompt=9, count=9, guided=True)
     assert given.report(2).endswith("6 packed rows (rollout × timestep), as set")
 
 
@@ -221,13 +221,13 @@ def test_an_automatic_update_is_the_same_update(monkeypatch):
         monkeypatch.setattr(pieces, "free_memory", lambda device, room=room: float(room))
         stats = streamed_backward(model, ADVANTAGES, LossSettings(micro_rows=0, micro_timesteps=0), images)
         equal(gradients(model), wanted)
-        assert stats.pieces == (1 if room == 1 << 30 else stats.pieces) and stats.pieces >= 1
+        assert stats.microbatches == (1 if room == 1 << 30 else stats.microbatches) and stats.microbatches >= 1
     assert pieces.free_memory(CPU) <= pieces.CPU_BYTES
 
 
 def test_what_was_measured_replaces_what_was_planned(monkeypatch):
     monkeypatch.setattr(pieces, "free_memory", lambda device: 1000.0)
-    sizes = Pieces(0, 0, 4, planned_bytes=50.0, fixed_bytes=100.0, tried=False)
+    sizes = Microbatches(0, 0, 4, planned_bytes=50.0, fixed_bytes=100.0, tried=False)
     sizes._learn(500.0, 4, CPU)
     assert (sizes.measured_bytes, sizes.packed) == (100.0, 9) and "measured" in sizes.report(3)
     sizes._learn(110.0, 4, CPU)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pyunictokens.models import ConceptTokens, PromptKV
 from pyunictokens.models.showo import prompting
 from pyunictokens.ops import mask_rate
 from pyunictokens.train import as_prompt, as_question, read_metrics, train_concept_tokens
 from pyunictokens.train.concept_tokens import token_init as rows
+from pyunictokens.train.concept_tokens.checkpoint import StageCheckpoint
 from pyunictokens.train.concept_tokens.losses import generation_loss, random_mask, text_row, understanding_loss
-from pyunictokens.train.images import Pictures
+from pyunictokens.train.images import ReferenceImages
 from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.files import read_json, write_json
+from pyunictokens.utils.signals import Stopped
 from tests.train.world import World, stage_config, tiny_concept, tiny_model, world
 
 ALL = ("understanding", "generation", "deepening", "joint")
@@ -125,6 +131,135 @@ def test_stages_are_repeatable_and_go_on_where_they_stopped(here: World, tmp_pat
     assert read_metrics(tmp_path / "a", "stages.jsonl") == read_metrics(tmp_path / "b", "stages.jsonl")
 
 
+def test_a_stage_that_is_cut_off_goes_on_inside_and_ends_as_if_it_had_not_been(here: World, tmp_path: Path) -> None:
+    config = stage_config(stages=ALL, max_steps=7, epochs=9, save_every=3)
+    whole = learn(here, tmp_path / "a", config)
+    seen: list[tuple[str, int]] = []
+
+    def cut(at: tuple[str, int] | None) -> Any:
+        def progress(stage: str, done: int, *_: Any) -> None:
+            seen.append((stage, done))
+            if (stage, done) == at:
+                raise KeyboardInterrupt
+
+        return progress
+
+    out = tmp_path / "b"
+    for place, stage in enumerate(ALL):  # five steps in, of which three are in the checkpoint
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            learn(here, out, config, resume=place > 0, progress=cut((stage, 5)))
+        assert seen[0] == ((ALL[place - 1], 4) if place else (ALL[0], 1))
+        assert (out / "stage.safetensors").exists() and not (out / stage).exists()
+    again = learn(here, out, replace(config, save_every=2), resume=True)  # it changes no number
+    for name, value in whole.named_parameters():
+        assert torch.equal(value, dict(again.named_parameters())[name]), name
+    for stage in ALL:
+        assert torch.equal(ConceptTokens.load(tmp_path / "a" / stage).embed, ConceptTokens.load(out / stage).embed)
+    assert read_metrics(tmp_path / "a", "stages.jsonl") == read_metrics(out, "stages.jsonl")
+    assert not list(tmp_path.rglob("stage.safetensors")), "a finished stage leaves no checkpoint"
+
+
+def test_a_stage_that_is_asked_to_stop_writes_its_checkpoint(here: World, tmp_path: Path) -> None:
+    config, asked, seen = stage_config(save_every=0), iter([False, False, True]), []
+    whole = learn(here, tmp_path / "a", config)
+    with pytest.raises(Stopped, match=r"in stage understanding at step 3 of .*, its checkpoint is written"):
+        learn(here, tmp_path / "b", config, stop=lambda: next(asked))
+    again = learn(here, tmp_path / "b", config, resume=True, progress=lambda stage, done, *_: seen.append(done))
+    assert seen[0] == 4 and torch.equal(again.embed, whole.embed) and torch.equal(again.head_bias, whole.head_bias)
+
+
+def test_a_checkpoint_of_a_stage_is_taken_by_its_own_run_alone(
+    here: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, asked = stage_config(save_every=1), iter([False, True])
+    with pytest.raises(Stopped):
+        learn(here, tmp_path / "b", config, stop=lambda: next(asked))
+    kept = (tmp_path / "b" / "stage.safetensors").read_bytes()
+    whole = learn(here, tmp_path / "b", config, resume=True)
+    (tmp_path / "b" / "stage.safetensors").write_bytes(kept)  # as a kill leaves it after the stage's last file
+    again = learn(here, tmp_path / "b", config, resume=True)
+    assert torch.equal(again.embed, whole.embed) and not (tmp_path / "b" / "stage.safetensors").exists()
+
+    shutil.rmtree(tmp_path / "b" / "understanding")
+    (tmp_path / "b" / "stage.safetensors").write_bytes(kept)
+    here.data.conversations = here.data.conversations[:-1]
+    seen: list[int] = []
+    learn(here, tmp_path / "b", config, resume=True, progress=lambda stage, done, *_: seen.append(done))
+    assert seen[0] == 1 and "folder has changed" in caplog.text
+
+
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.95, 0.999])
+def test_a_damaged_checkpoint_of_a_stage_begins_it_anew(
+    here: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: float
+) -> None:
+    config, asked, seen = stage_config(save_every=1), iter([False, True]), []
+    whole = learn(here, tmp_path / "a", config)
+    with pytest.raises(Stopped):
+        learn(here, tmp_path / "b", config, stop=lambda: next(asked))
+    file = tmp_path / "b" / "stage.safetensors"
+    data = bytearray(file.read_bytes())
+    data[int(place * len(data))] ^= 1
+    file.write_bytes(data)
+    again = learn(here, tmp_path / "b", config, resume=True, progress=lambda stage, done, *_: seen.append(done))
+    assert seen[0] == 1 and "stage.safetensors is left out" in caplog.text
+    assert torch.equal(again.embed, whole.embed)
+    assert read_metrics(tmp_path / "a", "stages.jsonl") == read_metrics(tmp_path / "b", "stages.jsonl")
+
+
+def test_bytes_that_are_no_checkpoint_of_a_stage_are_left_out(
+    here: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = iter([True])
+    with pytest.raises(Stopped):
+        learn(here, tmp_path / "b", stop=lambda: next(asked))
+    file = tmp_path / "b" / "stage.safetensors"
+    good = load_file(file)
+    assert StageCheckpoint.load(tmp_path / "b") is not None
+
+    def said(**changes: Any) -> dict[str, torch.Tensor]:
+        state = {**json.loads(good["state"].numpy().tobytes()), **changes}
+        return {**good, "state": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+
+    wrong = [
+        {"x": torch.zeros(2)},
+        {**good, "state": torch.zeros(9, dtype=torch.uint8)},
+        {**good, "generator": torch.zeros(9, dtype=torch.uint8)},
+        {**good, "begin.embed": torch.zeros(2, 2)},
+        {name: value for name, value in good.items() if name != "rows.head_bias"},
+        said(sizes={"num_understanding": 10**12}),
+        said(sizes=[3]),
+        said(name="../x"),
+        said(questions=3),
+        said(step="x"),
+    ]
+    for tensors in wrong:
+        caplog.clear()
+        save_file(tensors, file)
+        assert StageCheckpoint.load(tmp_path / "b") is None and "is left out" in caplog.text
+    for data in (b"", b"garbage" * 9, b"version https://git-lfs.github.com/spec/v1\n", b"\x80" * 64):
+        file.write_bytes(data)
+        assert StageCheckpoint.load(tmp_path / "b") is None
+
+
+def test_stages_of_an_older_version_are_gone_on_with(here: World, tmp_path: Path) -> None:
+    whole = learn(here, tmp_path / "a")
+    about = read_json(tmp_path / "a" / "stages.json")
+    del about["save_every"]
+    write_json(tmp_path / "a" / "stages.json", about)
+    assert torch.equal(learn(here, tmp_path / "a", resume=True).embed, whole.embed)
+
+
+def test_training_in_float16_says_why_not(here: World, tmp_path: Path) -> None:
+    learn(here, tmp_path / "a")
+    here.model = tiny_model().half()
+    with pytest.raises(UserError, match=r"gradients below 6e-8 vanish.*dtype=bfloat16"):
+        learn(here, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    with pytest.warns(UserWarning, match="begun in float16 and goes on"):
+        learn(here, tmp_path / "a", resume=True)
+
+
 def test_bad_input(here: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="loss is nan"):
         here.model.showo.lm_head.bias.data[3] = float("nan")
@@ -188,7 +323,7 @@ def test_faces_start_a_human(here: World, tmp_path: Path) -> None:
 def test_understanding_is_the_answers_tokens_alone(here: World) -> None:
     model = here.model.attach(tiny_concept().requires_grad_(True))
     tokenizer, ids = here.tokenizer.with_concept(model.concept.tokens), prompting.SpecialIds.of(model)
-    pictures = Pictures(model, here.vq)
+    pictures = ReferenceImages(model, here.vq)
     asked = [
         ("what is <bo>?", "a dog"),
         (as_question(model.concept, "is <bo> here?"), "yes"),
@@ -261,14 +396,14 @@ def test_texts_name_the_concept_the_same_way_everywhere() -> None:
 
 def test_pictures(here: World) -> None:
     model = here.model.attach(tiny_concept())
-    pictures, path = Pictures(model, here.vq, crop=1.25, flip=True), here.data.train_images[0]
+    pictures, path = ReferenceImages(model, here.vq, crop=1.25, flip=True), here.data.train_images[0]
     assert pictures.size == 16 and pictures.pixels(None).eq(-1).all()
     assert torch.equal(pictures.codes(path), here.vq.encode(pictures.pixels(path)[None])[0])
     generator = torch.Generator().manual_seed(0)
     many = pictures.augmented([path] * 40, generator)
     assert len(many.unique(dim=0)) > 10 and many.shape == (40, 16)
-    still = Pictures(model, here.vq).augmented([path, path], generator)
+    still = ReferenceImages(model, here.vq).augmented([path, path], generator)
     assert torch.equal(still, pictures.codes(path).expand(2, 16))
     kept = pictures.prefix(path)
     assert pictures.prefix(path) is kept and kept.lengths == [19] and kept.next_position == [19]
-    assert Pictures(model, here.vq, cache_mb=0).prefix(path) is not kept
+    assert ReferenceImages(model, here.vq, cache_mb=0).prefix(path) is not kept

@@ -66,6 +66,44 @@ def test_a_kill_between_the_first_files_leaves_a_folder_that_can_be_gone_on_with
     assert {"config.yaml", "about.json", "after.json", "final"} <= {path.name for path in out.iterdir()}
 
 
+def test_a_kill_inside_a_stage_costs_the_steps_since_its_checkpoint(here: World, tmp_path: Path) -> None:
+    config = stage_config(stages=("understanding", "deepening"), epochs=9, max_steps=6, save_every=2)
+
+    def live(out: Path, kill_at: tuple[str, int] | None = None) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+
+                def progress(stage: str, done: int, *_: Any) -> None:
+                    with open(out.parent / f"{out.name}.steps", "a") as steps:
+                        steps.write(f"{stage} {done}\n")
+                    if (stage, done) == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                again = (out / "stages.json").exists()
+                parts = tiny_model(), here.vq, here.tokenizer, here.data
+                train_concept_tokens(*parts, config, out, resume=again, progress=progress)
+                code = 0
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert live(straight) == 0
+    for kill_at in (("understanding", 3), ("understanding", 5), ("deepening", 5)):
+        assert live(killed, kill_at) == -signal.SIGKILL
+    assert live(killed) == 0
+    done = (tmp_path / "killed.steps").read_text().split("\n")[:-1]
+    numbers = [1, 2, 3, 3, 4, 5, 5, 6], [1, 2, 3, 4, 5, 5, 6]  # of a step that was cut off, the second time counts
+    assert done == [f"{name} {n}" for name, all_ in zip(config.stages, numbers, strict=True) for n in all_]
+    for name in ("understanding", "deepening", "concept"):
+        one, other = (ConceptTokens.load(folder / name) for folder in (straight, killed))
+        assert all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
+    assert read_metrics(straight, "stages.jsonl") == read_metrics(killed, "stages.jsonl")
+
+
 # --- asked to stop ---------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +168,7 @@ def test_a_pipeline_can_be_stopped_in_every_part(here: World, tmp_path: Path) ->
     out, lives = tmp_path / "run", []
     for _ in range(60):
         try:
-            chaos.run(here, config, out, after_calls(len(lives)))
+            chaos.run(here, config, out, after_calls(len(lives) % 3))
             break
         except Stopped as stopped:
             lives.append(str(stopped))

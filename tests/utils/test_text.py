@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pyunictokens.data import read_facts
+from pyunictokens.data.images import read_image
+from pyunictokens.data.prompts import read_prompts
 from pyunictokens.evaluate.suites.dreambench import _classes
+from pyunictokens.rewards.served.messages import KEY_FILE, read_key
 from pyunictokens.runs.sweep import choose
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import read_json
@@ -38,7 +42,9 @@ def test_every_form_gives_the_same_text(tmp_path: Path, form: str, text: str) ->
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_whoever_reads_a_file_of_the_user_reads_every_form(tmp_path: Path, form: str) -> None:
+def test_whoever_reads_a_file_of_the_user_reads_every_form(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["bo", "Ünïque"]
     (tmp_path / "list.txt").write_bytes(FORMS[form]("Ünïque\r\nbo\r\n"))
     assert choose(names, str(tmp_path / "list.txt")) == ["Ünïque", "bo"]
@@ -46,6 +52,11 @@ def test_whoever_reads_a_file_of_the_user_reads_every_form(tmp_path: Path, form:
     assert read_json(tmp_path / "a.json") == {"class": "dög"}
     (tmp_path / "sheet.yaml").write_bytes(FORMS[form]("info: <bo> is a dög.\n"))
     assert read_facts(tmp_path / "sheet.yaml", "bo").info == "<bo> is a dög."
+    (tmp_path / "key").write_bytes(FORMS[form]("0123456789abcdef" * 4 + "\r\n"))
+    monkeypatch.setenv(KEY_FILE, str(tmp_path / "key"))
+    assert read_key() == b"0123456789abcdef" * 4
+    (tmp_path / "prompts.txt").write_bytes(FORMS[form]("a réd cat\r\n"))
+    assert [prompt.text for prompt in read_prompts(tmp_path / "prompts.txt")] == ["a réd cat"]
     (tmp_path / "prompts_and_classes.txt").write_bytes(FORMS[form]("dog2,dog\r\nPrompts\r\n"))
     assert _classes(tmp_path) == {"dog2": "dog"}
 
@@ -70,6 +81,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_the_case_of_a_file_name_does_not_matter(tmp_path: Path) -> None:
+    Image.effect_noise((20, 20), 50).convert("RGB").save(tmp_path / "Photo.JPG")
+    with pytest.warns(UserWarning, match=r"photo\.jpg is spelled Photo\.JPG on disk: it is read"):
+        assert read_image(tmp_path / "photo.jpg").size == (20, 20)
     (tmp_path / "RW.YAML").write_text("a: 1\n")
     with pytest.warns(UserWarning, match=r"rw\.yaml is spelled RW\.YAML on disk: it is read"):
         assert read_text(tmp_path / "rw.yaml") == "a: 1\n"

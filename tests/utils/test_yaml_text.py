@@ -84,6 +84,12 @@ def test_five_hundred_bytes_do_not_eat_the_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
+def test_nothing_but_texts() -> None:
+    text = "a: null\nb: ~\nc:\nd: yes\ne: 0123\nf: [no, 1.0, '']\n"
+    wanted = {"a": "null", "b": "~", "c": "", "d": "yes", "e": "0123", "f": ["no", "1.0", ""]}
+    assert parse_yaml(text, "f", nulls=False) == wanted and parse_yaml("", "f", nulls=False) is None
+
+
 def test_what_powershell_writes_is_read(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):

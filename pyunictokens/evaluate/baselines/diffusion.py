@@ -18,6 +18,7 @@ from torch import Tensor
 from ...models.checkpoint import local_or_hub
 from ...rewards.base import plain_text
 from ...utils.errors import UserError, require
+from ...utils.files import unreadable
 from ..core import GeneratesOnly
 from ..tasks import Subject
 
@@ -57,8 +58,9 @@ class Pipeline:
         self.source, place = source, local_or_hub(source.path)
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(place)
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{source.path}: cannot be loaded as a pipeline of diffusers: {error}") from error
+        except Exception as error:  # diffusers and torch raise many kinds for files that they cannot read
+            why = unreadable(source.path, error)
+            raise UserError(f"{source.path}: cannot be loaded as a pipeline of diffusers: {why}") from error
         self.pipe: Any = pipe.to(self.device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         if getattr(self.pipe, "safety_checker", None) is not None:
@@ -78,8 +80,9 @@ class Pipeline:
             raise UserError(f"{type(self.pipe).__name__} has no {method}: {given} does not fit this pipeline")
         try:
             getattr(self.pipe, method)(given, **more)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"{given}: cannot be loaded into {type(self.pipe).__name__}: {error}") from error
+        except Exception as error:  # as above
+            why = unreadable(given, error)
+            raise UserError(f"{given}: cannot be loaded into {type(self.pipe).__name__}: {why}") from error
 
     @torch.no_grad()
     def generate(self, prompt: str, n: int, seed: int) -> Tensor:

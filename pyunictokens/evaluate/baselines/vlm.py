@@ -13,6 +13,7 @@ import torch
 
 from ...models.checkpoint import local_or_hub
 from ...utils.errors import UserError, needs
+from ...utils.files import unreadable
 from ..core import AnswersOnly
 from ..tasks import Subject
 from .prompts import pointed, references, told
@@ -33,9 +34,9 @@ class Backbone:
         try:
             self.processor: Any = AutoProcessor.from_pretrained(path)
             model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # transformers raises many kinds for files that it cannot read
             raise UserError(
-                f"{path}: cannot be loaded as an image-text-to-text model with its processor: {error}"
+                f"{path}: cannot be loaded as an image-text-to-text model with its processor: {unreadable(path, error)}"
             ) from error
         self.model = model.to(self.device).eval()
         self.token = str(getattr(self.processor, "image_token", "<image>"))

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from ...utils.errors import UserError
+from ...utils.spelling import on_disk
 from ...utils.text import read_text
 from ..tasks import Item, Subject
 from .dreambooth import is_live, templates
@@ -55,7 +56,7 @@ def _base(root: Path) -> Path:
 
 def _classes(base: Path) -> dict[str, str]:
     """{subject: class} of prompts_and_classes.txt; {} where there is no such file."""
-    file = base / CLASSES
+    file = on_disk(base / CLASSES)
     if not file.is_file():
         return {}
     found = {}

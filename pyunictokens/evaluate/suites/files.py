@@ -11,7 +11,7 @@ from ...data.image_files import is_file, list_images
 from ...data.parse import kind_of, show
 from ...utils.errors import UserError
 from ...utils.files import read_json
-from ...utils.spelling import spelled
+from ...utils.spelling import on_disk, spelled
 
 LETTERS = "ABCDEFGH"
 
@@ -26,7 +26,8 @@ pictures = list_images
 
 def optional_json(path: Path) -> object:
     """The content of `path`, None where there is no such file."""
-    return read_json(path) if path.is_file() else None
+    path = on_disk(path)
+    return read_json(path) if is_file(path) else None
 
 
 def entry_of(value: object, where: str, shape: str) -> Mapping[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...data.concept import FACT_PROMPTS, Concept
 from ...data.folder import list_concepts, load_concept
-from ...models.showo.prompting import compound_prompt, text_only_question
+from ...data.wording import compound_prompt, text_only_question
 from .. import metrics as m
 from ..tasks import TASKS, Item, Subject
 

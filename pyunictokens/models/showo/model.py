@@ -15,7 +15,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +62,7 @@ class ShowoConfig:
     bos_token_id: int = 50256
     eos_token_id: int = 50256
     max_text: int = 128
-    """Text positions of a drawing prompt."""
+    """Text positions of an image prompt."""
 
     def __post_init__(self) -> None:
         if self.max_text < 3:
@@ -95,7 +94,7 @@ class ShowoConfig:
 
     @classmethod
     def from_checkpoint(
-        cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path
+        cls, config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]], folder: Path
     ) -> ShowoConfig:
         """Sizes from the weights' shapes; what shapes cannot say from config.json and the language model's config."""
         norm = shapes.get("showo.model.layers.0.self_attn.q_layernorm.weight")
@@ -141,7 +140,7 @@ class ShowoConfig:
         )
 
 
-def _language_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _language_config(config: Mapping[str, object], folder: Path) -> dict[str, object]:
     """What the language model's own config says: its keys in config.json, else `llm_model_path` beside it."""
     known = set(ShowoConfig.__dataclass_fields__) - {"vocab_size"}
     found = {key: value for key, value in config.items() if key in known}
@@ -252,7 +251,7 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
 
     @property
     def max_text(self) -> int:
-        """Text positions of a drawing prompt."""
+        """Text positions of an image prompt."""
         return self.config.max_text
 
     @max_text.setter
@@ -286,7 +285,7 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
     def costs(self) -> ShowoCosts:
         return ShowoCosts(self.config, self.dtype.itemsize)
 
-    # --- drawing ---------------------------------------------------------------------------------------------------
+    # --- images ----------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, text_ids: Sequence[int]) -> list[int]:
         """[t2i] [sot] text [eot], at most max_text + 1 ids."""

@@ -56,7 +56,7 @@ def _merge(count: int, groups: list[tuple[list[int], PromptKV, Tensor]]) -> tupl
 
 
 def prefill_t2i(model: Showo, prompts: Sequence[Sequence[int]]) -> PromptKV:
-    """Keys and values of unpadded drawing prompts (`prompting.t2i_text`), each at the positions it has in the padded
+    """Keys and values of unpadded image prompts (`prompting.t2i_text`), each at the positions it has in the padded
     sequence. Prompts of equal length are computed together; equal prompts once."""
     unique: dict[tuple[int, ...], int] = {}
     place = [unique.setdefault(tuple(prompt), len(unique)) for prompt in prompts]

@@ -1,22 +1,24 @@
-"""Sequences and masks, as published: what the model reads for drawing (t2i) and for answering (mmu).
+"""Sequences and masks, as published: what the model reads to generate (t2i) and to answer (mmu).
 
     t2i   [pad…][<|t2i|>][sot] text [eot]  [<|soi|>] N codes [<|eoi|>]      left-padded to max_text + 1, then the image
     mmu   [<|mmu|>][<|soi|>] N codes [<|eoi|>][sot] text                    no padding on the left
 
-Also the wordings in which questions, facts and compound prompts are put (paper, equations 2 to 4 and appendix D).
+Also the wrapping of a question. What is asked and drawn is worded in data/wording.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...utils.errors import UserError
+
+if TYPE_CHECKING:
+    from .model import Showo, ShowoConfig
 
 SPECIAL_TOKENS = (
     "[PAD]",
@@ -31,7 +33,6 @@ SPECIAL_TOKENS = (
     "<|lvg|>",
 )
 """Token strings of the special ids, in the order of their ids."""
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SpecialIds:
     mask: int
 
     @classmethod
-    def from_config(cls, config: Any, num_new: int = 0) -> SpecialIds:
+    def from_config(cls, config: ShowoConfig, num_new: int = 0) -> SpecialIds:
         """Ids of a model of this configuration with `num_new` concept rows attached."""
         first = config.llm_vocab_size
         names = ("pad", "soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg")
@@ -67,13 +68,13 @@ class SpecialIds:
         )
 
     @classmethod
-    def of(cls, model: Any) -> SpecialIds:
+    def of(cls, model: Showo) -> SpecialIds:
         """Ids of this model as it is now, an attached concept counted."""
         return cls.from_config(model.config, model.num_new)
 
 
 def t2i_text(text_ids: Sequence[int], ids: SpecialIds, max_text: int) -> list[int]:
-    """The unpadded text part of a drawing sequence: [t2i][sot] text [eot], at most max_text + 1 ids.
+    """The unpadded text part of an image sequence: [t2i][sot] text [eot], at most max_text + 1 ids.
 
     Too long a text keeps its first `max_text` ids, task and sot included, and is closed with eot.
     """
@@ -93,7 +94,7 @@ def t2i(
     max_text: int,
     num_codes: int | None = None,
 ) -> Tensor:
-    """One drawing sequence, int64 [max_text + 1 + N + 2]. `codes` [N] with −1 where unknown; None means all of
+    """One image sequence, int64 [max_text + 1 + N + 2]. `codes` [N] with −1 where unknown; None means all of
     `num_codes` unknown."""
     if codes is None:
         if num_codes is None:
@@ -156,34 +157,6 @@ def mmu_clip_allowed(system: int, patches: int, question: int) -> Tensor:
     return allowed[None]
 
 
-# --- wordings ------------------------------------------------------------------------------------------------------
-
-
 def chat_question(question: str) -> str:
     """The published wrapping of a question."""
     return f"USER: \n{question} ASSISTANT:"
-
-
-def text_only_question(extra_info: Sequence[str], prompt: str) -> str:
-    """All facts of a concept and one request: the model is to answer with the fact that fits (paper, equation 2)."""
-    facts = ". ".join(fact.strip().rstrip(".") for fact in extra_info)
-    return f"Information: {facts}. Request: {prompt.strip().rstrip('.')}. Which information fits?"
-
-
-def base_prompt(sks: str) -> str:
-    """BP, the prompt that visual-instruct reasoning starts from (paper, equation 3)."""
-    return f"A photo of {sks}."
-
-
-def first_sentence(answer: str) -> str:
-    """The part of an answer that goes into the compound prompt (a long one confuses drawing): its first line's first
-    sentence."""
-    line = answer.strip().partition("\n")[0].strip()
-    end = _SENTENCE_END.search(line)
-    return line[: end.end()] if end else line
-
-
-def compound_prompt(prompt: str, answer: str) -> str:
-    """CP = BP/IP + IR: the prompt, then the model's own answer as a sentence (paper, equations 3 and 4)."""
-    prompt, answer = prompt.strip().rstrip("."), answer.strip().rstrip(".")
-    return f"{prompt}. {answer}." if answer else f"{prompt}."

@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,11 +25,14 @@ from ...utils.errors import UserError
 
 _aten = torch.ops.aten
 
+Extra: TypeAlias = tuple[object, ...]
+"""What a kernel's backward pass wants beside its output."""
+
 
 class Kernel(Protocol):
     """A flash kernel: out [B, H, L, E], log-sum-exp [B, H, L], and what its backward pass wants besides."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]: ...
 
     def backward(
         self,
@@ -39,14 +43,14 @@ class Kernel(Protocol):
         out: Tensor,
         lse: Tensor,
         causal: bool,
-        extra: tuple[Any, ...],
+        extra: Extra,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class CpuKernel:
     """Torch's flash kernel of the CPU; any dtype."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse, ()
 
@@ -59,7 +63,7 @@ class CpuKernel:
         out: Tensor,
         lse: Tensor,
         causal: bool,
-        extra: tuple[Any, ...],
+        extra: Extra,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
 
@@ -67,7 +71,7 @@ class CpuKernel:
 class CudaKernel:
     """Torch's flash kernel of a GPU; 16-bit dtypes, head widths that are multiples of 8 up to 256."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
         out, lse, *rest = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
         return out, lse, tuple(rest[:6])  # cumulative lengths, longest lengths, the two parts of the generator's state
 
@@ -80,7 +84,7 @@ class CudaKernel:
         out: Tensor,
         lse: Tensor,
         causal: bool,
-        extra: tuple[Any, ...],
+        extra: Extra,
     ) -> tuple[Tensor, Tensor, Tensor]:
         lengths, noise = extra[:4], extra[4:]
         return _aten._scaled_dot_product_flash_attention_backward(
@@ -91,7 +95,7 @@ class CudaKernel:
 class FlashAttnKernel(CudaKernel):
     """The flash-attn package (`pip install pyunictokens[flash]`) where no gradient is wanted; otherwise torch's."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
         package = _flash_attn()
         if package is None or torch.is_grad_enabled():
             return super().forward(q, k, v, causal)
@@ -101,7 +105,7 @@ class FlashAttnKernel(CudaKernel):
 
 
 @functools.cache
-def _flash_attn() -> Any:
+def _flash_attn() -> ModuleType | None:
     try:
         return importlib.import_module("flash_attn")
     except ImportError:
@@ -138,12 +142,12 @@ def joined_attention(
     shared = [tensor for _, keys, values in runs for tensor in (keys, values)]
     if not torch.is_grad_enabled():
         return _forward(kernel, q, k, v, causal, counts, shared)[0]
-    return _Joined.apply(q, k, v, kernel, causal, counts, *shared)
+    return _Joined.apply(q, k, v, kernel, causal, counts, *shared)  # type: ignore[no-untyped-call]
 
 
 def _forward(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, causal: bool, counts: list[int], shared: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[tuple[Any, ...]]]:
+) -> tuple[Tensor, Tensor, list[Extra]]:
     own, own_lse, extra = kernel.forward(q, k, v, causal)
     outs, lses, extras = [], [], [extra]
     for rows, keys, values in _parts(counts, shared):

@@ -34,7 +34,7 @@ from ..weights import PROCESSOR, WEIGHTS, WeightFiles
 def best_match(a_APD: Tensor, b_BPD: Tensor) -> Tensor:
     """Similarities [A, B] of images by their patches' vectors, [A, P, D] and [B, P', D]; see `best` above.
 
-    Symmetric, 1 for a image with itself, in [-1, 1]. Takes A·P·P' numbers of memory at a time.
+    Symmetric, 1 for an image with itself, in [-1, 1]. Takes A·P·P' numbers of memory at a time.
     """
     a, b = F.normalize(a_APD.float(), dim=-1), F.normalize(b_BPD.float(), dim=-1)
     columns = []
@@ -63,7 +63,7 @@ FILES = WeightFiles("DINOv2", "facebook/dinov2-base", (("config.json",), WEIGHTS
 class Der(WithNetwork[ImageEncoder | PatchEncoder]):
     """Scores images against the reference images; the references are embedded once.
 
-    match: "mean" asks the network for one vector a image (`encode_image`), "best" for one a patch (`encode_patches`).
+    match: "mean" asks the network for one vector an image (`encode_image`), "best" for one a patch (`encode_patches`).
     """
 
     name = "der"

@@ -61,7 +61,7 @@ class FerConfig(NetworkConfig):
 
 @dataclass(frozen=True)
 class Face:
-    """One face in a image, in its pixels."""
+    """One face in an image, in its pixels."""
 
     box: tuple[float, float, float, float]
     """Left, top, right, bottom."""
@@ -124,7 +124,7 @@ class MtcnnFaceNet(Network):
         return faces
 
     def cut(self, colour: Tensor, face: Face) -> Tensor:
-        """The face in a image, uint8 [3, H, W], as InceptionResnetV1 wants it: float32 [3, 160, 160].
+        """The face in an image, uint8 [3, H, W], as InceptionResnetV1 wants it: float32 [3, 160, 160].
 
         Equal to facenet-pytorch's own cut for a level face: whole pixels, area resampling, back to 8 bits.
         """
@@ -161,7 +161,7 @@ def _largest(found: tuple[Any, Any, Any]) -> list[Face | None]:
 
 
 def _turned(image: Tensor, face: Face) -> Tensor:
-    """A image [1, 3, H, W] turned about the middle of the face until the eyes are level; edges are carried on."""
+    """An image [1, 3, H, W] turned about the middle of the face until the eyes are level; edges are carried on."""
     height, width = image.shape[-2:]
     cx, cy = (face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2
     y, x = torch.meshgrid(

@@ -177,7 +177,7 @@ class RemoteRewards:
         except _Lost as error:
             raise UserError(
                 f"reward models at {server.address} cannot be reached ({error}): start them there with `pyunictokens "
-                f"experts serve --host HOST --port {urlsplit(server.address).port}`, or correct the address"
+                f"rewards serve --host HOST --port {urlsplit(server.address).port}`, or correct the address"
             ) from None
 
     async def _scored(self, body: bytes, prompts: list[str], kind: str, device: torch.device) -> EnsembleScore:

@@ -16,16 +16,17 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...utils.errors import UserError, needs
+from ...utils.text import read_text
 from ..base import RewardBatch
 
-KEY, KEY_FILE = "PYUNICTOKENS_EXPERTS_KEY", "PYUNICTOKENS_EXPERTS_KEY_FILE"
-"""The environment variables that hold the shared key, or name the file that does."""
+KEY, KEY_FILE = "PYUNICTOKENS_REWARDS_KEY", "PYUNICTOKENS_REWARDS_KEY_FILE"
+"""The environment variables that hold the shared key, or name the file that does; with EXPERTS in place of REWARDS, as
+they were called, they are read as well."""
 SHORTEST_KEY = 16
 LIMIT = 1 << 30
 """Longest body in bytes; a group of nine images of 512² with ten references has 60 MB in float32."""
@@ -46,12 +47,14 @@ _BEARER = re.compile(rb"[Bb]earer ([0-9a-f]{32})\.([0-9a-f]{64})")
 
 def read_key() -> bytes:
     """The key that servers and those who ask them share, from the environment. Raises UserError."""
-    text, file = os.environ.get(KEY, ""), os.environ.get(KEY_FILE, "")
+    text, file = (
+        os.environ.get(name) or os.environ.get(name.replace("REWARDS", "EXPERTS"), "") for name in (KEY, KEY_FILE)
+    )
     if not text and file:
         try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{KEY_FILE}={file}: cannot be read: {error}") from None
+            text = read_text(file)
+        except UserError as error:
+            raise UserError(f"{KEY_FILE}: {error}") from None
     return checked_key(text.strip().encode())
 
 

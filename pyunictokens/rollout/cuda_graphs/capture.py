@@ -125,7 +125,7 @@ class CapturedSteps:
         self._left = torch.zeros(1, dtype=torch.int32, device=keep_going.device)
         self._graph: Any = None
         self._loop = 0
-        self._destroy: Any = None
+        self._destroy: Callable[[], object] | None = None
         if self.mode != "eager":
             self._prepare(mode, warmup)
 

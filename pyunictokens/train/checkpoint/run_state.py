@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from ...config.training import GrpoConfig
 from ...models import MaskedModel
 from ...utils import fingerprint
 from ...utils.errors import UserError
-from ...utils.files import folder_lock, read_json, safe_name, sweep, sync_folder, write_json
+from ...utils.files import AnyJson, folder_lock, read_json, safe_name, sweep, sync_folder, write_json
 from ..distributed.ranks import Ranks
 from .tensors import read_tensors, write_tensors
 
@@ -65,7 +64,7 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, Tensor]
-    state: dict[str, Any]
+    state: dict[str, AnyJson]
     folder: Path
     shards: Path | None = None
     """Where tensors are that were spread over ranks (shards.py)."""
@@ -91,8 +90,8 @@ class RunFolder:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        identity: Mapping[str, Any],
-        settings: Mapping[str, Any],
+        identity: Mapping[str, object],
+        settings: Mapping[str, object],
         *,
         resume: bool = False,
         ranks: Ranks | None = None,
@@ -105,7 +104,7 @@ class RunFolder:
             self._open(identity, settings, resume)
         self.ranks.barrier()
 
-    def _open(self, identity: Mapping[str, Any], settings: Mapping[str, Any], resume: bool) -> None:
+    def _open(self, identity: Mapping[str, object], settings: Mapping[str, object], resume: bool) -> None:
         about = self.path / "run.json"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; a run needs a folder")
@@ -135,7 +134,7 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _compare(self, found: Any, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    def _compare(self, found: object, identity: Mapping[str, object], settings: Mapping[str, object]) -> None:
         if not isinstance(found, dict) or not {"identity", "settings"} <= found.keys():
             raise UserError(f"{self.path / 'run.json'}: is not the description of a run")
         defaults = to_mapping(GrpoConfig())
@@ -159,10 +158,10 @@ class RunFolder:
         self,
         step: int,
         tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any],
+        state: Mapping[str, object],
         keep_last: int,
         keep_best: int = 0,
-        shards: Mapping[str, Any] | None = None,
+        shards: Mapping[str, Tensor] | None = None,
         ranks: Ranks | None = None,
     ) -> Path:
         """Write the checkpoint of `step`, then delete all but the last `keep_last` and the `keep_best` of the highest
@@ -237,7 +236,7 @@ class RunFolder:
             raise UserError(f"{self.checkpoints}: no whole checkpoint: {'; '.join(problems)}")
         return None
 
-    def _state(self, step: int) -> dict[str, Any]:
+    def _state(self, step: int) -> dict[str, AnyJson]:
         file = self.checkpoints / f"step_{step:06d}" / "state.json"
         state = read_json(file)
         if not isinstance(state, dict) or state.get("step") != step:
@@ -271,7 +270,7 @@ class RunFolder:
         return Checkpoint(step, read_tensors(folder / "tensors.safetensors"), state, folder, shards)
 
 
-def _write_shards(folder: Path, shards: Mapping[str, Any], ranks: Ranks) -> dict[str, str]:
+def _write_shards(folder: Path, shards: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
     """Write them, all ranks together; returns the checksums of all files by name."""
     from .shards import own_files, write_shards
 
@@ -311,7 +310,7 @@ def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
             torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"].clone(), index)
 
 
-def _differences(there: Any, here: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def _differences(there: object, here: object, prefix: str = "") -> list[tuple[str, object, object]]:
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         found = []
         for key in sorted(there.keys() | here.keys()):
@@ -320,6 +319,6 @@ def _differences(there: Any, here: Any, prefix: str = "") -> list[tuple[str, Any
     return [] if there == here else [(prefix.rstrip("."), there, here)]
 
 
-def _state_checksum(state: Mapping[str, Any]) -> str:
+def _state_checksum(state: Mapping[str, object]) -> str:
     """SHA-256 of the state's numbers and words, whatever the layout of the file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

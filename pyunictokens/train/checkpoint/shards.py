@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ...utils.errors import UserError
 from ..distributed.ranks import Ranks
@@ -25,14 +25,14 @@ def own_files(folder: Path, rank: int) -> list[Path]:
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
-def write_shards(folder: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
+def write_shards(folder: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Write `state` into `folder`, each rank its own part, all ranks together. Raises UserError on all alike."""
     with _as_user_error(folder), ranks.noticing():
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         dcp.save(dict(state), storage_writer=writer, process_group=ranks.group)
 
 
-def read_parts(folder: Path, state: dict[str, Any], ranks: Ranks) -> None:
+def read_parts(folder: Path, state: dict[str, Tensor], ranks: Ranks) -> None:
     """Fill the tensors of `state`, whole or spread over `ranks`, from `folder`, all ranks together."""
     with _as_user_error(folder), ranks.noticing():
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), process_group=ranks.group)
@@ -51,7 +51,7 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
     """The shapes of the tensors in `folder`, by name."""
     with _as_user_error(folder):
         found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: value.size for name, value in found.items() if hasattr(value, "size")}
+    return {name: value.size for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+
+from torch import Tensor
 
 
 class Saver:
@@ -48,6 +49,6 @@ class Saver:
         self.check()
 
 
-def on_host(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in the host's memory, which later steps do not change; of a sharded tensor this rank's part."""
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}

@@ -1,9 +1,9 @@
-"""The two losses of the concept stages: answering with the right words, and predicting the masked codes of a picture.
+"""The two losses of the concept stages: answering with the right words, and predicting the masked codes of an image.
 
     understanding   cross-entropy of the answer's tokens and its end, nothing else of the sequence counts
     generation      rate = schedule(u), u uniform per image; max(1, round(N·rate)) positions masked; cross-entropy there
 
-Source: Show-o's training objectives (Xie et al., 2024). Gradients reach only what learns; the pictures' prefixes come
+Source: Show-o's training objectives (Xie et al., 2024). Gradients reach only what learns; the images' prefixes come
 from train/images.py, computed once.
 
 Shape suffixes: B rows, L text positions, N image codes.
@@ -40,7 +40,7 @@ def text_row(tokenizer: TextTokenizer, model: AnsweringModel, question: str, ans
 
 
 def understanding_loss(model: AnsweringModel, prefixes: Prefix, rows: Sequence[TextRow]) -> Tensor:
-    """Mean cross-entropy of all answer tokens; row b follows picture prefix b."""
+    """Mean cross-entropy of all answer tokens; row b follows image prefix b."""
     length = max(len(row.question) + len(row.answer) for row in rows) - 1
     ids_BL = torch.zeros(len(rows), length, dtype=torch.int64)
     target_BL = torch.full((len(rows), length), -1)

@@ -1,8 +1,8 @@
 """The concept stages: what the tokens of a concept learn before any reinforcement (UniCTokens, An et al., 2025).
 
-    understanding   <name> and K helpers learn to answer about the pictures
-    generation      M more helpers; 0.8·drawing + 0.2·answering, and an L2 pull on <name>
-    deepening       extra helpers, started from what stands still in the model's own drawings; answering again
+    understanding   <name> and K helpers learn to answer about the images
+    generation      M more helpers; 0.8·image loss + 0.2·answer loss, and an L2 pull on <name>
+    deepening       extra helpers, started from what stands still in the model's own images; answering again
     joint           all rows and both tasks at once
 
 Only the concept's rows are parameters here; the model's weights have no gradient. The losses are in losses.py, the
@@ -11,35 +11,38 @@ starting rows in token_init.py, images in train/images.py.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...config.settings import save_yaml, to_mapping
 from ...config.training import StageConfig
+from ...data import wording
 from ...data.batches import EpochSampler, GenerationItem, UnderstandingItem, generation_items, understanding_items
+from ...data.concept import Concept
 from ...models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, answering, owning_rows
-from ...models.showo import prompting
 from ...rollout.engine import RolloutEngine
+from ...utils.devices import check_training_dtype
 from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, write_json
+from ...utils.progress import Progress
 from ...utils.signals import Stop, Stopped, never
-from ..images import Pictures
+from ..images import ReferenceImages
 from ..metrics import MetricsLog, read_metrics
 from ..optimizer import Optimizer, learning_rate
 from ..prompts import as_prompt, as_question
+from . import checkpoint
 from . import token_init as rows
+from .checkpoint import StageCheckpoint
 from .losses import generation_loss, random_mask, text_row, understanding_loss
 
-Progress = Callable[[str, int, int, dict[str, Any]], None]
-"""Called after every step: (stage, steps done, steps wanted, numbers of this step)."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def train_concept_tokens(
     model: MaskedModel,
     vq: ImageTokenizer,
     tokenizer: TextTokenizer,
-    concept_data: Any,
+    concept_data: Concept,
     config: StageConfig | None = None,
     out_dir: str | os.PathLike[str] = "runs/concept",
     *,
@@ -88,15 +91,17 @@ def train_concept_tokens(
         out_dir: gets stages.jsonl, a folder per stage, and concept/ with the final rows.
         start: rows to go on from, in place of new ones.
         face_embedding: for humans, pixels [M, 3, H, W] to face embeddings; starts the generation rows.
-        resume: take finished stages from `out_dir` instead of running them again.
-        stop: asked after every step; where it says so, Stopped is raised. Finished stages stay, the one at hand is
-            begun anew on resume.
+        resume: take finished stages from `out_dir` instead of running them again, and go on inside the one that was cut
+            off, from its last checkpoint (`save_every`), as if it had never stopped.
+        stop: asked after every step; where it says so, a checkpoint is written and Stopped raised.
 
     Raises:
-        UserError: for data that cannot be learned from, and when a loss is not finite.
+        UserError: for data that cannot be learned from, for a model in float16, when a loss is not finite, and where
+            a checkpoint cannot be written.
         Stopped: `stop` said so.
     """
     config = config or StageConfig()
+    check_training_dtype(model.dtype, resume)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
@@ -110,7 +115,7 @@ class _Stages:
         model: MaskedModel,
         vq: ImageTokenizer,
         tokenizer: TextTokenizer,
-        concept_data: Any,
+        concept_data: Concept,
         config: StageConfig,
         out: Path,
         face_embedding: rows.FaceEmbedding | None,
@@ -121,7 +126,7 @@ class _Stages:
         self.model, self.answering = owning_rows(model), answering(model)
         self.vq, self.plain, self.data, self.config = vq, tokenizer, concept_data, config
         self.out, self.face_embedding, self.progress = out, face_embedding, progress
-        self.pictures = Pictures(model, vq, crop=config.crop, flip=config.flip, cache_mb=config.cache_mb)
+        self.images = ReferenceImages(model, vq, crop=config.crop, flip=config.flip, cache_mb=config.cache_mb)
         if not concept_data.train_images:
             raise UserError(f"concept {concept_data.name!r} has no training images: add some to {concept_data.root}")
         self.steps_done = 0
@@ -137,23 +142,33 @@ class _Stages:
         found = read_json(about) if about.exists() else settings
         if not isinstance(found, dict):
             raise UserError(f"{about}: must be a table of settings, is {type(found).__name__}")
-        if {**found, "max_text": found.get("max_text") or own["max_text"]} != settings:
+        known = {"max_text": found.get("max_text") or own["max_text"], "save_every": self.config.save_every}
+        if {**found, **known} != settings:
             raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
         write_json(about, settings)
         save_yaml(self.out / "stages.yaml", self.config)
         self.model.requires_grad_(False)
         finished = self._finished() if resume else []
-        concept = (
-            ConceptTokens.load(self.out / finished[-1]).to(self.model.device) if finished else start or self._new()
-        )
-        if finished:
+        begun = self._begun(finished) if resume else None
+        if begun is not None:
+            concept = begun.concept.to(self.model.device)
+            self.steps_done = begun.steps_done
+        elif finished:
+            concept = ConceptTokens.load(self.out / finished[-1]).to(self.model.device)
             self.steps_done = sum(line.get("stage") in finished for line in read_metrics(self.out, "stages.jsonl"))
+        else:
+            concept = start or self._new()
         with MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl") as metrics:
             for number, stage in enumerate(self.config.stages):
-                if stage not in finished:
+                if stage in finished:
+                    continue
+                if begun is None:
                     concept = self._prepare(stage, concept)
-                    self._learn(stage, number, concept, metrics)
-                    concept.save(self.out / stage)
+                self.model.attach(concept.requires_grad_(True))
+                self._learn(stage, number, concept, metrics, begun)
+                concept.save(self.out / stage)
+                checkpoint.remove(self.out)
+                begun = None
         self.model.attach(concept.requires_grad_(False))
         concept.save(self.out / "concept")
         return concept
@@ -163,6 +178,22 @@ class _Stages:
         stages = self.config.stages
         missing = [place for place, stage in enumerate(stages) if not (self.out / stage / "concept.json").exists()]
         return list(stages[: missing[0]] if missing else stages)
+
+    def _begun(self, finished: list[str]) -> StageCheckpoint | None:
+        """The checkpoint of the first stage that is not finished; None without, or where it is of other data."""
+        found = StageCheckpoint.load(self.out)
+        if found is None:
+            return None
+        left = self.config.stages[len(finished) :]
+        if not left or found.stage != left[0]:  # a kill came between the stage's end and the removing of this
+            checkpoint.remove(self.out)
+            return None
+        there = found.questions.get("items"), found.prompts.get("items")
+        here = len(self._questions()), len(generation_items(self.data))
+        if there != here:
+            log.warning("stage %s is begun anew: the concept's folder has changed since it was cut off", found.stage)
+            return None
+        return found
 
     # --- starting rows ---------------------------------------------------------------------------------------------
 
@@ -176,31 +207,29 @@ class _Stages:
             seed=config.seed,
         ).to(self.model.device)
         rows.from_class_word(concept, self.model, self.plain, self.data.class_word)
-        codes = torch.stack([self.pictures.codes(path) for path in self.data.train_images])
+        codes = torch.stack([self.images.codes(path) for path in self.data.train_images])
         rows.from_codes(concept, self.model, codes, "understanding", config.seed)
         rows.from_noise(concept, "generation", config.seed + 1)
         return concept
 
     def _prepare(self, stage: str, concept: ConceptTokens) -> ConceptTokens:
-        """Starting rows of a stage, and the concept attached."""
+        """The rows that a stage starts with."""
         if stage in ("generation", "joint") and self.data.kind == "human" and self.face_embedding is not None:
-            pixels = torch.stack([self.pictures.pixels(path) for path in self.data.train_images])
+            pixels = torch.stack([self.images.pixels(path) for path in self.data.train_images])
             rows.from_face(concept, pixels.to(self.model.device), self.face_embedding)
         if stage == "deepening" and self.config.num_extra:
             still = self._still_codes(concept)
             concept = concept.grown(self.config.num_extra, seed=self.config.seed + 2)
             rows.from_codes(concept, self.model, still, "extra", self.config.seed)
-        concept.requires_grad_(True)
-        self.model.attach(concept)
         return concept
 
     def _still_codes(self, concept: ConceptTokens) -> Tensor:
-        """Codes int64 [M] of the model's own drawings that no longer change after `compare_step` of the timesteps."""
+        """Codes int64 [M] of the model's own images that no longer change after `compare_step` of the timesteps."""
         config = self.config
         self.model.attach(concept)
         engine = RolloutEngine(self.model, None, self.plain.with_concept(concept.tokens))
         drawn = engine.generate_images(
-            [as_prompt(concept, prompting.base_prompt(concept.sks))],
+            [as_prompt(concept, wording.base_prompt(concept.sks))],
             samples=config.generated_images,
             steps=config.generated_timesteps,
             guidance_scale=config.generated_guidance,
@@ -215,12 +244,14 @@ class _Stages:
 
     # --- learning --------------------------------------------------------------------------------------------------
 
-    def _learn(self, stage: str, number: int, concept: ConceptTokens, metrics: MetricsLog) -> None:
+    def _learn(
+        self, stage: str, number: int, concept: ConceptTokens, metrics: MetricsLog, begun: StageCheckpoint | None
+    ) -> None:
         config, plan = self.config, PLANS[stage]
         batch = config.batch_mixed if plan.mixed else config.batch_understanding
         questions = EpochSampler(self._questions(), batch, seed=config.seed + number)
-        drawings = EpochSampler(generation_items(self.data), config.batch_generation, seed=config.seed + 100 + number)
-        epoch = max(len(questions), len(drawings)) if plan.mixed else len(questions)
+        prompts = EpochSampler(generation_items(self.data), config.batch_generation, seed=config.seed + 100 + number)
+        epoch = max(len(questions), len(prompts)) if plan.mixed else len(questions)
         steps = epoch * config.epochs
         steps = min(steps, config.max_steps) if config.max_steps else steps
         lr = config.lr_generation if stage in ("generation", "joint") else config.lr
@@ -230,12 +261,25 @@ class _Stages:
         begin = {name: value.detach().clone() for name, value in named.items()}
         frozen = _frozen_rows(concept, plan.learning)
         tokenizer = self.plain.with_concept(concept.tokens)
-        for step in range(steps):
+        if begun is not None:
+            begin = {name: value.to(self.model.device) for name, value in begun.begin.items()}
+            optimizer.load_state_dict(begun.optimizer, self.out)
+            generator.set_state(begun.generator)
+            questions.load_state_dict(begun.questions)
+            prompts.load_state_dict(begun.prompts)
+
+        def save(step: int) -> None:
+            metrics.sync()
+            states = questions.state_dict(), prompts.state_dict()
+            rows = concept, begin, optimizer.state_dict(), generator.get_state()
+            StageCheckpoint(stage, step, self.steps_done, *rows, *states).save(self.out)
+
+        for step in range(begun.step if begun is not None else 0, steps):
             optimizer.zero_grad()
             losses = {"understanding": self._understanding(questions.next(), concept, tokenizer, plan, generator)}
             weight = 1.0
             if plan.mixed:
-                losses["generation"] = self._generation(drawings.next(), concept, tokenizer, generator)
+                losses["generation"] = self._generation(prompts.next(), concept, tokenizer, generator)
                 weight = 1.0 - config.weight_generation
             loss = weight * losses["understanding"] + (1.0 - weight) * losses.get("generation", 0.0)
             pulled = loss + self._pull(stage, concept, begin)
@@ -249,15 +293,20 @@ class _Stages:
             with torch.no_grad():
                 for name, value in named.items():
                     value[frozen] = begin[name][frozen]
-            values: dict[str, Any] = {"step": self.steps_done, "stage": stage, "loss": float(loss.detach())}
+            values: dict[str, object] = {"step": self.steps_done, "stage": stage, "loss": float(loss.detach())}
             values.update({f"loss_{name}": float(value.detach()) for name, value in losses.items()})
             values.update(grad_norm=norm, lr=rate)
             metrics.write(values)
             self.steps_done += 1
             if self.progress is not None:
                 self.progress(stage, step + 1, steps, values)
-            if self.stop() and step + 1 < steps:
-                raise Stopped(f"stopped in stage {stage} at step {step + 1} of {steps}; the stage is begun anew")
+            if step + 1 == steps:  # its rows are written now
+                continue
+            stopping = self.stop()
+            if stopping or (config.save_every and (step + 1) % config.save_every == 0):
+                save(step + 1)
+            if stopping:
+                raise Stopped(f"stopped in stage {stage} at step {step + 1} of {steps}, its checkpoint is written")
 
     def _questions(self) -> list[UnderstandingItem]:
         return understanding_items(
@@ -279,7 +328,7 @@ class _Stages:
                 form = "prefix" if bool(torch.rand((), generator=generator) < 0.5) else "expand"
             question = as_question(concept, item.question, plan.question_groups, form)
             asked.append(text_row(tokenizer, self.answering, question, item.answer))
-            prefixes.append(self.pictures.prefix(item.image))
+            prefixes.append(self.images.prefix(item.image))
         return understanding_loss(self.answering, reduce(add, prefixes), asked)
 
     def _generation(
@@ -290,7 +339,7 @@ class _Stages:
             dropped = bool(torch.rand((), generator=generator) < self.config.condition_dropout)
             text = [] if dropped else tokenizer.encode(as_prompt(concept, item.prompt))
             prompts.append(self.model.prompt_ids(text))
-        codes = self.pictures.augmented([item.image for item in items], generator)
+        codes = self.images.augmented([item.image for item in items], generator)
         mask, timestep = random_mask(codes, self.config.mask_schedule, generator)
         return generation_loss(self.model, codes, mask, prompts, timestep)
 

@@ -1,8 +1,8 @@
-"""Where a concept's rows begin: class word, k-means of the pictures' codes, faces, or small noise.
+"""Where a concept's rows begin: class word, k-means of the images' codes, faces, or small noise.
 
-    understanding   <name> from its class word, <token_0…K−1> from k-means centres of the pictures' code embeddings
+    understanding   <name> from its class word, <token_0…K−1> from k-means centres of the images' code embeddings
     generation      <token_K…K+M−1> from the mean face embedding for humans, else N(0, 0.02)
-    deepening       the added tokens from k-means over codes that stand still in the model's own drawings
+    deepening       the added tokens from k-means over codes that stand still in the model's own images
 
 Source: the published stages of UniCTokens (An et al., 2025).
 """

@@ -12,7 +12,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from torch import Tensor
 from ...utils import profiling
 from ...utils.errors import RankLost, UserError
 from ...utils.signals import Stopped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..optimizer import Gathers
+    from .heartbeat import Watch
 
 T = TypeVar("T")
 
@@ -83,13 +91,13 @@ class Ranks:
         """Wait for all ranks."""
         self.gather(None)
 
-    def learned(self, leaves: Mapping[str, Any]) -> list[str]:
+    def learned(self, leaves: Mapping[str, Gathers]) -> list[str]:
         """Names of those that have a gradient on any rank, in the order of `leaves`."""
         have = set().union(*self.gather([name for name, leaf in leaves.items() if leaf.grad is not None]))
         return [name for name in leaves if name in have]
 
     def sum_gradients(self, leaves: Mapping[str, Tensor]) -> None:
-        """Make every leaf's gradient the sum over ranks: once, when the last piece of a step is done.
+        """Make every leaf's gradient the sum over ranks: once, when the last microbatch of a step is done.
 
         A rank without a gradient counts as zero; a leaf without one on any rank keeps none.
         """
@@ -103,11 +111,11 @@ class Ranks:
         return self
 
     @property
-    def group(self) -> Any:
+    def group(self) -> ProcessGroup | None:
         """The process group for records on the CPU; None alone."""
         return None
 
-    def mesh(self) -> Any:
+    def mesh(self) -> DeviceMesh:
         """All ranks as a one-dimensional device mesh, for sharded tensors."""
         raise UserError("a single process has no other ranks to share tensors with")
 
@@ -124,7 +132,9 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None or isinstance(error, Stopped):
             self.close()
         else:
@@ -134,12 +144,20 @@ class Ranks:
 class _Many(Ranks):
     """One of several processes."""
 
-    def __init__(self, rank: int, world: int, device: torch.device, group: Any, spare: Any, watch: Any):
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        device: torch.device,
+        group: ProcessGroup | None,
+        spare: ProcessGroup | None,
+        watch: Watch,
+    ):
         super().__init__(device)
         self.rank, self.world = rank, world
         self.attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
         self._group, self._spare, self._watch = group, spare, watch
-        self._mesh: Any = None
+        self._mesh: DeviceMesh | None = None
 
     @classmethod
     def join(cls, world: int, device: str) -> _Many:
@@ -176,7 +194,7 @@ class _Many(Ranks):
     def gather(self, own: T) -> list[T]:
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.world
+        found: list[T] = [own] * self.world
         with self.noticing():
             dist.all_gather_object(found, own, group=self._group)
         return found
@@ -185,7 +203,7 @@ class _Many(Ranks):
     def broadcast(self, own: T) -> T:
         import torch.distributed as dist
 
-        values: list[Any] = [own]
+        values: list[T] = [own]
         with self.noticing():
             dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
@@ -222,10 +240,10 @@ class _Many(Ranks):
         return _Many(self.rank, self.world, self.device, self._spare, None, self._watch)
 
     @property
-    def group(self) -> Any:
+    def group(self) -> ProcessGroup | None:
         return self._group
 
-    def mesh(self) -> Any:
+    def mesh(self) -> DeviceMesh:
         if self._mesh is None:
             from torch.distributed.device_mesh import init_device_mesh
 

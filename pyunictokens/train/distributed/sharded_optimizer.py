@@ -3,7 +3,7 @@
 Every rank keeps whole weights in the model's precision, because a rollout runs the forward pass 2·T times a step and
 would gather them each time; spread are the float32 masters and AdamW's two moments, as DTensors cut along their first
 dimension. A step is a reduce-scatter of gradients, AdamW on the own part, an all-gather of new weights. Gradients of a
-step are summed over its pieces in a whole float32 tensor a parameter first, so ranks speak once a step.
+step are summed over its microbatches in a whole float32 tensor a parameter first, so ranks speak once a step.
 
 How that state lies on disk is train/checkpoint/shards.py's business. docs/distributed.md holds all this against FSDP2.
 """
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +22,36 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from ...utils import profiling
 from ...utils.errors import UserError
 from ..checkpoint.shards import read_parts, shapes
-from ..optimizer import PARTS, Optimizer, fitting
+from ..optimizer import PARTS, Gathers, Optimizer, fitting
 from .ranks import Ranks
+
+
+@dataclass
+class _Sum:
+    """The gradient of a parameter of lower precision, added up in float32."""
+
+    grad: Tensor | None = None
 
 
 class ShardedOptimizer(Optimizer):
     """:class:`Optimizer` with masters and moments spread over its ranks; the same numbers but for the order of sums."""
 
-    def __init__(self, named: Mapping[str, nn.Parameter], *, ranks: Ranks, **settings: Any):
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        undecayed: frozenset[str] = frozenset(),
+        ranks: Ranks,
+    ):
         self._mesh = ranks.mesh()
         # float32 parameters gather their gradients themselves, others here
-        self._sums = {n: v if v.dtype == torch.float32 else SimpleNamespace(grad=None) for n, v in named.items()}
-        super().__init__(named, ranks=ranks, **settings)
+        self._sums: dict[str, Gathers] = {n: v if v.dtype == torch.float32 else _Sum() for n, v in named.items()}
+        super().__init__(
+            named, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, undecayed=undecayed, ranks=ranks
+        )
 
     def _spread(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that all ranks have; nothing is sent."""
@@ -45,7 +62,7 @@ class ShardedOptimizer(Optimizer):
     def _master(self, parameter: nn.Parameter) -> Tensor:
         return self._spread(parameter).clone()
 
-    def _gathering(self, name: str) -> Any:
+    def _gathering(self, name: str) -> Gathers:
         return self._sums[name]
 
     def zero_grad(self) -> None:
@@ -78,8 +95,8 @@ class ShardedOptimizer(Optimizer):
         """Nothing: all of it is in :meth:`shards`."""
         return {}
 
-    def shards(self) -> dict[str, Any]:
-        state: dict[str, Any] = {}
+    def shards(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             state[f"master.{name}"] = master.detach()
             for part, value in self.adam.state.get(master, {}).items():
@@ -110,10 +127,10 @@ class ShardedOptimizer(Optimizer):
                 for part, key in keys.items()
             }
 
-    def _read(self, folder: Path, origin: object) -> dict[str, Any]:
+    def _read(self, folder: Path, origin: object) -> dict[str, Tensor]:
         """This rank's part of all tensors in `folder`, cut for the ranks of now."""
         known = shapes(folder)
-        state: dict[str, Any] = {}
+        state: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
             for key in (f"master.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
                 if key in known:
@@ -129,5 +146,6 @@ class ShardedOptimizer(Optimizer):
         return state
 
 
-def _local(tensor: Any) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
     return tensor.to_local()
