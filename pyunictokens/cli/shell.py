@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import select
 import shlex
 import sys
 import time
@@ -70,8 +71,7 @@ OverridesArgument = Annotated[
 
 
 def console(stderr: bool = False) -> Console:
-    """A rich console on stdout or stderr. Control characters in what is printed are shown, not obeyed; where nobody
-    reads on, the command goes on in silence."""
+    """A rich console on stdout or stderr. Control characters in what is printed are shown, not obeyed."""
     return _console_class()(stderr=stderr, highlight=False)
 
 
@@ -82,10 +82,6 @@ def _console_class() -> type[Console]:
     class Plain(Console):
         def render_str(self, text: str, **options: Any) -> Text:  # of everything printed, cells of tables too
             return super().render_str(printable(text), **options)
-
-        def on_broken_pipe(self) -> None:
-            self.quiet = True
-            nobody_reads()
 
     return Plain
 
@@ -99,8 +95,12 @@ def nobody_reads() -> None:
 def print_anything() -> None:
     """From here on printing never ends a command: what the terminal's encoding lacks is written in signs it has.
 
-    An arrow becomes `->`, a minus `-`; letters become their escape (`\\xfc`), so that two names stay two names.
+    An arrow becomes `->`, a minus `-`; letters become their escape (`\\xfc`), so that two names stay two names. Where
+    the reader of the output has gone, the command goes on in silence.
     """
+    from rich.console import Console
+
+    Console.on_broken_pipe = lambda self: nobody_reads()  # type: ignore[method-assign]  # its own ends with code 1
     codecs.register_error(_LOOKALIKE, _lookalike)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -191,11 +191,16 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 def _stdout_is_broken() -> bool:
+    """Whether nobody reads our output any more; a pipe may also break elsewhere."""
     try:
         sys.stdout.flush()
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
     except BrokenPipeError:
         return True
-    return False
+    except (OSError, ValueError, AttributeError):  # no file behind it, or a system without poll
+        return False
 
 
 def _out_of_memory(error: Exception) -> bool:
