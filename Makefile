@@ -14,7 +14,7 @@ CODE := $(shell find csrc -type f 2>/dev/null)
 CORE := CMakeLists.txt $(CODE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak fuzz tables lint format bench clean
+.PHONY: help install demo reinforce test soak fuzz tables lint format bench clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(CORE)
 
 demo: $(STAMP) ## teach the toy model one concept, start to finish, and write demo/report.html
 	$(BIN)/pyunictokens demo --out demo $(ARGS)
+
+reinforce: $(STAMP) ## reinforce the toy model on a list of prompts; the curve on held-out ones: reinforce/curve.png
+	$(BIN)/pyunictokens demo --prompts --out reinforce $(ARGS)
 
 test: $(STAMP) ## the test suite (without the tests that need a GPU), a process a core
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not soak and not fuzz" $(ARGS)

@@ -1,14 +1,15 @@
-"""Reinforcement by one rank on one core against two on two cores: samples a second, and what synchronising takes.
+"""Reinforcement by one rank against several: samples and steps a second, and what synchronising takes.
 
-    python -m benchmarks.ranks                            # writes benchmarks/results/ranks-cpu.json
+    python -m benchmarks.ranks                            # one and two cores; writes benchmarks/results/ranks-cpu.json
     python -m benchmarks.ranks --rounds 1 --steps 2 --groups 1
+    python -m benchmarks.ranks --device cuda --ranks 1,2,4,8 --groups 8        # NCCL, a GPU a rank; ranks-cuda.json
 
 The embedded toy with its preset (all weights learn, DSOG on), from tokens that a short stage has learned. Every rank is
-a process with one thread, pinned to a core of its own. Both sides take turns; a run's first steps warm up and are not
-counted. `processor_seconds` are those that rank 0 computed: where they are much less than `seconds` beyond the share of
-synchronisation, other programs had the cores. A sample is one answer with its image: previewed, scored, held against
-the reference and trained on. The share of synchronisation is what rank 0 spends in calls to the other, waiting for it
-included.
+a process with one thread, on a CPU pinned to a core of its own. The sides take turns; a run's first steps warm up and
+are not counted. `processor_seconds` are those that rank 0 computed: where they are much less than `seconds` beyond the
+share of synchronisation, other programs had the cores. A sample is one answer with its image: previewed, scored,
+compared with the reference and trained on. The share of synchronisation is what rank 0 spends in calls to the others,
+waiting for them included.
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ def prepare(folder: Path) -> None:
     )
 
 
-def work(folder: Path, out: Path, words: list[str], core: int) -> None:
+def work(folder: Path, out: Path, words: list[str], core: int, device: str = "cpu") -> None:
     """One rank, in a process of its own."""
-    if hasattr(os, "sched_setaffinity"):
+    if hasattr(os, "sched_setaffinity") and device == "cpu":
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    toy, rewards, data = load_toy(), load_toy_rewards(), load_concept(folder / "data", "bo")
-    times = [(time.perf_counter(), time.process_time())]
-    with Ranks.open("cpu") as ranks:
+    with Ranks.open(device) as ranks:
+        toy, rewards = load_toy(torch.float32, ranks.device), load_toy_rewards(device=ranks.device)
+        data = load_concept(folder / "data", "bo")
+        times = [(time.perf_counter(), time.process_time())]
         train_grpo(
             toy.model,
             toy.vq,
@@ -84,12 +86,15 @@ def measure(folder: Path, out: Path, ranks: int, options: argparse.Namespace) ->
         port = free.getsockname()[1]
     steps = options.warmup + options.steps
     words = [f"grpo.groups={options.groups}", f"grpo.steps={steps}", "grpo.checkpoint_every=0", "grpo.sample_every=0"]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(ranks))
+    pinned = hasattr(os, "sched_getaffinity") and options.device == "cpu"
+    cores = sorted(os.sched_getaffinity(0)) if pinned else list(range(ranks))
     running = []
     for rank in range(ranks):
-        named = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **{name: str(value) for name, value in named.items()}, "OMP_NUM_THREADS": "1"}
-        job = json.dumps({"folder": str(folder), "out": str(out), "words": words, "core": cores[rank]})
+        job = json.dumps(
+            {"folder": str(folder), "out": str(out), "words": words, "core": cores[rank], "device": options.device}
+        )
         running.append(subprocess.Popen([sys.executable, "-m", "benchmarks.ranks", "--job", job], env=environment))
     codes = [process.wait() for process in running]
     if any(codes):
@@ -104,6 +109,7 @@ def measure(folder: Path, out: Path, ranks: int, options: argparse.Namespace) ->
         "seconds": round(seconds, 3),
         "processor_seconds": round(busy, 3),
         "samples_per_second": round(samples / seconds, 4),
+        "steps_per_second": round(options.steps / seconds, 5),
         "synchronisation_share": round(spent.get("synchronisation", 0.0) / sum(spent.values()), 4),
     }
 
@@ -114,43 +120,62 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a run (default 4)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before that (default 1)")
     parser.add_argument("--groups", type=int, default=2, help="groups of nine in a step (default 2)")
-    parser.add_argument("--out", type=Path, default=results() / "ranks-cpu.json", help="result file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cores by gloo, or GPUs by NCCL")
+    parser.add_argument("--ranks", default="1,2", help="numbers of ranks to compare, the first against each (1,2)")
+    parser.add_argument("--out", type=Path, help="result file; benchmarks/results/ranks-DEVICE.json by default")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         job = json.loads(options.job)
-        work(Path(job["folder"]), Path(job["out"]), job["words"], job["core"])
+        work(Path(job["folder"]), Path(job["out"]), job["words"], job["core"], job["device"])
         return
     if min(options.rounds, options.steps, options.warmup, options.groups) < 1:
         parser.error("--rounds, --steps, --warmup and --groups must be at least 1")
-    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < 2:
-        parser.error("two cores are needed")
-    pairs = []
+    counts = [int(part) for part in options.ranks.split(",") if part.strip().isdecimal()]
+    if len(counts) < 2 or min(counts) < 1 or len(set(counts)) != len(counts):
+        parser.error(f"--ranks {options.ranks}: must be two or more different numbers, as in 1,2,4")
+    on_cpu = options.device == "cpu"
+    there = len(os.sched_getaffinity(0)) if on_cpu and hasattr(os, "sched_getaffinity") else max(counts)
+    there = there if on_cpu else torch.cuda.device_count()
+    if there < max(counts):
+        parser.error(f"{max(counts)} {'cores' if on_cpu else 'GPUs'} are needed, {there} are there")
+    sides = []
     with tempfile.TemporaryDirectory() as room:
         prepare(Path(room))
         for turn in range(options.rounds):
-            pairs.append([measure(Path(room), Path(room) / f"run{turn}-{n}", n, options) for n in (1, 2)])
-            print(f"round {turn + 1}: " + ", ".join(f"{each['samples_per_second']} a second" for each in pairs[-1]))
-    one, two = (statistics.median(run["samples_per_second"] for run in side) for side in zip(*pairs, strict=True))
+            sides.append([measure(Path(room), Path(room) / f"run{turn}-{n}", n, options) for n in counts])
+            print(f"round {turn + 1}: " + ", ".join(f"{each['samples_per_second']} a second" for each in sides[-1]))
+    by_ranks = {
+        str(count): {
+            name: statistics.median(run[name] for run in runs)
+            for name in ("samples_per_second", "steps_per_second", "synchronisation_share")
+        }
+        for count, runs in zip(counts, zip(*sides, strict=True), strict=True)
+    }
+    pairs = [(turn[0], turn[-1]) for turn in sides]
+    one, two = (by_ranks[str(count)]["samples_per_second"] for count in (counts[0], counts[-1]))
     single = sorted(second["samples_per_second"] / first["samples_per_second"] for first, second in pairs)
     result = {
         "command": " ".join(["python -m benchmarks.ranks", *sys.argv[1:]]),
         "machine": machine(),
         "settings": {"steps": options.steps, "warmup": options.warmup, "groups": options.groups, "group_size": 9},
+        "device": options.device,
+        "ranks": counts,
+        "by_ranks": by_ranks,
         "one_rank_samples_per_second": one,
         "two_ranks_samples_per_second": two,
         "ratio": round(two / one, 3),
         "ratio_min": round(single[0], 3),
         "ratio_max": round(single[-1], 3),
         "synchronisation_share": statistics.median(second["synchronisation_share"] for _, second in pairs),
-        "runs": [run for pair in pairs for run in pair],
+        "runs": [run for turn in sides for run in turn],
     }
-    write_json(options.out, result)
+    out = options.out or results() / f"ranks-{options.device}.json"
+    write_json(out, result)
     share = 100 * result["synchronisation_share"]
-    print(
-        f"two ranks: {result['ratio']} × one ({result['ratio_min']}…{result['ratio_max']}), {share:.1f} % synchronising"
-    )
-    print(options.out)
+    span = f"{result['ratio_min']}…{result['ratio_max']}"
+    print(f"{counts[-1]} ranks: {result['ratio']} × {counts[0]} ({span}), {share:.1f} % synchronising")
+    print(out)
 
 
 if __name__ == "__main__":

@@ -115,3 +115,20 @@ def test_what_is_missing_is_named() -> None:
     environment = {key: value for key, value in os.environ.items() if key not in GIVEN}
     made = subprocess.run(["bash", str(FOLDER / "one_gpu.sh")], capture_output=True, text=True, env=environment)
     assert made.returncode != 0 and "DATA: the data folder" in made.stderr
+
+
+def test_the_shipped_rewards_are_the_papers_where_the_docs_put_them() -> None:
+    from pyunictokens.rewards.load import RewardConfig
+    from pyunictokens.rewards.registry import weight_status
+    from pyunictokens.runs.bundle import read_rewards
+
+    chosen = read_rewards(str(FOLDER / "rewards.yaml"))
+    assert isinstance(chosen, dict)
+    paths = RewardConfig.from_mapping(chosen).paths()
+    assert set(paths) == {"tier", "ber", "der", "fer"}
+    homes = {status.name: status.get.rpartition(" ")[2] for status in weight_status() if status.name in paths}
+    docs = (FOLDER.parent.parent / "docs" / "real-weights.md").read_text(encoding="utf-8")
+    assert all(path in docs for path in paths.values()) and set(homes) == set(paths)
+    for recipe in RECIPES:
+        text = recipe.read_text()
+        assert "--rewards" not in text or "rewards.yaml" in text or "REWARDS" not in text

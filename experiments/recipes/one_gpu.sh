@@ -5,7 +5,7 @@
 #       bash experiments/recipes/one_gpu.sh
 #
 # The three weight folders are described in docs/real-weights.md. Started again, it goes on where it stopped: the same
-# line serves a machine that may be taken away at any time. REWARDS names your experts (docs/rewards.md).
+# line serves a machine that may be taken away at any time. REWARDS names the reward models; by default those of rewards.yaml here.
 # DRY_RUN=1 prints the commands and runs none.
 set -euo pipefail
 
@@ -14,7 +14,7 @@ set -euo pipefail
 : "${SHOWO:?folder or hub id of the Show-o checkpoint}"
 : "${VQ:?folder or hub id of MAGVIT-v2}"
 : "${PHI:?folder with the tokenizer.json of Phi-1.5}"
-REWARDS=${REWARDS:-my_rewards:load}
+REWARDS=${REWARDS:-experiments/recipes/rewards.yaml}
 OUT=${OUT:-runs/$CONCEPT}
 
 run() { echo "+ $*"; [ -n "${DRY_RUN:-}" ] || "$@"; }

@@ -22,13 +22,17 @@ def demo(
         "demo"
     ),
     kind: Annotated[str, typer.Option("--kind", help="human, animal or object.")] = "animal",
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="The other form of reinforcement: a list of prompts, no concept.")
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
 ) -> None:
     """Teach the toy model one drawn concept, start to finish, and report what changed.
 
-    Settings are those of `train`, from its toy preset.
+    Settings are those of `train`, from its toy preset. With --prompts the toy model is reinforced on a list of prompts
+    instead, as `reinforce` does it, and measured on others that never train.
 
     Examples:
 
@@ -37,10 +41,22 @@ def demo(
         pyunictokens demo --kind human --seed 3 --out demo_human
 
         pyunictokens demo grpo.steps=10 evaluation.samples=2
+
+        pyunictokens demo --prompts --out reinforce steps=80
     """
     from ..runs.demo import run_demo
+    from ..runs.prompt_demo import run_prompt_demo
 
     started = time.monotonic()
+    if prompts:
+        with Bars() as bars:
+            found = run_prompt_demo(out, seed=seed, words=overrides or [], device=device, dtype=dtype, progress=bars)
+        console().print(found.sentence, markup=False, soft_wrap=True)
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        console().print(
+            f"{minutes} min {seconds} s; the curve: {found.curve}, pictures: {found.pictures}", markup=False
+        )
+        return
     with Bars() as bars:
         outcome = run_demo(out, kind=kind, seed=seed, words=overrides or [], device=device, dtype=dtype, progress=bars)
     show_results(outcome.results)

@@ -13,11 +13,13 @@ import typer
 from typer.core import TyperGroup
 
 from ..utils.errors import UserError
-from . import evaluate_table
+from . import evaluate_paper, evaluate_table
 from .demo import show_results
+from .evaluate_table import ProtocolOption
 from .generate import ConceptOption, NameOption, RunArgument
 from .shell import (
     Bars,
+    ClipOption,
     ConfigOption,
     DeviceOption,
     DtypeOption,
@@ -39,7 +41,9 @@ class DefaultGroup(TyperGroup):
     default = DEFAULT
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # typer carries a click of its own
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+        known = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        own = args and args[0] == self.default and (len(args) == 1 or "=" in args[1] or args[1].startswith("--"))
+        if args and (not known or (own and Path(args[0]).is_dir())):  # a run may be called as the command is
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
@@ -48,6 +52,7 @@ def evaluate(
     run: RunArgument,
     overrides: OverridesArgument = None,
     concept: ConceptOption = None,
+    protocol: ProtocolOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="JSON file of the result. Default: evaluation.json in the run.")
     ] = None,
@@ -60,6 +65,7 @@ def evaluate(
         typer.Option("--rewards", metavar="FILE.yaml", help="Reward models, http://HOST:PORT, or MODULE:FUNCTION."),
     ] = None,
     trust: TrustOption = False,
+    clip: ClipOption = None,
     name: NameOption = None,
     model: ModelOption = None,
     vq: VqOption = None,
@@ -71,7 +77,8 @@ def evaluate(
 ) -> None:
     """Measure a run: recognition, answers, reasoning, images. Writes JSON and prints before and after.
 
-    Settings: samples, timesteps, guidance_scale, max_new_tokens, judged_as, tasks, seed.
+    Settings: samples, timesteps, guidance_scale, max_new_tokens, judged_as, tasks, seed. A protocol brings its own
+    numbers of images and its seed, unless words say otherwise.
 
     Examples:
 
@@ -80,14 +87,17 @@ def evaluate(
         pyunictokens evaluate runs/bo --concept toydata bo samples=8
 
         pyunictokens evaluate base --concept toydata bo --out base.json "tasks=[pure, dense]"
+
+        pyunictokens evaluate runs/bo --protocol sync-r1
     """
     from dataclasses import replace
 
     from ..config.settings import from_mapping, load_yaml, with_overrides
     from ..data.folder import load_concept
+    from ..evaluate.protocol import protocol_named
     from ..evaluate.result import EvalResult
     from ..models.bundle import Sources
-    from ..runs.bundle import choose_rewards, load_scorers
+    from ..runs.bundle import choose_rewards, load_scorers, with_clip
     from ..runs.pipeline import measure
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
     from ..utils.files import refuse_unwritable
@@ -99,6 +109,10 @@ def evaluate(
     settings = RunConfig.make(preset, place.config, f"{run}/config.yaml").evaluation
     if config is not None:
         settings = from_mapping(EvaluationConfig, load_yaml(config), base=settings, origin=str(config))
+    if protocol is not None and protocol != settings.protocol:
+        own = protocol_named(protocol).seed
+        settings = with_overrides(settings, [f"protocol={protocol}", "samples=0"])
+        settings = replace(settings, seed=settings.seed if own is None else own)
     if seed is not None:
         settings = replace(settings, seed=seed)
     settings = with_overrides(settings, overrides or [])
@@ -108,6 +122,7 @@ def evaluate(
     chosen, trusted = choose_rewards(rewards, place.origin.rewards, place.path or out, trust=trust)
     bench = place.open(flags, device, dtype, name)
     scorers = load_scorers(bench.sources, bench.device, chosen, trust=trusted)
+    scorers = with_clip(scorers, clip or place.origin.clip, bench.device)
     with Bars() as bars:
         result = measure(bench, data, settings, scorers, bars, "measuring")
     result.save(out)
@@ -119,6 +134,7 @@ def evaluate(
             raise UserError(f"--against {against}: no such file")
         results = {against.stem: EvalResult.load(against), **results}
     show_results(results)
+    console().print(f"protocol {settings.protocol}", markup=False)
     for note in result.notes:
         console().print(f"note: {note}", markup=False)
     console().print(str(out), markup=False)
@@ -136,8 +152,11 @@ Examples:
 
     pyunictokens evaluate table runs/bo --model ours --model showo-tp --model real
 
+    pyunictokens evaluate paper mydata --plan
+
     pyunictokens evaluate compare tables/before tables/after""",
 )
 app.command(DEFAULT)(guarded(evaluate))
 app.command("table")(guarded(evaluate_table.table))
+app.command("paper")(guarded(evaluate_paper.paper))
 app.command("compare")(guarded(evaluate_table.compare))

@@ -25,6 +25,16 @@ MODELS_HELP = (
 )
 
 
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        metavar="ours|sync-r1",
+        help="How is asked and scored: ours, or as the authors' later public code does (docs/evaluation.md).",
+    ),
+]
+
+
 def table(
     suite: Annotated[
         str,
@@ -39,6 +49,7 @@ def table(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="A concept of SUITE; give it once a concept. Default: all.")
     ] = None,
+    protocol: ProtocolOption = None,
     concept: ConceptOption = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the table; what is there already is not done again.")
@@ -75,8 +86,8 @@ def table(
 ) -> None:
     """Fill the paper's table: every column, any models, with intervals, as JSON, CSV, Markdown, LaTeX and pages.
 
-    Settings: samples, seeds, tasks, limit, timesteps, guidance_scale, max_new_tokens, judged_as (what the judge reads
-    for the concept's token: class or info; by default as in the run).
+    Settings: protocol, samples, seeds, tasks, limit, timesteps, guidance_scale, max_new_tokens, question_form,
+    judged_as (what the judge reads for the concept's token: class or info; by default as in the run).
 
     Examples:
 
@@ -85,8 +96,13 @@ def table(
         pyunictokens evaluate table toydata --name bo -m ours:runs/{name} --judge-model gpt-4o "seeds=[0, 1]"
 
         pyunictokens evaluate table dreambench:dreambooth -m diffusers:sd,lora=bo_lora --clip local_clip samples=4
+
+        pyunictokens evaluate table unictokens_data --name bo -m ours:published/bo --protocol sync-r1 --showo show-o-512
     """
+    from dataclasses import replace
+
     from ..config.settings import from_mapping, load_yaml, to_mapping, with_overrides
+    from ..evaluate.protocol import protocol_named
     from ..evaluate.report.gallery import write_gallery
     from ..evaluate.runner import fill
     from ..evaluate.suites import open_suite
@@ -103,12 +119,15 @@ def table(
         suite, names = str(root), names or [of_run]
     elif concept is not None:
         raise UserError(f"--concept says where the concept of a run is, and {suite} is no run: leave one of the two")
-    opened = open_suite(suite, names)
     sources = run.sources(Sources(showo, vq, tokenizer))
     settings = TableConfig.of(run, sources.is_toy)
     if config is not None:
         settings = from_mapping(TableConfig, load_yaml(config), base=settings, origin=str(config))
+    if protocol is not None:
+        settings = replace(settings, protocol=protocol, samples=0, seeds=())
     settings = with_overrides(settings, overrides or [])
+    reading = protocol_named(settings.protocol)
+    opened = open_suite(suite, names, reading)
     models = list(model or []) or (["ours", "real"] if run.path is not None else [])
     if not models:
         raise UserError("which models? Give --model, once for each row of the table")
@@ -117,7 +136,16 @@ def table(
     if clip is None and sources.is_toy:
         clip = TOY_CLIP
     key = None if judge_key == "none" else judge_key
-    scorer = make_scorer(clip, judge_url, judge_model, key, out / "judge", device, judged_as=settings.judged_as)
+    scorer = make_scorer(
+        clip,
+        judge_url,
+        judge_model,
+        key,
+        out / "judge",
+        device,
+        judged_as=settings.judged_as,
+        protocol=reading,
+    )
     subjects = [opened.subject(one) for one in opened.names]
     with Bars() as bars:
         filled = fill(place.baselines(models), subjects, scorer, out, settings, bars)
@@ -129,6 +157,7 @@ def table(
     made.save(out)
     index = write_gallery(made, out / "pages", {subject.name: subject for subject in subjects}) if pages else None
     show(made)
+    console().print(f"protocol {reading.name}: {reading.about}", markup=False)
     for line in told(made.failures):
         console().print(f"not judged: {line}", markup=False)
     for note in dict.fromkeys(made.notes):

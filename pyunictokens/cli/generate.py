@@ -105,6 +105,16 @@ def check_prompt(prompt: str, bench: ModelBundle) -> str:
     return bench.concept.expand(prompt) if bench.concept is not None else prompt
 
 
+def question_for(run: Run, bench: ModelBundle, question: str) -> tuple[str, bool]:
+    """(the question as the model reads it, whether its wording is already around it): published tokens are asked in the
+    form they were trained in."""
+    from ..evaluate.baselines.ours import PublishedForm
+
+    if run.published and bench.concept is not None:
+        return PublishedForm(bench.concept).question(question), True
+    return bench.concept.expand(question) if bench.concept is not None else question, False
+
+
 def facts_of(run: Run, concept: tuple[Path, str] | None) -> list[str]:
     """The facts to reason with: of the folder named, else of the run. Raises UserError when there are none."""
     if concept is not None:
@@ -119,17 +129,23 @@ def facts_of(run: Run, concept: tuple[Path, str] | None) -> list[str]:
 
 
 def reason(
-    bench: ModelBundle, engine: RolloutEngine, facts: list[str], prompt: str, settings: SamplingConfig, seed: int
+    run: Run,
+    bench: ModelBundle,
+    engine: RolloutEngine,
+    facts: list[str],
+    prompt: str,
+    settings: SamplingConfig,
+    seed: int,
 ) -> tuple[str, str]:
     """(answer, prompt + answer): the fact the model takes the prompt to mean, and what to draw (equations 2 and 4)."""
     from ..data.images import black_image
     from ..data.wording import compound_prompt, first_sentence, text_only_question
 
-    question = text_only_question(facts, prompt)
-    concept = bench.concept
+    question, raw = question_for(run, bench, text_only_question(facts, prompt))
     rollout = engine.generate_text(
         black_image(bench.size)[None].to(bench.device),
-        [concept.expand(question) if concept is not None else question],
+        [question],
+        raw=raw,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.answer_temperature,
         top_k=settings.top_k,
@@ -137,6 +153,44 @@ def reason(
     )
     answer = first_sentence(rollout.texts[0])
     return answer, compound_prompt(prompt, answer)
+
+
+def grid_of(size: str | None, bench: ModelBundle) -> tuple[int, int]:
+    """Codes in height and width of an image of `size`, HxW in pixels. Raises UserError for what the image tokenizer
+    cannot cut into codes."""
+    import re
+
+    if size is None:
+        return bench.model.grid
+    found, step = re.fullmatch(r"([1-9][0-9]{0,4})[xX×]([1-9][0-9]{0,4})", size.strip()), bench.vq.downsampling
+    if found is None:
+        raise UserError(f"--size {size}: must be HEIGHTxWIDTH in pixels, as in 384x640")
+    height, width = int(found[1]), int(found[2])
+    if height % step or width % step:
+        raise UserError(f"--size {size}: both must be multiples of {step}, the pixels of one code")
+    return height // step, width // step
+
+
+def known_codes(image: Path, mask: Path, grid: tuple[int, int], bench: ModelBundle) -> Tensor:
+    """Codes int64 [N] of `image` cut to the grid, −1 wherever `mask` is white. A code is painted anew where any of its
+    pixels is. Raises UserError for images that do not fit together, and for a mask that is black or white all over."""
+    import torch.nn.functional as F
+    from PIL import ImageOps
+
+    from ..data.images import from_pil, read_image
+
+    step = bench.vq.downsampling
+    side = (grid[1] * step, grid[0] * step)
+    pictures = [read_image(file) for file in (image, mask)]
+    if pictures[0].size != pictures[1].size:
+        sizes = " and ".join(f"{each.width}x{each.height}" for each in pictures)
+        raise UserError(f"--image and --mask are {sizes} pixels: must be of one size")
+    pixels, white = (from_pil(ImageOps.fit(each, side)) for each in pictures)
+    unknown = F.max_pool2d((white.mean(0, keepdim=True) > 0).float()[None], step)[0, 0].flatten() > 0
+    if bool(unknown.all()) or not bool(unknown.any()):
+        raise UserError(f"--mask {mask}: is {'white' if unknown.any() else 'black'} all over: nothing is left to do")
+    codes = bench.vq.encode(pixels[None].to(bench.device))[0].long().cpu()
+    return codes.masked_fill(unknown, -1)
 
 
 def save_images(pixels: Tensor, out: Path, rows: Sequence[int]) -> list[Path]:
@@ -161,6 +215,16 @@ def generate(
     use_reason: Annotated[
         bool, typer.Option("--reason", help="Ask first which fact of the concept the prompt means, then draw.")
     ] = False,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="HxW", help="Height and width in pixels. Default: the model's own square."),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="An image to paint into: what --mask leaves black stays as it is.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Beside --image, of the same shape: what is white is painted anew.")
+    ] = None,
     concept: ConceptOption = None,
     name: NameOption = None,
     model: ModelOption = None,
@@ -184,6 +248,10 @@ def generate(
         pyunictokens generate runs/bo "A photo of <bo> with its favourite toy." --reason --out toy.png
 
         pyunictokens generate base "A photo of a red cat wearing a blue hat in the snow." timesteps=18 guidance_scale=4
+
+        pyunictokens generate runs/bo "A photo of <bo>." --size 384x640 --out wide.png
+
+        pyunictokens generate runs/bo "A photo of <bo> in a red hat." --image bo.png --mask hat.png --out hat_bo.png
     """
     from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
@@ -194,18 +262,22 @@ def generate(
 
     if out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
         raise UserError(f"--out {out}: the name must end in .png, .jpg, .jpeg or .webp")
+    if (image is None) != (mask is None):
+        raise UserError("--image and --mask belong together: what the mask has white is painted anew")
     refuse_unwritable(out)
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     facts = facts_of(place, concept) if use_reason else []
     bench = place.open(flags, device, dtype, name)
     check_prompt(prompt, bench)
+    grid = grid_of(size, bench)
+    known = None if image is None or mask is None else known_codes(image, mask, grid, bench)
     engine = RolloutEngine.of(bench, settings.schedule)
     out_console = console()
     answer = ""
     with Bars() as bars, Recorder(bench.device) as recorder, trace(profile):
         if use_reason:
-            answer, prompt = reason(bench, engine, facts, prompt, settings, seed)
+            answer, prompt = reason(place, bench, engine, facts, prompt, settings, seed)
         rows = list(range(number))
         try:
             rollout = engine.generate_images(
@@ -215,6 +287,8 @@ def generate(
                 guidance_scale=settings.guidance_scale,
                 temperature=settings.temperature,
                 seed=seed,
+                grid=grid,
+                known_codes=known,
                 record=False,
                 progress=bars.counter("generating"),
             )
@@ -234,12 +308,36 @@ def generate(
         show_phases(recorder.report(bench.model.dtype))
 
 
+def _shown(image: Path, bench: ModelBundle, vision: str | None) -> tuple[Tensor, str]:
+    """(what the model looks at, the text before it): pixels, or features where the model takes those."""
+    from ..data.images import load_pixels
+    from ..models import answering
+
+    model = answering(bench.model)
+    if not model.takes_features:
+        if vision is not None:
+            raise UserError(f"--vision {vision}: this model looks at image codes and takes no features")
+        return load_pixels(image, bench.size)[None].to(bench.device), ""
+    from ..models.vision import SYSTEM, ClipVision
+
+    tower = ClipVision.from_pretrained(vision or "openai/clip-vit-large-patch14-336", bench.device)
+    return tower.features(load_pixels(image, tower.size)[None]), SYSTEM
+
+
 def understand(
     run: RunArgument,
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help='As in "What colour is `<bo>`?"')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many answers to sample.")] = 1,
+    vision: Annotated[
+        str | None,
+        typer.Option(
+            "--vision",
+            help="Of Show-o's CLIP-ViT variant: the image encoder, a folder or hub id. Default: "
+            "openai/clip-vit-large-patch14-336.",
+        ),
+    ] = None,
     name: NameOption = None,
     model: ModelOption = None,
     vq: VqOption = None,
@@ -259,8 +357,10 @@ def understand(
         pyunictokens understand runs/bo photo.png "What colour is <bo>?"
 
         pyunictokens understand base photo.png "What is in the image?" -n 3 answer_temperature=0.7
+
+        pyunictokens understand base photo.png "What is it?" --model showlab/show-o-w-clip-vit-512x512 \\
+            --vq showlab/magvitv2 --tokenizer microsoft/phi-1_5
     """
-    from ..data.images import load_pixels
     from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
     from ..runs.run_dir import Run
@@ -268,16 +368,19 @@ def understand(
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     bench = place.open(flags, device, dtype, name)
-    text = check_prompt(question, bench)
-    pixels = load_pixels(image, bench.size)[None].to(bench.device)
+    check_prompt(question, bench)
+    text, raw = question_for(place, bench, question)
+    shown, system = _shown(image, bench, vision)
     temperature = settings.answer_temperature
     if number > 1 and temperature == 0:
         temperature = 1.0
     with Bars() as bars:
         rollout = RolloutEngine.of(bench).generate_text(
-            pixels,
+            shown,
             [text],
+            system=system,
             samples=number,
+            raw=raw,
             max_new_tokens=settings.max_new_tokens,
             temperature=temperature,
             top_k=settings.top_k,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -35,13 +35,29 @@ def reinforce(
         list[str] | None,
         typer.Option(
             "--reward",
-            metavar="MODULE:FUNCTION",
-            help="f(prompts, images, **columns) -> list of numbers, or a reward model. Again for several.",
+            metavar="NAME|MODULE:FUNCTION",
+            help="A built-in reward (NAME, or NAME=WEIGHTS), or your own f(prompts, images, **columns) -> list of "
+            "numbers. Again for several.",
         ),
     ] = None,
     weight: Annotated[
         list[float] | None, typer.Option("--weight", help="Weight of each --reward, in their order. Default: 1 each.")
     ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option("--held-out", help="Prompts that do not train: measured every held_out.every steps, same noise."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME|MODULE:FUNCTION", help="Measured on --held-out and never rewarded."),
+    ] = None,
+    concept: Annotated[
+        Path | None,
+        typer.Option("--concept", help="Concept tokens (RUN/final/concept) that prompts name as <name>."),
+    ] = None,
+    judge_previews: Annotated[
+        bool, typer.Option("--judge-previews", help="Let the reward judge DSOG's previews; it should lie in [0, 1].")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")] = Path("runs/reinforce"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     model: ModelOption = None,
@@ -54,40 +70,48 @@ def reinforce(
 ) -> None:
     """Improve a model's images of a list of prompts by a reward of your own. Nothing is needed but the prompts.
 
-    The reward is imported from MODULE, in the current folder or installed: only name code that you trust. Settings are
-    those of the section grpo (docs/training.md); by default adapters learn (trainable=lora).
+    Built-in rewards: jpeg_size and colour need nothing; clip, blip2, hpsv2, pickscore, aesthetic, dino and objects
+    want weights (NAME=WEIGHTS), ocr a package (docs/rewards.md). A reward of your own is imported from MODULE, in the
+    current folder or installed: only name code that you trust. A --config file may hold `rewards:` in place of
+    --reward. Settings are those of the section grpo (docs/training.md): `groups` prompts a step, `group_size` images
+    of each; by default adapters learn (trainable=lora).
 
     Examples:
 
-        pyunictokens reinforce prompts.txt --reward my_rewards:red --out runs/red
+        pyunictokens reinforce prompts.txt --reward jpeg_size --out runs/small steps=20
+
+        pyunictokens reinforce prompts.txt --held-out test.txt --reward hpsv2=weights/HPS_v2.1_compressed.pt
 
         pyunictokens reinforce prompts.jsonl --reward my_rewards:red --reward my_rewards:sharp --weight 1 --weight 0.5
 
         pyunictokens reinforce prompts.txt --reward my_rewards:red --out runs/red --resume
 
-        pyunictokens reinforce prompts.txt --reward my_rewards:red steps=20 group_size=8 objective=gspo trainable=full
+        pyunictokens reinforce prompts.txt --reward my_rewards:red steps=20 groups=6 group_size=8 trainable=full
     """
     from ..config.settings import from_mapping, load_yaml, with_overrides
     from ..config.training import PRESETS, GrpoConfig
+    from ..models import ConceptTokens
+    from ..models.base import owning_rows
     from ..models.bundle import Sources
-    from ..rewards.load import imported
+    from ..rewards.ensemble import as_model
+    from ..rewards.load import RewardConfig, load_rewards
+    from ..rewards.names import named, short_name
     from ..runs.bundle import check_objective, open_bundle
     from ..train import reinforce as run
     from ..train.distributed.ranks import Ranks
     from ..utils.signals import Stopped, stop_on_signals
+    from ..utils.yaml_text import settled
 
-    if not reward:
-        raise UserError("which reward? Give --reward MODULE:FUNCTION, as in --reward my_rewards:red")
-    if weight and len(weight) != len(reward):
-        raise UserError(f"{len(weight)} --weight for {len(reward)} --reward: give one for each, or none")
+    values = load_yaml(config) if config is not None else {}
+    if not reward and "rewards" not in values:
+        raise UserError("which reward? Give --reward NAME or MODULE:FUNCTION, as in --reward my_rewards:red")
+    if weight and len(weight) != len(reward or ()):
+        raise UserError(f"{len(weight)} --weight for {len(reward or ())} --reward: give one for each, or none")
     sys.path.insert(0, os.getcwd())
-    found = [imported(name, "--reward", trust=True) for name in reward]
-    functions = [each() if isinstance(each, type) else each for each in found]
     sources = Sources.choose(Sources(model, vq, tokenizer))
-    settings = replace(PRESETS["toy" if sources.is_toy else "paper"].grpo, trainable="lora")
+    settings = replace(PRESETS["toy"].grpo if sources.is_toy else GrpoConfig(), trainable="lora")
     if config is not None:
-        values = load_yaml(config)
-        section = values.get("grpo", values)
+        section = values.get("grpo", {key: value for key, value in values.items() if key != "rewards"})
         if not isinstance(section, Mapping):
             raise UserError(f"{config}: grpo: must be a table of settings")
         settings = from_mapping(GrpoConfig, section, base=settings, origin=str(config))
@@ -98,15 +122,26 @@ def reinforce(
         if not ranks.first:
             quiet()
         bundle = open_bundle(sources, str(ranks.device), settings.dtype)
+        if concept is not None:
+            owning_rows(bundle.model).attach(ConceptTokens.load(concept).to(bundle.device))
+        judges: object = [named(word, ranks.device, "--reward") for word in reward or ()]
+        if not reward:
+            own = values["rewards"]
+            chosen = RewardConfig.from_mapping(cast("Mapping[str, object]", settled(own)), f"{config}: rewards")
+            judges = load_rewards(chosen, ranks.device, trust=True)
+        measured = {short_name(word): as_model(named(word, ranks.device, "--metric")) for word in metric or ()}
         try:
             with Bars(quiet=not ranks.first) as bars, stop_on_signals(bars.say, patient=ranks.world > 1) as stop:
                 result = run(
                     bundle,
                     prompts,
-                    functions,
+                    judges,
                     settings,
                     out,
                     weights=weight or None,
+                    held_out=held_out,
+                    metrics=measured or None,
+                    preview_scorer="reward" if judge_previews else None,
                     resume=resume or (ranks.attempt > 0 and (out / "run.json").is_file()),
                     progress=bars,
                     stop=stop,
@@ -119,3 +154,12 @@ def reinforce(
     if ranks.first:
         ended = f"{result.steps} steps, mean reward of the last {result.last['reward_mean']:.3f}" if result.last else ""
         console().print(f"{result.folder}: {ended}", markup=False, soft_wrap=True)
+        if result.best is not None:
+            by = settings.held_out.by
+            first, last, best = (each.mean(by) for each in (result.held_out[0], result.held_out[-1], result.best))
+            console().print(
+                f"held-out prompts, {by}: {first:.3f} before, {last:.3f} at the end, best {best:.3f} after "
+                f"{result.best.step} steps ({result.folder / 'best'})",
+                markup=False,
+                soft_wrap=True,
+            )

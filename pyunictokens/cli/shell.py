@@ -52,6 +52,14 @@ VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or 
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="Folder or hub id with tokenizer.json. Default: as for --model.")
 ]
+ClipOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clip",
+        help="CLIP of open_clip for the CLIP-T and CLIP-I columns: a folder, a hub id, or ARCHITECTURE=FILE. Default: "
+        "what the run used; the toy has its own.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
@@ -138,6 +146,10 @@ def show_phases(report: PhaseReport) -> None:
         table.add_row(*row, f"{100 * part:.1f} %" if part else "")
     rest = report.seconds - sum(phase.seconds for phase in report.phases)
     table.add_row("the rest", "", f"{rest:.2f}", f"{100 * rest / report.seconds:.1f} %" if report.seconds else "")
+    for what, fraction in report.shares.items():
+        table.add_row(what, "", "", f"{100 * fraction:.1f} %")
+    for what, path in report.paths.items():
+        table.add_row(what, path)
     table.caption = f"matrix rate {rate / 1e12:.3g} TFLOP/s, a large product in {report.dtype}, measured here"
     console().print(table)
 
@@ -260,6 +272,22 @@ def _short(text: str) -> str:
     return f"{text[: _LONGEST // 2]} … ({len(text) - _LONGEST} characters left out) … {text[-_LONGEST // 2 :]}"
 
 
+HEARD = ("pyunictokens.train.headroom", "pyunictokens.train.held_out")
+"""Whose news is shown above the bars, not its warnings alone."""
+
+
+class _Heard(logging.Handler):
+    """What a log says, said above the bars."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(logging.INFO)
+        self._tell = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        self._tell(f"{mark}{record.getMessage()}")
+
+
 class Bars:
     """Progress bars by name on stderr. `bars("images", done, total)` makes, moves and finishes one.
 
@@ -285,9 +313,18 @@ class Bars:
 
     def __enter__(self) -> Bars:
         self._progress.start()
+        self._heard = _Heard(self.say)
+        for name in HEARD:
+            logger = logging.getLogger(name)
+            logger.addHandler(self._heard)
+            logger.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *error: object) -> None:
+        for name in HEARD:
+            logger = logging.getLogger(name)
+            logger.removeHandler(self._heard)
+            logger.setLevel(logging.NOTSET)
         self._progress.stop()
 
     def __call__(self, name: str, done: int, total: int, numbers: Numbers = NO_NUMBERS, /) -> None:
@@ -301,7 +338,7 @@ class Bars:
 
     def say(self, text: str) -> None:
         """A line of text above the bars."""
-        self._progress.console.print(text, markup=False)
+        self._progress.console.print(text, markup=False, soft_wrap=True)
 
     def counter(self, name: str) -> Callable[[int, int], None]:
         """A function of (done, total) that moves the bar `name`."""

@@ -13,6 +13,7 @@ from ..utils.errors import UserError
 from .demo import show_results
 from .shell import (
     Bars,
+    ClipOption,
     ConfigOption,
     DeviceOption,
     ModelOption,
@@ -45,6 +46,7 @@ class Preset(str, Enum):
 
     toy = "toy"
     paper = "paper"
+    unictokens = "unictokens"
     fast = "fast"
     quality = "quality"
 
@@ -65,7 +67,14 @@ def train(
         typer.Option("--grpo/--no-grpo", help="Whether to reinforce after the stages. Default: what --config says."),
     ] = None,
     start: Annotated[
-        str | None, typer.Option("--start", help="A run or folder of concept tokens to begin with.", metavar="RUN")
+        str | None,
+        typer.Option(
+            "--start-from",
+            "--start",
+            help="A run or folder of concept tokens to begin with. Under torchrun, which has a --start-method of its "
+            "own, the long form alone.",
+            metavar="RUN",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     evaluate: Annotated[
@@ -85,6 +94,7 @@ def train(
         ),
     ] = None,
     trust: TrustOption = False,
+    clip: ClipOption = None,
     preset: Annotated[
         Preset | None,
         typer.Option(
@@ -141,6 +151,8 @@ def train(
         pyunictokens train --concepts all --workers 2 toydata --out runs/all
 
         torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --out runs/bo
+
+        torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --stages none --start-from published/bo
     """
     from ..models.bundle import Sources
     from ..train.distributed.ranks import Ranks
@@ -159,6 +171,7 @@ def train(
         given = {
             "--stages": stages and stages.value,
             "--rewards": rewards,
+            "--clip": clip,
             "--preset": preset and preset.value,
             "--model": model,
             "--vq": vq,
@@ -209,6 +222,7 @@ def train(
             evaluate,
             rewards,
             trust,
+            clip,
             preset,
             Sources(model, vq, tokenizer),
             config,
@@ -231,6 +245,7 @@ def _train_one(
     evaluate: bool | None,
     rewards: str | None,
     trust: bool,
+    clip: str | None,
     preset: Preset | None,
     sources: Sources,
     config: Path | None,
@@ -244,7 +259,7 @@ def _train_one(
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..models.bundle import Sources
-    from ..runs.bundle import check_objective, choose_rewards, load_scorers, open_bundle
+    from ..runs.bundle import check_objective, choose_rewards, load_scorers, open_bundle, with_clip
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, PARTS, Origin, Run, RunConfig
@@ -257,9 +272,9 @@ def _train_one(
         config = out / CONFIG  # what the run was started with
     values = load_yaml(config) if config is not None else {}
     origin = Origin.of(values, str(config))
-    if root is None and name is None and origin.root is not None and origin.name is not None:
-        way = command("train", "ROOT", origin.name, *(["--out", out] if out else []), *(["--resume"] if resume else []))
-        root, name = origin.folder(way)
+    if resume and root is None and name is None and origin.root is not None and origin.name is not None:
+        where = ("--out", out) if out is not None else ()
+        root, name = origin.folder(command("train", "ROOT", origin.name, *where, "--resume"))
     root, name = root or origin.root, name or origin.name
     if root is None or name is None:
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
@@ -284,7 +299,8 @@ def _train_one(
     evaluate = "evaluation" in wanted if evaluate is None else evaluate
     check_objective(settings.grpo.objective, words, out, trust=trust)
     chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
-    scorers = load_scorers(sources, ranks.device, chosen, trust=trusted)
+    clip = clip or origin.clip
+    scorers = with_clip(load_scorers(sources, ranks.device, chosen, trust=trusted), clip, ranks.device)
     parts = Parts(begin, learn, grpo, evaluate, resume=resume, start_from=start)
     if ranks.first:
         parts.check(out, scorers)
@@ -295,7 +311,7 @@ def _train_one(
             stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
             trace(profile if ranks.first else None),
         ):
-            context = RunContext(bundle, concept, settings, out, scorers, chosen, ranks, bars, stop)
+            context = RunContext(bundle, concept, settings, out, scorers, chosen, clip, ranks, bars, stop)
             outcome = run_concept(context, parts)
     except Stopped as stopped:  # asked for, and saved: a good end
         if not ranks.first:

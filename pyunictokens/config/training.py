@@ -1,7 +1,10 @@
-"""What can be set in training, with the paper's values as defaults (section 4.1, appendix F) and a `toy` preset.
+"""What can be set in training, and the presets to start from: `paper` is the paper's step as it can be run.
 
-Each dataclass is frozen and checks itself, so a bad value stops a run before it starts. How settings are read from
-files and words is settings.py's business; what they do is told in docs/training.md.
+Numbers that the paper gives (section 4.1, appendix F) are the defaults of each field. What it leaves open stays at the
+plain choice there, so that stored settings of older versions keep their meaning, and is set as the authors have it in
+the preset; docs/method.md lists every deviation. Each dataclass is frozen and checks itself, so a bad value stops a run
+before it starts. How settings are read from files and words is settings.py's business; what they do is told in
+docs/training.md.
 """
 
 from __future__ import annotations
@@ -72,6 +75,8 @@ class StageConfig:
     """How the learning rate goes on after the warm-up of each stage."""
     weight_decay: float = 1e-3
     """AdamW's weight decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon (published: 1e-6)."""
     batch_understanding: int = 4
     """Questions a step in the understanding stage."""
     batch_generation: int = 1
@@ -80,9 +85,10 @@ class StageConfig:
     """Questions a step in the stages that draw."""
     weight_generation: float = 0.8
     """Weight of the image loss where both tasks are trained; answering has the rest."""
-    question_form: Literal["expand", "prefix", "both"] = "both"
+    question_form: Literal["expand", "prefix", "both", "unictokens"] = "both"
     """How a question names the concept: helper tokens before `<name>` (as everywhere after the stages), the published
-    sentence "<name> is <token_0>…." before the question, or now one and now the other."""
+    sentence "<name> is <token_0>…." before the question, or now one and now the other. unictokens is that sentence with
+    the understanding tokens alone and the published wording around it."""
     negatives_per_positive: float = 1.0
     """No-questions kept for each yes-question about images."""
     l2_pull: float = 0.01
@@ -125,7 +131,7 @@ class StageConfig:
         _at_least(0, save_every=self.save_every)
         _at_least(0, generated_guidance=self.generated_guidance, weight_decay=self.weight_decay, warmup=self.warmup)
         _at_least(0, l2_pull=self.l2_pull, cache_mb=self.cache_mb, negatives_per_positive=self.negatives_per_positive)
-        _above(0, lr=self.lr, lr_generation=self.lr_generation)
+        _above(0, lr=self.lr, lr_generation=self.lr_generation, eps=self.eps)
         _within(0, 1, weight_generation=self.weight_generation, condition_dropout=self.condition_dropout)
         _within(0, 1, compare_step=self.compare_step)
         _within(0, MAX_SEED, seed=self.seed)
@@ -139,8 +145,9 @@ class DsogConfig:
 
     enabled: bool = True
     """Whether previews are judged at all."""
-    initial: float = 0.5
-    """The threshold of the first step."""
+    initial: float | Literal["auto"] = 0.5
+    """The threshold of the first step; auto looks at previews of the first tasks and starts where `target_pass_rate` of
+    them pass, whatever scale the judge has."""
     target_pass_rate: float = 0.25
     """TPR: the part of previews that should pass."""
     mu: float = 0.12
@@ -155,7 +162,8 @@ class DsogConfig:
     """Candidates for each image of the group; past it the best rejected one takes the image's place."""
 
     def __post_init__(self) -> None:
-        _within(0.01, 0.99, initial=self.initial)
+        if not isinstance(self.initial, str):
+            _within(0.01, 0.99, initial=self.initial)
         _within(0, 1, target_pass_rate=self.target_pass_rate)
         if not 0 < self.eta < 1:
             raise UserError(f"eta={self.eta}: must be between 0 and 1, both left out")
@@ -181,6 +189,27 @@ class LoraConfig:
         wrong = [name for name in self.targets if name not in known]
         if wrong or not self.targets:
             raise UserError(f"targets={list(self.targets)}: must be some of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Prompts that never train, drawn every few steps with the same noise; used where held-out prompts are given."""
+
+    every: int = 10
+    """Steps between two measurements; the beginning and the end are always measured."""
+    images: int = 2
+    """Images of each held-out prompt."""
+    by: str = "reward"
+    """What decides which step is the best: reward, one of the reward models, or a metric, by name."""
+    patience: int = 3
+    """The run ends after this many measurements in a row that lie below the best by more than the standard error of
+    the difference; 0 never ends it."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, every=self.every, images=self.images)
+        _at_least(0, patience=self.patience)
+        if not self.by.strip():
+            raise UserError("held_out.by is empty: must be reward, or the name of a reward model or metric")
 
 
 OBJECTIVES = ("unictask", "mask_grpo", "gspo", "final_sample")
@@ -237,6 +266,9 @@ class GrpoConfig:
     reasoning: bool = True
     """Whether the model answers before it draws. Without it images are drawn from the prompts alone, the reward takes
     the true answer for each, and nothing but image generation is trained (paper, table 2)."""
+    compound: Literal["answer", "info"] = "answer"
+    """What joins the prompt before an image is drawn: the model's answer (the paper), or also what info says, with the
+    concept's token in place of its class word in the answer (the authors' code)."""
     judged_prompt: Literal["compound", "truth"] = "compound"
     """What the image is judged against: the prompt it was drawn from (the paper), or the same with the true answer."""
     judged_as: Literal["class", "info"] = "class"
@@ -262,6 +294,8 @@ class GrpoConfig:
     """Adapters, used when `trainable` is lora."""
     dsog: DsogConfig = field(default_factory=DsogConfig)
     """Previews and their threshold."""
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Measuring on held-out prompts (`reinforce`)."""
     timestep_choice: Literal["all", "random", "largest_change"] = "random"
     """Which timesteps of an image the update looks at where it is not all of them: random ones, drawn anew each step
     and the same for a group, or for each image those that change it most."""
@@ -291,6 +325,9 @@ class GrpoConfig:
     """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
     reward_timeout: float = field(default=0.0, metadata={"was": "expert_timeout"})
     """Seconds that the reward models may take for a group before the run ends with an error; 0 waits for ever."""
+    capture: Literal["auto", "loop", "replay", "eager", "off"] = "auto"
+    """How image steps run: auto captures them on a GPU once their prompts' lengths were met before, and lets the host
+    run them elsewhere; loop, replay and eager by name capture at first sight; off lets the host run them always."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. float16 is refused for new runs:
     its range is too small for gradients."""
@@ -348,7 +385,8 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str) -> TrainConfig:
-        """ "paper" (the defaults), "fast", "quality", or "toy" (the shipped toy world on two CPU cores)."""
+        """ "paper" (all weights learn), "unictokens" (its stages as published), "fast", "quality", or "toy" (the
+        shipped toy world on two CPU cores)."""
         if name not in PRESETS:
             raise UserError(f"preset {name!r}: must be one of {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -369,11 +407,27 @@ class TrainConfig:
         save_yaml(path, self)
 
 
-_KEPT = GrpoConfig(token_scope="newly_unmasked", micro_rows=0, micro_timesteps=0)
+_PAPER = GrpoConfig(trainable="full", warmup=10, temperature=1.8, dsog=DsogConfig(initial="auto"))
+"""The paper's step. It trains the model, so all weights learn: at its learning rate of 1e-6 a concept's rows alone move
+by 3e-5 in 100 steps, which no picture shows. Warm-up (an epoch of ten batches) and the re-masking temperature are the
+authors' later public settings. Their threshold starts at 0.5, for another judge; here it starts where it selects."""
+
+_KEPT = replace(_PAPER, token_scope="newly_unmasked", micro_rows=0, micro_timesteps=0)
 """The paper's settings, but only codes that a step keeps are learned from (docs/experiments.md)."""
 
+_PUBLISHED_STAGES = StageConfig(
+    stages=("understanding", "generation", "deepening"),
+    epochs=20,
+    weight_decay=1e-4,
+    eps=1e-6,
+    question_form="unictokens",
+    l2_pull=0.0,
+)
+"""The stages as UniCTokens' public code trains them, all three."""
+
 PRESETS = {
-    "paper": TrainConfig(),
+    "paper": TrainConfig(grpo=_PAPER),
+    "unictokens": TrainConfig(stages=_PUBLISHED_STAGES, grpo=_PAPER),
     "fast": TrainConfig(grpo=replace(_KEPT, timestep_fraction=0.2)),
     "quality": TrainConfig(grpo=replace(_KEPT, group_size=18)),
     "toy": TrainConfig(

@@ -16,6 +16,7 @@ from ..utils.spelling import spelled
 
 KINDS = ("human", "animal", "object")
 FACT_PROMPTS = "personalized_driven_generation"
+PURE_PROMPTS = "pure_generation"
 
 _RESERVED_NAME = re.compile(r"sks|image|token_\d+", re.IGNORECASE)
 

@@ -18,6 +18,7 @@ from ..utils.spelling import loose, spelled
 from .image_files import is_file, list_images
 
 ERROR, WARNING = "error", "warning"
+_PUBLISHED_ROOT = "unictokens_data"
 
 _QUESTION_KEYS = ("query", "question", "prompt")
 _ANSWER_KEYS = ("answer", "response")
@@ -315,9 +316,13 @@ class ImageFinder:
     def _moved(self, parts: list[str], bases: list[Path]) -> Path | None:
         """The file here that `parts`, a path on the machine of the folder's maker, stands for.
 
-        What follows concept/ or random_images/ is the same here; else the base whose last folders are those of the path
-        has a file of that name.
+        What follows unictokens_data/, or begins with concept/ or random_images/, is the same here; else the base whose
+        last folders are those of the path has a file of that name.
         """
+        if _PUBLISHED_ROOT in parts:
+            path = spelled(self.root.joinpath(*parts[parts.index(_PUBLISHED_ROOT) + 1 :]))
+            if is_file(path):
+                return path
         for mark in ("concept", "random_images"):
             if mark in parts:
                 path = spelled(self.root.joinpath(*parts[parts.index(mark) :]))

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
-from .concept import FACT_PROMPTS, KINDS, QA, Concept, Recognition
+from .concept import FACT_PROMPTS, KINDS, PURE_PROMPTS, QA, Concept, Recognition
 from .image_files import ImageFolder, is_file, look_into
 from .parse import (
     WARNING,
@@ -34,7 +34,8 @@ _PROMPT_ALIASES = {
 _COMMON = frozenset(
     {"and", "are", "for", "has", "her", "his", "its", "not", "that", "the", "their", "they", "this", "was"}
 )
-_KNOWN_FOLDERS = frozenset({"negative_example", "negative"})
+_KNOWN_FOLDERS = frozenset({"negative_example", "negative", "cropped"})
+_PEOPLE = frozenset({"human", "person", "people", "man", "woman", "boy", "girl", "child", "baby", "actor", "actress"})
 _KNOWN_INFO = {"class", "info", "extra_info", "conversation_type"}
 
 
@@ -95,6 +96,10 @@ class ConceptReader:
         kind = value.get("conversation_type")
         if isinstance(kind, str) and kind.strip().casefold() in KINDS:
             concept.kind = kind.strip().casefold()
+        elif "conversation_type" not in value and (meant := _kind_of(value)):
+            concept.kind = meant
+            message = f"is missing: read as {meant}, by generation_type and class (one of {', '.join(KINDS)})"
+            self.ledger.warn(path, "conversation_type", message)
         else:
             found = "is missing" if "conversation_type" not in value else f"is {show(kind)}"
             self.ledger.add(path, "conversation_type", f"{found}: must be one of {', '.join(KINDS)}")
@@ -252,9 +257,7 @@ class ConceptReader:
             path = self.train / path.name
         value = self.ledger.read(path, "no prompts to draw from, and no text-only reasoning", WARNING)
         if isinstance(value, list):
-            message = "is a plain list: no prompt is paired with a fact, so text-only reasoning cannot be trained"
-            self.ledger.warn(path, "", f"{message}; name the paired ones {FACT_PROMPTS}")
-            value = {"conditions": value}
+            value = self._plain_list(path, value)
         if value is None or not isinstance(value, dict):
             if value is not None:
                 self.ledger.add(path, "", f"must be an object {{name: [prompt, …]}}, is {kind_of(value)}")
@@ -269,6 +272,18 @@ class ConceptReader:
                     message = f"{show(prompt)} does not contain {concept.sks}: it asks for nothing of this concept"
                     self.ledger.warn(path, f"{where}[{index}]", message)
             concept.generation_prompts.setdefault(str(_PROMPT_ALIASES.get(key, key)), []).extend(prompts)
+
+    def _plain_list(self, path: Path, prompts: list[object]) -> dict[str, list[object]]:
+        """The older layout, a list without names: as long as extra_info it is the reasoning prompts, item r of one for
+        item r of the other; of any other length it is prompts that need no fact."""
+        facts = len(self.concept.extra_info)
+        if prompts and len(prompts) == facts:
+            message = f"is a plain list, as long as extra_info: prompt r is taken to ask for item r ({FACT_PROMPTS})"
+            self.ledger.warn(path, "", message)
+            return {FACT_PROMPTS: prompts}
+        message = "is a plain list: no prompt is paired with a fact, so text-only reasoning cannot be trained"
+        self.ledger.warn(path, "", f"{message}; name the paired ones {FACT_PROMPTS}")
+        return {PURE_PROMPTS: prompts}
 
     def _fact_pairs(self, path: Path, items: list[object]) -> list[object]:
         """Note which fact each prompt asks for, by position or by `answer` in {prompt, answer}; return the prompts."""
@@ -338,6 +353,16 @@ def images_for_key(key: str, images: list[Path]) -> list[Path]:
         if found:
             return found
     return []
+
+
+def _kind_of(info: dict[str, object]) -> str:
+    """What `generation_type` (live_subject or object) and the class word say of the kind; "" where they do not."""
+    said = str(info.get("generation_type", "")).strip().casefold().replace("-", "_").replace(" ", "_")
+    if said in ("object", "objects"):
+        return "object"
+    if said not in ("live", "live_subject"):
+        return ""
+    return "human" if set(str(info.get("class", "")).casefold().split()) & _PEOPLE else "animal"
 
 
 def _number(text: str) -> int | None:

@@ -17,13 +17,15 @@ from ..data.concept import Concept
 from ..data.images import load_batch, read_image
 from ..utils.errors import UserError
 from ..utils.files import read_json
+from ..utils.json import Json
 from .baselines.ours import Engine, EngineModel, Expander, Sampling
 from .clip import Embeddings, ImageTextEncoder
 from .core import Asker, checked
+from .protocol import DEFAULT_SAMPLES, SYNC_R1, BenchProtocol, protocol_named
 from .result import EvalResult, ItemRecord, to_bytes
 from .sample_cache import Record
 from .scoring import AttributeReader, AttributesOf, Reward, RewardOf, Scorer
-from .suites.unify import subject_of
+from .suites import sync_r1, unify
 from .tasks import TASKS, Subject, wanted_tasks
 
 SPLITS = tuple(TASKS)
@@ -48,6 +50,7 @@ def unifybench(
     reader: AttributeReader | None = None,
     truth: Truth | None = None,
     judged_as: str = "class",
+    protocol: str = "ours",
     samples: int = 4,
     seed: int = 0,
     steps: int = 50,
@@ -67,7 +70,8 @@ def unifybench(
         ensemble: reward of the images of held-out facts, each judged by the prompt with the true fact.
         reader, truth: attribute accuracy; `truth` is read from the concept's truth.json when that exists.
         judged_as: what the reward models read for `<name>`: the class word, or what info says it is.
-        samples: images of each prompt.
+        protocol: how is asked and scored: "ours" or "sync-r1" (protocol.py).
+        samples: images of each prompt; 0 takes the numbers of a protocol that has its own.
         steps, guidance_scale: of the images. Answers are greedy.
         splits: the tasks that are measured.
         size: side of the images in pixels; by default the engine's own.
@@ -77,7 +81,9 @@ def unifybench(
     Raises:
         UserError: an unknown task, samples < 1, or a concept without anything to measure.
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= _ITEM_IDS:
+    reading = protocol_named(protocol)
+    least = 0 if reading.samples else 1
+    if isinstance(samples, bool) or not isinstance(samples, int) or not least <= samples <= _ITEM_IDS:
         raise UserError(f"samples={samples!r}: must be an integer in 1…{_ITEM_IDS}")
     wanted = wanted_tasks(splits, "splits")
     tasks = [task for task in TASKS if task in wanted]
@@ -85,17 +91,19 @@ def unifybench(
     file = concept.test_folder / "truth.json"
     if truth is None and reader is not None and file.exists():
         truth = read_json(file)
-    subject = subject_of(concept, tasks)
+    subject = (sync_r1 if reading is SYNC_R1 else unify).subject_of(concept, tasks)
     model = EngineModel(engine, tokens, subject, Sampling(steps, guidance_scale, max_new_tokens), size)
     asker = Asker(lambda: model, lambda path: read_image(path, at_least=model.size))
     references = load_batch(concept.train_images, model.size)
     scorer = Scorer(
         Embeddings(image_text, "CLIP", model.size, model.device) if image_text else None,
+        protocol=reading,
         reward=RewardOf(ensemble, references, concept.in_words(judged_as)) if ensemble else None,
         attributes=AttributesOf(reader, truth["subject"], truth["prompts"]) if reader and truth else None,
     )
-    settings = {"samples": samples, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
-    result = EvalResult(concept.name, {**settings, "judged_as": judged_as, "splits": tasks})
+    settings: dict[str, Json] = {"samples": samples, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
+    settings |= {"judged_as": judged_as, "splits": list(tasks), "protocol": reading.name}
+    result = EvalResult(concept.name, settings)
     result.images["references"] = [to_bytes(references[:_REFERENCES])]
     result.notes = [
         note
@@ -110,7 +118,7 @@ def unifybench(
         if there is None
     ] + subject.notes
 
-    bench = _Bench(subject, asker, scorer, model, result, samples, seed, batch, progress or (lambda *_: None))
+    bench = _Bench(subject, asker, scorer, model, result, reading, samples, seed, batch, progress or (lambda *_: None))
     for task in tasks:
         records = bench.generated(task) if TASKS[task].images else bench.answered(task)
         if records:
@@ -131,6 +139,7 @@ class _Bench:
     scorer: Scorer
     model: EngineModel
     result: EvalResult
+    protocol: BenchProtocol
     samples: int
     seed: int
     batch: int
@@ -156,6 +165,7 @@ class _Bench:
     def generated(self, task: str) -> list[ItemRecord]:
         """Generate images of all prompts of a task; they go into the result as well."""
         items = self.subject.of(task)
+        samples = self.samples or self.protocol.samples.get(task, DEFAULT_SAMPLES)
         for first in range(0, len(items), self.batch):
             self.asker.facts(items[first : first + self.batch])
         made: list[ItemRecord] = []
@@ -163,9 +173,7 @@ class _Bench:
             record = Record.of("", self.subject, item)
             record.drawn, record.answer = self.asker.prompt(item)
             first_id = TASKS[task].noise * _TASK_IDS + index * _ITEM_IDS
-            pixels = checked(
-                self.model.generate(record.drawn, self.samples, self.seed, first_id), self.samples, "the model"
-            )
+            pixels = checked(self.model.generate(record.drawn, samples, self.seed, first_id), samples, "the model")
             record.pixels = pixels
             self.scorer.measure(record, item, self.subject)
             kept: ItemRecord = {"prompt": item.text, "drawn": record.drawn, "explicit": item.meant}

@@ -12,6 +12,7 @@ One that cannot do one of the two raises :class:`Unsupported` there, and its col
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from .tasks import Item, Subject
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_NAMED = re.compile(r"<[^<>|\s]+>")
 
 Question = tuple[Sequence["Image"], str]
 """Images, and what is asked about them."""
@@ -75,6 +78,10 @@ class Baseline:
     """Makes the model ready for one concept; called once a concept, and not at all when every record is there."""
     reasons: bool = False
     """Prompts that hint at a fact are answered first ("which fact fits?") and generated together with the answer."""
+    answers: bool = True
+    """Whether it answers questions; where not, none is asked of it in a plan."""
+    generates: bool = True
+    """Whether it generates images."""
     release: Callable[[], None] = lambda: None
     """Lets go of what `load` keeps for all concepts; called when the row is done: one model is held at a time."""
 
@@ -121,7 +128,11 @@ class Asker:
 
     def facts(self, prompts: Sequence[Item]) -> list[str]:
         """What the model takes each prompt to mean; "" where a prompt needs no fact or the model does not reason."""
-        asked = {item: text_only_question(item.facts, item.text) for item in prompts if self.reasons and item.facts}
+        asked = {
+            item: item.asks or text_only_question(item.facts, item.text)
+            for item in prompts
+            if self.reasons and item.facts
+        }
         new = [question for question in dict.fromkeys(asked.values()) if question not in self._facts]
         self._facts.update(zip(new, self._ask([([], question) for question in new]), strict=True))
         return [self._facts[asked[item]] if item in asked else "" for item in prompts]
@@ -129,6 +140,8 @@ class Asker:
     def prompt(self, item: Item) -> tuple[str, str]:
         """(the prompt to generate from, the fact it was completed with)."""
         (answer,) = self.facts([item])
+        if item.rewrites and answer and all(name in answer for name in _NAMED.findall(item.text)[:1]):
+            return answer, answer
         return (compound_prompt(item.text, first_sentence(answer)) if answer else item.text), answer
 
     def _ask(self, questions: Sequence[Question]) -> list[str]:

@@ -20,6 +20,7 @@ from ..data.images import fit_within, read_image
 from ..utils.errors import UserError
 from ..utils.fingerprint import digest, of_file
 from .core import Asker, Baseline, Model, Unsupported, checked
+from .protocol import DEFAULT_SAMPLES, protocol_named
 from .result import to_bytes
 from .sample_cache import Record, SampleCache
 from .scoring import Failure, Scorer
@@ -41,22 +42,33 @@ class TableSettings:
     """How much is asked."""
 
     samples: int = 4
-    """Images of each prompt under each seed."""
+    """Images of each prompt under each seed; 0 takes the numbers of a protocol that has its own."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the images; answers are greedy and asked once."""
+    """Seeds of the images; answers are greedy and asked once. None named means that of a protocol that has its own."""
     tasks: tuple[str, ...] = ()
     """Which tasks are measured; none named means all."""
+    protocol: str = "ours"
+    """How is asked and scored: ours, or sync-r1, the authors' later public code (docs/evaluation.md)."""
     limit: int = 0
     """At most so many items of each task (of each half, in recognition), the first ones; 0 means all."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.samples <= _SAMPLES:
+        protocol = protocol_named(self.protocol)
+        if not self.seeds and protocol.seed is not None:
+            object.__setattr__(self, "seeds", (protocol.seed,))
+        if not (0 if protocol.samples else 1) <= self.samples <= _SAMPLES:
             raise UserError(f"samples={self.samples}: must be from 1 to {_SAMPLES}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"seeds={list(self.seeds)}: must be one or more different numbers ≥ 0")
         if self.limit < 0:
             raise UserError(f"limit={self.limit}: must be ≥ 0 (0 means all)")
         object.__setattr__(self, "tasks", wanted_tasks(self.tasks, "tasks"))
+
+    def images(self, task: str) -> int:
+        """Images of each prompt of a task; 0 where questions are answered."""
+        if not TASKS[task].images:
+            return 0
+        return self.samples or protocol_named(self.protocol).samples.get(task, DEFAULT_SAMPLES)
 
 
 @dataclass
@@ -160,7 +172,7 @@ class _Row:
 
     def _record(self, item: Item, seed: int) -> Record:
         """The record of one item: as it is on disk, else asked for and kept."""
-        samples = self.settings.samples if TASKS[item.task].images else 0
+        samples = self.settings.images(item.task)
         name, identity = self.baseline.name, self.baseline.identity
         path = self.cache.place(name, identity, self.subject, item, seed, samples)
         kept, contents = SampleCache.read(path), self._contents_of(item)

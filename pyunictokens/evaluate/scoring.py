@@ -19,6 +19,7 @@ from ..utils.errors import MissingExtra, UserError
 from . import judge_prompts as prompts
 from . import metrics as m
 from .clip import Embeddings
+from .protocol import OURS, BenchProtocol
 from .sample_cache import Record
 from .tasks import TASKS, Item, Subject
 
@@ -107,6 +108,7 @@ class Scorer:
     Args:
         embeddings: CLIP; None leaves CLIP-T and CLIP-I out.
         judge, judge_name: a judge and what it is called where scores are kept; None leaves the judge's columns out.
+        protocol: which reading of the measures.
         judged_as: what the judge reads for `<name>` of images: the class word, or what info says it is. CLIP-T always
             takes the class word.
         reward: of images of held-out facts, each judged by the prompt with the true fact.
@@ -119,11 +121,12 @@ class Scorer:
         judge: Judge | None = None,
         judge_name: str = "judge",
         *,
+        protocol: BenchProtocol = OURS,
         judged_as: str = "class",
         reward: RewardOf | None = None,
         attributes: AttributesOf | None = None,
     ):
-        self.embeddings, self.judge, self.judge_name = embeddings, judge, judge_name
+        self.embeddings, self.judge, self.judge_name, self.protocol = embeddings, judge, judge_name, protocol
         self.judged_as = judged_as
         self.reward, self.attributes = reward, attributes
         self.notes: list[str] = []
@@ -150,11 +153,13 @@ class Scorer:
     def _by(self, measure: str, task: str) -> str | None:
         """What gives a measure of a task; None where it cannot be had."""
         if measure == "judge":
+            if self.judge is None:
+                return None
             other = TASKS[task].images and self.judged_as != "class"
-            return None if self.judge is None else self.judge_name + (f", told {self.judged_as}" if other else "")
+            return self.judge_name + (f", told {self.judged_as}" if other else "") + self.protocol.tag
         if measure in _CLIP:
-            return None if self.embeddings is None else self.embeddings.name
-        return ""
+            return None if self.embeddings is None else self.embeddings.name + self.protocol.tag
+        return self.protocol.tag.removeprefix(", ") if measure == "weight" else ""
 
     def score(self, pairs: Sequence[tuple[Record, Item]], subject: Subject) -> list[Failure]:
         """Score records of one concept in place, all of the judge's questions together. Returns what was not scored."""
@@ -172,7 +177,8 @@ class Scorer:
         cannot be scored."""
         lacking = self.lacking(record)
         if not TASKS[record.task].images:
-            self._keep(record, {n: [_of_answer(n, item, record.answer or "")] for n in lacking if n != "judge"})
+            answer = record.answer or ""
+            self._keep(record, {n: [_of_answer(n, item, answer, self.protocol)] for n in lacking if n != "judge"})
             return self._about_answer(record, item) if "judge" in lacking else []
         if not lacking:
             return []
@@ -181,7 +187,8 @@ class Scorer:
         if self.embeddings and any(name in _CLIP for name in lacking):
             rows = self.embeddings.samples(pixels)
             if "clip_t" in lacking:
-                texts = m.segments(plain) if record.task.startswith("dense") else [plain]
+                long = self.protocol.long_by_parts and record.task.startswith("dense")
+                texts = m.segments(plain) if long else [plain]
                 self._keep(record, {"clip_t": self.embeddings.clip_t(rows, texts)})
             if "clip_i" in lacking:
                 self._keep(record, {"clip_i": self.embeddings.clip_i(rows, pixels, subject.references)})
@@ -212,7 +219,7 @@ class Scorer:
 
     def _about_images(self, record: Record, subject: Subject, pixels: Tensor) -> list[_Question]:
         words = subject.in_words(self.judged_as)
-        parts = [part.replace(_HERE, words) for part in m.segments(plain_text(record.meant, _HERE))]
+        parts = [part.replace(_HERE, words) for part in self.protocol.parts(plain_text(record.meant, _HERE))]
         asked = {part: prompts.segment_question(part, words) for part in parts}
         return [
             _Question(record, place, part, JudgeItem(question, (one,), f"{record.item}/{place}"))
@@ -249,7 +256,7 @@ class Scorer:
         return failures
 
 
-def _of_answer(measure: str, item: Item, answer: str) -> float:
+def _of_answer(measure: str, item: Item, answer: str, protocol: BenchProtocol = OURS) -> float:
     """A measure of an answer that needs no network."""
     answer = m.clean(answer)
     plain: dict[str, Callable[[str, str], float]] = {
@@ -259,9 +266,10 @@ def _of_answer(measure: str, item: Item, answer: str) -> float:
         "accuracy": m.same_answer,
     }
     if measure == "weight":
-        return float(m.says_yes(answer) is (item.truth == "yes"))
+        return float(protocol.recognised(answer, item.truth))
     if measure == "accuracy" and item.facts:
-        return float(bool(answer) and m.nearest(answer, item.facts) == item.facts.index(item.truth))
+        meant = item.facts.index(item.truth) if item.correct is None else item.correct
+        return float(bool(answer) and m.nearest(answer, item.facts) == meant)
     if measure == "accuracy" and item.options:
         return float(m.picked(answer, item.options) == item.truth)
     return plain[measure](item.truth, answer)

@@ -19,6 +19,7 @@ from ..utils.errors import UserError
 from ..utils.files import read_json, write_json, write_text_atomic
 from ..utils.json import Json
 from ..utils.text import spreadsheet_cell
+from .protocol import OURS, BenchProtocol, protocol_named
 from .result import Metric
 from .sample_cache import Record
 from .scoring import Failure
@@ -44,6 +45,11 @@ class Table:
     @property
     def columns(self) -> tuple[Column, ...]:
         return TABLES[self.layout]
+
+    @property
+    def protocol(self) -> BenchProtocol:
+        """How it was asked and scored; tables of earlier versions are of this project's protocol."""
+        return protocol_named(str(self.settings.get("protocol") or OURS.name))
 
     @property
     def models(self) -> list[str]:
@@ -98,6 +104,7 @@ class Table:
             "format": FORMAT,
             "layout": self.layout,
             "settings": self.settings,
+            "protocol": {column.key: f"{self.protocol.name}: {self._how(column)}" for column in self.columns},
             "rows": {name: [asdict(row) for row in found] for name, found in self.rows.items()},
             "seeds": {
                 model: {
@@ -113,15 +120,15 @@ class Table:
         }
 
     def csv(self) -> str:
-        """Every measure: model, part, measure, mean, low, high, n."""
+        """Every measure: model, part, measure, mean, low, high, n, protocol."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(("model", "part", "measure", "mean", "low", "high", "n"))
+        writer.writerow(("model", "part", "measure", "mean", "low", "high", "n", "protocol"))
         for row in (row for part in self.rows.values() for row in part):
             for key, metric in row.metrics.items():
                 numbers = (f"{value:.6f}" for value in (metric.mean, metric.low, metric.high))
                 words = (spreadsheet_cell(word) for word in (row.model, row.part, key))
-                writer.writerow((*words, *numbers, metric.n))
+                writer.writerow((*words, *numbers, metric.n, self.protocol.name))
         return out.getvalue()
 
     def markdown(self) -> str:
@@ -136,9 +143,14 @@ class Table:
             parts["By concept"] = self._means(self.rows["by_concept"])
         if "by_kind" in self.rows:
             parts["By kind"] = self._means(self.rows["by_kind"])
+        how = [[f"{column.heading} {column.label}", self.protocol.name, self._how(column)] for column in self.columns]
+        parts["How each column was measured"] = _grid(["", "Protocol", "How"], how) if self.layout == "unify" else ""
         parts["What could not be judged"] = "".join(f"- {line}\n" for line in told(self.failures))
         parts["Notes"] = "".join(f"- {note}\n" for note in dict.fromkeys(self.notes))
         return "\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts.items() if text)
+
+    def _how(self, column: Column) -> str:
+        return self.protocol.how(column.key)
 
     def _means(self, lines: Sequence[Row]) -> str:
         parted = any(row.part != "all" for row in lines)
@@ -172,6 +184,7 @@ class Table:
         return "\n".join(
             [
                 f"% {rules[0]}",
+                f"% protocol {self.protocol.name}: {self.protocol.about}",
                 *rules[1:],
                 *lines_of[:2],
                 r"\midrule",

@@ -141,6 +141,10 @@ class Item:
     """The prompt that a question of reasoning is about."""
     correct: int | None = None
     """Index in `facts` of the one that is meant."""
+    asks: str = ""
+    """The question that a prompt with `facts` is completed by; empty: which fact fits?"""
+    rewrites: bool = False
+    """Whether the answer to it is the prompt anew, in place of a fact that joins the prompt."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -157,6 +161,7 @@ class Item:
         image = "/".join(self.image.parts[-2:]) if self.image else ""
         key = TASKS[self.task].key
         parts = (key, self.text, self.truth, image, self.group, *self.facts, "|", *self.options)
+        parts = (*parts, self.asks) if self.asks else parts
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

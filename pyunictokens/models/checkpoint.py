@@ -35,10 +35,13 @@ _FILES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".y
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
-def resolve(path: str | os.PathLike[str], *, offline: bool = False, also: tuple[str, ...] = ()) -> Path:
+def resolve(
+    path: str | os.PathLike[str], *, offline: bool = False, also: tuple[str, ...] = (), only: tuple[str, ...] = ()
+) -> Path:
     """A folder as it is, or a hub id (:func:`local_or_hub`) as the folder of its local snapshot, downloaded if absent.
 
-    offline: never ask the hub, take what was downloaded before. also: further file patterns that are wanted.
+    offline: never ask the hub, take what was downloaded before. also: further file patterns that are wanted. only: the
+    patterns of all that is wanted, where it is no weights.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -49,7 +52,7 @@ def resolve(path: str | os.PathLike[str], *, offline: bool = False, also: tuple[
     with needs("train"):
         from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", *also]
+    patterns = list(only) or ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model", *also]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # the hub client raises many kinds; all mean that the files are not here

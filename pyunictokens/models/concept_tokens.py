@@ -83,14 +83,24 @@ class ConceptTokens(nn.Module):
         start = sum(ends[: index + 1])
         return slice(start, start + ends[index + 1])
 
-    def expand(self, text: str, groups: Sequence[str] = ("understanding", "generation", "extra")) -> str:
+    def helpers(self, groups: Sequence[str] = ("understanding", "generation", "extra")) -> str:
+        """The helper tokens of the given groups, one after another."""
+        return "".join("".join(self.tokens[self.rows(group)]) for group in groups)
+
+    def expand(
+        self, text: str, groups: Sequence[str] = ("understanding", "generation", "extra"), every: bool = False
+    ) -> str:
         """`text` with the first `<name>` preceded by the helper tokens of the given groups (paper, appendix D).
 
-        Later mentions stay short: the helpers say the same thing each time and only use up positions.
+        Later mentions stay short: the helpers say the same thing each time and only use up positions. The published
+        code puts them before `every` mention.
         """
-        tokens = self.tokens
-        helpers = "".join("".join(tokens[self.rows(group)]) for group in groups)
-        return text.replace(self.sks, helpers + self.sks, 1)
+        return text.replace(self.sks, self.helpers(groups) + self.sks, -1 if every else 1)
+
+    def introduce(self, question: str, groups: Sequence[str] = ("understanding",)) -> str:
+        """`question` behind the published sentence "<name> is <token_0>….", which tells what `<name>` is."""
+        helpers = self.helpers(groups)
+        return f"{self.sks} is {helpers}.{question}" if helpers else question
 
     def grown(self, num_extra: int, *, seed: int = 0) -> ConceptTokens:
         """A copy with `num_extra` more tokens behind the present ones (stage 3)."""

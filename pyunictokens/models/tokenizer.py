@@ -40,7 +40,7 @@ class TextTokenizer:
         with needs("train"):
             from tokenizers import Tokenizer
 
-        folder = resolve(path)
+        folder = resolve(path, only=("tokenizer.json", "tokenizer_config.json"))  # beside it may lie gigabytes
         file = folder / "tokenizer.json"
         if not file.exists():
             raise UserError(f"{folder}: no tokenizer.json here: pass the folder of the language model's tokenizer")

@@ -147,6 +147,16 @@ class CountsAbsent(Protocol):
         ...
 
 
+@runtime_checkable
+class AsksColumns(Protocol):
+    """A reward model that cannot score without some columns of a prompt list."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Their names."""
+        ...
+
+
 # --- what a run is given -------------------------------------------------------------------------------------------
 
 

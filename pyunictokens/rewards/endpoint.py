@@ -39,6 +39,16 @@ _tries: contextvars.ContextVar[list[int]] = contextvars.ContextVar("tries")
 """How often the request of this task was sent."""
 
 
+_AT_ONCE = 10
+"""Images that one request may ask for."""
+
+
+def gives_base64(model: str) -> bool:
+    """Whether an image model is one of those that answer in base64 by themselves, and take images through
+    images/edits: gpt-image-1 and its kin."""
+    return model.rpartition("/")[2].startswith(("gpt-image", "chatgpt-image"))
+
+
 class EndpointError(RuntimeError):
     """A request that got no answer. The message says why and how often it was tried; it never holds the key."""
 
@@ -192,10 +202,31 @@ class Endpoint:
         self.counters.add(answered=1, prompt_tokens=sent, completion_tokens=got, cost=cost, seconds=[seconds])
         return Reply(made.choices[0].message.content, seconds, sent, got)
 
-    def draw(self, model: str, prompt: str, n: int) -> list[str]:
-        """`n` images that `model` makes for `prompt`, each a base64 text. Raises EndpointError, UserError."""
-        asked = self._client().images.generate(model=model, prompt=prompt, n=n, response_format="b64_json")
-        return [str(image.b64_json) for image in self._ask(model, asked).data]
+    def draw(
+        self, model: str, prompt: str, n: int, *, images: Sequence[bytes] = (), size: str = "", quality: str = ""
+    ) -> list[str]:
+        """`n` images that `model` makes for `prompt`, each a base64 text. Raises EndpointError, UserError.
+
+        images: PNG files that the images are made from, through images/edits. size, quality: as the endpoint has them;
+        "" leaves them to it. gpt-image-1 and its kin always answer in base64 and refuse to be asked for it.
+        """
+        fields: dict[str, Any] = {"model": model, "prompt": prompt}
+        fields |= {name: value for name, value in (("size", size), ("quality", quality)) if value}
+        if not gives_base64(model):
+            fields["response_format"] = "b64_json"
+        made: list[str] = []
+        while len(made) < n:
+            count, client = min(n - len(made), _AT_ONCE), self._client().images
+            if images:
+                shown = [(f"{place}.png", data, "image/png") for place, data in enumerate(images)]
+                asked = client.edit(image=shown, n=count, **fields)
+            else:
+                asked = client.generate(n=count, **fields)
+            got = [str(image.b64_json) for image in self._ask(model, asked).data]
+            made += got
+            if len(got) != count:
+                break
+        return made
 
     def request(self, messages: Sequence[Mapping[str, object]], **more: object) -> dict[str, object]:
         """The fields a request is made of; what a cache is keyed by."""

@@ -23,6 +23,7 @@ from ..utils.errors import UserError
 from .base import (
     KINDS,
     CountsAbsent,
+    Device,
     EmbedsFaces,
     EnsembleScore,
     FaceEmbedding,
@@ -34,6 +35,7 @@ from .base import (
     shape_of,
 )
 from .functions import RewardFunction
+from .names import named, short_name
 from .placement import Placement
 from .registry import kind_of, preview_judge
 
@@ -187,8 +189,10 @@ class _OwnSubmit(Protocol):
     def submit(self, batch: RewardBatch) -> Future[EnsembleScore]: ...
 
 
-def as_model(given: object, name: str = "reward") -> RewardModel:
-    """A reward model as it is, a plain function as one. Raises UserError for anything else."""
+def as_model(given: object, name: str = "reward", device: Device = "cpu") -> RewardModel:
+    """A reward model as it is, a plain function as one, a word as what it names (names.py); else UserError."""
+    if isinstance(given, str):
+        given = named(given, device)
     if isinstance(given, RewardModel):
         return given
     if callable(given) and not isinstance(given, type):
@@ -199,12 +203,13 @@ def as_model(given: object, name: str = "reward") -> RewardModel:
     )
 
 
-def as_rewards(given: object, weights: Sequence[float] | Weights | None = None) -> Rewards:
+def as_rewards(given: object, weights: Sequence[float] | Weights | None = None, device: Device = "cpu") -> Rewards:
     """`given` as what a run asks of its rewards.
 
-    given: an `Ensemble` or `RemoteRewards`; a reward model or a function, whose values are then the reward; several of
-    them, as a list or by name, with `weights` (by default 1 each); or an object of your own whose score(batch) gives
-    .total [R] (and .parts, .no_face) or a tensor [R]. Raises UserError for anything else.
+    given: an `Ensemble` or `RemoteRewards`; a reward model, a function, or the name of one (names.py; its network is
+    put on `device`), whose values are then the reward; several of them, as a list or by name, with `weights` (by
+    default 1 each); or an object of your own whose score(batch) gives .total [R] (and .parts, .no_face) or a tensor
+    [R]. Raises UserError for anything else.
     """
     if isinstance(given, Rewards):
         return given
@@ -216,17 +221,26 @@ def as_rewards(given: object, weights: Sequence[float] | Weights | None = None) 
             if len(chosen) != len(given):
                 raise UserError(f"weights: {len(chosen)} for {len(given)} reward models: must be one a model")
             chosen = dict(zip(given, chosen, strict=True))
-        return Ensemble(given, chosen)
+        return Ensemble({str(name): as_model(model, str(name), device) for name, model in given.items()}, chosen)
     if isinstance(given, (_OwnSubmit, _OwnScore)) and kind_of(given) is None:
         return OwnRewards(given)
     name = _name(0, [given])
-    return Ensemble({name: as_model(given, name)}, {name: 1.0})
+    return Ensemble({name: as_model(given, name, device)}, {name: 1.0})
 
 
 def _name(place: int, among: Sequence[object]) -> str:
     """A name for logs: the function's or class's own, numbered where several share it."""
-    own = [str(each.__name__ if inspect.isroutine(each) else type(each).__name__).lower() for each in among]
+    own = [_own_name(each).lower() for each in among]
     return own[place] if own.count(own[place]) == 1 else f"{own[place]}_{own[: place + 1].count(own[place])}"
+
+
+def _own_name(given: object) -> str:
+    if isinstance(given, str):
+        return short_name(given)
+    entry = kind_of(given)
+    if entry is not None:
+        return entry.name
+    return str(given.__name__ if inspect.isroutine(given) else type(given).__name__)
 
 
 class OwnRewards:

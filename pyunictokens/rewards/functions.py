@@ -40,6 +40,10 @@ class RewardFunction:
             parameters = inspect.signature(function).parameters.values()
         except ValueError:  # some functions written in C tell nothing
             parameters = ()  # type: ignore[assignment]
+        given = ("prompts", "images")
+        by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+        self.columns = tuple(each.name for each in by_name if each.default is each.empty and each.name not in given)
+        """Columns without which it cannot be called."""
         takes_all = not parameters or any(each.kind is each.VAR_KEYWORD for each in parameters)
         self._wanted = None if takes_all else {each.name for each in parameters}
         if self._wanted is not None and not self._wanted & {"prompts", "images"}:
@@ -62,7 +66,10 @@ class RewardFunction:
             raise UserError(f"{self.name} returned a {type(found).__name__}: must be a list of {rows} numbers")
         found = list(found)
         if len(found) != rows:
-            raise UserError(f"{self.name} returned {len(found)} numbers for {rows} images: must be one an image")
+            raise UserError(
+                f"{self.name} returned {len(found)} numbers for {rows} images: must be one an image; first prompt "
+                f"{batch.prompts[0]!r}"
+            )
         values = [_number(value) for value in found]
         for row, value in enumerate(values):
             if value is None:

@@ -48,6 +48,8 @@ class JudgeConfig(EndpointConfig):
     """The worst score the model may give."""
     high: float = 10.0
     """The best score the model may give."""
+    levels: tuple[float, ...] = ()
+    """The only scores the model may give, such as [0, 0.5, 1]; none named means any number of the scale."""
     answers: int = 2
     """How often a model is asked before an answer without a readable score is given up."""
     cache: str | None = None
@@ -59,6 +61,9 @@ class JudgeConfig(EndpointConfig):
         super().__post_init__()
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise UserError(f"low={self.low}, high={self.high}: must be finite, low below high")
+        outside = [level for level in self.levels if not self.low <= level <= self.high]
+        if outside:
+            raise UserError(f"levels={list(self.levels)}: must be from {self.low:g} to {self.high:g}")
         for name, value in (("answers", self.answers), ("image_side", self.image_side)):
             if value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
@@ -131,7 +136,7 @@ class Judge:
                 return JudgeScore(None, raw=raw, error=str(error), seconds=seconds)
             seconds, raw = seconds + reply.seconds, reply.text
             try:
-                score, reason = parse_score(raw, self.config.low, self.config.high)
+                score, reason = parse_score(raw, self.config.low, self.config.high, self.config.levels)
             except UserError as error:
                 why = str(error)
                 again = f"That cannot be used: {why}. {self._form()}"
@@ -146,9 +151,11 @@ class Judge:
 
     def _form(self) -> str:
         low, high = f"{self.config.low:g}", f"{self.config.high:g}"
+        allowed = ", ".join(f"{level:g}" for level in self.config.levels)
+        number = f"one of {allowed}, from" if allowed else "a number from"
         return (
             f"Answer with one JSON object and nothing else: "
-            f'{{"reason": "one short sentence", "score": a number from {low} (worst) to {high} (best)}}'
+            f'{{"reason": "one short sentence", "score": {number} {low} (worst) to {high} (best)}}'
         )
 
     def _messages(self, item: JudgeItem) -> list[Message]:
@@ -170,7 +177,7 @@ class Judge:
             return None
         try:
             kept = json.loads((self._cache / key[:2] / f"{key}.json").read_text(encoding="utf-8"))
-            score, reason = parse_score(str(kept["raw"]), self.config.low, self.config.high)
+            score, reason = parse_score(str(kept["raw"]), self.config.low, self.config.high, self.config.levels)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return JudgeScore(self._unit(score), reason, kept["raw"], cached=True)
@@ -180,8 +187,9 @@ class Judge:
             write_json(self._cache / key[:2] / f"{key}.json", {"model": self.config.model, "raw": raw})
 
 
-def parse_score(text: str, low: float, high: float) -> tuple[float, str]:
-    """(score, reason) of a judge's answer. Raises UserError for anything but one score within the scale.
+def parse_score(text: str, low: float, high: float, levels: Sequence[float] = ()) -> tuple[float, str]:
+    """(score, reason) of a judge's answer. Raises UserError for anything but one score within the scale, and of
+    `levels` where some are named.
 
     Taken are a JSON object with a number under "score" (also inside a code fence), exactly one line "Score: 7" or
     "Score: 7/10", or an answer that is a number alone. Nothing is guessed from prose.
@@ -209,6 +217,8 @@ def parse_score(text: str, low: float, high: float) -> tuple[float, str]:
         score, reason = float(found[0][1]), body
     if not low <= score <= high:  # NaN fails too
         raise UserError(f"the answer's score is {score:g}: must be from {low:g} to {high:g}")
+    if levels and score not in levels:
+        raise UserError(f"the answer's score is {score:g}: must be one of {', '.join(f'{each:g}' for each in levels)}")
     return float(score), reason
 
 

@@ -17,7 +17,6 @@ Networks are read when they are first asked.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
@@ -25,6 +24,7 @@ from ..config.settings import convert
 from ..utils.errors import UserError
 from .base import Device, RewardModel
 from .ensemble import Ensemble
+from .names import imported
 from .networks import NetworkConfig
 from .placement import MODES
 from .registry import call, registered
@@ -123,21 +123,3 @@ def reaches_out(rewards: object) -> list[str]:
         if isinstance(settings, Mapping)
     }
     return [f"{name}: {use}" for name, use in named.items() if use not in kinds or kinds[use].asks_others]
-
-
-def imported(use: object, origin: str, trust: bool, known: Mapping[str, object] | None = None) -> Callable[..., object]:
-    """The class or function that MODULE:NAME names. Raises UserError where it is none, or is not trusted."""
-    module, colon, name = str(use).partition(":")
-    if not colon or not name.isidentifier():
-        others = "".join(f"{each}, " for each in known or ())
-        raise UserError(f"{origin}={use!r}: must be {others}or MODULE:CLASS of your own")
-    if not trust:
-        raise UserError(f"{origin}={use!r}: would be imported, and these settings are not trusted: pass trust=True")
-    try:
-        found = importlib.import_module(module)
-        made: object = getattr(found, name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{origin}={use!r}: {error}") from error
-    if not callable(made):
-        raise UserError(f"{origin}={use!r}: is a {type(made).__name__}: must be a class or a function")
-    return made

@@ -22,7 +22,19 @@ from ..utils.errors import UserError
 from .base import Device, JudgesPreviews, PreviewJudge, PreviewScorer, RewardBatch, RewardModel
 from .weights import WeightFiles, WeightStatus, status_of
 
-_MODULES = ("experts.tier", "experts.ber", "experts.der", "experts.fer", "judge")
+_MODULES = (
+    "experts.tier",
+    "experts.ber",
+    "experts.der",
+    "experts.fer",
+    "judge",
+    "experts.clip",
+    "experts.pickscore",
+    "experts.likeness",
+    "experts.objects",
+    "experts.ocr",
+    "experts.plain",
+)
 """Files that register reward models, in the order in which reports show them."""
 
 C = TypeVar("C", bound=type)

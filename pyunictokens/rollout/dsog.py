@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,17 @@ class DsogThreshold:
         self.value = new
         return new
 
+    def start_at(self, scores: Iterable[float]) -> float:
+        """Start where `target_pass_rate` of `scores` pass; returns the threshold. Scores that are not finite count as
+        failed, and where none is finite the threshold stays."""
+        finite = sorted((score if math.isfinite(score) else -math.inf for score in scores), reverse=True)
+        if finite and math.isfinite(finite[0]):
+            passing = round(self.target_pass_rate * len(finite))
+            around = finite[max(passing - 1, 0) : passing + 1]
+            low = around[-1] if math.isfinite(around[-1]) else around[0] - 1e-3
+            self.value, self.trend = min(max((around[0] + low) / 2, LOWEST), HIGHEST), 0.0
+        return self.value
+
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint must keep: value and trend."""
         return {"value": self.value, "trend": self.trend}
@@ -93,6 +104,9 @@ class Dsog:
     """Each row has max_candidates of its own and is filled from its own only. Then a row's outcome depends on nothing
     but itself, so that a group may be spread over any number of ranks; otherwise the cap holds for the rows of a
     call."""
+    only_previews: bool = False
+    """Stop at the previews: nothing is rejected, rows hold their codes as they were drawn there, and the report has the
+    scores. For a caller that wants to know how scores lie before it sets a threshold."""
     overlap: bool = False
     """The scorer may be called from another thread while the other rows take a step: it shares nothing with anybody."""
 
@@ -117,7 +131,7 @@ class Dsog:
     def judging(self, steps: int, rows: int) -> Judging:
         """The scheduler's view of this, for a generation of `steps` and `rows`."""
         cap = self.max_candidates * (1 if self.cap_by_row else rows)
-        return Judging(self.preview_at(steps), self.level, cap, self.cap_by_row)
+        return Judging(self.preview_at(steps), self.level, cap, self.cap_by_row, self.only_previews)
 
 
 def settle(

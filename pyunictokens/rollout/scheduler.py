@@ -64,6 +64,8 @@ class Judging:
     """Most candidates of the group, or of each row."""
     by_row: bool = False
     """Whether `cap` holds for each row, and a row is filled from its own candidates only."""
+    ends: bool = False
+    """Whether candidates end at their preview, whatever it scores: the scores are all that is wanted."""
 
 
 @dataclass(order=True)
@@ -157,6 +159,12 @@ class Scheduler:
         self._looked_at.remove(candidate)
         self.previewed += 1
         candidate.score = score if math.isfinite(score) else -math.inf
+        if self.judging.ends:
+            candidate.state, candidate.settled = save(candidate), True
+            self._free.append(candidate.slot)
+            self._open[candidate.row], candidate.slot = False, -1
+            self._complete.append(candidate)
+            return
         if candidate.score > self.judging.threshold:
             self.accepted += 1
             candidate.settled = True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from ..evaluate.baselines import Spec, baseline, parse
 from ..evaluate.baselines.ours import Sampling
 from ..evaluate.clip import Embeddings, ImageTextEncoder, OpenClip
 from ..evaluate.core import Baseline, Model
+from ..evaluate.protocol import OURS, BenchProtocol
 from ..evaluate.runner import TableSettings
 from ..evaluate.scoring import Scorer
 from ..evaluate.tasks import Subject
@@ -42,6 +43,10 @@ class TableConfig(TableSettings):
     """Classifier-free guidance of the images (ours, showo-tp, showo-ip)."""
     max_new_tokens: int = 100
     """Longest answer (all but diffusers and real)."""
+    question_form: Literal["auto", "ours", "unictokens"] = "auto"
+    """How a learned concept is named in questions and prompts: as our stages train it, or as UniCTokens' code does
+    ("<name> is <token_0>…." before a question, helpers before every name, "USER: " without a line break). auto: its own
+    form for tokens that its code published, ours for runs."""
     judged_as: Literal["class", "info"] = "class"
     """What the judge of images reads for the concept's token, as in training; CLIP-T always takes the class word."""
 
@@ -83,6 +88,8 @@ class Place:
         if spec.kind == "ours":
             where = spec.where or (str(self.run.path) if self.run.path is not None else BASE)
             identity = f"ours {where} {_learned(where)} {weights} {settings}"
+            if self.config.question_form != "auto":
+                identity += f" {self.config.question_form}"
             return Baseline(spec.name, identity, lambda subject: self._ours(where, subject), reasons=True)
         from ..evaluate.baselines.showo import ShowoImage, ShowoText
         from ..rollout.engine import RolloutEngine
@@ -95,14 +102,18 @@ class Place:
         return Baseline(spec.name, f"{spec.kind} {weights} {settings}", load, release=self._bare.clear)
 
     def _ours(self, where: str, subject: Subject) -> Model:
-        from ..evaluate.baselines.ours import EngineModel
+        from ..evaluate.baselines.ours import EngineModel, Expander, PublishedForm
         from ..rollout.engine import RolloutEngine
 
         run = Run.find(where.replace("{name}", subject.name))
-        bench = run.open(self.sources, self.device, self.dtype)
+        bench = run.open(self.sources, self.device, self.dtype, subject.name)
         if bench.concept is not None and bench.concept.name != subject.name:
             raise UserError(f"{run.path}: learned <{bench.concept.name}>, is asked about {subject.sks}")
-        return EngineModel(RolloutEngine.of(bench), bench.concept, subject, self._sampling())
+        tokens: Expander | None = bench.concept
+        form = self.config.question_form
+        if bench.concept is not None and (form == "unictokens" or (form == "auto" and run.published)):
+            tokens = PublishedForm(bench.concept)
+        return EngineModel(RolloutEngine.of(bench), tokens, subject, self._sampling())
 
     def _bare_bundle(self) -> ModelBundle:
         if not self._bare:
@@ -129,6 +140,7 @@ def make_scorer(
     cache: Path,
     device: str = "auto",
     concurrency: int = 8,
+    protocol: BenchProtocol = OURS,
     judged_as: str = "class",
 ) -> Scorer:
     """A scorer from a CLIP model ("toy", or what `OpenClip` takes) and a judge; None leaves either out. `judged_as`:
@@ -141,14 +153,20 @@ def make_scorer(
         weights = fingerprint.of_files(clip.partition("=")[2] or clip)
         embeddings = Embeddings(OpenClip(clip, place), f"open_clip {clip} {weights}".strip(), device=place)
     if judge_url is None and judge_model is None:
-        return Scorer(embeddings)
+        return Scorer(embeddings, protocol=protocol)
     from ..rewards.judge import Judge, JudgeConfig
 
     if judge_model is None:
         raise UserError("--judge-url needs --judge-model, the model's name at the endpoint")
     config = JudgeConfig(judge_model, judge_url, key_env, cache=str(cache), concurrency=concurrency)
+    if protocol.steps:
+        config = replace(config, low=min(protocol.steps), high=max(protocol.steps), levels=protocol.steps)
+    if protocol.max_tokens:
+        config = replace(config, max_tokens=protocol.max_tokens)
+    if protocol.temperature is not None:
+        config = replace(config, temperature=protocol.temperature)
     name = f"{judge_model} at {judge_url or 'the default endpoint'}"
-    return Scorer(embeddings, Judge(config), name, judged_as=judged_as)
+    return Scorer(embeddings, Judge(config), name, protocol=protocol, judged_as=judged_as)
 
 
 def _toy_encoder(device: torch.device) -> ImageTextEncoder:

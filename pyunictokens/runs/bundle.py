@@ -81,7 +81,7 @@ def load_scorers(
         )
     if own is not None:
         from ..rewards.ensemble import as_rewards
-        from ..rewards.load import imported
+        from ..rewards.names import imported
 
         if not own.rpartition(":")[2].isidentifier() or ":" not in own:
             raise UserError(
@@ -106,6 +106,15 @@ def load_scorers(
         toy.nets.reader,
         toy.ensemble.face_embedding,
     )
+
+
+def with_clip(scorers: Scorers | None, clip: str | None, device: torch.device) -> Scorers | None:
+    """`scorers` with a CLIP model of open_clip for CLIP-T and CLIP-I (what `OpenClip` takes); None leaves them."""
+    if clip is None:
+        return scorers
+    from ..evaluate.clip import OpenClip
+
+    return replace(scorers or Scorers(None), image_text=OpenClip(clip, device))
 
 
 def read_rewards(given: str | Mapping[str, object] | None) -> str | Mapping[str, object] | None:

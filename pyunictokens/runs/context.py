@@ -35,6 +35,8 @@ class RunContext:
     """The reward models, and the encoders that evaluation measures with."""
     rewards_from: str | Mapping[str, object] | None = None
     """What the reward models were made of, as config.yaml keeps it."""
+    clip: str | None = None
+    """The CLIP model that evaluation measures with, as it was named; config.yaml keeps it."""
     ranks: Ranks = field(default_factory=lambda: _alone())
     """The processes that train together."""
     progress: Progress = silent
@@ -68,7 +70,7 @@ class Parts:
             raise UserError("nothing to do: neither stages nor reinforcement was asked for")
         if not self.stages and self.start is None:
             raise UserError("no stages and no tokens to begin with: give --start RUN, or let the stages run")
-        if self.grpo and rewards is None:
+        if self.grpo and (rewards is None or rewards.ensemble is None):
             raise UserError(
                 "reinforcement needs reward models, and this model brings none: "
                 "give --rewards FILE.yaml (docs/rewards.md), or --no-grpo"

@@ -85,6 +85,7 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
                 context.concept,
                 context.settings,
                 parts,
+                context.clip,
             )
         run = _Run(context, parts.resume)
         try:
@@ -143,6 +144,7 @@ def measure(
         image_text=rewards.image_text,
         ensemble=rewards.ensemble,
         reader=rewards.reader,
+        protocol=config.protocol,
         samples=config.samples,
         seed=config.seed,
         steps=config.timesteps,
@@ -247,7 +249,8 @@ class _Run:
         subject, known = self._subject(), _markers(about)
         was = known.get(name)
         if isinstance(was, dict) and isinstance(was.get("settings"), dict):
-            was = {**was, "settings": renamed(EvaluationConfig, was["settings"])}
+            told = renamed(EvaluationConfig, was["settings"])
+            was = {**was, "settings": {**to_mapping(EvaluationConfig()), **told}}
         if self.resume and file.exists() and was == subject:
             return EvalResult.load(file)
         if context.stop():

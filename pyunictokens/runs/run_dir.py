@@ -51,6 +51,8 @@ class Origin:
     vq: str | None = None
     tokenizer: str | None = None
     rewards: str | Mapping[str, object] | None = None
+    clip: str | None = None
+    """The CLIP model that evaluation measures with."""
     root: Path | None = None
     """The data folder."""
     name: str | None = None
@@ -97,8 +99,10 @@ OWN_KEYS = tuple(each.name for each in fields(Origin))
 class EvaluationConfig:
     """How a run is measured."""
 
+    protocol: Literal["ours", "sync-r1"] = "ours"
+    """How is asked and scored: ours, or the authors' later public code (docs/evaluation.md)."""
     samples: int = 4
-    """Images of each prompt."""
+    """Images of each prompt; 0 takes the protocol's numbers."""
     timesteps: int = 50
     """MaskGIT timesteps of an image."""
     guidance_scale: float = 5.0
@@ -212,6 +216,19 @@ class Run:
                 return folder
         return path if published_epochs(path) else None
 
+    @property
+    def published(self) -> bool:
+        """Whether its tokens were taught UniCTokens' form of questions: by its own code, or by our stages set to it."""
+        stages = self.config.get("stages")
+        if isinstance(stages, Mapping) and stages.get("question_form") == "unictokens":
+            return True
+        learned = self._learned() if self.path is not None else None
+        return learned is not None and not any(
+            (place / name).is_file()
+            for place in (learned / CONCEPT, learned)
+            for name in ("concept.json", "policy.json")
+        )
+
     def sources(self, flags: Sources) -> Sources:
         """The models that flags name, else those the run was made with."""
         return Sources.choose(flags, self.origin)
@@ -258,6 +275,7 @@ def write_description(
     concept: Concept,
     config: RunConfig,
     parts: Parts,
+    clip: str | None = None,
 ) -> None:
     """Write config.yaml and about.json of a run."""
     from .. import __version__
@@ -268,6 +286,7 @@ def write_description(
         "vq": sources.vq,
         "tokenizer": sources.tokenizer,
         "rewards": dict(rewards) if isinstance(rewards, Mapping) else rewards,
+        **({"clip": clip} if clip is not None else {}),
         "root": str(concept.root.absolute()),
         "name": concept.name,
         "max_text": max_text,

@@ -188,7 +188,7 @@ def _human(pen: Pen, scene: Attributes) -> None:
     _smile(pen, 0, -1.8, 3.2, (180, 50, 60))
 
 
-_SUBJECTS: dict[str, Callable[[Pen, str, str], None]] = {
+SUBJECTS: dict[str, Callable[[Pen, str, str], None]] = {
     "cat": _cat,
     "dog": _dog,
     "bird": _bird,
@@ -232,7 +232,7 @@ def _wear(pen: Pen, what: str, name: str, key: str) -> None:
         pen.oval((bx, by), 2.9, 3.1, dark)
 
 
-def _item(pen: Pen, what: str, name: str) -> None:
+def draw_item(pen: Pen, what: str, name: str) -> None:
     colour, dark, light = RGB[name], shade(RGB[name], 0.68), contrast(name)
     if what == "ball":
         pen.oval((0, 1), 7.6, 7.6, INK, 0.9)
@@ -274,7 +274,7 @@ def _item(pen: Pen, what: str, name: str) -> None:
         pen.oval((0, -9.6), 1.3, 1.9, (255, 190, 40))
 
 
-def _place(pen: Pen, name: str) -> None:
+def draw_place(pen: Pen, name: str) -> None:
     def band(top: float, bottom: float, fill: Colour) -> None:
         pen.box(0, top, SIZE, bottom, fill)
 
@@ -325,12 +325,12 @@ def _place(pen: Pen, name: str) -> None:
 def render(scene: Attributes, size: int = SIZE) -> np.ndarray:
     """Draw a scene: uint8 [size, size, 3]. The same scene gives the same picture, byte for byte."""
     image = Image.new("RGB", (SIZE * ZOOM, SIZE * ZOOM))
-    _place(Pen(image), scene.word("place"))
+    draw_place(Pen(image), scene.word("place"))
     pen = Pen(image, (26 + scene.dx, 38 + scene.dy), scene.scale)
     if scene.kind == "human":
         _human(pen, scene)
     else:
-        _SUBJECTS[scene.word("shape")](pen, scene.word("colour"), scene.word("pattern"))
+        SUBJECTS[scene.word("shape")](pen, scene.word("colour"), scene.word("pattern"))
     if scene.wear:
         _wear(
             pen,
@@ -340,5 +340,5 @@ def render(scene: Attributes, size: int = SIZE) -> np.ndarray:
         )
     if scene.item:
         origin = (53.5 + 0.3 * scene.dx, 50 - (8 if scene.word("item") == "kite" else 0) + 0.5 * scene.dy)
-        _item(Pen(image, origin), scene.word("item"), scene.word("item_colour"))
+        draw_item(Pen(image, origin), scene.word("item"), scene.word("item_colour"))
     return np.asarray(image.resize((size, size), Image.Resampling.BOX if size <= 256 else Image.Resampling.LANCZOS))

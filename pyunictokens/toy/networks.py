@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.checkpoint import load_tensors
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json
 from .scene import SLOTS, SUBJECT_SLOTS
 
@@ -84,6 +84,21 @@ class AttributeReader(nn.Module):
         """What is seen in each image, as words by slot."""
         codes = self.read(pixels).tolist()
         return [{slot: SLOTS[slot][code] for slot, code in zip(SLOTS, row, strict=True)} for row in codes]
+
+
+JUDGE_WIDTH = 24
+
+
+def load_judge(folder: str | os.PathLike[str] | None = None) -> AttributeReader:
+    """The attribute network that rewards may ask; it was trained apart from the reader, which measures."""
+    with needs("train"):
+        from safetensors.torch import load_file
+
+    folder = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
+    net = AttributeReader(JUDGE_WIDTH)
+    weights = load_file(folder / "judge.safetensors")
+    net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
+    return net.requires_grad_(False).eval()
 
 
 class SubjectFeatures(nn.Module):

@@ -35,13 +35,15 @@ def words() -> list[str]:
     return sorted(found)
 
 
-def build_tokenizer() -> Tokenizer:
-    """A `tokenizers.Tokenizer` over :func:`words`: lower case, split at spaces and marks, one id a word; id 0 ends
-    texts."""
+def build_tokenizer(known: list[str] | None = None) -> Tokenizer:
+    """A `tokenizers.Tokenizer` over `known`, by default :func:`words`: lower case, split at spaces and marks, one id a
+    word; id 0 ends texts."""
     with needs("train"):
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-    vocabulary = {word: index for index, word in enumerate(["<|endoftext|>", "<|unk|>", *words()])}
+    vocabulary = {
+        word: index for index, word in enumerate(["<|endoftext|>", "<|unk|>", *(words() if known is None else known)])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

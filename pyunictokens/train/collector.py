@@ -8,9 +8,11 @@ gathered once, so every rank knows all rewards and advantages, and keeps its own
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +21,10 @@ from .. import ops
 from ..config.training import GrpoConfig
 from ..data import wording
 from ..models import AnsweringModel
-from ..rewards.base import EnsembleScore, PreviewJudge, RewardBatch, Rewards
+from ..rewards.base import EnsembleScore, PreviewJudge, PreviewScorer, RewardBatch, Rewards
 from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
-from ..rollout.types import TextRollout
+from ..rollout.types import ImageRollout, TextRollout
 from ..utils import profiling
 from ..utils.errors import NotFinite
 from ..utils.timeout import NoAnswer, ask
@@ -30,6 +32,10 @@ from .distributed.ranks import Ranks
 from .objective import Objective
 from .tasks import Task, TaskSource
 from .trajectories import AnswerTrajectories, ImageTrajectories
+
+ByReward = Literal["reward"]
+"""In place of a judge of previews: the rewards themselves."""
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,6 +106,23 @@ class Group:
     """None where this rank has no rollout of the group."""
 
 
+CALIBRATED_ON = 4
+"""Tasks whose previews say where DSOG's threshold starts."""
+
+
+@dataclass
+class _Asked:
+    """Some rollouts of a group before they are drawn."""
+
+    ids: list[int]
+    """The sample id of each."""
+    answers: TextRollout | None
+    texts: list[str]
+    prompts: list[str]
+    judged: list[str]
+    """The prompts as judges of images read them."""
+
+
 class Collector:
     """Samples groups from the model as it is, and moves DSOG's threshold."""
 
@@ -108,7 +131,7 @@ class Collector:
         engine: RolloutEngine,
         tasks: TaskSource,
         rewards: Rewards,
-        preview_judge: PreviewJudge | None,
+        preview_judge: PreviewJudge | ByReward | None,
         threshold: DsogThreshold,
         objective: Objective,
         config: GrpoConfig,
@@ -155,33 +178,82 @@ class Collector:
             groups.append(Group(task, summary, advantages, before, local.get(group)))
         return groups
 
-    def _sample(
-        self, task: Task, number: int, rows: range, with_codes: bool
-    ) -> tuple[LocalRollouts, Callable[[], RolloutSummary]]:
-        """`rows` of one group, and who waits for their scores; `number` counts the groups of the run."""
+    def calibrate(self) -> None:
+        """Start DSOG's threshold where the wanted part of previews passes: it looks at previews of the first tasks'
+        rollouts, as the first steps will draw them, and goes no further with them.
+
+        The scores of a judge have a scale of their own: BLIP-2's cosines lie around 0.3 to 0.4, and a threshold of 0.5
+        would reject every candidate for a dozen groups before it has come down.
+        """
+        if self.preview_judge is None:
+            return
+        size = self.config.group_size
+        scores: list[float] = []
+        for number in range(CALIBRATED_ON):
+            task = self.tasks.draw(number)
+            share = self.ranks.share(size)
+            rows = range(share.start, share.stop)
+            if not rows:
+                continue
+            asked = self._asked(task, number, rows)
+            dsog = self._dsog(task, asked.judged)
+            assert dsog is not None
+            only_looked_at = replace(dsog, only_previews=True, max_candidates=1)
+            report = self._drawn(asked, only_looked_at, record=False, decode=False).dsog
+            assert report is not None
+            scores += report.scores.tolist()
+        every = [score for part in self.ranks.gather(scores) for score in part]
+        self.threshold.start_at(every)
+        if self.ranks.first:
+            if not any(map(math.isfinite, every)):
+                log.warning("no preview could be judged: DSOG's threshold starts at %g", self.threshold.value)
+            log.info(
+                "DSOG: the threshold starts at %.3f, which %d of %d previews pass",
+                self.threshold.value,
+                sum(score > self.threshold.value for score in every),
+                len(every),
+            )
+
+    def _asked(self, task: Task, number: int, rows: range) -> _Asked:
+        """The answers of `rows` of one group, and what their images are drawn from and judged by."""
         config, tasks = self.config, self.tasks
-        sample_ids = [number * config.group_size + row for row in rows]
-        asked = config.reasoning and task.question is not None and isinstance(self.engine.model, AnsweringModel)
-        answers = self._answer(task, sample_ids) if asked else None
+        ids = [number * config.group_size + row for row in rows]
+        asks = config.reasoning and task.question is not None and isinstance(self.engine.model, AnsweringModel)
+        answers = self._answer(task, ids) if asks else None
         texts = answers.texts if answers is not None else [task.answer] * len(rows)
         prompts = [task.prompt] * len(rows)
         if answers is not None:
-            prompts = [wording.compound_prompt(task.prompt, wording.first_sentence(text)) for text in texts]
+            prompts = [tasks.completed(task.prompt, wording.first_sentence(text)) for text in texts]
         judged = prompts
         if config.judged_prompt == "truth":
-            judged = [wording.compound_prompt(task.prompt, task.answer)] * len(prompts)
-        judged = [tasks.for_image_judges(text) for text in judged]
+            judged = [tasks.completed(task.prompt, task.answer)] * len(prompts)
+        return _Asked(ids, answers, texts, prompts, [tasks.for_image_judges(text) for text in judged])
+
+    def _drawn(self, asked: _Asked, dsog: Dsog | None, *, record: bool = True, decode: bool = True) -> ImageRollout:
+        config = self.config
         images = self.engine.generate_images(
-            [tasks.for_model(text) for text in prompts],
+            [self.tasks.for_model(text) for text in asked.prompts],
             steps=config.timesteps,
             guidance_scale=config.guidance_scale,
             temperature=config.temperature,
             seed=2 * config.seed,
-            sample_ids=sample_ids,
-            dsog=self._dsog(judged),
+            sample_ids=asked.ids,
+            dsog=dsog,
+            record=record,
+            decode=decode,
         )
         if self._hung is not None:
             raise self._hung
+        return images
+
+    def _sample(
+        self, task: Task, number: int, rows: range, with_codes: bool
+    ) -> tuple[LocalRollouts, Callable[[], RolloutSummary]]:
+        """`rows` of one group, and who waits for their scores; `number` counts the groups of the run."""
+        tasks = self.tasks
+        asked = self._asked(task, number, rows)
+        answers, texts, prompts, judged = asked.answers, asked.texts, asked.prompts, asked.judged
+        images = self._drawn(asked, self._dsog(task, judged))
         assert images.pixels is not None
         pixels, images.pixels = images.pixels.float().clamp(-1, 1), None
         batch = RewardBatch(
@@ -249,10 +321,22 @@ class Collector:
             sample_ids=sample_ids,
         )
 
-    def _dsog(self, judged: list[str]) -> Dsog | None:
-        if not self.config.dsog.enabled or self.preview_judge is None:
+    def _by_reward(self, task: Task, judged: list[str]) -> PreviewScorer:
+        """Previews scored as the finished images will be."""
+
+        def score(pixels: Tensor, index: Tensor) -> Tensor:
+            rows = index.tolist()
+            columns = {name: [value] * len(rows) for name, value in task.columns.items()}
+            return self.rewards.score(RewardBatch(pixels, [judged[row] for row in rows], columns=columns)).total
+
+        return score
+
+    def _dsog(self, task: Task, judged: list[str]) -> Dsog | None:
+        judge = self.preview_judge
+        if not self.config.dsog.enabled or judge is None:
             return None
-        scorer, limit = self.preview_judge(judged), self.config.reward_timeout
+        scorer = self._by_reward(task, judged) if judge == "reward" else judge(judged)
+        limit = self.config.reward_timeout
 
         def score(pixels: Tensor, index: Tensor) -> Tensor:
             if self._hung is not None:

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,9 +35,12 @@ from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
 from .checkpoint.run_state import RunFolder, identity, random_state, restore_random_state
 from .checkpoint.writer import Saver, on_host
-from .collector import Collector, Group, LocalRollouts, RolloutSummary, summary
+from .collector import ByReward, Collector, Group, LocalRollouts, RolloutSummary, summary
 from .distributed.ranks import Ranks
-from .metrics import MetricsLog, save_samples
+from .headroom import FirstGroups, Headroom
+from .held_out import LOG as HELD_OUT_LOG
+from .held_out import HeldOut, Measurement, save_best
+from .metrics import MetricsLog, read_metrics, save_samples
 from .objective import objective_of
 from .optimizer import learning_rate, make_optimizer
 from .policy import Policy
@@ -48,6 +51,13 @@ from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timestep
 from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 
 log = logging.getLogger(__name__)
+
+_STILL_AFTER = 10
+"""Steps after the warm-up at which a run is looked at: has the policy moved?"""
+_MOVED, _KL_MOVED = 0.01, 1e-7
+"""It has where this part of its numbers differs from the start, and its tokens' mean divergence is this large."""
+_UNKNOWN = 0.5
+"""DSOG's threshold until it is known where previews lie."""
 
 PHASES = "phases.json"
 """Where the time of the run's last session went (utils/profiling.py)."""
@@ -64,6 +74,12 @@ class RunResult:
     """Steps without an update because a number was not finite."""
     last: Mapping[str, object]
     """The numbers of the last step."""
+    held_out: list[Measurement] = field(default_factory=list)
+    """The measurements on held-out prompts, in order; empty without such prompts."""
+    best: Measurement | None = None
+    """The best of them; `folder / "best"` holds its policy."""
+    ended_early: str = ""
+    """Why the run ended before its last step; empty where it did not."""
 
 
 def run_grpo(
@@ -75,13 +91,16 @@ def run_grpo(
     config: GrpoConfig,
     out_dir: str | os.PathLike[str],
     *,
-    preview_judge: PreviewJudge | None = None,
+    preview_judge: PreviewJudge | ByReward | None = None,
+    held_out: HeldOut | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     stop: Stop = never,
     ranks: Ranks | None = None,
 ) -> RunResult:
     """Improve `model` on `tasks` by `rewards`. The other arguments are told by `train_grpo` (reinforcement.py).
+
+    held_out: prompts to measure on every `held_out.every` steps, best policy and early end by them (held_out.py).
 
     Raises:
         UserError: for settings, data or checkpoints that cannot be used, for a model in float16, and when
@@ -91,12 +110,13 @@ def run_grpo(
     """
     out, ranks = Path(out_dir), ranks or Ranks()
     check_training_dtype(model.dtype, resume)
-    who, settings = {**identity(model), **tasks.identity()}, to_mapping(config)
+    who = {**identity(model), **tasks.identity(), **(held_out.identity() if held_out else {})}
+    settings = to_mapping(config)
     about = (who, settings, resume)
     if any(other != about for other in ranks.gather(about)):
         raise UserError(f"rank {ranks.rank} has another model, tasks or settings than another rank: start all alike")
     with RunFolder(out, who, settings, resume=resume, ranks=ranks) as folder:
-        run = _Run(model, vq, tokenizer, tasks, rewards, preview_judge, config, folder, ranks)
+        run = _Run(model, vq, tokenizer, tasks, rewards, preview_judge, held_out, config, folder, ranks)
         if ranks.first:
             save_yaml(out / "grpo.yaml", config)
         try:
@@ -119,7 +139,8 @@ class _Run:
         tokenizer: TextTokenizer,
         tasks: TaskSource,
         rewards: Rewards,
-        preview_judge: PreviewJudge | None,
+        preview_judge: PreviewJudge | ByReward | None,
+        held_out: HeldOut | None,
         config: GrpoConfig,
         folder: RunFolder,
         ranks: Ranks,
@@ -127,9 +148,10 @@ class _Run:
         self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
         if model.concept is not None and tokenizer.token_id(model.concept.sks) is None:
             tokenizer = tokenizer.with_concept(model.concept.tokens)
-        engine = RolloutEngine(model, vq, tokenizer)
+        engine = RolloutEngine(model, vq, tokenizer, capture=config.capture)
         dsog = config.dsog
-        self.threshold = DsogThreshold(dsog.initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
+        initial = _UNKNOWN if isinstance(dsog.initial, str) else dsog.initial
+        self.threshold = DsogThreshold(initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
         preview_judge = preview_judge or rewards.preview_scorer
         if dsog.enabled and preview_judge is None and ranks.first:
             log.warning("no reward model judges previews: DSOG is off")
@@ -153,6 +175,10 @@ class _Run:
         self.sizes = MicrobatchSizes()
         self.step = self.skipped = self.bad = 0
         self.recent: list[float] = []
+        self.rewards, self.held_out = rewards, held_out
+        self.training: dict[int, float] = {}
+        self.headroom = FirstGroups(tasks, rewards, folder.path, config.reward_timeout)
+        self.best: Measurement | None = None
         self.spread = SpreadWatch()
 
     def _make_policy(self) -> Policy:
@@ -176,20 +202,32 @@ class _Run:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def train(self, progress: Progress | None, stop: Stop) -> RunResult:
-        config, values = self.config, {}
+        config, values, why = self.config, {}, ""
         with ExitStack() as undo:
-            metrics = None
+            metrics = measured = None
             if self.ranks.first:
                 metrics = undo.enter_context(MetricsLog(self.folder.path, from_step=self.step))
+            if self.ranks.first and self.held_out is not None:
+                log_of = MetricsLog(self.folder.path, from_step=self.step + 1, name=HELD_OUT_LOG, events=False)
+                measured = undo.enter_context(log_of)
             undo.callback(self.saver.wait)
+            if self.step == 0 and config.dsog.enabled and config.dsog.initial == "auto":
+                self.collector.calibrate()
             while self.step < config.steps:
+                why = self._measure(measured) if self.step % config.held_out.every == 0 else ""
+                if why:
+                    break
                 values = self._one_step()
+                kl = values["kl"]
+                if values["skipped"] is None and isinstance(kl, float):
+                    self._warn_if_still(kl)
                 if metrics is not None:
                     metrics.write(values)
-                self.step += 1
-                profiling.step_done()
                 reward = values["reward_mean"]
                 assert isinstance(reward, float)
+                self.training[self.step] = reward
+                self.step += 1
+                profiling.step_done()
                 self.recent.append(reward)
                 given_up = self.bad >= config.max_bad_steps
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
@@ -207,10 +245,52 @@ class _Run:
                 if stopping:
                     self.saver.wait()
                     raise Stopped(f"stopped after step {self.step} of {config.steps}, its checkpoint is written")
+            if why and self.recent:
+                self.save()
+            if not why:
+                self._measure(measured)
         if self.ranks.first:
             self.policy.export(self.folder.path / "final")
         self.policy.merge().requires_grad_(False)
-        return RunResult(self.folder.path, self.step, self.skipped, values)
+        history = self.held_out.history if self.held_out is not None else []
+        return RunResult(self.folder.path, self.step, self.skipped, values, history, self.best, why)
+
+    def _measure(self, measured: MetricsLog | None) -> str:
+        """Measure on the held-out prompts, where there are any; returns why the run should end here, "" to go on."""
+        held_out, config = self.held_out, self.config
+        if held_out is None:
+            return ""
+        done = [each for each in held_out.history if each.step == self.step]  # a run that went on here
+        if done:
+            held_out.history.remove(done[0])
+        with profiling.phase("held-out prompts"):
+            now = (
+                done[0]
+                if done
+                else held_out.measure(self.step, self.collector.engine, self.rewards, config, self.ranks)
+            )
+        said = held_out.add(now, self.training, config.held_out.by)
+        if measured is not None and not done:
+            measured.write(now.line())
+        if measured is not None and self.step == 0 and not done:
+            self._held_out_headroom(now)
+        if said.best is now and self.ranks.first:
+            save_best(self.folder.path, now, self.policy.export)
+        self.best = said.best
+        why = held_out.why_it_ends(said, config.held_out)
+        if why and self.ranks.first:
+            log.warning("step %d: %s", self.step, why)
+        return why
+
+    def _held_out_headroom(self, now: Measurement) -> None:
+        """Of the held-out prompts that have a reference image."""
+        assert self.held_out is not None
+        tasks = self.held_out.tasks
+        batches = {place: tasks.reference(tasks.at(place)) for place in range(len(tasks))}
+        own = [now.values["reward"][place] for place, batch in batches.items() if batch is not None]
+        true = [float(self.rewards.score(batch).total.mean()) for batch in batches.values() if batch is not None]
+        if true:
+            Headroom(sum(true) / len(true), sum(own) / len(own), len(true)).say(self.folder.path)
 
     def _one_step(self) -> dict[str, object]:
         started, config = time.perf_counter(), self.config
@@ -222,6 +302,8 @@ class _Run:
             groups = self.collector.collect(self.step, with_codes=shown)
         except NotFinite as error:
             problem = str(error)
+        if groups and self.ranks.first:
+            self.headroom.look(groups)
         rate = learning_rate(
             self.step, lr=config.lr, steps=config.steps, warmup=config.warmup, schedule=config.schedule
         )
@@ -252,6 +334,26 @@ class _Run:
             "skipped": problem or None,
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+    def _warn_if_still(self, kl: float) -> None:
+        """Say so once where the steps after the warm-up are lost: in the rounding of the weights, or in being small."""
+        config = self.config
+        if self.step != config.warmup + _STILL_AFTER or not self.ranks.first:
+            return
+        changed = self.policy.changed()
+        if changed >= _MOVED and (config.beta == 0 or kl >= _KL_MOVED):
+            return
+        log.warning(
+            "the policy has not moved: after %d steps %.2g %% of the trained numbers differ from where they began "
+            "(in %s), and its divergence from the reference is %.2g. Raise grpo.lr (%g), or train more than %s "
+            "(grpo.trainable)",
+            self.step,
+            100 * changed,
+            str(self.model.dtype).removeprefix("torch."),
+            kl,
+            config.lr,
+            {"concept": "the concept's rows", "lora": "adapters"}.get(config.trainable, "now"),
+        )
 
     @torch.no_grad()
     def _save_samples(self, groups: Sequence[Group]) -> None:
@@ -390,6 +492,12 @@ class _Run:
         restore_random_state(checkpoint.tensors)
         self.threshold.load_state_dict(checkpoint.state["threshold"])
         self.step, self.skipped, self.bad = (int(checkpoint.state[key]) for key in ("step", "skipped", "bad"))
+        if self.held_out is None:
+            return
+        lines = read_metrics(self.folder.path) if self.ranks.first else []
+        rewards = {line["step"]: line["reward_mean"] for line in lines if line["step"] < self.step}
+        self.training = self.ranks.broadcast({step: value for step, value in rewards.items() if value is not None})
+        self.held_out.restore(self.folder.path, self.step, self.ranks)
 
 
 def _invalid(groups: Sequence[Group]) -> str:

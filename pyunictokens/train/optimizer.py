@@ -68,6 +68,7 @@ class Optimizer:
         *,
         lr: float,
         weight_decay: float = 0.0,
+        eps: float = 1e-8,
         max_grad_norm: float | None = None,
         undecayed: frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
@@ -87,7 +88,9 @@ class Optimizer:
             {"params": [self._masters[n] for n in self.named if (n in undecayed) == bare], "weight_decay": decay}
             for bare, decay in ((False, weight_decay), (True, 0.0))
         ]
-        self.adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.999))
+        self.adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.999), eps=eps
+        )
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """What AdamW works on in place of `parameter`."""

@@ -82,6 +82,9 @@ class Policy:
             if write_reference and not _holds(self._reference_file, dict(model.named_parameters())):
                 write_tensors(self._reference_file, dict(model.named_parameters()))
         self._concept_start = {name: value.detach().clone() for name, value in self._rows().items()}
+        self._adapter_start = {
+            name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name
+        }
 
     def _rows(self) -> dict[str, nn.Parameter]:
         return dict(self.concept.named_parameters()) if self.concept is not None else {}
@@ -119,6 +122,23 @@ class Policy:
         for name, value in self.model.named_parameters():
             if "lora_" in name:
                 value.requires_grad_(True)
+
+    @torch.no_grad()
+    def changed(self) -> float:
+        """The part of the trained numbers, in 0…1, that the model computes with another value than when the run began:
+        what a step moves by less than the rounding of a weight is lost."""
+        start = {f"concept.{name}": value for name, value in self._concept_start.items()}
+        if self.kind == "full":
+            assert self._reference_file is not None
+            start |= read_tensors(self._reference_file)
+        other = total = 0
+        for name, value in self.named_parameters().items():
+            before = start.get(name, self._adapter_start.get(name))
+            if before is None:
+                continue
+            moved = value.to(self.model.dtype) != before.to(value.device).to(self.model.dtype)
+            other, total = other + int(moved.sum()), total + value.numel()
+        return other / max(total, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained tensors alone, by the names of :meth:`named_parameters`."""

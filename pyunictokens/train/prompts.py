@@ -33,5 +33,4 @@ def as_question(concept: ConceptTokens, question: str, groups: Sequence[str] = G
         return concept.expand(question, groups)
     if form != "prefix":
         raise ValueError(f"form={form!r}: must be expand or prefix")
-    helpers = "".join("".join(concept.tokens[concept.rows(group)]) for group in groups)
-    return f"{concept.sks} is {helpers}.{question}" if helpers else question
+    return concept.introduce(question, groups)

@@ -11,30 +11,33 @@ Both build a source of tasks (tasks.py) and hand it to the loop (grpo.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..config.training import GrpoConfig
+from ..config.training import GrpoConfig, TrainConfig
 from ..data.concept import Concept
 from ..data.prompts import PromptSource, read_prompts
 from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, owning_rows
-from ..rewards.base import PreviewJudge
-from ..rewards.ensemble import as_rewards
+from ..rewards.base import AsksColumns, PreviewJudge, RewardModel
+from ..rewards.ensemble import Ensemble, as_rewards
 from ..utils.errors import UserError
 from ..utils.progress import Progress
 from ..utils.signals import Stop, never
+from .collector import ByReward
 from .distributed.ranks import Ranks
 from .grpo import RunResult, run_grpo
+from .held_out import HeldOut
 from .images import ReferenceImages
-from .tasks import ConceptTasks, PromptTasks
+from .tasks import REFERENCE, ConceptTasks, PromptTasks
 
 
 @dataclass
 class GrpoResult(RunResult):
     """What training on a concept ends with."""
 
-    concept: ConceptTokens
+    concept: ConceptTokens = field(kw_only=True)
 
 
 def train_grpo(
@@ -60,6 +63,7 @@ def train_grpo(
         tokenizer: the plain tokenizer; the concept's tokens are added here.
         concept_data: a `data.Concept`; only the training half of its facts is used.
         rewards: an `Ensemble`, or anything whose score(batch) gives .total [R], .parts and .no_face.
+        config: by default the `paper` preset's.
         preview_scorer: judge of DSOG's previews (`ToyRewards.preview_scorer`, `Ber.preview_scorer`); by default the
             first reward model that judges previews. Without one, no previews are taken.
         out_dir: the run's folder; one that holds a run is refused unless `resume`.
@@ -72,7 +76,7 @@ def train_grpo(
     Raises:
         UserError, Stopped: as `run_grpo`.
     """
-    config = config or GrpoConfig()
+    config = config or TrainConfig.preset("paper").grpo
     if concept is not None:
         owning_rows(model).attach(concept)
     tokens = model.concept
@@ -84,6 +88,7 @@ def train_grpo(
         ReferenceImages(model, vq),
         visual_ratio=config.visual_ratio,
         judged_as=config.judged_as,
+        compound=config.compound,
         seed=config.seed,
     )
     result = run_grpo(
@@ -100,7 +105,7 @@ def train_grpo(
         stop=stop,
         ranks=ranks,
     )
-    return GrpoResult(result.folder, result.steps, result.skipped, result.last, tokens)
+    return GrpoResult(result.folder, result.steps, result.skipped, result.last, concept=tokens)
 
 
 class Bundle(Protocol):
@@ -124,48 +129,97 @@ def reinforce(
     out_dir: str | os.PathLike[str] = "runs/reinforce",
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
-    preview_scorer: PreviewJudge | None = None,
+    held_out: PromptSource | None = None,
+    metrics: Mapping[str, RewardModel | Callable[..., object]] | None = None,
+    preview_scorer: PreviewJudge | ByReward | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     stop: Stop = never,
     ranks: Ranks | None = None,
 ) -> RunResult:
-    """Improve a model's images of a list of prompts by reinforcement: plain text-to-image, no concept.
+    """Improve a model's images of a list of prompts by reinforcement: plain text-to-image, no concept needed.
 
     Args:
-        model: a bundle with .model, .vq and .tokenizer, as `load_toy()` gives.
+        model: a bundle with .model, .vq and .tokenizer, as `load_toy()` gives. With a concept attached, prompts may
+            name it as `<name>`, and its rows may learn.
         prompts: texts; dicts with the key "prompt", whose other keys are columns; a .txt or .jsonl file of these; or a
-            `datasets.Dataset` (`data/prompts.py`).
+            `datasets.Dataset` (`data/prompts.py`). The column `reference_image` names a file with a good picture of
+            the prompt, by which the run says how much there is to gain (headroom.py).
         reward_funcs: a function ``f(prompts=[...], images=[R, 3, H, W] in [-1, 1], **columns) -> list[float]``, a
-            reward model (``score(batch) -> Tensor [R]``), an `Ensemble`, or several functions and models as a list or
-            by name.
-        config: by default `GrpoConfig(trainable="lora")`. Settings of answers have no effect.
+            reward model (``score(batch) -> Tensor [R]``), the name of a registered one ("jpeg_size"), an `Ensemble`,
+            or several of these as a list or by name.
+        config: by default `GrpoConfig(trainable="lora")`. Settings of answers have no effect. `groups` is the number of
+            prompts of a step, `group_size` that of images of each.
         weights: of several reward functions, as a list or by name; 1 each by default.
-        out_dir, preview_scorer, resume, progress, stop, ranks: as in `train_grpo`.
+        held_out: prompts that do not train, in the same forms: drawn with the same noise every `config.held_out.every`
+            steps. The best policy by them is kept, and the run ends where they fall (held_out.py).
+        metrics: what is measured on the held-out prompts and never rewarded, by name: functions or reward models.
+        preview_scorer: as in `train_grpo`, or "reward": previews are scored by the reward itself, columns included.
+        out_dir, resume, progress, stop, ranks: as in `train_grpo`.
 
     Raises:
-        UserError: also for prompts and reward functions that cannot be used, and for trainable=concept.
+        UserError: also for prompts and reward functions that cannot be used, for a column that a reward function asks
+            for and the prompts do not have, and for trainable=concept without a concept.
         Stopped: as `run_grpo`.
     """
     config = config or GrpoConfig(trainable="lora")
-    if config.trainable == "concept":
-        raise UserError("trainable=concept: a list of prompts has no concept whose rows could learn: set lora or full")
-    if model.model.concept is not None:
+    concept = model.model.concept
+    if config.trainable == "concept" and concept is None:
         raise UserError(
-            f"the concept {model.model.concept.name!r} is attached to this model: detach it (model.detach()), or train "
-            "on its folder (train_grpo)"
+            "trainable=concept: this model has no concept whose rows could learn: set lora or full, or attach one"
         )
+    if metrics and held_out is None:
+        raise UserError("metrics are measured on held-out prompts: give held_out as well")
+    rewards = as_rewards(reward_funcs, weights, model.model.device)
+    measured = Ensemble(metrics, dict.fromkeys(metrics, 1.0)) if metrics else None
+    training = _tasks(model, prompts, "prompts", config.seed, rewards)
+    fixed = None
+    if held_out is not None:
+        fixed = HeldOut(_tasks(model, held_out, "held_out", config.seed, rewards, measured), measured)
+        both = set(training.texts) & set(fixed.tasks.texts)
+        if both:
+            warnings.warn(
+                f"{len(both)} of {len(fixed.tasks)} held-out prompts also train, as {min(both)!r}: what is measured on "
+                "them is not held out",
+                stacklevel=2,
+            )
     return run_grpo(
         model.model,
         model.vq,
         model.tokenizer,
-        PromptTasks(read_prompts(prompts), seed=config.seed),
-        as_rewards(reward_funcs, weights),
+        training,
+        rewards,
         config,
         out_dir,
         preview_judge=preview_scorer,
+        held_out=fixed,
         resume=resume,
         progress=progress,
         stop=stop,
         ranks=ranks,
     )
+
+
+def _tasks(model: Bundle, source: PromptSource, name: str, seed: int, *askers: object) -> PromptTasks:
+    """The tasks of `source`. Raises UserError where reward functions among `askers` ask for a column it lacks."""
+    prompts = read_prompts(source)
+    columns = prompts[0].columns
+    for asker in askers:
+        models = asker.models if isinstance(asker, Ensemble) else {}
+        for label, each in models.items():
+            wanted = each.columns if isinstance(each, AsksColumns) else ()
+            missing = [column for column in wanted if column not in columns]
+            if missing:
+                raise UserError(
+                    f"reward function {label!r} asks for {', '.join(missing)}, and {name} have "
+                    f"{'the columns ' + ', '.join(columns) if columns else 'no column'}: add it to every prompt, or "
+                    "give the argument a default"
+                )
+            for prompt in prompts:
+                empty = [column for column in wanted if prompt.columns[column] is None]
+                if empty:
+                    raise UserError(
+                        f"{name}: {prompt.text!r} has no {empty[0]}, which reward function {label!r} asks for"
+                    )
+    images = ReferenceImages(model.model, model.vq) if REFERENCE in columns else None
+    return PromptTasks(prompts, seed=seed, concept=model.model.concept, images=images)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..data import wording
 from ..data.concept import Concept
 from ..data.prompts import Prompt
 from ..models import ConceptTokens
-from ..rewards.base import plain_text
+from ..rewards.base import RewardBatch, plain_text
 from ..utils import fingerprint
 from ..utils.errors import UserError
 from .images import ReferenceImages
@@ -82,6 +83,10 @@ class TaskSource(Protocol):
         """Codes int64 [N] of the image that the task's question is about."""
         ...
 
+    def completed(self, prompt: str, answer: str) -> str:
+        """What an image is drawn from: a task's prompt, and what the model answered."""
+        ...
+
     def for_model(self, text: str) -> str:
         """A prompt or question as the model reads it."""
         ...
@@ -92,6 +97,10 @@ class TaskSource(Protocol):
 
     def for_answer_judges(self, text: str) -> str:
         """An answer or fact as one reads it who judges answers."""
+        ...
+
+    def reference(self, task: Task) -> RewardBatch | None:
+        """What reward models would be asked about a true image of this task; None where there is none."""
         ...
 
     def identity(self) -> dict[str, object]:
@@ -132,9 +141,11 @@ class ConceptTasks:
         *,
         visual_ratio: float = 0.5,
         judged_as: Literal["class", "info"] = "class",
+        compound: Literal["answer", "info"] = "answer",
         seed: int = 0,
     ):
         self.concept, self.tokens, self.images, self._judged_as = concept, tokens, images, judged_as
+        self._compound = compound
         self._tasks = {
             VISUAL: visual_tasks(concept) if visual_ratio > 0 else [],
             TEXT_ONLY: text_only_tasks(concept, concept.fact_pairs_train) if visual_ratio < 1 else [],
@@ -175,6 +186,12 @@ class ConceptTasks:
     def image_codes(self, task: Task) -> Tensor:
         return self.images.codes(task.image)
 
+    def completed(self, prompt: str, answer: str) -> str:
+        if self._compound == "answer":
+            return wording.compound_prompt(prompt, answer)
+        named = named_for_class(answer, self.concept.class_word, self.concept.sks)
+        return wording.compound_prompt(wording.compound_prompt(prompt, self.concept.info), named)
+
     def for_model(self, text: str) -> str:
         return as_prompt(self.tokens, text)
 
@@ -184,6 +201,22 @@ class ConceptTasks:
     def for_answer_judges(self, text: str) -> str:
         return plain_text(text, self.concept.class_word)
 
+    def reference(self, task: Task) -> RewardBatch | None:
+        """The image that the question is about, with the true answer; the references are the other images."""
+        if task.mode != VISUAL or task.image is None:
+            return None
+        mine = self.images.pixels(task.image)
+        others = [image for image in self._references if not torch.equal(image, mine)]
+        answer = self.for_answer_judges(task.answer)
+        return RewardBatch(
+            images=mine[None],
+            prompts=[self.for_image_judges(self.completed(task.prompt, task.answer))],
+            answers=[answer],
+            facts=[answer],
+            references=torch.stack(others) if others else self._references,
+            kind=self.kind,
+        )
+
     def identity(self) -> dict[str, object]:
         return {
             "concept": self.tokens.name,
@@ -192,42 +225,96 @@ class ConceptTasks:
         }
 
 
+def named_for_class(text: str, class_word: str, sks: str) -> str:
+    """`text` with the concept's token where it speaks of "the dog", "a dog" or "dog"; as it is where it holds the token
+    or the concept has no class word."""
+    if not class_word.strip() or sks in text:
+        return text
+    word = rf"\b(?:(?:the|a|an|this)\s+)?{re.escape(class_word.strip())}\b"
+    return re.sub(word, lambda _: sks, text, flags=re.IGNORECASE)
+
+
 # --- a list of prompts ---------------------------------------------------------------------------------------------
+
+
+REFERENCE = "reference_image"
+"""The column of a prompt list that names a file with a good picture of the prompt."""
 
 
 class PromptTasks:
     """A list of prompts: each is drawn as it stands, once before any comes twice, in an order by `seed`.
 
-    Reward functions get its columns. Nothing is asked, and there are no reference images.
+    Reward functions get its columns. Nothing is asked. With a concept attached to the model, prompts may name it as
+    `<name>`: the model reads its tokens, reward models read its name.
     """
 
     kind = "object"
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int = 0):
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int = 0,
+        concept: ConceptTokens | None = None,
+        images: ReferenceImages | None = None,
+    ):
         self._tasks = [Task(PROMPT, each.text, columns=each.columns) for each in prompts]
-        self._seed = seed
+        self._seed, self._concept, self._images = seed, concept, images
+
+    def __len__(self) -> int:
+        return len(self._tasks)
 
     @property
     def references(self) -> Tensor:
         return torch.empty(0, 3, 1, 1)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts in their order."""
+        return [task.prompt for task in self._tasks]
+
+    def at(self, place: int) -> Task:
+        """The task of the list's prompt number `place`."""
+        return self._tasks[place]
 
     def draw(self, number: int) -> Task:
         epoch, place = divmod(number, len(self._tasks))
         order = np.random.default_rng([self._seed, 4, epoch]).permutation(len(self._tasks))
         return self._tasks[int(order[place])]
 
+    def batch(self, tasks: Sequence[Task], pixels: Tensor) -> RewardBatch:
+        """Images [R, 3, H, W] of R tasks as reward models get them."""
+        return RewardBatch(
+            images=pixels,
+            prompts=[self.for_image_judges(task.prompt) for task in tasks],
+            kind=self.kind,
+            columns={name: [task.columns[name] for task in tasks] for name in tasks[0].columns},
+        )
+
     def image_codes(self, task: Task) -> Tensor:
         raise UserError("a list of prompts asks nothing about images")
 
+    def completed(self, prompt: str, answer: str) -> str:
+        return wording.compound_prompt(prompt, answer)
+
     def for_model(self, text: str) -> str:
-        return text
+        return text if self._concept is None else as_prompt(self._concept, text)
 
     def for_image_judges(self, text: str) -> str:
-        return text
+        return text if self._concept is None else plain_text(text, self._concept.name)
 
     def for_answer_judges(self, text: str) -> str:
         return text
 
+    def reference(self, task: Task) -> RewardBatch | None:
+        """The image that the task's column `reference_image` names."""
+        file = task.columns.get(REFERENCE)
+        if file is None or self._images is None:
+            return None
+        if not isinstance(file, (str, Path)):
+            raise UserError(f"prompt {task.prompt!r}: {REFERENCE}={file!r}: must be the name of an image file")
+        return self.batch([task], self._images.pixels(Path(file))[None])
+
     def identity(self) -> dict[str, object]:
-        texts = json.dumps([task.prompt for task in self._tasks], ensure_ascii=False)
+        texts = json.dumps(self.texts, ensure_ascii=False)
         return {"prompts": len(self._tasks), "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()[:16]}

@@ -77,6 +77,10 @@ class PhaseReport:
     seconds: float
     """Wall clock, phases or not."""
     phases: list[PhaseTotal] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
+    """Parts of a whole that were counted, such as row-steps that ran captured, in 0…1."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """Which of several ways was taken, by what could be done in several ways."""
 
     def fraction(self, phase: PhaseTotal) -> float | None:
         """Part of the matrix rate that `phase` reached; None where no operations were counted."""
@@ -100,6 +104,8 @@ class Recorder:
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self._totals: dict[str, PhaseTotal] = {}
+        self._shares: dict[str, list[float]] = {}
+        self._paths: dict[str, dict[str, None]] = {}
         self._open: list[str] = []
         self._mark: Mark = 0.0
         self._intervals: list[tuple[str, Mark, Mark]] = []
@@ -142,6 +148,16 @@ class Recorder:
         """Add operations to the phase `name`."""
         self._total(name).flops += flops
 
+    def share(self, name: str, part: float, whole: float) -> None:
+        """Add `part` of `whole` to the share `name`."""
+        counted = self._shares.setdefault(name, [0.0, 0.0])
+        counted[0] += part
+        counted[1] += whole
+
+    def taken(self, name: str, path: str) -> None:
+        """`path` was taken where `name` can be done in several ways."""
+        self._paths.setdefault(name, {})[path] = None
+
     def inside(self, name: str) -> bool:
         """Whether the innermost phase is `name`."""
         return bool(self._open) and self._open[-1] == name
@@ -173,7 +189,10 @@ class Recorder:
         phases = sorted(self._totals.values(), key=lambda phase: order.get(phase.name, len(order)))
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         seconds = time.perf_counter() - self._started
-        return PhaseReport(name, str(dtype).removeprefix("torch."), matrix_rate(self.device, dtype), seconds, phases)
+        shares = {name: part / whole for name, (part, whole) in self._shares.items() if whole}
+        paths = {name: ", ".join(taken) for name, taken in self._paths.items()}
+        rate = matrix_rate(self.device, dtype)
+        return PhaseReport(name, str(dtype).removeprefix("torch."), rate, seconds, phases, shares, paths)
 
     @staticmethod
     def save(file: str | os.PathLike[str], report: PhaseReport) -> None:
@@ -221,6 +240,20 @@ def count(name: str, flops: Callable[[], float]) -> None:
 
 
 @functools.cache
+def share(name: str, part: float, whole: float) -> None:
+    """Add `part` of `whole` to a share of the report (:class:`PhaseReport`)."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.share(name, part, whole)
+
+
+def taken(name: str, path: str) -> None:
+    """Write down which way was taken where there are several."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.taken(name, path)
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large square product, the median of five after two to warm up."""
     side = 8192 if device.type == "cuda" else 768
@@ -249,7 +282,9 @@ class _Trace:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profile: torch.profiler.profile | None = torch.profiler.profile(activities=activities)
+        else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it looks for GPUs, and prints an error for finding none
+        self._profile: torch.profiler.profile | None = torch.profiler.profile(activities=activities, acc_events=True)
         self._profile.start()
 
     def step(self) -> None:

@@ -341,6 +341,10 @@ def test_a_data_folder_that_moved_is_told_of_with_the_way_to_name_it(tmp_path: P
     gone = f"{tmp_path / 'gone'}: the folder of 'bo' that this run was trained on is no longer there: say where it is"
     assert f"{gone} with --concept ROOT bo" in said
     assert f"{gone} with --concept ROOT bo" in only_error("evaluate", "table", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for words in ([], ["samples=1"], ["--seed", 3], ["run", "samples=1"]):
+            assert f"{gone} with --concept ROOT bo" in only_error("evaluate", "run", *words)
     assert "no run: leave one of the two" in only_error("evaluate", "table", tmp_path, "--concept", tmp_path, "bo")
     said = only_error("train", "--out", run, "--resume")
     assert f"{gone} with pyunictokens train ROOT bo --out {run} --resume" in said
@@ -533,3 +537,47 @@ def test_bench_runs_the_suite_of_the_source_tree(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
     monkeypatch.chdir(tmp_path)
     assert "source tree" in only_error("bench")
+
+
+def test_generate_any_grid_and_paint_into_an_image(
+    run: Path, toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    drawn = RolloutEngine.generate_images
+
+    def kept(self: RolloutEngine, *words: Any, **options: Any) -> Any:
+        rollout = drawn(self, *words, **options)
+        asked.append((options["grid"], options["known_codes"], rollout.codes))
+        return rollout
+
+    monkeypatch.setattr(RolloutEngine, "generate_images", kept)
+    few = ("timesteps=2", "guidance_scale=0", "--device", "cpu")
+    wide = tmp_path / "wide.png"
+    call("generate", run, "a photo of <bo>", "--size", "16x48", "--out", wide, *few)
+    assert asked[-1][0] == (2, 6) and asked[-1][1] is None
+    assert Image.open(tmp_path / "wide_0.png").size == (48, 16)
+    noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "photo.png")
+    mask = torch.zeros(32, 32, dtype=torch.uint8)
+    mask[3:9, 20] = 255  # touches two codes of one column
+    Image.fromarray(mask.numpy()).save(tmp_path / "mask.png")
+    words = ("--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--out", tmp_path / "in.png")
+    call("generate", run, "a photo of <bo>", *words, *few)
+    grid, known, codes = asked[-1]
+    bundle = tiny_toy()
+    whole = bundle.vq.encode(noise.permute(2, 0, 1)[None].float() / 127.5 - 1)[0]
+    painted = [place for place in range(16) if known[place] == -1]
+    assert grid == (4, 4) and painted == [2, 6]
+    kept_places = [place for place in range(16) if place not in painted]
+    assert torch.equal(known[kept_places], whole[kept_places].long())
+    assert torch.equal(codes[0, kept_places].cpu(), known[kept_places]) and int(codes.min()) >= 0
+    Image.new("L", (32, 32)).save(tmp_path / "black.png")
+    Image.new("L", (16, 32), 255).save(tmp_path / "small.png")
+    for options, said in (
+        (("--size", "20x32"), "must be multiples of 8"),
+        (("--size", "wide"), "must be HEIGHTxWIDTH"),
+        (words[:2], "--image and --mask belong together"),
+        ((*words[:2], "--mask", tmp_path / "black.png"), "is black all over"),
+        ((*words[:2], "--mask", tmp_path / "small.png"), "must be of one size"),
+    ):
+        assert said in only_error("generate", run, "<bo>", *options, "--out", tmp_path / "x.png", *few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -56,11 +57,34 @@ def test_several_rewards_and_going_on() -> None:
     assert len(read_metrics("run")) == 1, "it was done"
 
 
+def test_held_out_prompts_metrics_and_built_in_rewards() -> None:
+    Path("test.txt").write_text("a green cat\na pink mug\n")
+    given = ("--reward", "jpeg_size", "--held-out", "test.txt", "--metric", "toy_rewards_here:red")
+    words = ("held_out.every=1", "held_out.by=red", "steps=2", *SHORT[1:])
+    said = " ".join(call("reinforce", "prompts.txt", *given, "--out", "run", *words).split())
+    lines = [json.loads(line) for line in Path("run/held_out.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["means"].keys() == {"reward", "jpeg_size", "red"} and len(lines[0]["prompts"]["red"]) == 2
+    assert f"held-out prompts, red: {lines[0]['means']['red']:.3f} before" in said
+    assert Path("run/best/adapter_model.safetensors").exists()
+
+
+def test_rewards_from_a_config() -> None:
+    Path("run.yaml").write_text(
+        "rewards:\n  weights: {colour: 1.0}\n  models: {colour: {colour: blue}}\ngrpo: {steps: 1}\n"
+    )
+    call("reinforce", "prompts.txt", "--config", "run.yaml", "--out", "run", *SHORT)
+    (line,) = read_metrics("run")
+    assert line["parts"].keys() == {"colour"} and 0 < line["reward_mean"] < 1
+
+
 def test_what_cannot_be_used() -> None:
     red = ("--reward", "toy_rewards_here:red")
     for arguments, said in [
-        (("prompts.txt",), "which reward? Give --reward MODULE:FUNCTION"),
-        (("prompts.txt", "--reward", "toy_rewards_here"), "MODULE:CLASS"),
+        (("prompts.txt",), "which reward? Give --reward NAME or MODULE:FUNCTION"),
+        (("prompts.txt", "--reward", "toy_rewards_here"), "must be MODULE:FUNCTION of your own, NAME or NAME=WEIGHTS"),
+        (("prompts.txt", "--reward", "hpsv2=none.pt"), "none.pt: no such file"),
+        (("prompts.txt", *red, "--metric", "jpeg_size"), "metrics are measured on held-out prompts"),
         (("prompts.txt", "--reward", "toy_rewards_here:blue"), "blue"),
         (("prompts.txt", *red, "--weight", 1, "--weight", 2), "2 --weight for 1 --reward"),
         (("none.txt", *red), "none.txt: no such file"),

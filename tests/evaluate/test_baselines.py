@@ -296,7 +296,7 @@ def test_specs(text: str, spec: Spec, name: str) -> None:
         ("transformers:", "needs a folder or hub id"),
         ("diffusers:x,lora", "'lora' must be KEY=VALUE"),
         ("endpoint:http://h/v1", "needs model=NAME"),
-        ("endpoint:http://h/v1,model=m,price=1", "knows draw, key, model, references"),
+        ("endpoint:http://h/v1,model=m,price=1", "knows draw, key, model, quality, references, size, timeout"),
         ("endpoint:http://h/v1,model=m,references=0+ip", "references=0"),
     ],
 )
@@ -313,3 +313,126 @@ def test_identities_tell_models_apart(tmp_path: Path) -> None:
     before = baseline(parse(texts[0])).identity
     (tmp_path / "w.safetensors").write_bytes(b"12")
     assert baseline(parse(texts[0])).identity != before
+
+
+# --- tokens that UniCTokens published ------------------------------------------------------------------------------
+
+
+def test_published_tokens_are_asked_as_they_were_trained(subject: Subject) -> None:
+    from pyunictokens.evaluate.baselines.ours import PublishedForm
+    from pyunictokens.models import ConceptTokens
+    from pyunictokens.models.showo import prompting
+    from pyunictokens.rollout.engine import RolloutEngine
+
+    toy = tiny_toy()
+    concept = ConceptTokens("bo", toy.model.width, num_understanding=3, num_generation=2, seed=1)
+    toy.model.attach(concept.requires_grad_(False))
+    tokenizer = toy.tokenizer.with_concept(concept.tokens)
+    engine = RolloutEngine(toy.model, toy.vq, tokenizer)
+    heard = Heard(engine)
+    model = EngineModel(heard, PublishedForm(concept), subject, SAMPLING)  # type: ignore[arg-type]
+    answer = model.answer([picture(1)], "what is <bo>?")
+    text = "USER: <bo> is <token_0><token_1><token_2>.what is <bo>? ASSISTANT:"
+    ((codes, questions, _),) = heard.texts
+    assert questions == [text] and "\n" not in text
+    # by the plain definition: one sequence, the likeliest token again and again
+    ids, said = prompting.SpecialIds.of(toy.model), []
+    for _ in range(SAMPLING.max_new_tokens):
+        sequence = prompting.mmu(codes[0].tolist(), tokenizer.encode(text), ids, said or None)[None]
+        sequence = sequence[:, : -1 if said else None]  # without the end that `mmu` closes an answer with
+        allowed = prompting.attention_allowed(sequence, "mmu", ids)
+        logits = toy.model(sequence, allowed)[0, -1]
+        logits[ids.first_code :] = -torch.inf
+        token = int(logits.argmax())
+        if token == toy.model.end_id:
+            break
+        said.append(token)
+    assert answer == " ".join(tokenizer.decode(said).split())
+    model.generate("a <bo> beside <bo>", 1, 0)
+    helpers = "".join(f"<token_{number}>" for number in range(5))
+    assert heard.images[0][0] == [f"a {helpers}<bo> beside {helpers}<bo>"]
+
+
+# --- image models as they are --------------------------------------------------------------------------------------
+
+
+class GptImage:
+    """A server that takes and refuses what gpt-image-1's does: no response_format, at most ten images a request, sizes
+    and qualities of its own, images through images/edits as a form."""
+
+    SIZES, QUALITIES = {"1024x1024", "1024x1536", "1536x1024", "auto"}, {"low", "medium", "high", "auto"}
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, str], int]] = []
+        gpt = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                fields, images = self._form(body) if self.path.endswith("/edits") else (json.loads(body), 0)
+                fields = {name: str(value) for name, value in fields.items()}
+                gpt.asked.append((self.path, fields, images))
+                wrong = sorted(set(fields) - {"model", "prompt", "n", "size", "quality"})
+                if wrong:
+                    return self._reply(400, {"error": {"message": f"Unknown parameter: '{wrong[0]}'."}})
+                if fields.get("size", "auto") not in gpt.SIZES or fields.get("quality", "auto") not in gpt.QUALITIES:
+                    return self._reply(400, {"error": {"message": "Invalid value"}})
+                if not 1 <= int(fields["n"]) <= 10 or (self.path.endswith("/edits") and not images):
+                    return self._reply(400, {"error": {"message": "Invalid n or image"}})
+                data = [{"b64_json": encoded(picture(n, (64, 64)))} for n in range(int(fields["n"]))]
+                return self._reply(200, {"created": 0, "data": data})
+
+            def _form(self, body: bytes) -> tuple[dict[str, str], int]:
+                kind, _, boundary = self.headers["Content-Type"].partition("boundary=")
+                assert kind.startswith("multipart/form-data")
+                fields: dict[str, str] = {}
+                images = 0
+                for part in body.split(b"--" + boundary.encode())[1:-1]:
+                    head, _, value = part.strip(b"\r\n").partition(b"\r\n\r\n")
+                    if b"filename=" in head:
+                        Image.open(io.BytesIO(value)).load()
+                        images += 1
+                    else:
+                        fields[head.split(b'name="')[1].split(b'"')[0].decode()] = value.decode()
+                return fields, images
+
+            def _reply(self, status: int, value: dict[str, Any]) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def model(self, subject: Subject, more: str = "") -> Any:
+        url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        return baseline(parse(f"endpoint:{url},model=gpt-4o,draw=gpt-image-1{more}")).load(subject)
+
+
+def test_gpt_image_is_asked_for_what_it_takes(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    server = GptImage()
+    drawn = server.model(subject, ",size=1024x1024,quality=low").generate("a photo of <bo> on the beach", 12, 0)
+    assert drawn.shape == (12, 3, 64, 64)
+    assert [(path, fields["n"]) for path, fields, _ in server.asked] == [
+        ("/v1/images/generations", "10"),
+        ("/v1/images/generations", "2"),
+    ]
+    wanted = {"model": "gpt-image-1", "prompt": "a photo of a pink dog on the beach", "n": "10"}
+    assert server.asked[0][1] == {**wanted, "size": "1024x1024", "quality": "low"}
+    with pytest.raises(UserError, match="Invalid value"):
+        server.model(subject, ",quality=standard").generate("<bo>", 1, 0)
+
+
+def test_gpt_image_is_shown_the_references(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    server = GptImage()
+    drawn = server.model(subject, ",references=2+ip").generate("a photo of <bo> on the beach", 3, 0)
+    ((path, fields, images),) = server.asked
+    assert (path, images, drawn.shape) == ("/v1/images/edits", 2, (3, 3, 64, 64))
+    assert fields["prompt"] == "The first 2 pictures show <bo>. a photo of <bo> on the beach"

@@ -235,3 +235,17 @@ def test_names_cannot_smuggle_markup(tmp_path: Path) -> None:
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<script" not in html and "<img src=x" not in html
     assert "<script>alert(1)</script>" in Page(html).text
+
+
+def test_the_page_says_how_many_previews_passed_and_whether_the_policy_moved(run: Path) -> None:
+    files = read_run(run)
+    files.config = {"grpo": {"dsog": {"target_pass_rate": 0.25}}}
+    for place, row in enumerate(files.rows):
+        row["pass_rate"], row["kl"] = (0.0 if place < 12 else 0.5), 1e-3
+    said = " ".join(health(files))
+    assert "DSOG: 25% of the previews passed, 25% were wanted; none passed in the first 12 steps" in said
+    assert "hardly moved" not in said
+    for row in files.rows:
+        row["pass_rate"], row["kl"] = 0.3, 2e-9
+    said = " ".join(health(files))
+    assert "DSOG: 30% of the previews passed, 25% were wanted." in said and "below 2e-09" in said

@@ -52,7 +52,9 @@ def pixels(rows: int) -> Tensor:
 
 
 def test_one_registration_is_read_everywhere(tmp_path: Any) -> None:
-    assert list(registered()) == ["tier", "ber", "der", "fer", "judge"] and labels()["ber"] == "BER: the prompt"
+    of_the_paper, of_prompts = ["tier", "ber", "der", "fer", "judge"], ["clip", "hpsv2", "aesthetic", "pickscore"]
+    of_prompts += ["dino", "objects", "ocr", "jpeg_size", "colour"]
+    assert list(registered()) == [*of_the_paper, *of_prompts] and labels()["ber"] == "BER: the prompt"
     make()
     assert labels()["contrast"] == "Contrast: light and dark"
     ensemble = load_rewards({"models": {"mine": {"use": "contrast", "scale": 3}}, "weights": {"mine": 1.0}})

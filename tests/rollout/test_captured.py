@@ -167,3 +167,18 @@ def test_bad_modes():
         tiny_engine(capture="fast")
     with pytest.raises(UserError, match="mode='loop': cannot run here"):
         tiny_engine(capture="loop").generate_images([[1]], steps=2)
+
+
+def test_the_share_of_captured_row_steps_is_counted() -> None:
+    """Prompts of a length that was not met before are left to the host, and the report says how much that was."""
+    from pyunictokens.utils.profiling import Recorder
+
+    engine = tiny_engine(capture="auto")
+    with Recorder() as recorder:
+        for _ in range(2):
+            engine.generate_images([[1, 2]], samples=2, steps=4, guidance_scale=1.0)
+    assert "row-steps that ran captured" not in recorder.report(torch.float32).shares  # on a CPU nothing is wanted
+    named = tiny_engine(capture="eager")
+    with Recorder() as recorder:
+        named.generate_images([[1, 2]], samples=2, steps=4, guidance_scale=1.0)
+    assert recorder.report(torch.float32).shares == {"row-steps that ran captured": 1.0}

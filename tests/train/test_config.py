@@ -94,7 +94,7 @@ def test_bad_words(word: str, said: str) -> None:
         ("grpo: {stepz: 3}", "train.yaml: grpo: unknown setting 'stepz'; did you mean 'steps'"),
         ("grpo:\n  steps: 3\n lr: 2", r"not valid YAML at line \d+, column \d+"),
         ("- 1", "must hold a table"),
-        ("preset: papr", "preset 'papr': must be one of paper, fast, quality, toy"),
+        ("preset: papr", "preset 'papr': must be one of paper, unictokens, fast, quality, toy"),
         ("grpo: {max_grad_norm: true}", "must be a number"),
     ],
 )

@@ -341,7 +341,9 @@ def test_understanding_is_the_answers_tokens_alone(here: World) -> None:
         logits = model(sequence, prompting.attention_allowed(sequence, "mmu", ids))[0, -len(said) - 1 : -1]
         total = total - logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None]).sum()
         count += len(said)
-    found = understanding_loss(model, prefixes, [text_row(tokenizer, model, *pair) for pair in asked])
+    found = understanding_loss(
+        model, prefixes, [text_row(tokenizer, model, model.question_text(q), a) for q, a in asked]
+    )
     assert float(found) == pytest.approx(float(total / count), rel=1e-5)
     learn = list(model.concept.parameters())
     for mine, theirs in zip(torch.autograd.grad(found, learn), torch.autograd.grad(total / count, learn), strict=True):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,15 @@ def test_a_trace_holds_the_phases_and_ends_by_itself(tmp_path: Path) -> None:
     assert "alone" in short.read_text() and [f.name for f in tmp_path.iterdir() if "part" in f.name] == []
 
 
+def test_a_trace_without_a_gpu_prints_nothing(tmp_path: Path) -> None:
+    code = "import torch; from pyunictokens.utils.profiling import trace\nwith trace('a.json'): torch.ones(3).sum()"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("KINETO_LOG_LEVEL", None)
+    command = [sys.executable, "-W", "default", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "") and "aten::sum" in (tmp_path / "a.json").read_text()
+
+
 def test_the_engine_tells_its_phases_and_what_they_cost() -> None:
     model = tiny_model(dtype=torch.float32)
     engine = tiny_engine(model)
@@ -115,3 +127,23 @@ def test_the_engine_tells_its_phases_and_what_they_cost() -> None:
     assert totals["rollout steps"].flops == 6 * cost.image_step(CONFIG, 1, prompt, 9).flops
     assert totals["prefill"].flops == cost.prefill(CONFIG, prompt).flops + cost.prefill(CONFIG, 3).flops
     assert totals["answers"].flops > 0
+
+
+def test_shares_and_ways_taken_are_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pyunictokens.cli.shell import show_phases
+
+    profiling.share("nobody listens", 1, 1)
+    profiling.taken("nobody listens", "x")
+    with Recorder() as recorder:
+        profiling.share("row-steps that ran captured", 0, 30)
+        profiling.share("row-steps that ran captured", 10, 10)
+        for way in ("one kernel", "another", "one kernel"):
+            profiling.taken("attention", way)
+    report = recorder.report(torch.float32)
+    assert report.shares == {"row-steps that ran captured": 0.25}
+    assert report.paths == {"attention": "one kernel, another"}
+    Recorder.save(tmp_path / "phases.json", report)
+    assert PhaseReport.load(tmp_path / "phases.json") == report
+    show_phases(report)
+    said = capsys.readouterr().out
+    assert "row-steps that ran captured" in said and "25.0 %" in said and "another" in said

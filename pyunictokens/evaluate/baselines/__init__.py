@@ -92,7 +92,7 @@ def baseline(
     if spec.kind == "real":
         from .real import RealImages
 
-        return Baseline(spec.name, identity, RealImages)
+        return Baseline(spec.name, identity, RealImages, answers=False)
     if spec.kind == "transformers":
         from .vlm import Backbone, Vlm
 
@@ -101,6 +101,7 @@ def baseline(
             spec.name,
             identity,
             lambda subject: Vlm(backbone(), subject, int(spec.image), max_new_tokens),
+            generates=False,
             release=backbone.cache_clear,
         )
     if spec.kind == "diffusers":
@@ -109,10 +110,15 @@ def baseline(
         source = parse_source([spec.where, *(f"{key}={value}" for key, value in spec.options.items())])
         pipeline = functools.cache(lambda: Pipeline(source, device, dtype))
         return Baseline(
-            spec.name, identity, lambda subject: Diffusion(pipeline(), subject), release=pipeline.cache_clear
+            spec.name,
+            identity,
+            lambda subject: Diffusion(pipeline(), subject),
+            answers=False,
+            release=pipeline.cache_clear,
         )
     if spec.kind == "endpoint":
-        return Baseline(spec.name, identity, _remote(spec, max_new_tokens))
+        generates = bool(spec.options.get("draw"))
+        return Baseline(spec.name, identity, _remote(spec, max_new_tokens), generates=generates)
     raise UserError(f"model {spec.kind!r}: needs an engine")
 
 
@@ -120,7 +126,7 @@ def _remote(spec: Spec, max_new_tokens: int) -> Callable[[Subject], Model]:
     from ...rewards.endpoint import Endpoint
     from .endpoint import Remote, RemoteConfig
 
-    known = {"model", "draw", "key", "references"}
+    known = {"model", "draw", "key", "references", "size", "quality", "timeout"}
     if not {"model"} <= set(spec.options) <= known | {"photos"}:
         got = ", ".join(spec.options) or "nothing"
         raise UserError(f"endpoint {spec.where}: needs model=NAME and knows {', '.join(sorted(known))}; got {got}")
@@ -128,12 +134,18 @@ def _remote(spec: Spec, max_new_tokens: int) -> Callable[[Subject], Model]:
     shown = spec.options.get("references", spec.options.get("photos", "1"))  # as it was called before
     if not shown.isdigit() or not 1 <= int(shown) <= 20:
         raise UserError(f"endpoint {spec.where}: references={shown}: must be from 1 to 20")
+    waits = spec.options.get("timeout", "180" if spec.options.get("draw") else "60")
+    if not waits.isdigit() or not 1 <= int(waits) <= 3600:
+        raise UserError(f"endpoint {spec.where}: timeout={waits}: must be from 1 to 3600 seconds")
     config = RemoteConfig(
         spec.options["model"],
         spec.where,
         None if key == "none" else key,
         max_tokens=max_new_tokens,
         image_model=spec.options.get("draw", ""),
+        size=spec.options.get("size", ""),
+        quality=spec.options.get("quality", ""),
+        timeout=float(waits),
         shown=int(shown) if spec.image else 0,
     )
     endpoint = Endpoint(config)

@@ -1,7 +1,8 @@
 """A model behind an OpenAI-compatible endpoint, told about the concept in words (TP) or by references (IP).
 
-Questions go to chat completions with images as data URLs; prompts to images/generations, where the endpoint has it and
-an image model is named. Retries, time-outs and the key are the business of `rewards.endpoint`.
+Questions go to chat completions with images as data URLs; prompts to images/generations, or with references to
+images/edits, where the endpoint has them and an image model is named. Retries, time-outs and the key are the business
+of `rewards.endpoint`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...data.images import fit_within, from_pil, square
-from ...rewards.endpoint import Endpoint, EndpointConfig, EndpointError
+from ...rewards.base import plain_text
+from ...rewards.endpoint import Endpoint, EndpointConfig, EndpointError, gives_base64
 from ...rewards.judge import data_url
 from ...utils.errors import UserError, needs
 from ..core import Unsupported
@@ -36,6 +38,10 @@ class RemoteConfig(EndpointConfig):
 
     image_model: str = ""
     """The model asked for images; empty means that it generates none."""
+    size: str = ""
+    """Size of generated images as the endpoint has it, such as 1024x1024; empty leaves it to the endpoint."""
+    quality: str = ""
+    """Their quality as the endpoint has it: low, medium, high; empty leaves it to the endpoint."""
     shown: int = 0
     """References of the image prompt; 0 is the text prompt."""
     image_side: int = 768
@@ -65,14 +71,30 @@ class Remote:
             raise UserError(str(error)) from None
 
     def generate(self, prompt: str, n: int, seed: int) -> Tensor:
-        """`n` images, squares of one size. The endpoint decides its own noise: the seed is not sent."""
-        if not self.config.image_model:
-            raise Unsupported(f"{self.config.model}: no image model was named")
+        """`n` images, squares of one size. The endpoint decides its own noise: the seed is not sent.
+
+        With an image prompt the references go along, where the image model takes images (gpt-image-1 and its kin).
+        """
+        model, config = self.config.image_model, self.config
+        if not model:
+            raise Unsupported(f"{config.model}: no image model was named")
+        shown: list[bytes] = []
+        if self._references and gives_base64(model):
+            shown = [_png(image) for image in self._references]
+            text = pointed(self.subject, len(shown), False, plain_text(prompt, self.subject.sks))
+        else:
+            text = described(self.subject, prompt)
         try:
-            made = self.endpoint.draw(self.config.image_model, described(self.subject, prompt), n)
+            made = self.endpoint.draw(model, text, n, images=shown, size=config.size, quality=config.quality)
         except EndpointError as error:
             raise UserError(f"no image: {error}") from None
         return _stacked([_decoded(image) for image in made], n)
+
+
+def _png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _decoded(data: str) -> Image:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...data.images import black_image, from_pil, square
+from ...models import ConceptTokens
+from ...models.showo.prompting import published_question
 from ...rewards.base import plain_text
 from ...utils.errors import UserError
 from ..core import Question
@@ -87,9 +89,16 @@ class Engine(Protocol):
         ...
 
     def generate_text(
-        self, images: Tensor, questions: Sequence[str], *, max_new_tokens: int, temperature: float
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        raw: bool = False,
     ) -> Answers:
-        """One answer a question about its image, codes [B, N]."""
+        """One answer a question about its image, codes [B, N]; a `raw` question is read as it stands, without the
+        model's own wording around it."""
         ...
 
 
@@ -99,6 +108,23 @@ class Expander(Protocol):
     def expand(self, text: str) -> str:
         """`text` with the helper tokens before the first `<name>`."""
         ...
+
+
+class PublishedForm:
+    """A concept's tokens in the form that UniCTokens trains and asks them in: questions follow the sentence "<name> is
+    <token_0>…." with the understanding tokens, prompts have all helper tokens before every `<name>`, and a question
+    stands behind "USER: " without a line break. Tokens that its code trained give here the answers they give there.
+    """
+
+    def __init__(self, tokens: ConceptTokens):
+        self.tokens = tokens
+
+    def expand(self, text: str) -> str:
+        return self.tokens.expand(text, every=True)
+
+    def question(self, text: str) -> str:
+        """A question as the model reads it, its wrapping included."""
+        return published_question(self.tokens.introduce(text))
 
 
 @dataclass(frozen=True)
@@ -139,13 +165,13 @@ class EngineModel:
     def answers(self, questions: Sequence[Question]) -> list[str]:
         """:meth:`answer` of several questions in one batch."""
         shown = [self.shown(images, question) for images, question in questions]
-        answers = self.engine.generate_text(
-            torch.stack([self._encoded(pixels) for pixels, _ in shown]),
-            [text for _, text in shown],
-            max_new_tokens=self.sampling.max_new_tokens,
-            temperature=0.0,
-        )
-        return list(answers.texts)
+        codes, texts = torch.stack([self._encoded(pixels) for pixels, _ in shown]), [text for _, text in shown]
+        longest = self.sampling.max_new_tokens
+        if isinstance(self.tokens, PublishedForm):
+            found = self.engine.generate_text(codes, texts, max_new_tokens=longest, temperature=0.0, raw=True)
+        else:
+            found = self.engine.generate_text(codes, texts, max_new_tokens=longest, temperature=0.0)
+        return list(found.texts)
 
     def generate(self, prompt: str, n: int, seed: int, first_id: int = 0) -> Tensor:
         """`n` images, [n, 3, H, W]; their sample ids count from `first_id`."""
@@ -154,6 +180,8 @@ class EngineModel:
     def shown(self, images: Sequence[Image], question: str) -> tuple[Tensor, str]:
         """The image and the words that a question becomes."""
         pixels = from_pil(square(single(images), self.size)) if images else black_image(self.size)
+        if isinstance(self.tokens, PublishedForm):
+            return pixels, self.tokens.question(question)
         return pixels, self.reads(question)
 
     def reads(self, text: str) -> str:

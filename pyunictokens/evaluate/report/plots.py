@@ -117,6 +117,27 @@ def rewards(rows: Rows, theme: Theme) -> bytes:
     return _png(figure)
 
 
+def held_out(rows: Rows, training: Rows, theme: Theme) -> bytes:
+    """What was measured on held-out prompts, a line a value, over the steps; the reward of training behind it.
+
+    rows: of held_out.jsonl. training: of metrics.jsonl.
+    """
+    means = [row["means"] for row in rows if isinstance(row.get("means"), Mapping)]
+    names = [name for name in (means[0] if means and isinstance(means[0], Mapping) else {}) if name != "reward"]
+    panels = ["reward", *names]
+    figure, axes = _figure(len(panels), theme, height=2.8)
+    steps = numbers(rows, "step")
+    for axis, name, colour in zip(axes, panels, theme.lines * len(panels), strict=False):
+        if name == "reward":
+            behind = numbers(training, "reward_mean")
+            axis.plot(numbers(training, "step"), behind, color=theme.faint, linewidth=0.8, alpha=0.5, label="training")
+        values = numbers(rows, "means", name)
+        axis.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=3.5, label="held-out prompts")
+        _title(axis, theme, name.replace("_", " "))
+        axis.legend(loc="lower right", frameon=False, labelcolor=theme.ink, fontsize=8)
+    return _png(figure)
+
+
 def _parts(row: Mapping[str, Json]) -> list[str]:
     parts = row.get("parts")
     return list(parts) if isinstance(parts, Mapping) else []

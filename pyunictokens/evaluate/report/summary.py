@@ -6,7 +6,7 @@ Every word is chosen by a number; nothing is claimed whose interval includes zer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..result import Metric
 from . import plots
@@ -22,6 +22,7 @@ _SUBJECTS = {
     "recognition.weight": "Recognition",
 }
 _SMALL_SPREAD = 0.005
+_MOVED_BY, _STILL = 10, 1e-7
 
 
 def summarize(files: RunFiles) -> tuple[str, list[str]]:
@@ -56,6 +57,10 @@ def health(files: RunFiles) -> list[str]:
         sentences.append(
             f"Rewards hardly differed inside a group (spread {spread:.4f}): there was little to learn from."
         )
+    sentences += _previews(files)
+    moved = [value for value in plots.numbers(files.rows, "kl") if math.isfinite(value)]
+    if len(moved) > _MOVED_BY and max(moved) < _STILL:
+        sentences.append(f"The policy hardly moved: its divergence from the reference stayed below {max(moved):.1g}.")
     skipped = sum(1 for row in files.rows if row.get("skipped"))
     if skipped:
         sentences.append(f"{skipped} of {len(files.rows)} steps were left out because a number was not finite.")
@@ -63,6 +68,19 @@ def health(files: RunFiles) -> list[str]:
     if faceless and files.about.get("kind", "human") == "human":
         sentences.append(f"No face was found in {faceless:.0f} training images; their FER is 0.")
     return sentences
+
+
+def _previews(files: RunFiles) -> list[str]:
+    """Which part of the previews passed, beside the part that was wanted."""
+    passed = [value for value in plots.numbers(files.rows, "pass_rate") if math.isfinite(value)]
+    settings = files.grpo.get("dsog")
+    wanted = settings.get("target_pass_rate") if isinstance(settings, Mapping) else None
+    if not passed or not isinstance(wanted, (int, float)):
+        return []
+    rate, none = sum(passed) / len(passed), next((i for i, value in enumerate(passed) if value > 0), len(passed))
+    said = f"DSOG: {rate:.0%} of the previews passed, {wanted:.0%} were wanted"
+    idle = f"; none passed in the first {none} steps, so nothing was selected there (dsog.initial=auto)"
+    return [f"{said}{idle if none > 1 else ''}."]
 
 
 def outcome(change: Metric) -> str:

@@ -38,16 +38,21 @@ def read(root: Path, name: str) -> Subject:
     class_word = _classes(base).get(name, name.rstrip("0123456789").replace("_", " "))
     live = is_live(class_word)
     subject = Subject(name, class_word, "animal" if live else "object", references=pictures(base / name))
-    own = optional_json(base / PROMPTS)
-    if own is None:
-        prompts = templates(class_word)
-    else:
-        listed = own.get("live" if live else "object") if isinstance(own, dict) else None
-        if not isinstance(listed, list) or not listed:
-            raise UserError(f"{base / PROMPTS}: needs the lists object and live, with {{}} where the subject goes")
-        prompts = [words(text, f"{base / PROMPTS}") for text in listed]
+    prompts = own_prompts(base, live) or templates(class_word, live)
     subject.items = [Item("pure", prompt.replace("{}", subject.sks)) for prompt in prompts]
     return subject
+
+
+def own_prompts(base: Path, live: bool) -> list[str] | None:
+    """The prompts of `base`/prompts.json for live subjects or for objects; None where there is no such file."""
+    own = optional_json(base / PROMPTS)
+    if own is None:
+        return None
+    names = ("live", "live_subject") if live else ("object",)
+    listed = next((own[name] for name in names if name in own), None) if isinstance(own, dict) else None
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{base / PROMPTS}: needs the lists object and live, with {{}} where the subject goes")
+    return [words(text, f"{base / PROMPTS}") for text in listed]
 
 
 def _base(root: Path) -> Path:

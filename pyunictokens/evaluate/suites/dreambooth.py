@@ -66,6 +66,6 @@ def is_live(class_word: str) -> bool:
     return last[0] in LIVE_CLASSES and "stuffed" not in class_word.casefold()
 
 
-def templates(class_word: str) -> list[str]:
-    """The 25 prompts for a class, `{}` where the subject goes."""
-    return [*_PLACES, *(_LIVE if is_live(class_word) else _OBJECT)]
+def templates(class_word: str, live: bool | None = None) -> list[str]:
+    """The 25 prompts for a class, `{}` where the subject goes; `live` where the class word alone does not say it."""
+    return [*_PLACES, *(_LIVE if (is_live(class_word) if live is None else live) else _OBJECT)]

@@ -46,7 +46,7 @@ def subject_of(concept: Concept, tasks: Iterable[str] = TASKS) -> Subject:
     tasks = list(tasks)
     for task in tasks:
         if task == "recognition":
-            items, note = _recognition(concept)
+            items, note = recognition_items(concept)
         elif task in ("vqa", "qa"):
             asked = concept.vqa if task == "vqa" else concept.test_text_only
             items, note = [Item(task, qa.query, qa.answer, qa.image) for qa in asked], ""
@@ -62,7 +62,7 @@ def subject_of(concept: Concept, tasks: Iterable[str] = TASKS) -> Subject:
     return subject
 
 
-def _recognition(concept: Concept) -> tuple[list[Item], str]:
+def recognition_items(concept: Concept) -> tuple[list[Item], str]:
     """Items and a note. Negatives unseen in training come first; without images of both sorts there are no items."""
     asked = list(dict.fromkeys(item.query for item in concept.recognitions))
     asked = asked or [f"Is {concept.sks} in this picture?"]
@@ -99,7 +99,7 @@ def _prompts(concept: Concept, task: str) -> tuple[list[Item], str]:
         if prompts and len(spelled) != len(prompts):
             return [], f"{task}: {len(spelled)} explicit prompts for {len(prompts)}: not measured"
         found = [
-            (p, spelled_out, _fact_of(concept, p, spelled_out)) for p, spelled_out in zip(prompts, spelled, strict=True)
+            (p, spelled_out, fact_of(concept, p, spelled_out)) for p, spelled_out in zip(prompts, spelled, strict=True)
         ]
     return [
         Item(task, prompt, "" if explicit == prompt else explicit, facts=facts, correct=fact)
@@ -107,7 +107,7 @@ def _prompts(concept: Concept, task: str) -> tuple[list[Item], str]:
     ], ""
 
 
-def _fact_of(concept: Concept, prompt: str, explicit: str) -> int:
+def fact_of(concept: Concept, prompt: str, explicit: str) -> int:
     """The held-out fact of a long prompt: by the short prompt it begins with, else by its wording."""
     starts = [fact for start, fact in concept.fact_pairs_test if prompt.startswith(start.rstrip(" ."))]
     return starts[0] if starts else m.nearest(explicit, concept.extra_info)

@@ -160,3 +160,8 @@ def mmu_clip_allowed(system: int, patches: int, question: int) -> Tensor:
 def chat_question(question: str) -> str:
     """The published wrapping of a question."""
     return f"USER: \n{question} ASSISTANT:"
+
+
+def published_question(question: str) -> str:
+    """The wrapping that UniCTokens trains its tokens with: as :func:`chat_question`, without the line break."""
+    return f"USER: {question} ASSISTANT:"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import UserError
+from ...utils.profiling import taken
 
 _aten = torch.ops.aten
 
@@ -31,6 +32,8 @@ Extra: TypeAlias = tuple[object, ...]
 
 class Kernel(Protocol):
     """A flash kernel: out [B, H, L, E], log-sum-exp [B, H, L], and what its backward pass wants besides."""
+
+    name: str
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]: ...
 
@@ -49,6 +52,8 @@ class Kernel(Protocol):
 
 class CpuKernel:
     """Torch's flash kernel of the CPU; any dtype."""
+
+    name = "torch's flash kernel (CPU)"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
@@ -70,6 +75,8 @@ class CpuKernel:
 
 class CudaKernel:
     """Torch's flash kernel of a GPU; 16-bit dtypes, head widths that are multiples of 8 up to 256."""
+
+    name = "torch's flash kernel"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
         out, lse, *rest = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
@@ -94,6 +101,8 @@ class CudaKernel:
 
 class FlashAttnKernel(CudaKernel):
     """The flash-attn package (`pip install pyunictokens[flash]`) where no gradient is wanted; otherwise torch's."""
+
+    name = "flash-attn, with gradients torch's flash kernel"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
         package = _flash_attn()
@@ -139,6 +148,7 @@ def joined_attention(
             f"attention in {str(q.dtype).removeprefix('torch.')} with heads of width {q.shape[-1]} on {q.device.type}: "
             "no kernel here gives its log-sum-exp"
         )
+    taken("shared-prefix attention", kernel.name)
     shared = [tensor for _, keys, values in runs for tensor in (keys, values)]
     if not torch.is_grad_enabled():
         return _forward(kernel, q, k, v, causal, counts, shared)[0]

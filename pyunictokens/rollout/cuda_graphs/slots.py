@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...models import CapturableModel, Prefix
+from ...utils import profiling
 from ...utils.memory import RowLimit
 from ..sampler import EagerSlots, LoopSettings
 from ..scheduler import Candidate
@@ -144,7 +145,8 @@ class CapturedSlots(EagerSlots):
         self._prompt_of_slot[candidate.slot] = self._prompt_of_row[candidate.row]
 
     def run(self, active: Sequence[Candidate], steps: int = 1) -> None:
-        loop = self._loop_now()
+        loop, rows_of = self._loop_now(), steps * len(active)
+        profiling.share("row-steps that ran captured", 0 if loop is None else rows_of, rows_of)
         if loop is None:
             super().run(active, steps)
             return

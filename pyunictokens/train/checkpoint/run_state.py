@@ -42,6 +42,7 @@ MAY_CHANGE = frozenset(
         "checkpoint_every",
         "keep_last",
         "keep_best",
+        "patience",
         "sample_every",
         "reward_timeout",
         "max_bad_steps",

@@ -31,10 +31,11 @@ class TextRow:
     """The answer and its end."""
 
 
-def text_row(tokenizer: TextTokenizer, model: AnsweringModel, question: str, answer: str) -> TextRow:
-    """Ids of a question and its answer; the space between "ASSISTANT:" and the answer belongs to the answer."""
+def text_row(tokenizer: TextTokenizer, model: AnsweringModel, wrapped: str, answer: str) -> TextRow:
+    """Ids of a question in its wording and of its answer; the space between "ASSISTANT:" and the answer belongs to the
+    answer."""
     return TextRow(
-        model.question_ids(tokenizer.encode(model.question_text(question))),
+        model.question_ids(tokenizer.encode(wrapped)),
         [*tokenizer.encode(" " + answer.strip()), model.end_id],
     )
 

@@ -27,6 +27,7 @@ from ...data import wording
 from ...data.batches import EpochSampler, GenerationItem, UnderstandingItem, generation_items, understanding_items
 from ...data.concept import Concept
 from ...models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, answering, owning_rows
+from ...models.showo.prompting import published_question
 from ...rollout.engine import RolloutEngine
 from ...utils.devices import check_training_dtype
 from ...utils.errors import UserError
@@ -142,6 +143,7 @@ class _Stages:
         found = read_json(about) if about.exists() else settings
         if not isinstance(found, dict):
             raise UserError(f"{about}: must be a table of settings, is {type(found).__name__}")
+        found = {**to_mapping(StageConfig()), **found} if about.exists() else settings
         known = {"max_text": found.get("max_text") or own["max_text"], "save_every": self.config.save_every}
         if {**found, **known} != settings:
             raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
@@ -257,7 +259,7 @@ class _Stages:
         lr = config.lr_generation if stage in ("generation", "joint") else config.lr
         generator = torch.Generator().manual_seed(config.seed * 1000 + number)
         named = dict(concept.named_parameters())
-        optimizer = Optimizer(named, lr=lr, weight_decay=config.weight_decay)
+        optimizer = Optimizer(named, lr=lr, weight_decay=config.weight_decay, eps=config.eps)
         begin = {name: value.detach().clone() for name, value in named.items()}
         frozen = _frozen_rows(concept, plan.learning)
         tokenizer = self.plain.with_concept(concept.tokens)
@@ -326,8 +328,12 @@ class _Stages:
             form = self.config.question_form
             if form == "both":
                 form = "prefix" if bool(torch.rand((), generator=generator) < 0.5) else "expand"
-            question = as_question(concept, item.question, plan.question_groups, form)
-            asked.append(text_row(tokenizer, self.answering, question, item.answer))
+            if form == "unictokens":
+                wrapped = published_question(concept.introduce(item.question))
+            else:
+                question = as_question(concept, item.question, plan.question_groups, form)
+                wrapped = self.answering.question_text(question)
+            asked.append(text_row(tokenizer, self.answering, wrapped, item.answer))
             prefixes.append(self.images.prefix(item.image))
         return understanding_loss(self.answering, reduce(add, prefixes), asked)
 

@@ -1,0 +1,218 @@
+"""The paper's Tables 1, 2, 3 and 5 as one piece of work: which runs they need, what is asked of each, what is there.
+
+    OUT/runs/VARIANT/NAME/     a run a concept for each variant below, as `train` leaves it
+    OUT/TABLE/                 a table, as `evaluate table` leaves it: table1, table2, table3, yollava, mcllava, …
+
+Reinforcement begins with the tokens of the variant it continues, so the stages are learned once. Nothing that is done
+is done again. How runs are trained is sweep.py's business, how tables are filled that of `evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..config.training import GrpoConfig
+from ..evaluate.core import Baseline
+from ..evaluate.runner import TableSettings
+from ..evaluate.sample_cache import SampleCache
+from ..evaluate.tasks import TASKS, Subject
+from ..models.checkpoint import read_config
+from ..models.showo.costs import ShowoCosts
+from ..models.showo.model import ShowoConfig
+from ..utils.errors import UserError
+from .run_dir import CONCEPT, FINAL
+from .sweep import Job, plan
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train, a row of a table."""
+
+    title: str
+    """What its row is called in the paper."""
+    words: tuple[str, ...] = ()
+    """Settings that make it what it is."""
+    flags: tuple[str, ...] = ()
+    begins: str = ""
+    """The variant whose tokens it begins with; it has no stages of its own then."""
+    grpo: bool = True
+
+
+VARIANTS = {
+    "unictokens": Variant("UniCTokens", flags=("--no-grpo",), grpo=False),
+    "unictokens-r1": Variant("UniCTokens-R1", begins="unictokens"),
+    "no-reasoning": Variant("w/o Und. Rea.", ("grpo.reasoning=false",), begins="unictokens"),
+    "no-visual": Variant("w/o VIA", ("grpo.visual_ratio=0",), begins="unictokens"),
+    "no-text-only": Variant("w/o TIA", ("grpo.visual_ratio=1",), begins="unictokens"),
+    "no-dsog": Variant("w/o DSOG", ("grpo.dsog.enabled=false",), begins="unictokens"),
+    "joint": Variant("joint", flags=("--stages", "joint", "--no-grpo"), grpo=False),
+    "joint-grpo": Variant("joint + UniCTask-GRPO", begins="joint"),
+}
+"""Every run that the tables need. A variant stands behind the one it begins with."""
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of the paper."""
+
+    title: str
+    variants: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    """Rows beside ours, as `evaluate table` names them."""
+    layout: str = "unify"
+
+
+TABLES = {
+    "table1": PaperTable("Table 1", ("unictokens", "unictokens-r1"), ("showo-tp", "showo-ip", "real")),
+    "table2": PaperTable("Table 2", ("no-reasoning", "no-visual", "no-text-only", "no-dsog", "unictokens-r1")),
+    "table3": PaperTable("Table 3", ("joint", "joint-grpo", "unictokens", "unictokens-r1")),
+    "yollava": PaperTable("Table 5, Yo'LLaVA", (), ("showo-tp", "real"), "yollava"),
+    "mcllava": PaperTable("Table 5, MC-LLaVA", (), ("showo-tp",), "mcllava"),
+    "dreambench": PaperTable("Table 5, DreamBench", (), ("showo-tp", "real"), "dreambench"),
+}
+"""Tables by the name of their folder. Those of Table 5 are of data sets without facts to reinforce with, so our rows
+there are runs of your own (`-m ours:RUNS/{name}`)."""
+
+
+def wanted_variants(tables: Iterable[str]) -> list[str]:
+    """The variants of these tables with those they begin with, in an order in which they can be trained."""
+    needed: set[str] = set()
+    for table in tables:
+        if table not in TABLES:
+            raise UserError(f"table {table!r}: must be one of {', '.join(TABLES)}")
+        needed |= set(TABLES[table].variants)
+    needed |= {VARIANTS[name].begins for name in needed if VARIANTS[name].begins}
+    return [name for name in VARIANTS if name in needed]
+
+
+def run_of(out: Path, variant: str, name: str = "{name}") -> Path:
+    """The folder of a variant's run on a concept."""
+    return out / "runs" / variant / name
+
+
+def is_done(out: Path, variant: str, name: str) -> bool:
+    """Whether that run holds what it ends with."""
+    end = f"{FINAL}/policy.json" if VARIANTS[variant].grpo else f"{CONCEPT}/concept.json"
+    return (run_of(out, variant, name) / end).is_file()
+
+
+def jobs(
+    out: Path, root: Path, names: Sequence[str], variant: str, arguments: Sequence[str], words: Sequence[str]
+) -> list[Job]:
+    """A job a concept for one variant; `arguments` are options of `train`, `words` settings."""
+    about = VARIANTS[variant]
+    flags = list(about.flags)
+    if about.begins:
+        flags += ["--stages", "none", "--start-from", str(run_of(out, about.begins))]
+    told = [str(root.absolute()), "{name}", *words, *about.words, *arguments, "--no-evaluate", *flags]
+    return plan(out / "runs" / variant, names, told, grpo=about.grpo, evaluate=False, retries=1)
+
+
+def models_of(out: Path, table: str, more: Sequence[str] = ()) -> list[str]:
+    """The rows of a table in the words of `evaluate table`."""
+    about = TABLES[table]
+    return [*(f"ours:{run_of(out, name)}" for name in about.variants), *about.models, *more]
+
+
+def titled(table: str, baselines: Sequence[Baseline]) -> list[Baseline]:
+    """The rows of :func:`models_of`, ours called as in the paper."""
+    ours = [VARIANTS[name].title for name in TABLES[table].variants]
+    named = [replace(row, name=title) for row, title in zip(baselines, ours, strict=False)]
+    return [*named, *baselines[len(ours) :]]
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cell:
+    """What one model is asked in one table."""
+
+    table: str
+    model: str
+    answers: int = 0
+    images: int = 0
+    there: int = 0
+    """Records of these that are there already."""
+    records: int = 0
+    open_images: int = 0
+    """Images of records that are not there."""
+    open_answers: int = 0
+
+
+@dataclass
+class Plan:
+    """All that is to be done, and about how long it takes."""
+
+    runs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(done, wanted) by variant."""
+    cells: list[Cell] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Files that have to be fetched first, each with what it is for."""
+    train_flops: float = 0.0
+    measure_flops: float = 0.0
+    """Operations of what is not done yet."""
+
+    def hours(self, rate: float) -> tuple[float, float]:
+        """(training, measuring) in hours on one device that does `rate` operations a second of useful work."""
+        return self.train_flops / rate / 3600, self.measure_flops / rate / 3600
+
+
+def cells_of(
+    table: str, baselines: Sequence[Baseline], subjects: Sequence[Subject], folder: Path, settings: TableSettings
+) -> list[Cell]:
+    """What a table asks of each model, and what of it is in `folder`."""
+    cache, found = SampleCache(folder), []
+    for model in baselines:
+        cell = Cell(table, model.name)
+        for subject in subjects:
+            for task in settings.tasks or TASKS:
+                samples = settings.images(task)
+                if not (model.generates if samples else model.answers):
+                    continue
+                items = list({item.digest: item for item in subject.of(task)}.values())
+                for seed in settings.seeds if samples else (0,):
+                    for item in items[: settings.limit or None]:
+                        place = cache.place(model.name, model.identity, subject, item, seed, samples)
+                        there = place.is_file()
+                        cell.records, cell.there = cell.records + 1, cell.there + there
+                        cell.images += samples
+                        cell.answers += not samples
+                        cell.open_images += 0 if there else samples
+                        cell.open_answers += 0 if there or samples else 1
+        found.append(cell)
+    return found
+
+
+def sizes_of(model: str | None) -> ShowoCosts:
+    """What Show-o's parts cost by its sizes: those of config.json beside local weights, else of the published model."""
+    config, folder = ShowoConfig(), Path(model).expanduser() if model else None
+    if folder is not None and (folder / "config.json").is_file():
+        said = read_config(folder)
+        known = {name: said[name] for name in vars(config) if isinstance(said.get(name), int)}
+        config = ShowoConfig(**{**vars(config), **known})
+    return ShowoCosts(config, 2)
+
+
+def training_flops(costs: ShowoCosts, grpo: GrpoConfig) -> float:
+    """Operations of one run's reinforcement; of each accepted preview, those that failed go along."""
+    rows, count = grpo.group_size * grpo.groups, costs.config.num_vq_tokens
+    prompt, guided = costs.config.max_text // 2, grpo.guidance_scale > 0
+    refused = 1 / max(grpo.dsog.target_pass_rate, 1 / grpo.dsog.max_candidates) - 1 if grpo.dsog.enabled else 0.0
+    steps = grpo.timesteps + refused * max(1, grpo.timesteps // 5)
+    rollout = costs.image_step(rows, prompt, count, guided).flops * steps
+    rollout += costs.answers(count + 40, [grpo.max_new_tokens] * rows).flops if grpo.reasoning else 0.0
+    looked_at = max(1, round(grpo.timesteps * grpo.timestep_fraction))
+    update = costs.update(rows, looked_at, prompt, count, guided, grpo.trainable).flops * grpo.inner_epochs
+    reference = costs.reference(rows, looked_at, prompt, count, guided).flops if grpo.beta > 0 else 0.0
+    return grpo.steps * (rollout + reference + update)
+
+
+def measuring_flops(costs: ShowoCosts, cells: Iterable[Cell], timesteps: int, guided: bool, tokens: int) -> float:
+    """Operations of the records that are not there; models of others are counted as ours."""
+    count, prompt = costs.config.num_vq_tokens, costs.config.max_text // 2
+    image = costs.image_step(1, prompt, count, guided).flops * timesteps
+    answer = costs.answers(count + 40, [tokens]).flops
+    return sum(cell.open_images * image + cell.open_answers * answer for cell in cells)

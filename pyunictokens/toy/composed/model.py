@@ -1,0 +1,77 @@
+"""The composed world's shipped model, and the two spotters: the reader that measures, the one that rewards ask.
+
+All were trained by experiments/build_composed.py, the reader apart from everything that a reward looks at.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...rewards.experts.objects import Objects
+from ...utils.errors import UserError, needs
+from ...utils.files import read_json
+from .spotter import Detector, Spotter
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...models.bundle import ModelBundle
+
+Folder = str | os.PathLike[str] | None
+
+
+def composed_folder() -> Path:
+    """Where the composed world's weights lie inside the package."""
+    return Path(__file__).parents[2] / "assets" / "composed"
+
+
+def shipped() -> bool:
+    """Whether this installation holds them."""
+    return (composed_folder() / "showo" / "config.json").is_file()
+
+
+def load_composed(
+    folder: Folder = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> ModelBundle:
+    """The composed world's Show-o with its tokenizers, from `folder` or the package. Raises UserError without them."""
+    import torch
+
+    from ...models import registry
+
+    home = Path(folder) if folder is not None else composed_folder()
+    if not (home / "showo").is_dir():
+        raise UserError(f"{home}: holds no model: make one with experiments/build_composed.py, or name its folder")
+    parts = {"vq": home / "vq", "tokenizer": home / "tokenizer"}
+    return registry.load(home / "showo", dtype or torch.float32, device, **parts)
+
+
+def load_detector(name: str, folder: Folder = None) -> Detector:
+    """The spotter `name` ("reader" or "spotter")."""
+    with needs("train"):
+        from safetensors.torch import load_file
+
+    home = Path(folder) if folder is not None else composed_folder()
+    about = read_json(home / f"{name}.json")
+    if not isinstance(about, dict) or not isinstance(about.get("width"), int):
+        raise UserError(f"{home / name}.json: names no width of a spotter")
+    net = Spotter(about["width"])
+    weights = load_file(home / f"{name}.safetensors")
+    net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
+    return Detector(net.requires_grad_(False).eval())
+
+
+def composed_reward(folder: Folder = None) -> Objects:
+    """The share of what a prompt asks for that the rewards' spotter sees: prompts need the column `objects`."""
+    return Objects(load_detector("spotter", folder))
+
+
+def wholly_right(folder: Folder = None) -> Objects:
+    """The metric: 1 where the reader sees everything that a prompt asks for, else 0. It must never be a reward."""
+    return Objects(load_detector("reader", folder), strict=True)
+
+
+def share_right(folder: Folder = None) -> Objects:
+    """The metric: the share of what a prompt asks for that the reader sees. It must never be a reward."""
+    return Objects(load_detector("reader", folder))

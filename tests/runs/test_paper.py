@@ -1,0 +1,108 @@
+"""`evaluate paper`: the plan counts what is there, runs are trained in the order they begin with one another, tables
+are filled, and a second call has nothing left to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pyunictokens.cli import app
+from pyunictokens.config.training import TrainConfig
+from pyunictokens.models.showo.costs import ShowoCosts
+from pyunictokens.models.showo.model import ShowoConfig
+from pyunictokens.runs import paper
+from pyunictokens.runs.sweep import Job, Status
+from pyunictokens.toy.concept import write_toy_concept
+from pyunictokens.utils.errors import UserError
+from tests.tiny import tiny_experts, tiny_toy
+
+WORDS = ("stages.max_steps=1", "num_understanding=2", "num_generation=2", "grpo.steps=1", "grpo.group_size=2")
+WORDS += ("grpo.timesteps=2", "grpo.max_new_tokens=2", "table.samples=1", "table.limit=1", "table.timesteps=2")
+WORDS += ("table.max_new_tokens=3",)
+
+
+def call(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Jobs run in this process, on a tiny model in the toy's place; returns the runs in their order."""
+    done: list[str] = []
+    monkeypatch.setattr("pyunictokens.toy.model.load_toy", tiny_toy)
+    monkeypatch.setattr("pyunictokens.toy.rewards.load_toy_rewards", tiny_experts)
+
+    def at_once(jobs: Sequence[Job], workers: int, **_: Any) -> Iterator[Status]:
+        for job in jobs:
+            call("train", *job.arguments, "--out", job.out)
+            done.append(f"{Path(job.runs).name}/{job.name}")
+            yield Status(job.name, "done")
+
+    monkeypatch.setattr("pyunictokens.runs.sweep.run_local", at_once)
+    return done
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_tables_from_nothing_and_nothing_twice(here: list[str], tmp_path: Path) -> None:
+    for name in ("bo", "mi"):
+        write_toy_concept(tmp_path / "data", seed=len(name + name[0]), kind="animal", name=name)
+    out, words = tmp_path / "paper", ("--tables", "table1,table3", *WORDS, "--device", "cpu")
+    planned = call("evaluate", "paper", tmp_path / "data", "--out", out, *words, "--plan")
+    assert "unictokens-r1" in planned and "joint-grpo" in planned and "no-dsog" not in planned
+    assert "hours of reinforcement" in planned and here == [] and not out.exists()
+    call("evaluate", "paper", tmp_path / "data", "--out", out, *words)
+    variants = ["unictokens", "unictokens-r1", "joint", "joint-grpo"]
+    assert here == [f"{variant}/{name}" for variant in variants for name in ("bo", "mi")]
+    for table, rows in (("table1", 5), ("table3", 4)):
+        content = json.loads((out / table / "results.json").read_text())
+        assert len({record["model"] for record in content["records"]}) == rows, content["failures"]
+        assert {"UniCTokens", "UniCTokens-R1"} <= {record["model"] for record in content["records"]}
+        assert {record["concept"] for record in content["records"]} == {"bo", "mi"}
+    begun = json.loads((out / "runs" / "unictokens-r1" / "bo" / "run.json").read_text())
+    assert begun["identity"]["concept"] == "bo" and not (out / "runs" / "unictokens-r1" / "bo" / "stages").exists()
+    here.clear()
+    again = call("evaluate", "paper", tmp_path / "data", "--out", out, *words, "--plan")
+    lines = [line.split() for line in again.splitlines() if line.startswith(("table", "runs"))]
+    assert len(lines) == 4 + 5 + 4
+    assert all(line[-2:] == ["2", "2"] for line in lines if line[0] == "runs")
+    assert all(line[-2:] == ["0", "0"] for line in lines if line[0] != "runs"), again
+    assert "about 0 hours of reinforcement and 0 of measuring" in again
+    call("evaluate", "paper", tmp_path / "data", "--out", out, *words)
+    assert here == []
+
+
+def test_what_cannot_be_done_is_said_first(here: list[str], tmp_path: Path) -> None:
+    write_toy_concept(tmp_path / "data", seed=5, kind="animal", name="bo")
+    base = ("evaluate", "paper", tmp_path / "data", "--out", tmp_path / "out")
+    assert "table 'table4': must be one of table1" in call(*base, "--tables", "table4", code=2)
+    flags = ("--model", "someone/show-o", "--vq", "someone/vq", "--tokenizer", "someone/phi")
+    planned = call(*base, *flags, "--plan")
+    assert "to fetch first: model: someone/show-o" in planned and "to fetch first: tokenizer" in planned
+    assert "give --rewards FILE.yaml" in call(*base, *flags, code=2)
+
+
+def test_variants_stand_behind_what_they_begin_with() -> None:
+    order = list(paper.VARIANTS)
+    assert all(order.index(each.begins) < order.index(name) for name, each in paper.VARIANTS.items() if each.begins)
+    assert paper.wanted_variants(["table2"])[0] == "unictokens"  # the ablations begin with its tokens
+    assert {name for table in paper.TABLES.values() for name in table.variants} == set(paper.VARIANTS)
+    with pytest.raises(UserError, match="must be one of"):
+        paper.wanted_variants(["nine"])
+
+
+def test_the_hours_are_those_of_a_step_as_it_is_counted_elsewhere() -> None:
+    """A rollout of nine images without previews costs about 2.4 PFLOP, the update over all timesteps about 7.2."""
+    costs, grpo = ShowoCosts(ShowoConfig(), 2), TrainConfig.preset("paper").override(["dsog.enabled=false"]).grpo
+    step = paper.training_flops(costs, grpo) / grpo.steps
+    assert 0.8 * (2.4 + 7.2 + 2.4) < step / 1e15 < 1.25 * (2.4 + 7.2 + 2.4)
+    with_previews = paper.training_flops(costs, TrainConfig.preset("paper").grpo) / grpo.steps
+    assert with_previews - step == pytest.approx(costs.image_step(9, 64, 1024, True).flops * 30)
