@@ -46,7 +46,9 @@ _LONGEST = 10_000
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Show-o folder or hub id. Default: the embedded toy, or what the run used."),
+    typer.Option(
+        "--model", help="Folder, hub id or word (docs/models.md). Default: the embedded toy, or what the run used."
+    ),
 ]
 VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or hub id. Default: as for --model.")]
 TokenizerOption = Annotated[
@@ -146,11 +148,10 @@ def show_phases(report: PhaseReport) -> None:
         table.add_row(*row, f"{100 * part:.1f} %" if part else "")
     rest = report.seconds - sum(phase.seconds for phase in report.phases)
     table.add_row("the rest", "", f"{rest:.2f}", f"{100 * rest / report.seconds:.1f} %" if report.seconds else "")
-    for what, fraction in report.shares.items():
-        table.add_row(what, "", "", f"{100 * fraction:.1f} %")
-    for what, path in report.paths.items():
-        table.add_row(what, path)
-    table.caption = f"matrix rate {rate / 1e12:.3g} TFLOP/s, a large product in {report.dtype}, measured here"
+    notes = [f"matrix rate {rate / 1e12:.3g} TFLOP/s, a large product in {report.dtype}, measured here"]
+    notes += [f"{what}: {100 * fraction:.1f} %" for what, fraction in report.shares.items()]
+    notes += [f"{what}: {path}" for what, path in report.paths.items()]
+    table.caption = "\n".join(notes)
     console().print(table)
 
 

@@ -180,15 +180,11 @@ class LoraConfig:
     alpha: float = 16.0
     """Their scale: the adapter's output is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
-    """Which linear layers get one."""
+    """Which linear layers get one; left as it is, those of the model at hand (`MaskedModel.lora_targets`)."""
 
     def __post_init__(self) -> None:
         _at_least(1, rank=self.rank)
         _above(0, alpha=self.alpha)
-        known = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
-        wrong = [name for name in self.targets if name not in known]
-        if wrong or not self.targets:
-            raise UserError(f"targets={list(self.targets)}: must be some of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

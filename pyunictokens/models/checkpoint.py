@@ -93,8 +93,9 @@ def local_or_hub(path: str | os.PathLike[str], quiet: bool = False) -> str:
 
 
 def read_config(folder: Path, required: bool = True) -> dict[str, AnyJson]:
-    """The folder's `config.json` as a dict; {} when absent and not required."""
-    places = (folder / "config.json", folder / UNWRAPPED / "config.json")
+    """The folder's `config.json` as a dict (of a whole pipeline its `model_index.json`); {} when absent and not
+    required."""
+    places = (folder / "config.json", folder / UNWRAPPED / "config.json", folder / "model_index.json")
     file = next((place for place in places if place.exists()), places[0])
     if not file.exists() and not required:
         return {}

@@ -233,15 +233,11 @@ def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[Base
 
 def _fitting(model: MaskedModel, config: LoraConfig) -> LoraConfig:
     """`config` with the model's own targets where they are left at their default. Raises UserError for a target that is
-    no module of the model."""
+    none of them: heads and embeddings are read as plain tensors."""
     targets = model.lora_targets if config.targets == LoraConfig().targets else config.targets
-    names = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
-    unknown = [target for target in targets if target not in names]
-    if unknown or not targets:
-        raise UserError(
-            f"lora.targets={list(targets)}: {', '.join(unknown) or 'none'} is no module of {model.family}; adapters "
-            f"go to {', '.join(model.lora_targets) or 'no module'}"
-        )
+    if not targets or not set(targets) <= set(model.lora_targets):
+        known = ", ".join(model.lora_targets) or f"none: {model.family} takes no adapters"
+        raise UserError(f"lora.targets={list(targets)}: must be some of {known}")
     return replace(config, targets=tuple(targets))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -396,10 +397,12 @@ def test_a_polite_kill_ends_with_zero_and_says_how_to_go_on(data: Path, toy: Non
 
         patch.setattr(grpo._Run, "_one_step", told)
         said = call("train", data, "bo", "--out", out, *SHORT, "--no-evaluate", code=0)
-    assert "after step 1 of 2" in said and f"pyunictokens train --out {out} --resume" in said
+    following = shlex.split(said.partition("go on with: ")[2])
+    assert "after step 1 of 2" in said
+    assert following == ["pyunictokens", "train", "--out", str(out), "--resume", "--no-evaluate"]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000001"]
-    call("train", data, "bo", "--out", out, "--resume", "--no-evaluate")
-    assert (out / "final" / "policy.json").exists()
+    call(*following[1:])
+    assert (out / "final" / "policy.json").exists() and not (out / "after.json").exists()
 
 
 def test_train_from_tokens_and_from_a_config(run: Path, toy: None, tmp_path: Path) -> None:
@@ -425,8 +428,6 @@ def test_train_from_tokens_and_from_a_config(run: Path, toy: None, tmp_path: Pat
 
 def test_the_hint_to_go_on_does_the_parts_that_were_begun(run: Path, toy: None, tmp_path: Path) -> None:
     """Without stages, from other tokens, without measuring: the command that is printed goes on with just that."""
-    import shlex
-
     import yaml
 
     from pyunictokens.train import grpo

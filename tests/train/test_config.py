@@ -60,7 +60,6 @@ def test_a_file_starts_from_a_preset_and_words_come_last(tmp_path: Path) -> None
         ("token_scope=most", "token_scope='most': must be one of all, masked, newly_unmasked"),
         ("trainable=head", "trainable='head': must be one of concept, lora, full"),
         ("train_concept=3", "train_concept=3: must be true or false"),
-        ("lora.targets=lm_head", r"targets=\['lm_head'\]: must be some of q_proj"),
         ("dsog.eta=1", "eta=1.0: must be between 0 and 1"),
         ("dsog.preview_step=99", "preview_step=99: must be ≤ timesteps=50"),
         ("stages.stages=[joint,joint]", "each stage runs once"),
