@@ -318,7 +318,8 @@ def _train_one(
             return
         parts_said = {"--no-grpo": not grpo, "--no-evaluate": not evaluate}  # config.yaml has settings, not these
         more = [word for word, wanted in parts_said.items() if wanted]
-        more += ["--stages", "none", "--start", start] if stages is Stages.none and start is not None else []
+        more += ["--stages", "none"] if stages is Stages.none else []
+        more += ["--start-from", start] if start is not None else []
         said = f"{stopped}; go on with: {command('train', '--out', out, '--resume', *more)}"
         console().print(said, markup=False, soft_wrap=True)
         return
