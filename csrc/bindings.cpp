@@ -78,12 +78,22 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Sizes that no address can be read by: an error in words, not a division by zero.
+void require(bool good, const char* what) {
+  if (!good) throw py::value_error(what);
+}
+
 MaskgitStepArgs step_args(std::uintptr_t logits, int type, std::int64_t batch, std::int64_t positions,
                           std::int64_t entries, std::int64_t stride_batch, std::int64_t stride_position,
                           std::uintptr_t codes, std::uintptr_t mask_len, std::uintptr_t temperature, std::uint64_t seed,
                           std::uintptr_t sample_ids, std::uintptr_t step, std::uint32_t stream,
                           std::uintptr_t token_gumbel, std::uintptr_t rank_gumbel, std::uintptr_t out_codes,
                           std::uintptr_t out_chosen, std::uintptr_t out_logp, std::uintptr_t out_masked) {
+  require(batch >= 1 && positions >= 1 && entries >= 1,
+          "maskgit_step: batch, positions and entries must be at least 1");
+  require(logits && codes && mask_len && temperature && sample_ids && step && out_codes && out_chosen && out_logp &&
+              out_masked,
+          "maskgit_step: an address is 0");
   MaskgitStepArgs args{};
   args.logits = at<const void>(logits);
   args.type = FloatType(type);
@@ -169,6 +179,9 @@ void grpo_loss(std::uintptr_t logp, int logp_type, std::uintptr_t old_logp, int 
                std::uintptr_t alpha, std::int64_t alpha_stride, std::uintptr_t mask, double rollouts, double clip_low,
                double clip_high, double beta, std::uintptr_t d_logp, std::uintptr_t out, int threads,
                const std::string& level) {
+  require(tokens >= 0 && (tokens == 0 || tokens_per_advantage >= 1) && alpha_stride >= 0,
+          "grpo_loss: a size is out of range");
+  require(tokens == 0 || (logp && old_logp && advantages && alpha && d_logp && out), "grpo_loss: an address is 0");
   GrpoLossArgs args{};
   args.logp = at<const void>(logp);
   args.old_logp = at<const void>(old_logp);
@@ -200,6 +213,8 @@ using HeadFields = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::u
 HeadArgs head_args(const HeadFields& fields) {
   const auto& [hidden, rows, width, weight, type, entries, bias, inverse_temperature, target, block, scores, packed] =
       fields;
+  require(rows >= 0 && width >= 1 && entries >= 1 && block >= 1, "head: width, entries and block must be at least 1");
+  require(rows == 0 || (hidden && weight && target && scores && packed), "head: an address is 0");
   HeadArgs args;
   args.hidden = at<const float>(hidden);
   args.rows = rows;
@@ -219,18 +234,19 @@ HeadArgs head_args(const HeadFields& fields) {
 void head_logprob(const HeadFields& fields, std::uintptr_t lse, std::uintptr_t logp, std::uintptr_t entropy,
                   int threads, const std::string& level) {
   const CpuLevel chosen_level = level_named(level);
+  const HeadArgs args = head_args(fields);
   py::gil_scoped_release release;
-  head_logprob_cpu(head_args(fields), at<float>(lse), at<float>(logp), at<float>(entropy), threads < 1 ? 1 : threads,
-                   chosen_level);
+  head_logprob_cpu(args, at<float>(lse), at<float>(logp), at<float>(entropy), threads < 1 ? 1 : threads, chosen_level);
 }
 
 void head_backward(const HeadFields& fields, std::uintptr_t lse, std::uintptr_t slope, bool held,
                    std::uintptr_t d_hidden, std::uintptr_t d_weight, std::uintptr_t d_bias, int threads,
                    const std::string& level) {
   const CpuLevel chosen_level = level_named(level);
+  const HeadArgs args = head_args(fields);
   py::gil_scoped_release release;
-  head_backward_cpu(head_args(fields), at<const float>(lse), at<const float>(slope), held, at<float>(d_hidden),
-                    at<float>(d_weight), at<float>(d_bias), threads < 1 ? 1 : threads, chosen_level);
+  head_backward_cpu(args, at<const float>(lse), at<const float>(slope), held, at<float>(d_hidden), at<float>(d_weight),
+                    at<float>(d_bias), threads < 1 ? 1 : threads, chosen_level);
 }
 
 }  // namespace

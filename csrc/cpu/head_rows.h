@@ -9,15 +9,16 @@ namespace PYUNICTOKENS_LEVEL {
 namespace {
 
 typedef std::int32_t WideInt __attribute__((vector_size(4 * kWide)));
+typedef std::uint32_t WideBits __attribute__((vector_size(4 * kWide)));
 
-// exp_negative of lanes.h, a lane each.
+// exp_negative of lanes.h, a lane each. Bits are unsigned: x may be infinite or no number, and nothing may overflow then.
 inline Wide exp_negative(Wide x) {
   x = x < -87.0f ? Wide{} - 87.0f : x;
   const Wide shifted = x * 1.44269504f + kRound, n = shifted - kRound;
   const Wide r = (x - n * kLog2High) - n * kLog2Low;
   const Wide p = (exp_remainder(r) * r) * r + r + 1.0f;
-  return reinterpret_cast<Wide>(reinterpret_cast<WideInt>(p) +
-                                ((reinterpret_cast<WideInt>(shifted) - 0x4B400000) << 23));
+  return reinterpret_cast<Wide>(reinterpret_cast<WideBits>(p) +
+                                ((reinterpret_cast<WideBits>(shifted) - 0x4B400000u) << 23));
 }
 
 inline Wide& at(float* address) { return *reinterpret_cast<Wide*>(address); }

@@ -14,7 +14,7 @@ import typer
 from ..utils.signals import ENDS_WITH_STDIN, end_with_parent
 from . import bench, data, demo, doctor, evaluate, evaluate_table, generate, reinforce, train
 from . import rewards_server as rewards
-from .shell import guarded, print_anything, show_warnings_briefly
+from .shell import guarded, nobody_reads, print_anything, show_warnings_briefly
 
 app = typer.Typer(
     name="pyunictokens",
@@ -64,6 +64,8 @@ def main() -> None:
     show_warnings_briefly()
     try:
         app()
-    except BrokenPipeError:  # the reader of our output has gone, as in `pyunictokens data list | head -1`
-        sys.stderr.close()
-        sys.exit(0)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            nobody_reads()

@@ -100,6 +100,7 @@ def evaluate(
     from ..runs.bundle import choose_rewards, load_scorers, with_clip
     from ..runs.pipeline import measure
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
+    from ..utils.files import refuse_unwritable
 
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
     root, concept_name = place.concept_folder(concept)
@@ -117,6 +118,7 @@ def evaluate(
     settings = with_overrides(settings, overrides or [])
     if out is None:
         out = place.path / "evaluation.json" if place.path is not None else Path("evaluation.json")
+    refuse_unwritable(out)
     chosen, trusted = choose_rewards(rewards, place.origin.rewards, place.path or out, trust=trust)
     bench = place.open(flags, device, dtype, name)
     scorers = load_scorers(bench.sources, bench.device, chosen, trust=trusted)

@@ -106,10 +106,11 @@ def table(
     from ..evaluate.report.gallery import write_gallery
     from ..evaluate.runner import fill
     from ..evaluate.suites import open_suite
-    from ..evaluate.table_files import Table, told
+    from ..evaluate.table_files import RESULTS, Table, told
     from ..models.bundle import Sources
     from ..runs.baselines import TOY_CLIP, Place, TableConfig, make_scorer
     from ..runs.run_dir import CONFIG, Run
+    from ..utils.files import refuse_unwritable
 
     run = Run.find(suite) if (Path(suite) / CONFIG).is_file() else Run(None)
     names = list(name or [])
@@ -130,6 +131,7 @@ def table(
     models = list(model or []) or (["ours", "real"] if run.path is not None else [])
     if not models:
         raise UserError("which models? Give --model, once for each row of the table")
+    refuse_unwritable(out / RESULTS)
     place = Place(run, sources, settings, device, dtype)
     if clip is None and sources.is_toy:
         clip = TOY_CLIP

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..utils.errors import UserError
+from ..utils.text import printable
 from .shell import (
     INTERRUPTED,
     Bars,
@@ -256,12 +257,14 @@ def generate(
     from ..rollout.engine import RolloutEngine
     from ..rollout.types import RolloutInterrupted
     from ..runs.run_dir import Run
+    from ..utils.files import refuse_unwritable
     from ..utils.profiling import Recorder, trace
 
     if out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
         raise UserError(f"--out {out}: the name must end in .png, .jpg, .jpeg or .webp")
     if (image is None) != (mask is None):
         raise UserError("--image and --mask belong together: what the mask has white is painted anew")
+    refuse_unwritable(out)
     place, flags = Run.find(run), Sources(model, vq, tokenizer)
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     facts = facts_of(place, concept) if use_reason else []
@@ -385,4 +388,4 @@ def understand(
         )
         bars("answering", 1, 1)
     for answer in rollout.texts:
-        typer.echo(answer)
+        typer.echo(printable(answer))

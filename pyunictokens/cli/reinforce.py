@@ -18,6 +18,7 @@ from .shell import (
     DeviceOption,
     ModelOption,
     TokenizerOption,
+    TrustOption,
     VqOption,
     console,
     quiet,
@@ -63,6 +64,7 @@ def reinforce(
     vq: VqOption = None,
     tokenizer: TokenizerOption = None,
     config: ConfigOption = None,
+    trust: TrustOption = False,
     device: DeviceOption = "auto",
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
 ) -> None:
@@ -94,7 +96,7 @@ def reinforce(
     from ..rewards.ensemble import as_model
     from ..rewards.load import RewardConfig, load_rewards
     from ..rewards.names import named, short_name
-    from ..runs.bundle import open_bundle
+    from ..runs.bundle import check_objective, open_bundle
     from ..train import reinforce as run
     from ..train.distributed.ranks import Ranks
     from ..utils.signals import Stopped, stop_on_signals
@@ -115,6 +117,7 @@ def reinforce(
         settings = from_mapping(GrpoConfig, section, base=settings, origin=str(config))
     words = [*([f"seed={seed}"] if seed is not None else []), *(overrides or [])]
     settings = with_overrides(settings, [word.removeprefix("grpo.") for word in words])
+    check_objective(settings.objective, words, out, trust=trust)
     with Ranks.open(device) as ranks:
         if not ranks.first:
             quiet()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import errno
 import functools
 import io
 import logging
+import os
 import re
+import select
 import shlex
 import sys
 import time
@@ -14,16 +18,18 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
 from ..utils.errors import MissingExtra, RankLost, UserError
 from ..utils.progress import NO_NUMBERS, Numbers, note_of
+from ..utils.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
+    from rich.text import Text
 
     from ..utils.profiling import PhaseReport
 
@@ -35,10 +41,14 @@ _ASCII = {"→": "->", "−": "-", "–": "-", "×": "x", "…": "...", "≥": "
 _ASCII |= {"⟨": "<", "⟩": ">", "“": '"', "”": '"', "‘": "'", "’": "'", "━": "-", "─": "-", "╸": "-", "╺": "-", "•": "*"}
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
+_LONGEST = 10_000
+"""Characters of one message."""
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Show-o folder or hub id. Default: the embedded toy, or what the run used."),
+    typer.Option(
+        "--model", help="Folder, hub id or word (docs/models.md). Default: the embedded toy, or what the run used."
+    ),
 ]
 VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or hub id. Default: as for --model.")]
 TokenizerOption = Annotated[
@@ -57,7 +67,7 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or 
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust", help="Let the settings of this run or --config import code and ask servers for rewards."),
+    typer.Option("--trust", help="Let the settings of this run or --config name code to import and servers to ask."),
 ]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", metavar="FILE.yaml")]
 ProfileOption = Annotated[
@@ -71,17 +81,36 @@ OverridesArgument = Annotated[
 
 
 def console(stderr: bool = False) -> Console:
-    """A rich console on stdout or stderr."""
+    """A rich console on stdout or stderr. Control characters in what is printed are shown, not obeyed."""
+    return _console_class()(stderr=stderr, highlight=False)
+
+
+@functools.cache
+def _console_class() -> type[Console]:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:  # of everything printed, cells of tables too
+            return super().render_str(printable(text), **options)
+
+    return Plain
+
+
+def nobody_reads() -> None:
+    """The reader of our output has gone, as in `pyunictokens data list | head -1`: what follows goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_anything() -> None:
     """From here on printing never ends a command: what the terminal's encoding lacks is written in signs it has.
 
-    An arrow becomes `->`, a minus `-`; letters become their escape (`\\xfc`), so that two names stay two names.
+    An arrow becomes `->`, a minus `-`; letters become their escape (`\\xfc`), so that two names stay two names. Where
+    the reader of the output has gone, the command goes on in silence.
     """
+    from rich.console import Console
+
+    Console.on_broken_pipe = lambda self: nobody_reads()  # type: ignore[method-assign]  # its own ends with code 1
     codecs.register_error(_LOOKALIKE, _lookalike)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -144,22 +173,66 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             _say("stopped", mark="")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            raise
-        except OSError as error:
-            if error.filename is None:
+            if not _stdout_is_broken():
                 _unexpected()
-            _say(f"{error.filename}: {error.strerror}")  # no space, no permission, not a folder: the user's to change
+            nobody_reads()
+            raise typer.Exit(0) from None
+        except OSError as error:
+            if error.filename is None and error.errno not in _NO_ROOM:
+                _unexpected()
+            place = "" if error.filename is None else f"{error.filename}: "
+            _say(f"{place}{error.strerror}")  # no space, no permission, not a folder: the user's to change
             raise typer.Exit(USER_ERROR) from None
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except Exception:
-            _unexpected()
+        except SystemExit as error:  # of foreign code: it does not end a command without a word
+            _say(f"something that was called ended this program (sys.exit({error.code!r})): look at your own code")
+            raise typer.Exit(UNEXPECTED) from None
+        except Exception as error:
+            if not _out_of_memory(error):
+                _unexpected()
+            _say(
+                f"out of memory ({_first_line(error)}): ask for less at once (fewer images or samples, a smaller "
+                "batch), or use --dtype bfloat16"
+            )
+            raise typer.Exit(USER_ERROR) from None
 
     return run
 
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
+
+def _stdout_is_broken() -> bool:
+    """Whether nobody reads our output any more; a pipe may also break elsewhere."""
+    try:
+        sys.stdout.flush()
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError, AttributeError):  # no file behind it, or a system without poll
+        return False
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error is the system's or a device's word for no memory left (PyTorch has no type for the first)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def show_warnings_briefly() -> None:
     """Print a warning as one line, and one that only differs in its numbers not again."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PlainFormatter())
     seen: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -178,14 +251,26 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _short(printable(super().format(record)))
+
+
 def _unexpected() -> NoReturn:
-    traceback.print_exc()
+    print(printable(traceback.format_exc()), file=sys.stderr)
     _say("this was not expected; the traceback above says where. `pyunictokens doctor` tells what is installed.")
     raise typer.Exit(UNEXPECTED)
 
 
 def _say(text: str, mark: str = "error: ") -> None:
-    print(f"{mark}{text}", file=sys.stderr, flush=True)
+    print(f"{mark}{_short(printable(text))}", file=sys.stderr, flush=True)
+
+
+def _short(text: str) -> str:
+    """`text` without its middle where it is very long: an error may quote a value that somebody made long."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} … ({len(text) - _LONGEST} characters left out) … {text[-_LONGEST // 2 :]}"
 
 
 HEARD = ("pyunictokens.train.headroom", "pyunictokens.train.held_out")
@@ -244,7 +329,7 @@ class Bars:
         self._progress.stop()
 
     def __call__(self, name: str, done: int, total: int, numbers: Numbers = NO_NUMBERS, /) -> None:
-        note = note_of(numbers)
+        name, note = printable(name), printable(note_of(numbers))
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)

@@ -62,7 +62,10 @@ def train(
             "--stages", help="staged: one stage after another; joint: one for both tasks; none: start from --start."
         ),
     ] = None,
-    grpo: Annotated[bool, typer.Option("--grpo/--no-grpo", help="Whether to reinforce after the stages.")] = True,
+    grpo: Annotated[
+        bool | None,
+        typer.Option("--grpo/--no-grpo", help="Whether to reinforce after the stages. Default: what --config says."),
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option(
@@ -75,8 +78,12 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate/--no-evaluate", help="Whether to measure before and after, and to report.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            help="Whether to measure before and after, and to report. Default: what --config says.",
+        ),
+    ] = None,
     rewards: Annotated[
         str | None,
         typer.Option(
@@ -157,6 +164,8 @@ def train(
             raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("--concepts starts its own processes: run it without torchrun (--workers, --ray)")
+        from ..config.settings import load_yaml
+        from ..runs.run_dir import PARTS, Origin
         from .sweep import train_sweep
 
         given = {
@@ -174,6 +183,11 @@ def train(
         }
         arguments = [text for key, value in given.items() if value is not None for text in (key, str(value))]
         arguments += ["--trust"] if trust else []
+        wanted = Origin.of(load_yaml(config) if config is not None else {}, str(config)).parts or PARTS
+        grpo, evaluate = (
+            ("grpo" in wanted if grpo is None else grpo),
+            ("evaluation" in wanted if evaluate is None else evaluate),
+        )
         arguments += [] if grpo else ["--no-grpo"]
         arguments += [] if evaluate else ["--no-evaluate"]
         return train_sweep(
@@ -225,10 +239,10 @@ def _train_one(
     words: list[str],
     out: Path | None,
     stages: Stages | None,
-    grpo: bool,
+    grpo: bool | None,
     start: str | None,
     resume: bool,
-    evaluate: bool,
+    evaluate: bool | None,
     rewards: str | None,
     trust: bool,
     clip: str | None,
@@ -245,10 +259,10 @@ def _train_one(
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..models.bundle import Sources
-    from ..runs.bundle import choose_rewards, load_scorers, open_bundle, with_clip
+    from ..runs.bundle import check_objective, choose_rewards, load_scorers, open_bundle, with_clip
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
-    from ..runs.run_dir import CONFIG, Origin, Run, RunConfig
+    from ..runs.run_dir import CONFIG, PARTS, Origin, Run, RunConfig
     from ..train.grpo import PHASES
     from ..utils.devices import check_training_dtype, pick_dtype
     from ..utils.profiling import PhaseReport, trace
@@ -275,12 +289,19 @@ def _train_one(
     out = out or Path("runs") / concept.name
     if ranks.attempt and (out / CONFIG).is_file():
         resume = True  # torchrun starts anew what it has started before
+    if start is None and origin.name == concept.name:
+        start = origin.start
     check_training_dtype(pick_dtype(settings.grpo.dtype), resume)
     begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
+    wanted = origin.parts or PARTS
+    learn = "stages" in wanted if stages is None else stages is not Stages.none
+    grpo = "grpo" in wanted if grpo is None else grpo
+    evaluate = "evaluation" in wanted if evaluate is None else evaluate
+    check_objective(settings.grpo.objective, words, out, trust=trust)
     chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
     clip = clip or origin.clip
     scorers = with_clip(load_scorers(sources, ranks.device, chosen, trust=trusted), clip, ranks.device)
-    parts = Parts(begin, stages is not Stages.none, grpo, evaluate, resume=resume)
+    parts = Parts(begin, learn, grpo, evaluate, resume=resume, start_from=start)
     if ranks.first:
         parts.check(out, scorers)
     bundle = open_bundle(sources, str(ranks.device), settings.grpo.dtype, origin.max_text)
@@ -297,7 +318,8 @@ def _train_one(
             return
         parts_said = {"--no-grpo": not grpo, "--no-evaluate": not evaluate}  # config.yaml has settings, not these
         more = [word for word, wanted in parts_said.items() if wanted]
-        more += ["--stages", "none", "--start", start] if stages is Stages.none and start is not None else []
+        more += ["--stages", "none"] if stages is Stages.none else []
+        more += ["--start-from", start] if start is not None else []
         said = f"{stopped}; go on with: {command('train', '--out', out, '--resume', *more)}"
         console().print(said, markup=False, soft_wrap=True)
         return

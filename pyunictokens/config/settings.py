@@ -283,7 +283,8 @@ def _word(text: str, word: str) -> object:
 
 
 def _shown(value: object) -> str:
-    return repr(settled(value))
+    text = repr(settled(value))
+    return text if len(text) <= 200 else f"{text[:150]}… ({len(text)} characters)"
 
 
 def _kind(value: object) -> str:

@@ -14,6 +14,7 @@ from ..utils.errors import UserError
 from ..utils.spelling import loose, spelled
 from .concept import FACT_PROMPTS, KINDS, QA, Concept, Recognition, concept_name
 from .image_files import folders_in
+from .install import interrupted
 from .parse import ERROR, Problem
 from .reader import ConceptReader
 
@@ -82,6 +83,11 @@ def read_concept(root: str | os.PathLike[str], name: str) -> tuple[Concept, list
     """What can be understood of a concept, and all its problems. Raises UserError for a bad name or no such folder."""
     name = concept_name(name)
     path = data_root(root)
+    if any(loose(each) == loose(name) for each in interrupted(path)):
+        raise UserError(
+            f"concept {name!r} in {path}: `data new` is putting it there, or was killed while it did, and its halves "
+            "may be of two ages: wait for it, or run `data new … --force` again"
+        )
     present = folders_in(path / "concept" / "train")[0]
     fits = [name] if name in present else [each for each in present if loose(each) == loose(name)]
     if len(fits) != 1:

@@ -1,16 +1,14 @@
 """A concept folder in the published layout from ordinary image files and a sheet of facts: `pyunictokens data new`.
 
 All or nothing: everything is built in a folder beside, checked as a stranger's folder would be, and only then moved
-into place; a failure on the way leaves the data folder as it was. What it writes is described in docs/data-format.md;
-the questions that come with every concept are in `wording.py`.
+into place (install.py); a failure on the way leaves the data folder as it was. What it writes is described in
+docs/data-format.md; the questions that come with every concept are in `wording.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.errors import UserError, needs
-from ..utils.files import read_json, write_bytes_atomic, write_json
+from ..utils.files import write_json
 from ..utils.spelling import loose, spelled
 from . import wording
 from .check import SMALLEST_SIDE, check_folder
@@ -27,6 +25,7 @@ from .facts import REASONING_DENSE, FactSheet, read_facts
 from .folder import load_concept
 from .image_files import is_file, list_images, look_into, natural_key
 from .images import read_image, save_image, shrink
+from .install import Listings, building, install, refuse_present
 from .parse import ERROR, parts_of
 
 with needs("data"):
@@ -83,10 +82,8 @@ def new_concept(
         raise UserError(f"class_word={class_word!r}: must be the word for what it is, such as dog")
     if not 0 <= test_photos <= 100:
         raise UserError(f"test_photos={test_photos}: must be 0 to 100")
-    homes = [root / "concept" / half / name for half in ("train", "test")]
-    if not force and any(home.exists() for home in homes):
-        raise UserError(f"{homes[0]}: concept {name!r} exists already: choose another name, or force to replace it")
-    listings = _Listings(root)
+    refuse_present(root, name, force)
+    Listings(root)  # that they can be read
     sheet = read_facts(spec_yaml, name)
     notes = list(sheet.notes)
     files = _image_files(photos, "photos", notes)
@@ -95,43 +92,27 @@ def new_concept(
     try:
         made_root = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=root))
+        aside = building(root, name)
     except OSError as error:
         raise UserError(f"{root}: cannot be written: {error.strerror}") from None
     try:
-        build = _Build(aside, name, kind, class_word.strip(), info, sheet, asked, notes, progress or (lambda _: None))
+        build = _Build(
+            aside.path, name, kind, class_word.strip(), info, sheet, asked, notes, progress or (lambda _: None)
+        )
         build.photos(files, test_photos)
         origin = build.negatives(negatives, root)
         build.texts()
-        errors = [problem for problem in check_folder(aside, name) if problem.severity == ERROR]
+        errors = [problem for problem in check_folder(aside.path, name) if problem.severity == ERROR]
         if errors:
             raise UserError("the new concept has problems:\n" + "\n".join(f"  {problem}" for problem in errors))
-        _install(aside, root, name, listings)
+        install(aside.path, root, name, force)
     except OSError as error:
         raise UserError(f"{root}: concept {name!r} could not be written, nothing was changed: {error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        aside.close()
         if made_root and not any(root.iterdir()):
             root.rmdir()
     return NewConcept(load_concept(root, name), origin, notes)
-
-
-class _Listings:
-    """The two files that all concepts of a data folder share, read before anything is written."""
-
-    def __init__(self, root: Path) -> None:
-        self.concepts_path = root / "concepts_list.json"
-        self.images_path = root / "concept" / "train" / "train_images.json"
-        self.concepts = read_json(self.concepts_path) if is_file(self.concepts_path) else []
-        self.images = read_json(self.images_path) if is_file(self.images_path) else {}
-        if not (isinstance(self.concepts, list) and all(isinstance(item, str) for item in self.concepts)):
-            raise UserError(f"{self.concepts_path}: must be a list of concept names: mend or remove it first")
-        if not isinstance(self.images, dict):
-            raise UserError(f"{self.images_path}: must be an object {{concept: [file, …]}}: mend or remove it first")
-
-    def write(self, name: str, files: list[str]) -> None:
-        write_json(self.images_path, {**self.images, name: files})
-        write_json(self.concepts_path, self.concepts if name in self.concepts else [*self.concepts, name])
 
 
 class _Build:
@@ -369,41 +350,3 @@ def _photo_keys(sheet: FactSheet, files: list[Path]) -> dict[Path, list[tuple[st
             f"the sheet of facts asks about photos that were not given: {', '.join(strange)}; given: {there}"
         )
     return asked
-
-
-def _install(aside: Path, root: Path, name: str, listings: _Listings) -> None:
-    """Move what was built into place; on any failure take every step back."""
-    undo: list[Callable[[], object]] = []
-
-    def move(source: Path, target: Path) -> None:
-        os.rename(source, target)
-        undo.append(lambda: os.rename(target, source))
-
-    def keep(path: Path) -> None:
-        old = path.read_bytes() if is_file(path) else None
-        undo.append(lambda: path.unlink(missing_ok=True) if old is None else write_bytes_atomic(path, old))
-
-    def folder(path: Path) -> None:
-        if not path.is_dir():
-            path.mkdir()
-            undo.append(path.rmdir)
-
-    try:
-        folder(root / "concept")
-        for half in ("test", "train"):
-            folder(root / "concept" / half)
-            place = root / "concept" / half / name
-            if place.exists():
-                (aside / "replaced").mkdir(exist_ok=True)
-                move(place, aside / "replaced" / half)
-            move(aside / "concept" / half / name, place)
-        for shared in ("random_images", "black_512x512.png"):
-            if (aside / shared).exists() and not (root / shared).exists():
-                move(aside / shared, root / shared)
-        keep(listings.images_path)
-        keep(listings.concepts_path)
-        listings.write(name, [path.name for path in list_images(root / "concept" / "train" / name)])
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise

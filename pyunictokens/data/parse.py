@@ -99,7 +99,7 @@ class Ledger:
                 self.add(path, "", f"no such file: {missing}", severity)
             return None
         try:
-            value = read_json(path)
+            value = read_json(path, halves=True)
         except UserError as error:
             self.add(path, "", str(error).removeprefix(f"{path}: "))
             return None

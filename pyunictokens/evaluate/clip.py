@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.images import from_pil, load_pixels, to_pil
+from ..models.checkpoint import local_or_hub
 from ..utils.errors import UserError, require
 from ..utils.files import unreadable
 
@@ -112,10 +113,11 @@ def _load(source: str, device: torch.device, dtype: torch.dtype) -> _Loaded:
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"{folder}: no open_clip_config.json: give the folder of an open_clip checkpoint")
         wanted, weights = f"local-dir:{folder}", None
-    elif source.count("/") == 1 and not source.startswith((".", "~", "/")):
-        wanted, weights = f"hf-hub:{source}", None
     else:
-        raise UserError(f"CLIP model {source}: no such folder, no hub id owner/name, and not ARCHITECTURE=FILE")
+        try:
+            wanted, weights = f"hf-hub:{local_or_hub(source)}", None
+        except UserError as error:
+            raise UserError(f"CLIP model {error}, and not ARCHITECTURE=FILE") from None
     open_clip = require("open_clip", "rewards")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError, needs
-from ..utils.files import read_json, write_json
+from ..utils.files import read_json, sealed, unsealed, write_json
 from ..utils.json import Json
 from .tasks import ALL_SAMPLES, measure_named, task_named
 
@@ -137,19 +137,17 @@ class EvalResult:
                 file = folder / f"{task}_{index:03d}.png"
                 write_strip(images, file)
                 files[task].append({"file": f"{folder.name}/{file.name}", "count": len(images)})
-        write_json(
-            path,
-            {
-                "format": FORMAT,
-                "concept": self.concept,
-                "settings": self.settings,
-                "metrics": {key: asdict(metric) for key, metric in self.metrics.items()},
-                "records": self.records,
-                "images": files,
-                "notes": self.notes,
-                "seconds": self.seconds,
-            },
-        )
+        content = {
+            "format": FORMAT,
+            "concept": self.concept,
+            "settings": self.settings,
+            "metrics": {key: asdict(metric) for key, metric in self.metrics.items()},
+            "records": self.records,
+            "images": files,
+            "notes": self.notes,
+            "seconds": self.seconds,
+        }
+        write_json(path, sealed(content))
         return path
 
     @classmethod
@@ -160,6 +158,7 @@ class EvalResult:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise UserError(f"{path}: not an evaluation result of format {FORMAT} (found {found!r})")
+        content = unsealed(content, path)
         try:
             images = {
                 REFERENCES if task == "photos" else task_named(task): [
@@ -175,7 +174,7 @@ class EvalResult:
             _gather(result.records)
         except UserError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        except Exception as error:  # a file of anybody's: whatever is wrong with it
             raise UserError(f"{path}: not a whole evaluation result ({type(error).__name__}: {error})") from None
         return result
 
@@ -184,8 +183,11 @@ def read_means(path: str | os.PathLike[str]) -> dict[str, float]:
     """``{"task.measure": mean}`` of a saved result, without its records and images. Raises UserError as `load` does."""
     content = read_json(path)
     try:
+        content = unsealed(content, path)
         return {measure_named(key): float(metric["mean"]) for key, metric in content["metrics"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"{path}: not a whole evaluation result ({type(error).__name__}: {error})") from None
 
 
@@ -223,15 +225,15 @@ def write_strip(images: Tensor, file: Path) -> None:
 def read_strip(file: Path, count: int) -> Tensor:
     """The `count` images that :func:`write_strip` wrote, uint8 [count, 3, H, W]. Raises UserError naming the file."""
     with needs("evaluate"):
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
     try:
         with Image.open(file) as image:
             pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
     except FileNotFoundError:
         raise UserError(f"{file}: no such image, though its result names it") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as an image: {error}") from None
+    except Exception as error:  # whatever a damaged image does to its reader
+        raise UserError(f"{file}: cannot be read as an image: {type(error).__name__}: {error}") from None
     if count < 1 or pixels.shape[1] % count:
         raise UserError(f"{file}: is {pixels.shape[1]} pixels wide, which {count} images cannot share")
     return torch.stack(pixels.permute(2, 0, 1).chunk(count, dim=2)).contiguous()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..data.images import fit_within, read_image
 from ..utils.errors import UserError
+from ..utils.fingerprint import digest, of_file
 from .core import Asker, Baseline, Model, Unsupported, checked
 from .protocol import DEFAULT_SAMPLES, protocol_named
 from .result import to_bytes
@@ -174,12 +175,13 @@ class _Row:
         samples = self.settings.images(item.task)
         name, identity = self.baseline.name, self.baseline.identity
         path = self.cache.place(name, identity, self.subject, item, seed, samples)
-        kept = SampleCache.read(path)
-        if kept is not None:
+        kept, contents = SampleCache.read(path), self._contents_of(item)
+        if kept is not None and kept.contents in ("", contents):
             kept.model = name
             return kept
         begin = time.perf_counter()
         record, images = Record.of(name, self.subject, item, seed, path), None
+        record.contents = contents
         if samples:
             record.drawn, answer = self.asker.prompt(item)
             record.answer = answer if self.baseline.reasons and item.facts else None
@@ -191,6 +193,17 @@ class _Row:
         SampleCache.write(record, images)
         self.filled.made += 1
         return record
+
+    def _contents_of(self, item: Item) -> str:
+        """A digest of the files an item's output and scores depend on, and of the concept in words."""
+        subject, known = self.subject, self._digest
+        files = [*subject.references, *subject.test_images, *([item.image] if item.image else [])]
+        words = [subject.class_word, subject.kind, subject.info, *subject.facts, "|"]
+        return digest("\0".join([*words, *(known(path) for path in files)]))
+
+    @cached_property
+    def _digest(self) -> Callable[[Path], str]:
+        return lru_cache(maxsize=None)(lambda path: of_file(path) if path.is_file() else "")
 
     def _fail(self, task: str, what: str, why: UserError, text: str) -> None:
         self.filled.failures.append(Failure(self.baseline.name, self.subject.name, task, what, str(why), text))

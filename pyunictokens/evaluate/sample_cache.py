@@ -2,8 +2,9 @@
 
     OUT/samples/MODEL/CONCEPT/TASK/DIGEST.json      and, for images, DIGEST.png beside it
 
-A record is written whole or not at all (the image first, then the JSON that names it), and its name is a digest of all
-that decides what the model says: so a record that is there is right, and is not made again. Scores carry the name of
+A record is written whole or not at all (the image first, then the JSON that names it). Its name is a digest of model,
+item and seed, and inside it stands one of the concept's files: so a record that is there and of them is right, and is
+not made again. Scores carry the name of
 what gave them; a score that could not be had is absent and tried again next time. Folders of earlier versions
 (OUT/cells/) are read, and go on, as they are.
 """
@@ -11,18 +12,20 @@ what gave them; a score that could not be had is absent and tried again next tim
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from ..utils.errors import UserError
-from ..utils.files import read_json, safe_name, write_json
+from ..utils.files import read_json, safe_name, sealed, unsealed, write_json
 from ..utils.fingerprint import digest
 from ..utils.json import Json
 from .result import read_strip, write_strip
 from .tasks import TASKS, Item, Subject, task_named
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
@@ -58,6 +61,8 @@ class Record:
     seen: list[dict[str, str]] = field(default_factory=list)
     """What an attribute reader saw in each image, as words by slot."""
     seconds: float = 0.0
+    contents: str = ""
+    """A digest of what else decides it: the concept's files. "" in records of earlier versions."""
     path: Path = field(default=Path(), compare=False)
     pixels: Tensor | None = field(default=None, compare=False, repr=False)
     """The images as they were generated, [S, 3, H, W] in [-1, 1], while they are at hand; not kept."""
@@ -100,13 +105,15 @@ class SampleCache:
     def read(path: Path) -> Record | None:
         """The record at `path`; None where there is none, or where what is there is no whole record."""
         try:
-            content = read_json(path)
+            content = unsealed(read_json(path), path)
             if content.pop("format") != FORMAT:
                 return None
             record = Record(**content, path=path)
             if record.count and not path.with_suffix(".png").is_file():
                 return None
-        except (UserError, KeyError, TypeError, AttributeError):
+        except Exception as error:  # damaged, in whatever way: it is made again
+            if path.is_file():
+                log.warning("%s: is made again: %s", path, error)
             return None
         return record
 
@@ -117,4 +124,4 @@ class SampleCache:
             write_strip(images, record.path.with_suffix(".png"))
         content = asdict(record)
         del content["path"], content["pixels"]
-        write_json(record.path, {"format": FORMAT, **content})
+        write_json(record.path, sealed({"format": FORMAT, **content}))

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..utils.errors import UserError
 from ..utils.files import read_json, write_json, write_text_atomic
 from ..utils.json import Json
+from ..utils.text import spreadsheet_cell
 from .protocol import OURS, BenchProtocol, protocol_named
 from .result import Metric
 from .sample_cache import Record
@@ -126,7 +127,8 @@ class Table:
         for row in (row for part in self.rows.values() for row in part):
             for key, metric in row.metrics.items():
                 numbers = (f"{value:.6f}" for value in (metric.mean, metric.low, metric.high))
-                writer.writerow((row.model, row.part, key, *numbers, metric.n, self.protocol.name))
+                words = (spreadsheet_cell(word) for word in (row.model, row.part, key))
+                writer.writerow((*words, *numbers, metric.n, self.protocol.name))
         return out.getvalue()
 
     def markdown(self) -> str:

@@ -7,6 +7,7 @@ checkpoint cannot run code.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, needs
-from ..utils.files import AnyJson, read_json, refuse_lfs_pointer, unreadable
+from ..utils.files import AnyJson, read_json, refuse_lfs_pointer, unreadable, verify_safetensors
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -26,13 +27,18 @@ WEIGHT_FILES = (
 UNWRAPPED = "unwrapped_model"
 """Where scripts made with Accelerate put the model within a `checkpoint-N/`."""
 
+_HUB = "hub:"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_LOCAL = frozenset({"weights", "models", "model", "checkpoints", "ckpt", "ckpts", "data", "runs", "output", "outputs"})
+"""Names of folders that nobody on the hub is meant by."""
+_FILES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yaml", ".yml", ".txt", ".png", ".jpg"})
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
 def resolve(
     path: str | os.PathLike[str], *, offline: bool = False, also: tuple[str, ...] = (), only: tuple[str, ...] = ()
 ) -> Path:
-    """A folder as it is, or a hub id (``owner/name``) as the folder of its local snapshot, downloaded when absent.
+    """A folder as it is, or a hub id (:func:`local_or_hub`) as the folder of its local snapshot, downloaded if absent.
 
     offline: never ask the hub, take what was downloaded before. also: further file patterns that are wanted. only: the
     patterns of all that is wanted, where it is no weights.
@@ -40,11 +46,9 @@ def resolve(
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    text = str(path)
     if folder.exists():
-        raise UserError(f"{text}: is a file; a checkpoint is a folder with config.json and weights")
-    if text.count("/") != 1 or text.startswith((".", "~", "/")) or "\\" in text:
-        raise UserError(f"{text}: no such folder, and not a hub id of the form owner/name")
+        raise UserError(f"{path}: is a file; a checkpoint is a folder with config.json and weights")
+    text = local_or_hub(path, quiet=offline)
     with needs("train"):
         from huggingface_hub import snapshot_download
 
@@ -58,9 +62,40 @@ def resolve(
         ) from error
 
 
+def local_or_hub(path: str | os.PathLike[str], quiet: bool = False) -> str:
+    """A local file or folder as it is, else the hub id (``owner/name``) that `path` stands for.
+
+    ``hub:owner/name`` always means the hub. A bare ``owner/name`` does so where it cannot be meant as a local path, and
+    where PYUNICTOKENS_HUB is not "explicit"; unless `quiet` a warning says that the hub is asked. Raises UserError for
+    anything else: a local path that is absent is never sent to the hub.
+    """
+    text = str(path)
+    if text.startswith(_HUB):
+        if not _HUB_ID.fullmatch(text.removeprefix(_HUB)):
+            raise UserError(f"{text}: must be hub:owner/name")
+        return text.removeprefix(_HUB)
+    if text and Path(path).expanduser().exists():
+        return str(Path(path).expanduser())
+    if not _HUB_ID.fullmatch(text) or text.startswith((".", "~")):
+        raise UserError(f"{text}: no such folder, and not a hub id of the form owner/name")
+    owner = text.partition("/")[0]
+    if owner.lower() in _LOCAL or Path(owner).is_dir() or Path(text).suffix.lower() in _FILES:
+        raise UserError(f"{text}: no such folder or file here; if it is meant as a hub id, write hub:{text}")
+    if os.environ.get("PYUNICTOKENS_HUB", "").lower() == "explicit":
+        raise UserError(f"{text}: no such folder here, and PYUNICTOKENS_HUB=explicit: for the hub write hub:{text}")
+    if not quiet:
+        warnings.warn(
+            f"{text} is no folder here: the hub is asked for it (hub:{text} means the hub and is not warned of; "
+            "PYUNICTOKENS_HUB=explicit leaves it at that)",
+            stacklevel=3,
+        )
+    return text
+
+
 def read_config(folder: Path, required: bool = True) -> dict[str, AnyJson]:
-    """The folder's `config.json` as a dict; {} when absent and not required."""
-    places = (folder / "config.json", folder / UNWRAPPED / "config.json")
+    """The folder's `config.json` as a dict (of a whole pipeline its `model_index.json`); {} when absent and not
+    required."""
+    places = (folder / "config.json", folder / UNWRAPPED / "config.json", folder / "model_index.json")
     file = next((place for place in places if place.exists()), places[0])
     if not file.exists() and not required:
         return {}
@@ -158,7 +193,8 @@ def _load_shards(index: Path, shards: list[str]) -> dict[str, Tensor]:
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one .safetensors, .bin or .pt file, on the CPU. Raises UserError naming the file."""
+    """The tensors of one .safetensors, .bin or .pt file, on the CPU. Raises UserError naming the file, also where it
+    carries a checksum that does not fit."""
     content = unpickle(file) if file.suffix != ".safetensors" else _read_safetensors(file)
     for key in _NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -166,7 +202,17 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file}: must hold a dict of tensors, bare or under one of {', '.join(_NESTED)}")
+    for name, value in content.items():
+        refuse_odd(value, f"{file}: {name!s:.80}")
     return content
+
+
+def refuse_odd(value: Tensor, origin: object) -> None:
+    """Raise UserError for a tensor that is no plain table of numbers: sparse, quantized, or without values (meta)."""
+    odd = "without values (meta)" if value.is_meta else "quantized" if value.is_quantized else ""
+    odd = odd or ("" if value.layout == torch.strided else f"of layout {value.layout}".replace("torch.", ""))
+    if odd:
+        raise UserError(f"{origin}: is a tensor {odd}: must be dense, with its values on the CPU")
 
 
 def unpickle(file: Path) -> object:
@@ -184,10 +230,12 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
     _whole(file)
     try:
-        return load_file(file)
+        tensors: dict[str, Tensor] = load_file(file)
     except Exception as error:  # as above
         refuse_lfs_pointer(file)
         raise UserError(f"{file}: not a whole safetensors file, download it again: {error}") from error
+    verify_safetensors(file, tensors)
+    return tensors
 
 
 def _whole(file: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError
-from ..utils.files import read_json, safe_name, save_safetensors_atomic, verify_safetensors, write_json
+from ..utils.files import read_json, safe_name, save_safetensors_atomic, write_json
 
 _PARTS = ("embed", "head_weight", "head_bias")
 _PUBLISHED = {"embed": "embed", "head_weight": "lm_head_weight", "head_bias": "lm_head_bias"}
@@ -144,7 +144,6 @@ class ConceptTokens(nn.Module):
         folder = Path(folder)
         about = read_json(folder / "concept.json")
         tensors = load_tensors(folder / "concept.safetensors")
-        verify_safetensors(folder / "concept.safetensors", tensors)
         try:
             sizes = [about.get(f"num_{group}", 0) for group in ("understanding", "generation", "extra")]
             found, wanted = tuple(tensors["embed"].shape), (1 + sum(sizes), about["width"])
@@ -169,7 +168,7 @@ class ConceptTokens(nn.Module):
 
         Row 0 is `<name>`; M is what is left after K unless given; rows beyond K and M count as extra.
         """
-        from .checkpoint import unpickle
+        from .checkpoint import refuse_odd, unpickle
 
         folder = Path(folder)
         epochs = published_epochs(folder)
@@ -184,8 +183,9 @@ class ConceptTokens(nn.Module):
             content = unpickle(file)
             if not isinstance(content, Tensor):
                 raise UserError(f"{file}: must hold one tensor, holds {type(content).__name__}")
+            refuse_odd(content, file)
             parts[part] = content
-        rows = parts["embed"].shape[0] - 1
+        rows = (parts["embed"].shape or (0,))[0] - 1
         if parts["embed"].ndim != 2 or rows < num_understanding + (num_generation or 0):
             raise UserError(
                 f"{folder}: embedding of shape {tuple(parts['embed'].shape)}: must be [1 + K + M, D] with K="

@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from .checkpoint import read_config, resolve
 
 FAMILIES = {
     "show-o": "pyunictokens.models.showo.family",
+    "amused": "pyunictokens.models.amused",
 }
 """Modules by family."""
 
@@ -42,10 +44,13 @@ def families() -> list[Family]:
 
 
 def implied(model: str) -> Sources:
-    """What a word such as show-o-512 stands for; any other name stands for itself and implies no tokenizers."""
+    """What a word such as show-o-512 stands for. A folder of a whole pipeline holds its tokenizers; any other name
+    stands for itself and implies none."""
     for family in families():
         if model in family.words:
             return family.words[model]
+    if (Path(model).expanduser() / "model_index.json").is_file():
+        return Sources(model, model, model)
     return Sources(model)
 
 

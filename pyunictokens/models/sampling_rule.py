@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..utils.errors import UserError
 
-TemperatureRule = Literal["product", "linear", "constant"]
+TemperatureRule = Literal["product", "linear", "to_zero", "constant"]
 Guidance = Literal["added", "interpolated"]
 
 
@@ -20,7 +20,8 @@ class SamplingRule:
     """Part of the codes that is still masked after each step (`ops.mask_schedule`)."""
     temperature_rule: TemperatureRule = "product"
     """Of the re-masking noise after step t of T: "product" multiplies by 1 − (t+1)/T at every step anew, "linear" takes
-    that factor of the start, "constant" leaves it."""
+    that factor of the start, "to_zero" goes evenly from the start at the first step to 0 at the last, "constant" leaves
+    it."""
     guidance: Guidance = "added"
     """What `guidance_scale` means: "added" is s in c + s·(c − u), off at 0; "interpolated" is g in u + g·(c − u), off
     at 1."""
@@ -33,6 +34,8 @@ class SamplingRule:
         left = [1.0 - (step + 1) / steps for step in range(steps)]
         if self.temperature_rule == "constant":
             return [temperature] * steps
+        if self.temperature_rule == "to_zero":
+            return [temperature * (1.0 - step / max(1, steps - 1)) for step in range(steps)]
         if self.temperature_rule == "linear":
             return [temperature * part for part in left]
         of_step = []

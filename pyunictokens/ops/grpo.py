@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..utils.errors import UserError
 from . import validate as check
-from .logprob import fake_gradients, head_arguments, needed, placed
+from .logprob import NEEDS_ALL, checked_head, fake_gradients, head_arguments, needed, placed
 from .reference import working_dtype
 from .registry import choose, entry
 from .transforms import autocast_inputs, no_autocast, refuse_transforms
@@ -227,9 +227,16 @@ _BIAS, _UNCOND = 7, 8
 
 @torch.library.custom_op("pyunictokens::grpo_loss", mutates_args=(), schema=f"({_SMALL}) -> (Tensor, Tensor, Tensor)")
 def _grpo_loss(*arguments: Argument) -> tuple[Tensor, ...]:
-    *inputs, backend = arguments
-    with no_autocast(inputs[0]):
-        return entry("grpo_loss", backend).forward(*inputs)
+    logp, old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta, backend = arguments
+    check.tensor("logp", logp, check.FLOATS)
+    alpha, mask = _loss_arguments(
+        logp.shape, "the shape of logp", logp, old_logp, ref_logp, advantages, alpha, clip_low, clip_high, beta, mask
+    )
+    backend = choose("grpo_loss", backend, logp.device, logp.dtype)
+    with no_autocast(logp):
+        return entry("grpo_loss", backend).forward(
+            logp, old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta
+        )
 
 
 @_grpo_loss.register_fake
@@ -257,11 +264,21 @@ _grpo_loss.register_autograd(_grpo_backward, setup_context=_grpo_setup)
     schema=f"({_FUSED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _maskgit_grpo_loss(*arguments: Argument) -> tuple[Tensor, ...]:
-    *inputs, backend = arguments
-    hidden, weight, target, *_ = inputs
-    check.value_range("target", target, 0, weight.shape[0] - 1)
+    hidden, weight, target, *loss, bias, uncond, mask, scale, temperature, low, high, beta, needs, more, backend = (
+        arguments
+    )
+    hidden, weight, target, bias, uncond, scale, temperature = checked_head(
+        hidden, weight, target, bias, uncond, scale, temperature
+    )
+    old_logp, ref_logp, advantages, alpha = loss
+    alpha, mask = _loss_arguments(
+        target.shape, "the shape of target", hidden, old_logp, ref_logp, advantages, alpha, low, high, beta, mask
+    )
+    check.integer("needs", needs, 0, NEEDS_ALL)
+    inputs = hidden, weight, target, old_logp, ref_logp, advantages, alpha, bias, uncond, mask
+    backend = choose("maskgit_grpo_loss", backend, hidden.device, hidden.dtype)
     with no_autocast(hidden):
-        return entry("maskgit_grpo_loss", backend).forward(*inputs)
+        return entry("maskgit_grpo_loss", backend).forward(*inputs, scale, temperature, low, high, beta, needs, more)
 
 
 @_maskgit_grpo_loss.register_fake

@@ -78,6 +78,8 @@ def head_arguments(
     target = check.codes("target", target, hidden)
     if hidden.dim() < 1:
         raise UserError("hidden: a 0-d tensor, must be [..., D]")
+    if hidden.shape[-1] < 1:
+        raise UserError(f"hidden: shape {tuple(hidden.shape)}, must be [..., D] with D ≥ 1")
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
         raise UserError(
             f"weight: shape {tuple(weight.shape)}, must be [K, D] with K ≥ 1 and D = {hidden.shape[-1]} as in hidden"
@@ -95,6 +97,15 @@ def head_arguments(
     elif guidance_scale > 0.0:
         raise UserError(f"guidance_scale={guidance_scale}: needs hidden_uncond (or guidance_scale=0)")
     return target, (hidden_uncond if guidance_scale > 0.0 else None), guidance_scale, temperature
+
+
+def checked_head(hidden: Argument, weight: Argument, target: Argument, *rest: Argument) -> list[Argument]:
+    """What a registered operation with a head was called with, checked once more: torch.ops is a door of its own, and
+    behind it addresses cross into compiled code. rest: bias, hidden_uncond, guidance_scale, temperature."""
+    bias, hidden_uncond, guidance_scale, temperature = rest
+    numbers = head_arguments(hidden, weight, target, bias, hidden_uncond, guidance_scale, temperature)
+    check.value_range("target", numbers[0], 0, weight.shape[0] - 1)
+    return [hidden, weight, numbers[0], bias, *numbers[1:]]
 
 
 def needed(hidden: Tensor, hidden_uncond: Tensor | None, weight: Tensor, bias: Tensor | None) -> int:
@@ -132,6 +143,7 @@ def fake_gradients(
     )
 
 
+NEEDS_ALL = NEEDS_HIDDEN | NEEDS_UNCOND | NEEDS_WEIGHT | NEEDS_BIAS
 HEAD = "Tensor? bias, Tensor? hidden_uncond, float guidance_scale, float temperature"
 _FORWARD = f"Tensor hidden, Tensor weight, Tensor target, {HEAD}"
 _BACKWARD = f"Tensor grad, Tensor lse, {_FORWARD}, int needs, str backend"
@@ -142,8 +154,9 @@ _BACKWARD = f"Tensor grad, Tensor lse, {_FORWARD}, int needs, str backend"
 )
 def _selected_logprob(*arguments: Argument) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
-    hidden, weight, target, *_ = inputs
-    check.value_range("target", target, 0, weight.shape[0] - 1)
+    inputs = checked_head(*inputs)
+    hidden = inputs[0]
+    backend = choose("selected_logprob", backend, hidden.device, hidden.dtype)
     with no_autocast(hidden):
         return entry("selected_logprob", backend).forward(*inputs)
 
@@ -160,11 +173,18 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *_: Argument) -> tuple[Ten
     schema=f"({_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _selected_logprob_backward(*arguments: Argument) -> tuple[Tensor, ...]:
-    *inputs, backend = arguments
-    backward = entry("selected_logprob", backend).backward
-    assert backward is not None
-    with no_autocast(inputs[0]):
-        return backward(*inputs)
+    grad, lse, *inputs, needs, backend = arguments
+    inputs = checked_head(*inputs)
+    hidden, _, target, *_ = inputs
+    for name, value in (("grad", grad), ("lse", lse)):
+        check.tensor(name, value, check.FLOATS, hidden)
+        check.shape(name, value, target.shape, "the shape of target")
+    check.integer("needs", needs, 0, NEEDS_ALL)
+    backward = entry("selected_logprob", choose("selected_logprob", backend, hidden.device, hidden.dtype)).backward
+    if backward is None:
+        raise UserError(f"backend {backend!r} has no backward of selected_logprob; use backend='reference'")
+    with no_autocast(hidden):
+        return backward(grad, lse, *inputs, needs)
 
 
 @_selected_logprob_backward.register_fake

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..utils.errors import UserError
+from ..utils.errors import NotFinite, UserError
 from . import philox
 from . import validate as check
 from .registry import choose, entry
@@ -20,6 +20,7 @@ from .types import Argument, MaskgitStep
 _MASK = -1
 _SEED_MAX = (1 << 63) - 1
 _MASK_LEN_MAX = 1 << 62
+_STREAM_MAX = 15
 
 
 def maskgit_step(
@@ -64,26 +65,7 @@ def maskgit_step(
             not looked at, because that would wait for the device.
     """
     refuse_transforms("maskgit_step")
-    logits = check.tensor("logits", logits, check.FLOATS)
-    codes = check.codes("codes", codes, logits)
-    if logits.dim() != 3 or 0 in logits.shape:
-        raise UserError(f"logits: shape {tuple(logits.shape)}, must be [B, N, K] with every dimension ≥ 1")
-    batch, positions, entries = logits.shape
-    check.shape("codes", codes, (batch, positions), "[B, N]")
-    if positions > philox.MAX_POSITION + 1 or entries > philox.MAX_LANES:
-        raise UserError(
-            f"logits: shape {tuple(logits.shape)}: N must be ≤ {philox.MAX_POSITION + 1} and K ≤ {philox.MAX_LANES}, "
-            "the room of the noise counter"
-        )
-    if token_gumbel is not None:
-        check.tensor("token_gumbel", token_gumbel, check.FLOATS, logits)
-        check.shape("token_gumbel", token_gumbel, (batch, positions, entries), "[B, N, K]")
-    if rank_gumbel is not None:
-        check.tensor("rank_gumbel", rank_gumbel, check.FLOATS, logits)
-        check.shape("rank_gumbel", rank_gumbel, (batch, positions), "[B, N]")
-    check.tensor("sample_ids", sample_ids, check.INTEGERS, logits)
-    check.shape("sample_ids", sample_ids, (batch,), "[B]")
-    seed = check.integer("seed", seed, 0, _SEED_MAX)
+    codes = _checked(logits, codes, seed, sample_ids, token_gumbel, rank_gumbel)
     if not isinstance(temperature, Tensor):
         check.number("temperature", temperature, 0.0, hint="0 turns the re-masking noise off")
     if not isinstance(mask_len, Tensor):
@@ -105,6 +87,38 @@ def maskgit_step(
             choose("maskgit_step", backend, logits.device, logits.dtype),
         )
     )
+
+
+def _checked(
+    logits: Tensor,
+    codes: Tensor,
+    seed: int,
+    sample_ids: Tensor,
+    token_gumbel: Tensor | None,
+    rank_gumbel: Tensor | None,
+) -> Tensor:
+    """Check what a step takes, numbers of each sample left out. Returns codes as int64."""
+    check.tensor("logits", logits, check.FLOATS)
+    codes = check.codes("codes", codes, logits)
+    if logits.dim() != 3 or 0 in logits.shape:
+        raise UserError(f"logits: shape {tuple(logits.shape)}, must be [B, N, K] with every dimension ≥ 1")
+    batch, positions, entries = logits.shape
+    check.shape("codes", codes, (batch, positions), "[B, N]")
+    if positions > philox.MAX_POSITION + 1 or entries > philox.MAX_LANES:
+        raise UserError(
+            f"logits: shape {tuple(logits.shape)}: N must be ≤ {philox.MAX_POSITION + 1} and K ≤ {philox.MAX_LANES}, "
+            "the room of the noise counter"
+        )
+    if token_gumbel is not None:
+        check.tensor("token_gumbel", token_gumbel, check.FLOATS, logits)
+        check.shape("token_gumbel", token_gumbel, (batch, positions, entries), "[B, N, K]")
+    if rank_gumbel is not None:
+        check.tensor("rank_gumbel", rank_gumbel, check.FLOATS, logits)
+        check.shape("rank_gumbel", rank_gumbel, (batch, positions), "[B, N]")
+    check.tensor("sample_ids", sample_ids, check.INTEGERS, logits)
+    check.shape("sample_ids", sample_ids, (batch,), "[B]")
+    check.integer("seed", seed, 0, _SEED_MAX)
+    return codes
 
 
 def sample_categorical(
@@ -193,8 +207,20 @@ def _per_sample(name: str, value: Tensor | float, logits: Tensor, dtype: torch.d
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _maskgit_step(*arguments: Argument) -> tuple[Tensor, ...]:
-    *inputs, backend = arguments
-    logits, codes, mask_len, temperature, _, sample_ids, step, token_gumbel, rank_gumbel, _ = inputs
+    logits, codes, mask_len, temperature, seed, sample_ids, step, token_gumbel, rank_gumbel, stream, backend = arguments
+    # once more: torch.ops is a door of its own, and behind it addresses cross into compiled code
+    codes = _checked(logits, codes, seed, sample_ids, token_gumbel, rank_gumbel)
+    mask_len, step, temperature = (
+        _per_sample(name, value, logits, dtype)
+        for name, value, dtype in (
+            ("mask_len", mask_len, torch.int64),
+            ("step", step, torch.int64),
+            ("temperature", temperature, torch.float32),
+        )
+    )
+    sample_ids = sample_ids.to(torch.int64)
+    check.integer("stream", stream, 0, _STREAM_MAX)
+    backend = choose("maskgit_step", backend, logits.device, logits.dtype)
     check.value_range("codes", codes, _MASK, logits.shape[-1] - 1, "-1 is MASK")
     check.value_range("mask_len", mask_len, 0, _MASK_LEN_MAX)
     check.value_range("temperature", temperature, 0.0, torch.finfo(torch.float32).max)
@@ -204,11 +230,13 @@ def _maskgit_step(*arguments: Argument) -> tuple[Tensor, ...]:
         if noise is not None and check.on_cpu(noise) and bool(noise.isnan().any()):
             raise UserError(f"{name}: holds NaN")
     with no_autocast(logits):
-        result = entry("maskgit_step", backend).forward(*inputs)
+        result = entry("maskgit_step", backend).forward(
+            logits, codes, mask_len, temperature, seed, sample_ids, step, token_gumbel, rank_gumbel, stream
+        )
     logp = result[2]
     if check.on_cpu(logp) and bool(logp.isnan().any()):
         sample, position = (int(x) for x in logp.isnan().nonzero()[0])
-        raise UserError(
+        raise NotFinite(
             f"logits: NaN, +inf or only -inf at sample {sample}, position {position}: no distribution to sample from"
         )
     return result

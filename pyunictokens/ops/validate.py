@@ -32,6 +32,8 @@ def tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: Tensor
             f"{name}: a DTensor; call the operation inside the forward of the module that FSDP2 wraps, where "
             "parameters are whole, or pass .full_tensor()"
         )
+    if value.layout is not torch.strided:
+        raise UserError(f"{name}: of layout {value.layout}, must be dense: pass .to_dense()")
     if value.dtype not in dtypes:
         raise UserError(f"{name}: dtype {dtype_names([value.dtype])}, must be {dtype_names(dtypes)}")
     if like is not None and value.device != like.device:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utils.errors import UserError
+from ..utils.errors import NotFinite, UserError
 
 Device = str | torch.device
 KINDS = ("human", "animal", "object")
@@ -334,7 +334,7 @@ def plain_text(text: str, class_word: str) -> str:
 
 
 def check_pixels(pixels: Tensor, name: str, allow_none: bool = False) -> None:
-    """Raise UserError unless `pixels` is a finite float [B, 3, H, W] in [-1, 1]."""
+    """Raise UserError unless `pixels` is a float [B, 3, H, W] in [-1, 1], NotFinite where a value is no number."""
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise UserError(f"{name}: {shape_of(pixels)}: must be a tensor [B, 3, H, W]")
     if not pixels.is_floating_point():
@@ -345,7 +345,8 @@ def check_pixels(pixels: Tensor, name: str, allow_none: bool = False) -> None:
         raise UserError(f"{name}: {tuple(pixels.shape)}: has no pixels")
     low, high = torch.aminmax(pixels)
     if not (low >= -1.001 and high <= 1.001):  # NaN fails both
-        raise UserError(f"{name}: values from {low.item():.4g} to {high.item():.4g}: must be finite and within [-1, 1]")
+        kind = UserError if bool(torch.isfinite(low) & torch.isfinite(high)) else NotFinite
+        raise kind(f"{name}: values from {low.item():.4g} to {high.item():.4g}: must be finite and within [-1, 1]")
 
 
 def shape_of(value: object) -> object:

@@ -286,10 +286,13 @@ class JudgeReward:
         return cls(Judge(settings), settings.question, settings.photos)
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Scores [R] in [0, 1]. Raises UserError naming the first row without a score."""
+        """Scores [R] in [0, 1]. Raises UserError naming the first row without a score.
+
+        A prompt is one line of the question: an answer of the model in it cannot pretend to be another part.
+        """
         shown = list(batch.references[: self.photos])
         items = [
-            JudgeItem(self.question.replace("{prompt}", prompt), [*shown, image], f"image {row}")
+            JudgeItem(self.question.replace("{prompt}", " ".join(prompt.split())), [*shown, image], f"image {row}")
             for row, (image, prompt) in enumerate(zip(batch.images, batch.prompts, strict=True))
         ]
         values: list[float] = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import MASK, ops
 from ..models import ImageTokenizer, MaskedModel, TextTokenizer
 from ..utils.errors import UserError
+from ..utils.memory import refuse_beyond_free
 
 Texts = str | Iterable[str | Sequence[int] | Tensor]
 """Texts or lists of ids; a bare string is a list of one."""
@@ -98,9 +99,17 @@ def sample_ids(given: Iterable[int] | Tensor | None, rows: int, most: int = MAX_
 
 
 def known_codes(
-    given: Tensor | None, grid: tuple[int, int] | None, prompts: int, samples: int, model: MaskedModel
+    given: Tensor | None,
+    grid: tuple[int, int] | None,
+    prompts: int,
+    samples: int,
+    model: MaskedModel,
+    room: Callable[[int], None] = lambda codes: None,
 ) -> tuple[Tensor, tuple[int, int]]:
-    """(codes int64 [R, N] on the model's device, −1 unknown; grid). Codes come as [N], [1, N], [P, N] or [R, N]."""
+    """(codes int64 [R, N] on the model's device, −1 unknown; grid). Codes come as [N], [1, N], [P, N] or [R, N].
+
+    `room` is called with N before anything is allocated, and may refuse.
+    """
     rows = prompts * samples
     if grid is not None:
         if len(grid) != 2:
@@ -108,6 +117,7 @@ def known_codes(
         grid = (count("grid height", grid[0]), count("grid width", grid[1]))
     if given is None:
         grid = grid or model.grid
+        room(grid[0] * grid[1])
         return torch.full((rows, grid[0] * grid[1]), MASK, device=model.device), grid
     codes = torch.as_tensor(given)
     if codes.is_floating_point() or codes.dtype == torch.bool or codes.ndim not in (1, 2) or codes.numel() == 0:
@@ -128,6 +138,7 @@ def known_codes(
     grid = grid or _square(codes.shape[1])
     if grid[0] * grid[1] != codes.shape[1]:
         raise UserError(f"grid={grid}: holds {grid[0] * grid[1]} codes, known_codes has {codes.shape[1]}")
+    room(codes.shape[1])
     if codes.shape[0] != rows:
         codes = codes.expand(prompts, -1).repeat_interleave(samples, 0)
     return codes.to(model.device, copy=True), grid
@@ -159,6 +170,20 @@ def images(given: Tensor, model: MaskedModel, vq: ImageTokenizer | None) -> Tens
             f"0…{model.codebook_size - 1} (−1 is an unknown code: generate it first)"
         )
     return given.long().to(model.device)
+
+
+def image_room(rows: int, codes: int, steps: int, record: bool, side: int, device: torch.device) -> None:
+    """Raise UserError where the results of `rows` images alone are more than the memory that is free; `side` is that of
+    a code in pixels, 0 where none are wanted."""
+    numbers = 3 * 8 + (steps * 8 if record else 0) + side * side * 3 * 4
+    refuse_beyond_free(f"{rows} images of {codes} codes in {steps} steps", rows * codes * numbers, device)
+
+
+def text_room(rows: int, tokens: int, model: MaskedModel) -> None:
+    """Raise UserError where the keys, values and tokens of `rows` answers are more than the memory that is free."""
+    costs = model.costs
+    row = tokens * (2 * costs.layers * costs.width * costs.itemsize + 3 * 8)
+    refuse_beyond_free(f"{rows} answers of up to {tokens} tokens", rows * row, model.device)
 
 
 def unique_index(items: Sequence[Item]) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import cast
 
@@ -35,7 +35,7 @@ from ..models import (
     answering,
 )
 from ..utils import profiling
-from ..utils.errors import UserError
+from ..utils.errors import NotFinite, UserError
 from ..utils.memory import RowLimit
 from . import checks
 from .cuda_graphs.capture import MODES, CaptureCache, Mode
@@ -50,6 +50,11 @@ from .text import TextSettings, decode
 from .types import ImageRollout, RolloutInterrupted, TextRollout
 
 log = logging.getLogger(__name__)
+
+NO_NUMBERS = (
+    "the model gave log-probs that are not finite: its weights or activations hold NaN, or overflow in float16 (use "
+    "bfloat16 or float32)"
+)
 
 Concepts = str | Sequence[str | None] | None
 """One resident's name, one for each prompt (None: the model as it is), or None: text says which it names."""
@@ -167,7 +172,8 @@ class RolloutEngine:
             concepts: which resident concept each prompt speaks of, where its text does not say so.
 
         Raises:
-            UserError: for anything out of range, prompts without tokenizer, or a model whose log-probs are not finite.
+            UserError: for anything out of range, or prompts without tokenizer.
+            NotFinite: a model whose log-probs are not finite.
             RolloutInterrupted: Ctrl-C; it carries the images that were finished.
         """
         rule, samples = self.model.rule, checks.count("samples", samples)
@@ -179,7 +185,9 @@ class RolloutEngine:
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
         texts, names = self._residents.read("prompts", prompts, concepts)
         rows = len(texts) * samples
-        known, grid = checks.known_codes(known_codes, grid, len(texts), samples, self.model)
+        side = self.vq.downsampling if self.vq is not None and decode else 0
+        room = partial(checks.image_room, rows, steps=steps, record=record, side=side, device=self.model.device)
+        known, grid = checks.known_codes(known_codes, grid, len(texts), samples, self.model, room)
         self.model.check_grid(grid)
         ids = checks.sample_ids(sample_ids, rows, checks.MAX_DSOG_ID if dsog else checks.MAX_SAMPLE_ID)
         if self.vq is None and (decode or dsog):
@@ -231,7 +239,7 @@ class RolloutEngine:
                 loop.run()
             profiling.count("rollout steps", lambda: self._step_flops(loop, prefixes, strength > 0))
             if not slots.finite:
-                raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
+                raise NotFinite(NO_NUMBERS)
             result = rollout(slice(None))
         except KeyboardInterrupt as stop:
             kept, decoding = loop.rows(), len(loop.ended) == rows
@@ -351,6 +359,7 @@ class RolloutEngine:
         if 1 not in (len(seen), len(asked)) and len(seen) != len(asked):
             raise UserError(f"{len(seen)} images and {len(asked)} questions: give one of either, or as many of both")
         pairs = max(len(seen), len(asked))
+        checks.text_room(pairs * samples, max_new_tokens, model)
         seen = seen.expand(pairs, *seen.shape[1:])
         asked, names = (asked * pairs, names * pairs) if len(asked) == 1 else (asked, names)
         ids = checks.sample_ids(sample_ids, pairs * samples)
@@ -374,7 +383,7 @@ class RolloutEngine:
             TextSettings(max_new_tokens, temperature, top_k, seed, model.end_id, self.ops_backend),
         )
         if not bool(torch.isfinite(logp).all()):
-            raise UserError("the model gave log-probs that are not finite: its weights or activations hold NaN")
+            raise NotFinite(NO_NUMBERS)
         context = max(prompts.lengths)
         profiling.count("answers", lambda: model.costs.answers(context, lengths.tolist()).flops)
         return TextRollout(

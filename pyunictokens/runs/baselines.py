@@ -5,6 +5,7 @@ It joins runs and model bundles (which hold engines) with `evaluate` (which is h
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,10 +82,12 @@ class Place:
         if spec.kind not in ("ours", "showo-tp", "showo-ip"):
             return baseline(spec, pick_device(self.device), pick_dtype(self.dtype), self.config.max_new_tokens)
         settings = f"{self.config.timesteps} {self.config.guidance_scale} {self.config.max_new_tokens} {self.dtype}"
-        weights = f"{self.sources} {fingerprint.of_files(self.sources.model or toy_folder())}"
+        parts = (self.sources.model, self.sources.vq, self.sources.tokenizer)
+        local = parts if self.sources.model is not None else (str(toy_folder()),)
+        weights = f"{self.sources} {' '.join(fingerprint.of_files(part or '') for part in local)}"
         if spec.kind == "ours":
             where = spec.where or (str(self.run.path) if self.run.path is not None else BASE)
-            identity = f"ours {where} {fingerprint.of_files(where.partition('{name}')[0])} {weights} {settings}"
+            identity = f"ours {where} {_learned(where)} {weights} {settings}"
             if self.config.question_form != "auto":
                 identity += f" {self.config.question_form}"
             return Baseline(spec.name, identity, lambda subject: self._ours(where, subject), reasons=True)
@@ -121,6 +124,14 @@ class Place:
         return Sampling(self.config.timesteps, self.config.guidance_scale, self.config.max_new_tokens)
 
 
+def _learned(where: str) -> str:
+    """A digest of what the runs at `where` learned, {name} standing for any concept."""
+    if where == BASE:
+        return ""
+    found = sorted(glob.glob(glob.escape(where).replace("{name}", "*")))
+    return fingerprint.digest(" ".join(fingerprint.of_files(Run.learned_at(Path(each)) or each) for each in found))[:16]
+
+
 def make_scorer(
     clip: str | None,
     judge_url: str | None,
@@ -139,7 +150,8 @@ def make_scorer(
     if clip == TOY_CLIP:
         embeddings = Embeddings(lambda: _toy_encoder(place), "toy", 64, place)
     elif clip is not None:
-        embeddings = Embeddings(OpenClip(clip, place), f"open_clip {clip}", device=place)
+        weights = fingerprint.of_files(clip.partition("=")[2] or clip)
+        embeddings = Embeddings(OpenClip(clip, place), f"open_clip {clip} {weights}".strip(), device=place)
     if judge_url is None and judge_model is None:
         return Scorer(embeddings, protocol=protocol)
     from ..rewards.judge import Judge, JudgeConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, cast
 
@@ -155,3 +155,22 @@ def choose_rewards(
             "server: if you know where they come from, say --trust; or name rewards yourself with --rewards"
         )
     return chosen, True
+
+
+def check_objective(
+    objective: str, words: Iterable[str], folder: str | os.PathLike[str], *, trust: bool = False
+) -> None:
+    """Raise UserError where settings of a folder name an objective of somebody's own (MODULE:CLASS), which would be
+    imported, and nobody has said that they may: by a word of the command line, by `trust`, or by either before."""
+    from ..utils.trust import remember, trusted
+
+    if ":" not in objective:
+        return
+    about = {"objective": objective}
+    if trust or any(word.partition("=")[0].strip().rpartition(".")[2] == "objective" for word in words):
+        remember(folder, about)
+    elif not trusted(folder, about):
+        raise UserError(
+            f"{folder}: its settings name grpo.objective={objective}, which would be imported and run: if you know "
+            f"where it comes from, say --trust; or name it yourself: grpo.objective={objective}"
+        )

@@ -61,6 +61,8 @@ class Parts:
     """Whether the model that has never seen the concept is measured, too."""
     resume: bool = False
     """Go on with the run that the folder holds."""
+    start_from: str | None = None
+    """Where `start` was read, as config.yaml keeps it."""
 
     def check(self, folder: Path, rewards: Scorers | None) -> None:
         """Raise UserError for a run that cannot work, before anything is loaded."""

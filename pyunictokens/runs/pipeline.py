@@ -6,6 +6,7 @@ several ranks the first does everything, and the others wait for it and take par
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from ..models.bundle import ModelBundle
 from ..models.concept_tokens import ConceptTokens
 from ..utils import fingerprint
 from ..utils.devices import check_training_dtype
-from ..utils.files import folder_lock, read_json, sweep, write_json
+from ..utils.errors import UserError
+from ..utils.files import AnyJson, folder_lock, read_json, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
 from .bundle import Scorers
@@ -28,6 +30,9 @@ from .run_dir import CONCEPT, MEASURED, STAGES, THROUGHPUT, EvaluationConfig, wr
 
 if TYPE_CHECKING:
     from ..config.training import GrpoConfig
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -79,6 +84,7 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
                 context.bundle.model.max_text,
                 context.concept,
                 context.settings,
+                parts,
                 context.clip,
             )
         run = _Run(context, parts.resume)
@@ -87,6 +93,20 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
         except Stopped as stopped:
             run.tell(_Turn(stopped=str(stopped)))
             raise
+
+
+def _markers(file: Path) -> dict[str, AnyJson]:
+    """What measured.json says of each evaluation; a damaged one says nothing, and what it spoke of is measured anew."""
+    if not file.exists():
+        return {}
+    try:
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise UserError(f"{file}: must be a table, is {type(found).__name__}")
+    except UserError as error:
+        log.warning("%s: all is measured anew", error)
+        return {}
+    return found
 
 
 def _follow(context: RunContext) -> Outcome:
@@ -226,7 +246,7 @@ class _Run:
         """One evaluation, kept in `name`.json; with `resume` one that is there is taken from it, provided that it was
         of these weights under these settings: measured.json says of what each was."""
         context, file, about = self.context, self.out / f"{name}.json", self.out / MEASURED
-        subject, known = self._subject(), read_json(about) if about.exists() else {}
+        subject, known = self._subject(), _markers(about)
         was = known.get(name)
         if isinstance(was, dict) and isinstance(was.get("settings"), dict):
             told = renamed(EvaluationConfig, was["settings"])

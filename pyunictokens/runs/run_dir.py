@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
-from ..config.training import GrpoConfig, StageConfig, TrainConfig
+from ..config.training import MAX_SEED, MOST, GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
 from ..evaluate.tasks import wanted_tasks
 from ..models.base import owning_rows
@@ -29,11 +29,16 @@ from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
 from .bundle import open_bundle
 
+if TYPE_CHECKING:
+    from .context import Parts
+
 BASE = "base"
 """Given where a run is expected: the model as it is, without a concept."""
 
 CONFIG, ABOUT, FINAL, CONCEPT, STAGES = "config.yaml", "about.json", "final", "concept", "stages"
 THROUGHPUT, MEASURED = "experts.json", "measured.json"
+PARTS = ("stages", "grpo", "evaluation")
+"""Parts of a run, as config.yaml names them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,14 @@ class Origin:
     """Text positions of the model's image prompts."""
     preset: str | None = None
     """Which preset the settings stand over."""
+    start: str | None = None
+    """The run or folder whose tokens it began with."""
+    parts: tuple[str, ...] | None = None
+    """What was done: some of stages, grpo, evaluation; None (of earlier versions) means all."""
+
+    def __post_init__(self) -> None:
+        if strange := [part for part in self.parts or () if part not in PARTS]:
+            raise UserError(f"parts: {', '.join(strange)}: must be some of {', '.join(PARTS)}")
 
     @classmethod
     def of(cls, values: Mapping[str, object], origin: str) -> Origin:
@@ -106,6 +119,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", wanted_tasks(self.tasks, "tasks"))
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed={self.seed}: must be from 0 to {MAX_SEED}")
+        if not 1 <= self.samples <= MOST:
+            raise UserError(f"samples={self.samples}: must be from 1 to {MOST}")
 
 
 @dataclass(frozen=True)
@@ -189,10 +206,15 @@ class Run:
     def _learned(self) -> Path | None:
         """The folder that holds what was learned, the furthest first."""
         assert self.path is not None
-        for folder in (self.path / FINAL, self.path, self.path / CONCEPT):
+        return self.learned_at(self.path)
+
+    @staticmethod
+    def learned_at(path: Path) -> Path | None:
+        """The folder under `path` that holds what was learned, the furthest first; None where nothing was."""
+        for folder in (path / FINAL, path, path / CONCEPT):
             if (folder / "policy.json").is_file() or (folder / "concept.json").is_file():
                 return folder
-        return self.path if published_epochs(self.path) else None
+        return path if published_epochs(path) else None
 
     @property
     def published(self) -> bool:
@@ -252,6 +274,7 @@ def write_description(
     max_text: int,
     concept: Concept,
     config: RunConfig,
+    parts: Parts,
     clip: str | None = None,
 ) -> None:
     """Write config.yaml and about.json of a run."""
@@ -267,6 +290,8 @@ def write_description(
         "root": str(concept.root.absolute()),
         "name": concept.name,
         "max_text": max_text,
+        "start": str(Path(parts.start_from).absolute()) if parts.start_from is not None else None,
+        "parts": [name for name, done in zip(PARTS, (parts.stages, parts.grpo, parts.evaluate), strict=True) if done],
     }
     words = ("name", "kind", "class_word", "info", "extra_info")
     write_json(out / ABOUT, {word: getattr(concept, word) for word in words})

@@ -21,6 +21,7 @@ from urllib.parse import quote
 from ..evaluate.result import Metric, bootstrap, read_means
 from ..utils.errors import needs
 from ..utils.files import AnyJson, read_json, write_json, write_text_atomic
+from ..utils.text import spreadsheet_cell
 from .demo import HEADLINES
 from .sweep import Status
 
@@ -85,7 +86,7 @@ def write_results(runs: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows({k: spreadsheet_cell(v) if isinstance(v, str) else v for k, v in row.items()} for row in flat)
     write_text_atomic(runs / "results.csv", text.getvalue())
     write_json(runs / "results.json", {"concepts": flat, "summary": {k: _plain(m) for k, *m in _numbers(rows)}})
     page = runs / "report.html"

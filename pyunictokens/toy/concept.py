@@ -17,8 +17,9 @@ import numpy as np
 from ..data import wording
 from ..data.concept import FACT_PROMPTS, concept_name
 from ..data.images import save_image
+from ..data.install import list_concept
 from ..utils.errors import UserError, needs
-from ..utils.files import read_json, write_json
+from ..utils.files import write_json
 from .drawing import render
 from .facts import FACTS, at_place, draw_facts, thing
 from .grammar import RECOGNITIONS, change_subject, subject_questions
@@ -231,16 +232,12 @@ class _Writer:
 
     def _shared(self) -> None:
         """The files that all concepts of a data folder share."""
-        folder, images = self.root / "random_images", self.root / "concept" / "train" / "train_images.json"
+        folder = self.root / "random_images"
         rng = np.random.default_rng(4)
         for i in range(RANDOM_IMAGES + FRESH):
             self._picture(random_scene(rng), folder / f"{i}.png")
         save_image(Image.new("RGB", (512, 512)), self.root / "black_512x512.png")
-        listed = read_json(images) if images.exists() else {}
-        write_json(images, {**listed, self.name: [f"{i}.png" for i in range(TRAIN_IMAGES)]})
-        names = self.root / "concepts_list.json"
-        present = read_json(names) if names.exists() else []
-        write_json(names, [*[each for each in present if each != self.name], self.name])
+        list_concept(self.root, self.name, [f"{i}.png" for i in range(TRAIN_IMAGES)])
 
 
 def _as_json(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:

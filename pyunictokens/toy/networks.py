@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.checkpoint import load_tensors
 from ..utils.errors import UserError, needs
 from ..utils.files import read_json
 from .scene import SLOTS, SUBJECT_SLOTS
@@ -204,15 +205,12 @@ class ToyNetworks(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str] | None = None) -> ToyNetworks:
         """Load `experts.safetensors` and `experts.json` from a folder; by default those shipped with the package."""
-        with needs("train"):
-            from safetensors.torch import load_file
-
         folder = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
         description = read_json(folder / "experts.json")
         model = cls(description["words"])
         weights = {
             key: value.float() if value.is_floating_point() else value
-            for key, value in load_file(folder / "experts.safetensors").items()
+            for key, value in load_tensors(folder / "experts.safetensors").items()
         }
         model.load_state_dict(weights)
         return model.requires_grad_(False).eval()

@@ -26,6 +26,7 @@ from ..rollout.dsog import Dsog, DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import ImageRollout, TextRollout
 from ..utils import profiling
+from ..utils.errors import NotFinite
 from ..utils.timeout import NoAnswer, ask
 from .distributed.ranks import Ranks
 from .objective import Objective
@@ -50,6 +51,8 @@ class RolloutSummary:
     parts: dict[str, Tensor]
     """[R] by reward model."""
     no_face: int
+    invalid: tuple[str, ...] = ()
+    """What reward models gave that is no finite number, in words."""
     codes: Tensor | None = None
     """int [R, N], where they were wanted: the images."""
     preview_codes: Tensor | None = None
@@ -71,6 +74,7 @@ class RolloutSummary:
             torch.cat([part.rewards for part in parts]),
             {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
             sum(part.no_face for part in parts),
+            tuple(words for part in parts for words in part.invalid),
             joined(part.codes for part in parts),
             joined(part.preview_codes for part in parts),
             sum(part.accepted for part in parts),
@@ -142,19 +146,29 @@ class Collector:
         """The groups of step `step`: all noise follows from the seed and the step, whatever the ranks.
 
         All groups are compared with the threshold as it is, which then moves once a group, in their order.
+
+        Raises NotFinite, on all ranks alike, where a model or an image decoder of any rank gave numbers that are not
+        finite; the threshold then stays.
         """
         size, count, before = self.config.group_size, self.config.groups, self.threshold.value
         tasks = [self.tasks.draw(step * count + group) for group in range(count)]
         mine = self.ranks.share(count * size)
         local: dict[int, LocalRollouts] = {}
         pending: list[tuple[int, Callable[[], RolloutSummary]]] = []
-        for group, task in enumerate(tasks):
-            rows = range(max(mine.start - group * size, 0), min(mine.stop - group * size, size))
-            if rows:
-                local[group], finish = self._sample(task, step * count + group, rows, with_codes)
-                pending.append((group, finish))
+        problem = ""
+        try:
+            for group, task in enumerate(tasks):
+                rows = range(max(mine.start - group * size, 0), min(mine.stop - group * size, size))
+                if rows:
+                    local[group], finish = self._sample(task, step * count + group, rows, with_codes)
+                    pending.append((group, finish))
+        except NotFinite as error:  # what is being scored is waited for all the same
+            problem = f"rollouts of group {group}: {error}"
         scored = [(group, finish()) for group, finish in pending]
-        everything = [each for part in self.ranks.gather(scored) for each in part]
+        told = self.ranks.gather((problem, scored))
+        if problem := next((problem for problem, _ in told if problem), ""):
+            raise NotFinite(problem)
+        everything = [each for _, part in told for each in part]
         groups = []
         for group, task in enumerate(tasks):
             summary = RolloutSummary.merged([part for place, part in everything if place == group])
@@ -265,6 +279,7 @@ class Collector:
                 score.total.float().cpu(),
                 {name: value.float().cpu() for name, value in score.parts.items()},
                 score.no_face,
+                tuple(map(str, score.invalid)),
                 codes,
                 preview_codes,
                 dsog.accepted if dsog is not None else 0,
@@ -343,7 +358,11 @@ class Collector:
 
 
 def summary(groups: Sequence[Group]) -> dict[str, object]:
-    """The groups of a step as numbers and texts for the log; question, answer and prompt are of the best rollout."""
+    """The groups of a step as numbers and texts for the log; question, answer and prompt are of the best rollout.
+
+    Without groups (their sampling failed) next to nothing is said."""
+    if not groups:
+        return {"mode": None, "reward_mean": math.nan, "parts": {}, "threshold": None, "pass_rate": None}
     parts = [group.summary for group in groups]
     rewards = torch.cat([part.rewards for part in parts])
     best, row = divmod(int(rewards.nan_to_num(-math.inf).argmax()), len(parts[0].rewards))

@@ -30,7 +30,7 @@ from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
 from ..utils.devices import check_training_dtype
-from ..utils.errors import UserError
+from ..utils.errors import NotFinite, UserError
 from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
 from .checkpoint.run_state import RunFolder, identity, random_state, restore_random_state
@@ -104,7 +104,8 @@ def run_grpo(
 
     Raises:
         UserError: for settings, data or checkpoints that cannot be used, for a model in float16, and when
-            `max_bad_steps` steps in a row have a reward, loss or gradient that is not finite.
+            `max_bad_steps` steps in a row have a rollout, reward, loss or gradient that is not finite; a checkpoint
+            then stands behind them, so that `resume` goes on with other draws.
         Stopped: `stop` said so before the last step; `resume` goes on from there.
     """
     out, ranks = Path(out_dir), ranks or Ranks()
@@ -228,13 +229,17 @@ class _Run:
                 self.step += 1
                 profiling.step_done()
                 self.recent.append(reward)
+                given_up = self.bad >= config.max_bad_steps
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
                 stopping = self.ranks.any(stop()) and self.step < config.steps
                 self.saver.check()
-                if due or stopping or self.step == config.steps:
+                if due or stopping or given_up or self.step == config.steps:
                     if metrics is not None:
                         metrics.sync()
                     self.save()
+                if given_up:
+                    self.saver.wait()
+                    raise UserError(self._diagnosis(str(values["skipped"])))
                 if progress is not None:
                     progress("grpo", self.step, config.steps, values)
                 if stopping:
@@ -291,22 +296,24 @@ class _Run:
         started, config = time.perf_counter(), self.config
         every = config.sample_every
         shown = every > 0 and (self.step % every == 0 or self.step == config.steps - 1)
-        groups = self.collector.collect(self.step, with_codes=shown)
-        if self.ranks.first:
+        groups: list[Group] = []
+        problem, stats, norm = "", UpdateStats(), math.nan
+        try:
+            groups = self.collector.collect(self.step, with_codes=shown)
+        except NotFinite as error:
+            problem = str(error)
+        if groups and self.ranks.first:
             self.headroom.look(groups)
         rate = learning_rate(
             self.step, lr=config.lr, steps=config.steps, warmup=config.warmup, schedule=config.schedule
         )
-        problem, stats, norm = "", UpdateStats(), math.nan
-        rewards = torch.cat([group.summary.rewards for group in groups])
-        if not torch.isfinite(rewards).all():
-            problem = f"rewards {[round(value, 4) for value in rewards.tolist()]}"
-        else:
+        problem = problem or _invalid(groups)
+        if not problem:
             problem, stats, norm = self._update(groups, rate)
         self._count(problem)
         if (said := self.spread.see(groups)) and self.ranks.first:
             log.warning("step %d: %s", self.step, said)
-        if shown and self.ranks.first:
+        if shown and groups and self.ranks.first:
             self._save_samples(groups)
         facts = summary(groups)
         return {
@@ -364,11 +371,15 @@ class _Run:
         self.skipped, self.bad = self.skipped + 1, self.bad + 1
         if self.ranks.first:
             log.warning("step %d is left out: %s", self.step, problem)
-        if self.bad >= self.config.max_bad_steps:
-            raise UserError(
-                f"{self.bad} steps in a row, the last of them step {self.step}, are not finite: {problem}. Look at the "
-                "reward models, lower lr, or use dtype=float32; the last checkpoint is untouched"
-            )
+
+    def _diagnosis(self, problem: str) -> str:
+        """Why a run ends that left out too many steps in a row."""
+        return (
+            f"{self.config.max_bad_steps} steps in a row, the last of them step {self.step - 1}, are not finite: "
+            f"{problem}. Nothing was learned from them, and the checkpoint of step {self.step} stands behind them: "
+            "--resume goes on with other draws. If it comes again, look at the reward models, lower lr, or use "
+            "dtype=float32"
+        )
 
     # --- one update ------------------------------------------------------------------------------------------------
 
@@ -457,7 +468,7 @@ class _Run:
         state = {
             "threshold": self.threshold.state_dict(),
             "skipped": self.skipped,
-            "bad": self.bad,
+            "bad": self.bad if self.bad < self.config.max_bad_steps else 0,  # who resumes it has as many tries again
             "reward": sum(good) / len(good) if good else None,
         }
         self.recent.clear()
@@ -487,3 +498,12 @@ class _Run:
         rewards = {line["step"]: line["reward_mean"] for line in lines if line["step"] < self.step}
         self.training = self.ranks.broadcast({step: value for step, value in rewards.items() if value is not None})
         self.held_out.restore(self.folder.path, self.step, self.ranks)
+
+
+def _invalid(groups: Sequence[Group]) -> str:
+    """Which rewards are not finite, and which reward model gave them for what; "" where all are."""
+    rewards = torch.cat([group.summary.rewards for group in groups])
+    if torch.isfinite(rewards).all():
+        return ""
+    words = [words for group in groups for words in group.summary.invalid]
+    return f"rewards {[round(value, 4) for value in rewards.tolist()]}" + (f" ({words[0]})" if words else "")

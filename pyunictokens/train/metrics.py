@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import AnyJson, read_json_lines, write_json, write_text_atomic
+from ..utils.files import AnyJson, parse_json, read_json_lines, write_json, write_text_atomic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -127,8 +127,8 @@ def _events(folder: Path, from_step: int) -> SummaryWriter | None:
 
 def _before(line: str, step: int) -> bool:
     try:
-        return json.loads(line)["step"] < step
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return bool(parse_json(line)["step"] < step)
+    except (ValueError, KeyError, TypeError, RecursionError):  # cut off, damaged, or no line of ours
         return False
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ from ..config.settings import from_mapping
 from ..config.training import LoraConfig
 from ..models import ConceptTokens, MaskedModel, owning_rows
 from ..utils.errors import UserError, needs
-from ..utils.files import read_json, write_json
+from ..utils.files import named_errors, read_json, save_safetensors_atomic, write_bytes_atomic, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -175,8 +176,8 @@ class Policy:
             self.concept.save(folder / "concept")
         if self.kind == "lora":
             learned = {_peft_name(k): v for k, v in self.state_dict().items() if "lora_" in k}
-            write_tensors(folder / "adapter_model.safetensors", learned)
-            _peft_config(self.lora).save_pretrained(str(folder))
+            save_safetensors_atomic(folder / "adapter_model.safetensors", learned, {"format": "pt"})
+            _save_adapter_config(folder / "adapter_config.json", self.lora)
         elif self.kind == "full":
             self.model.save_pretrained(folder / "model")
         write_json(folder / "policy.json", {"trainable": self.kind})
@@ -232,15 +233,11 @@ def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[Base
 
 def _fitting(model: MaskedModel, config: LoraConfig) -> LoraConfig:
     """`config` with the model's own targets where they are left at their default. Raises UserError for a target that is
-    no module of the model."""
+    none of them: heads and embeddings are read as plain tensors."""
     targets = model.lora_targets if config.targets == LoraConfig().targets else config.targets
-    names = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
-    unknown = [target for target in targets if target not in names]
-    if unknown or not targets:
-        raise UserError(
-            f"lora.targets={list(targets)}: {', '.join(unknown) or 'none'} is no module of {model.family}; adapters "
-            f"go to {', '.join(model.lora_targets) or 'no module'}"
-        )
+    if not targets or not set(targets) <= set(model.lora_targets):
+        known = ", ".join(model.lora_targets) or f"none: {model.family} takes no adapters"
+        raise UserError(f"lora.targets={list(targets)}: must be some of {known}")
     return replace(config, targets=tuple(targets))
 
 
@@ -251,6 +248,14 @@ def _peft_config(config: LoraConfig) -> PeftLora:
     made = PeftLora(r=config.rank, target_modules=list(config.targets))
     made.lora_alpha = config.alpha  # type: ignore[assignment]  # annotated as a whole number, used as a factor
     return made
+
+
+def _save_adapter_config(file: Path, config: LoraConfig) -> None:
+    """What PEFT itself writes, whole or not at all."""
+    with named_errors(file), TemporaryDirectory() as aside:
+        _peft_config(config).save_pretrained(aside)
+        data = Path(aside, file.name).read_bytes()
+    write_bytes_atomic(file, data)
 
 
 def _peft_name(name: str) -> str:

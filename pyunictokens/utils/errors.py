@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Something a user gave (a file, a flag, a tensor) cannot be used. The command line prints it, no traceback."""
 
 
+class NotFinite(UserError):
+    """A number that must be finite is not. Training leaves the step out and goes on (train/grpo.py)."""
+
+
 class MissingExtra(ImportError):
     """An optional package is wanted and absent. The message names the command that adds it."""
 

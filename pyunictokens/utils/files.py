@@ -6,12 +6,15 @@ come from data and are about to become a path.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +31,15 @@ AnyJson: TypeAlias = Any
 """What was read from JSON, before anybody has looked at what it is (`utils.json.Json` says what it can be)."""
 
 _NAME_LIMIT = 64
+_DIGITS = 300
+"""Digits of a whole number that a float still holds."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+LOCKS = (".lock", ".pipeline.lock")
+"""Files that runs lock in their folders."""
+
+_PART = re.compile(r"\..*\.part")
 _CHECKSUM = "tensors_sha256"
+_SEAL = "sha256"
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -39,24 +50,38 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    with named_errors(path):
+        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o666 & ~_umask())
+            os.replace(aside, path)
+            sync_folder(path.parent)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Have the names in a folder on disk: after a rename, the new name outlives a power cut only then."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
-        os.replace(aside, path)
-    except BaseException as error:
-        Path(aside).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot, and say so
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """:func:`write_bytes_atomic` for text, as UTF-8."""
-    write_bytes_atomic(path, text.encode("utf-8"))
+    """:func:`write_bytes_atomic` for text, as UTF-8; half characters, as in file names that are no text, become ?."""
+    write_bytes_atomic(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
@@ -104,6 +129,25 @@ def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def sealed(table: Mapping[str, AnyJson]) -> dict[str, AnyJson]:
+    """`table` with a checksum of all that it says, which :func:`unsealed` holds it against."""
+    return {**table, _SEAL: _seal(table)}
+
+
+def unsealed(table: Mapping[str, AnyJson], origin: object) -> dict[str, AnyJson]:
+    """`table`, read from JSON, without its checksum. Raises UserError where it has one that does not fit; tables of
+    earlier versions have none."""
+    plain = {key: value for key, value in table.items() if key != _SEAL}
+    if _SEAL in table and table[_SEAL] != _seal(plain):
+        raise UserError(f"{origin}: is damaged (its checksum does not fit): take a copy, or make it again")
+    return plain
+
+
+def _seal(table: Mapping[str, AnyJson]) -> str:
+    plain = json.loads(json.dumps(table))  # as it will be read: keys are text
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def verify_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise UserError where the file carries a checksum and `tensors`, read from it, do not have it."""
     with needs("train"):
@@ -116,52 +160,122 @@ def verify_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, torch
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Delete what killed processes were writing aside under `folder`. Hold its lock, or files at work are lost."""
-    for path in list(Path(folder).rglob(".*.part")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    """Delete what killed processes were writing aside under `folder`. Hold its lock, or files at work are lost.
+
+    A folder inside that somebody else holds (another run, in the folder of many) is left as it is.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in list(folders):
+            path = Path(place, name)
+            if _PART.fullmatch(name):
+                shutil.rmtree(path, ignore_errors=True)
+            if _PART.fullmatch(name) or _held(path):
+                folders.remove(name)
+        for name in files:
+            if _PART.fullmatch(name):
+                Path(place, name).unlink(missing_ok=True)
+
+
+def _held(folder: Path) -> bool:
+    """Whether another process holds the lock of `folder`, if it has one."""
+    for name in LOCKS:
+        if not (folder / name).is_file():
+            continue
+        try:
+            with folder_lock(folder, name):
+                pass
+        except (UserError, OSError):
+            return True
+    return False
+
+
+def refuse_unwritable(file: str | os.PathLike[str]) -> None:
+    """Make the folder that `file` will be written into, and raise an OSError that names it where nothing can be written
+    there: ahead of hours of work."""
+    folder = Path(file).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(prefix=".", suffix=".part", dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 @contextmanager
-def folder_lock(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None]:
+def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError inside names `path` where the system names nothing (no space left, file too large)."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def folder_lock(folder: str | os.PathLike[str], name: str = ".lock", wait: float = 0.0) -> Iterator[bool]:
     """Hold `folder` for this process alone while the context lasts. Raises UserError when another one has it.
 
-    The system lets go when the process ends, however it ends. Where locks are not known (Windows, some network file
-    systems) a warning says that nothing is held.
+    name: the file that is locked; "" locks the folder itself and leaves no file behind. wait: seconds to wait for
+    another one. The system lets go when the process ends, however it ends. Where locks are not known (Windows, some
+    network file systems) a warning says that nothing is held, and the context is given False.
     """
     try:
         import fcntl
     except ImportError:
         log.warning("%s: this system knows no file locks: see that one process alone works here", folder)
-        yield
+        yield False
         return
-    descriptor = os.open(Path(folder) / name, os.O_RDWR | os.O_CREAT, 0o666)
+    place, flags = (Path(folder) / name, os.O_RDWR | os.O_CREAT) if name else (Path(folder), os.O_RDONLY)
+    descriptor, end, held = os.open(place, flags, 0o666), time.monotonic() + wait, True
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is working in this folder") from None
-        except OSError as error:
-            log.warning("%s: cannot be locked (%s): see that one process alone works here", folder, error.strerror)
-        yield
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(0.05)
+                    continue
+                raise UserError(f"{folder}: another process is working in this folder") from None
+            except OSError as error:
+                held = False
+                log.warning("%s: cannot be locked (%s): see that one process alone works here", folder, error.strerror)
+            break
+        yield held
     finally:
         os.close(descriptor)
 
 
-def read_json(path: str | os.PathLike[str]) -> AnyJson:
-    """Read a JSON file. Raises UserError naming the file, and for bad JSON the line and column."""
+def read_json(path: str | os.PathLike[str], halves: bool = False) -> AnyJson:
+    """Read a JSON file. Raises UserError naming the file, and for bad JSON the line and column.
+
+    halves: let half characters (lone surrogates) pass; for a caller that looks for them and says where they are.
+    """
     text = read_text(path)
     try:
-        return json.loads(text)
+        return parse_json(text, halves)
     except json.JSONDecodeError as error:
         refuse_lfs_pointer(path)
         raise UserError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{path}: JSON nested too deeply") from None
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # a number of hundreds of digits, half a character
         raise UserError(f"{path}: not usable JSON: {error}") from None
+
+
+def parse_json(text: str, halves: bool = False) -> AnyJson:
+    """The value of a JSON text. Raises ValueError also for what would break those who use it later: a whole number of
+    more digits than a float holds, half of a character (a lone surrogate), which no file and no terminal takes."""
+    value = json.loads(text, parse_int=_int)
+    if not halves and _HALF.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def _int(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, AnyJson]]:
@@ -169,7 +283,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, AnyJson]]:
     rows = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):

@@ -47,6 +47,17 @@ def cached_bytes(device: torch.device) -> int:
     )
 
 
+def refuse_beyond_free(what: str, needed: int, device: torch.device) -> None:
+    """Raise UserError where `what` needs more bytes than `device` has free: ahead of an allocation that the system may
+    grant and then end whoever is at hand for."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"{what} would need {needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free on {device}: ask for fewer "
+            "at once"
+        )
+
+
 def fits(call: Callable[[], None], device: torch.device) -> bool:
     """Whether `call()` went through; False where memory ran out, and what it held is free again. Other errors pass."""
     try:

@@ -1,4 +1,5 @@
-"""Ending in good order: a scheduler's SIGTERM or a Ctrl-C becomes a question that the work asks itself between steps.
+"""Ending in good order: a scheduler's SIGTERM, a Ctrl-C or a closed terminal becomes a question that the work asks
+itself between steps.
 
 The first signal lets the step at hand finish, so that its checkpoint can be written; the second ends at once. What is
 saved, and where, is the business of whoever asks.
@@ -37,11 +38,12 @@ def never() -> bool:
 
 @contextmanager
 def stop_on_signals(say: Callable[[str], None] = lambda text: None, patient: bool = False) -> Iterator[Stop]:
-    """While the context lasts, SIGTERM and SIGINT are remembered; the given function tells whether one came.
+    """While the context lasts, SIGTERM, SIGINT and SIGHUP are remembered; the given function tells whether one came.
 
-    A second signal raises KeyboardInterrupt, unless `patient`: a launcher hands on what its processes may have got from
-    the scheduler already, and ends by itself those that take too long. Outside the main thread, where Python takes no
-    signals, nothing changes.
+    SIGHUP (a terminal that closes, and takes no more words) is left alone where somebody ignores it already, as nohup
+    does. A second signal raises KeyboardInterrupt, unless `patient`: a launcher hands on what its processes may have
+    got from the scheduler already, and ends by itself those that take too long. Outside the main thread, where Python
+    takes no signals, nothing changes.
     """
     came: list[int] = []
 
@@ -51,18 +53,32 @@ def stop_on_signals(say: Callable[[str], None] = lambda text: None, patient: boo
         if came:
             raise KeyboardInterrupt
         came.append(number)
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
         more = "" if patient else "; once more stops at once"
         say(f"{signal.Signals(number).name}: stopping after this step{more}")
 
     if threading.current_thread() is not threading.main_thread():
         yield never
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: bool(came)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """What would be written to a terminal that has closed goes nowhere, in place of failing at the next word."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (1, 2):
+        if os.isatty(descriptor):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def end_with_parent() -> None:

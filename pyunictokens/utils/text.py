@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from pathlib import Path
 
 from .errors import UserError
 from .spelling import on_disk
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -33,6 +35,18 @@ def read_text(path: str | os.PathLike[str], largest: int | None = None) -> str:
         raise UserError(f"{path}: is a folder, must be a file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def printable(text: str) -> str:
+    """`text` with every control character but line ends and tabs as its escape: foreign words (of a server, a folder, a
+    model) cannot drive the terminal they are printed on."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def spreadsheet_cell(text: str) -> str:
+    """`text` as a cell of a CSV file that no spreadsheet takes for a formula: one that begins like a formula gets a '
+    in front, as spreadsheets themselves write it."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def decode_text(data: bytes, origin: object) -> str:

@@ -26,14 +26,14 @@ class NoAnswer(UserError):
 def ask(what: str, function: Callable[..., T], *arguments: object, seconds: float = 0.0) -> T:
     """``function(*arguments)``; `seconds` is the longest it may take, 0 waits for ever.
 
-    Raises UserError when it raises (its own UserErrors pass), and NoAnswer when it is not back in time; the message
-    then names the line at which it hangs.
+    Raises UserError when it raises (its own UserErrors pass) or wants to end the process, and NoAnswer when it is not
+    back in time; the message then names the line at which it hangs.
     """
     try:
         return _limited(what, function, arguments, seconds) if seconds > 0 else function(*arguments)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: foreign code does not end a run without a word
         raise UserError(f"{what} failed: {type(error).__name__}: {error}") from error
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -117,6 +118,13 @@ def test_every_command_has_help_with_examples() -> None:
         (KeyboardInterrupt(), 130, "stopped"),
         (ValueError("a bug"), 1, "Traceback"),
         (OSError(28, "No space left on device", "/x/file"), 2, "error: /x/file: No space left on device"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device"),
+        (OSError(5, "a bug"), 1, "Traceback"),
+        (BrokenPipeError(32, "of a socket"), 1, "Traceback"),
+        (SystemExit(0), 1, "error: something that was called ended this program (sys.exit(0))"),
+        (MemoryError(), 2, "error: out of memory (MemoryError): ask for less at once"),
+        (RuntimeError("x: DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "error: out of memory (x: Default"),
+        (ValueError("a\x1b]0;b\x07" + "c" * 50_000), 1, "a\\x1b]0;b\\x07"),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, says: str) -> None:
@@ -130,7 +138,7 @@ def test_exit_codes(error: BaseException, code: int, says: str) -> None:
     result = CliRunner().invoke(small, [])
     assert result.exit_code == code
     assert says in result.output
-    assert ("Traceback" in result.output) == (code == 1)
+    assert ("Traceback" in result.output) == (code == 1 and not isinstance(error, SystemExit))
 
 
 def test_a_missing_extra_is_one_line() -> None:
@@ -308,6 +316,23 @@ def test_evaluate_a_run(run: Path, toy: None, tmp_path: Path) -> None:
     assert "--concept ROOT NAME" in only_error("evaluate", "base")
 
 
+def test_a_place_that_takes_no_file_is_told_before_the_work(
+    run: Path, toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("worked for nothing")
+
+    monkeypatch.setattr("pyunictokens.runs.pipeline.measure", never)
+    monkeypatch.setattr(RolloutEngine, "generate_images", never)
+    (tmp_path / "file").write_text("")
+    for words in (
+        ("evaluate", run, "--out", tmp_path / "file" / "x.json"),
+        ("evaluate", "table", run, "--out", tmp_path / "file" / "x"),
+        ("generate", run, "<bo>", "--out", tmp_path / "file" / "x.png"),
+    ):
+        assert str(tmp_path / "file") in only_error(*words)
+
+
 def test_a_data_folder_that_moved_is_told_of_with_the_way_to_name_it(tmp_path: Path, toy: None) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -360,8 +385,6 @@ def test_train_stops_and_resumes_as_if_it_had_not(run: Path, data: Path, toy: No
 
 def test_a_polite_kill_ends_with_zero_and_says_how_to_go_on(data: Path, toy: None, tmp_path: Path) -> None:
     """SIGTERM during the first step: its checkpoint is written, exit code 0, and the run can be gone on with."""
-    import signal
-
     from pyunictokens.train import grpo
 
     out = tmp_path / "bo"
@@ -401,6 +424,39 @@ def test_train_from_tokens_and_from_a_config(run: Path, toy: None, tmp_path: Pat
     )  # fmt: skip
     assert (further / "final" / "adapter_model.safetensors").exists() and not (further / "stages").exists()
     call("generate", further, "<bo>", "--out", tmp_path / "x.png", "timesteps=1")
+
+
+def test_the_hint_to_go_on_does_the_parts_that_were_begun(run: Path, toy: None, tmp_path: Path) -> None:
+    """Without stages, from other tokens, without measuring: the command that is printed goes on with just that."""
+    import yaml
+
+    from pyunictokens.train import grpo
+
+    out = tmp_path / "bo"
+    with pytest.MonkeyPatch.context() as patch:
+        original = grpo._Run._one_step
+
+        def told(self: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(self)
+
+        patch.setattr(grpo._Run, "_one_step", told)
+        said = call(
+            "train", *_concept(run), "--out", out, "--stages", "none", "--start", run, "--no-evaluate", *SHORT, code=0
+        )
+    hint = shlex.split(said.partition("go on with: pyunictokens ")[2])
+    assert hint == ["train", "--out", str(out), "--resume"]
+    call(*hint)
+    assert (out / "final" / "policy.json").exists()
+    assert not (out / "stages").exists() and not (out / "before.json").exists()
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    assert written["parts"] == ["grpo"] and Path(written["start"]) == run
+    again = tmp_path / "again"
+    call("train", "--config", out / "config.yaml", "--out", again)
+    assert not (again / "stages").exists() and (again / "final").exists()
+    assert "nothing to do" in only_error("train", "--config", out / "config.yaml", "--out", tmp_path / "x", "--no-grpo")
+    (tmp_path / "bad.yaml").write_text("parts: [grpo, dance]\n")
+    assert "parts: dance" in only_error("train", "--config", tmp_path / "bad.yaml", "--out", tmp_path / "x")
 
 
 def test_train_refuses_what_it_cannot_use(data: Path, toy: None, tmp_path: Path) -> None:

@@ -61,6 +61,39 @@ def test_printing_never_ends_a_command(data: Path, encoding: str) -> None:
     assert failed.returncode == 2 and "Traceback" not in failed.stderr and failed.stderr.startswith("error: ")
 
 
+def test_foreign_words_do_not_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b[31m\x1b]0;mine\x07\x9b2J\r ok [red]x[/red]"
+    done = run("utf-8", "data", "check", tmp_path / evil.replace("/", "|"))
+    assert done.returncode == 2 and not set("\x1b\x07\x9b\r") & set(done.stderr) and "\\x1b]0;mine\\x07" in done.stderr
+    from rich.table import Table
+
+    from pyunictokens.cli.shell import Bars, _say, console
+
+    table = Table("a")
+    table.add_row(evil)
+    console().print(evil, markup=False)
+    console().print(table)
+    with Bars() as bars:
+        bars.say(evil)
+        bars(evil, 0, 1, {"note": evil})
+    _say("x" * 50_000)
+    out, err = capsys.readouterr()
+    assert not set("\x1b\x07\x9b\r") & set(out + err), repr(out + err)
+    assert out.count("mine") == 2 and "[red]x[/red]" in err and "40000 characters left out" in err
+    assert len(err) < 20_000
+
+
+def test_a_reader_that_has_gone_is_no_error(data: Path) -> None:
+    for words in (["data", "list", data], ["data", "check", data], ["--help"], ["data", "check", "--json", data]):
+        with subprocess.Popen(
+            [sys.executable, "-m", "pyunictokens", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            said = process.stderr.read().decode()
+            assert process.wait(60) == 0 and "Traceback" not in said and "Broken" not in said, said
+
+
 def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
     (tmp_path / "concept" / "train").mkdir(parents=True)
     try:

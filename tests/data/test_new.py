@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pyunictokens.data import check_folder, facts_template, load_concept, new, new_concept, read_facts, text_only_items
+from pyunictokens.data import (
+    check_folder,
+    facts_template,
+    install,
+    load_concept,
+    new,
+    new_concept,
+    read_facts,
+    text_only_items,
+)
 from pyunictokens.data.new import drawn_negatives
 from pyunictokens.utils.errors import UserError
 
@@ -239,9 +251,9 @@ FULL = OSError(28, "No space left on device")
         ("check_folder", 1, UserError("made up")),
         ("os.rename", 1, FULL),
         ("os.rename", 2, FULL),
-        ("write_json", 10, FULL),  # the first of the two shared listings
-        ("write_json", 11, FULL),  # the second
-        ("write_json", 11, KeyboardInterrupt()),
+        ("install.write_json", 1, FULL),  # the first of the two shared listings
+        ("install.write_json", 2, FULL),  # the second
+        ("install.write_json", 2, KeyboardInterrupt()),
     ],
 )
 @pytest.mark.parametrize("force", [False, True])
@@ -252,11 +264,65 @@ def test_a_failure_on_the_way_leaves_everything_as_it_was(tmp_path, photos, monk
     if force:
         make(root, photos)
     before = tree(root)
-    real = os.rename if what == "os.rename" else getattr(new, what)
-    monkeypatch.setattr(f"pyunictokens.data.new.{what}", failing(real, at, error))
+    place = what if what.startswith("install.") else f"new.{what}"
+    real = os.rename if what == "os.rename" else getattr(install if place == what else new, what.rpartition(".")[2])
+    monkeypatch.setattr(f"pyunictokens.data.{place}", failing(real, at, error))
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
         make(root, photos, force=force, class_word="wolf")
     assert tree(root) == before
+
+
+def test_many_at_once_lose_none(tmp_path, photos, monkeypatch):
+    """All have read what is there before any has written: each is in both lists in the end."""
+    names, ready, check = ["bo", "mug", "ann", "cat"], threading.Barrier(4), new.check_folder
+
+    def together(*arguments):
+        ready.wait(60)
+        return check(*arguments)
+
+    monkeypatch.setattr("pyunictokens.data.new.check_folder", together)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: make(tmp_path / "data", photos, name), names))
+    listings = install.Listings(tmp_path / "data")
+    assert sorted(listings.concepts) == sorted(listings.images) == sorted(names)
+    assert not list((tmp_path / "data").glob(".*"))
+    with pytest.raises(UserError, match="exists already"):  # whoever else made it meanwhile
+        install.install(tmp_path, tmp_path / "data", "bo")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_one_that_is_killed_while_it_replaces_a_concept_leaves_no_mixture(tmp_path, photos):
+    root, refused = tmp_path / "data", 0
+    for at in range(1, 6):
+        shutil.rmtree(root, ignore_errors=True)
+        make(root, photos, class_word="dog")
+        child = os.fork()
+        if child == 0:
+            real, calls = os.rename, []
+
+            def rename(*arguments, real=real, calls=calls, at=at):
+                calls.append(1)
+                if len(calls) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments)
+
+            os.rename = rename
+            make(root, photos, class_word="wolf", force=True)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == (-signal.SIGKILL if at < 5 else 0), "four renames replace a concept"
+        if status:
+            with pytest.raises(UserError, match="its halves may be of two ages"):
+                load_concept(root, "bo")
+            refused += 1
+        else:
+            assert load_concept(root, "bo").class_word == "wolf"
+        make(root, photos, "mug")  # whoever comes next finishes it
+        concept = load_concept(root, "bo")
+        vqa = json.loads((root / "concept" / "test" / "bo" / "vqa.json").read_text())
+        assert concept.class_word == "wolf" and "wolf" in json.dumps(vqa) and "dog" not in json.dumps(vqa)
+        assert not list(root.glob(".*")) and sorted(install.Listings(root).concepts) == ["bo", "mug"]
+    assert refused == 4
 
 
 def test_a_root_that_did_not_exist_is_gone_after_a_failure(tmp_path, photos):

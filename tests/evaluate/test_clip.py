@@ -101,7 +101,7 @@ def test_an_architecture_with_a_weight_file(folder: Path, tmp_path: Path) -> Non
     ("source", "message"),
     [
         (" ", "is empty"),
-        ("nowhere", "no such folder, no hub id"),
+        ("nowhere", "no such folder, and not a hub id"),
         ("ViT-B-32=missing.pt", "missing.pt: no such file"),
         ("./a/b", "no such folder"),
     ],

@@ -143,7 +143,7 @@ def test_what_is_missing_is_named(base: DiffusionSource, tmp_path: Path) -> None
 
     with pytest.raises(UserError, match="cannot be loaded as a pipeline"):
         Pipeline(DiffusionSource(str(tmp_path)))
-    with pytest.raises(UserError, match=r"lora=.*nowhere.safetensors: no such file"):
+    with pytest.raises(UserError, match=r"lora=.*nowhere.safetensors: no such folder"):
         Pipeline(replace(base, lora=str(tmp_path / "nowhere.safetensors")))
     for file in ("bad.safetensors", "bad.bin"):
         (tmp_path / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,6 +332,45 @@ def test_weights_trained_anew_are_another_model(tmp_path: Path) -> None:
     assert of_files(tmp_path) == first
     (tmp_path / "w.safetensors").write_bytes(b"12345")
     assert of_files(tmp_path) not in ("", first)
+    when = (tmp_path / "w.safetensors").stat().st_mtime_ns
+    second = of_files(tmp_path)
+    (tmp_path / "w.safetensors").write_bytes(b"12346")
+    os.utime(tmp_path / "w.safetensors", ns=(when, when))
+    assert of_files(tmp_path) not in (first, second), "the old time and the old size are no proof"
+    (tmp_path / "w.safetensors").write_bytes(b"12345")
+    os.utime(tmp_path / "w.safetensors", ns=(7, 7))
+    assert of_files(tmp_path) == second, "another time is no other model"
+    (tmp_path / "config.json").write_text("{}")
+    assert of_files(tmp_path) != second
+
+
+def test_other_pictures_under_the_same_names_are_asked_about_anew(subject: Subject, tmp_path: Path) -> None:
+    scorer, settings = Scorer(Embeddings(Net(), "net")), TableSettings(samples=1)
+
+    def made() -> int:
+        return fill([row(Rule())], [subject], scorer, tmp_path / "out", settings).made
+
+    assert (made(), made()) == (9, 0)
+    times = [path.stat().st_mtime_ns for path in (tmp_path / "0.png", tmp_path / "1.png")]
+    for number, value, expected in ((1, 200, 2), (0, 100, 9)):  # two questions show 1.png; 0.png is the reference
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(np.full((9, 9, 3), value, dtype=np.uint8)).save(path)
+        os.utime(path, ns=(times[number], times[number]))
+        assert (made(), made()) == (expected, 0), path
+    subject.info = "<bo> is a small brown dog."
+    assert made() == 9
+
+
+def test_a_damaged_record_is_made_again_and_one_of_an_earlier_version_taken(subject: Subject, tmp_path: Path) -> None:
+    scorer, settings = Scorer(Embeddings(Net(), "net")), TableSettings(samples=1, tasks=("vqa",))
+    first, second = fill([row(Rule())], [subject], scorer, tmp_path, settings).records
+    text = first.path.read_text()
+    first.path.write_text(text.replace("bleu", "bleV"))
+    content = json.loads(second.path.read_text())
+    del content["sha256"], content["contents"]
+    second.path.write_text(json.dumps(content))
+    again = fill([row(Rule())], [subject], scorer, tmp_path, settings)
+    assert again.made == 1 and again.records[0].scores == first.scores
 
 
 def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:

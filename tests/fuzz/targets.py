@@ -313,6 +313,59 @@ def experts(data: bytes) -> None:
             read()
 
 
+def judge_reply(data: bytes) -> None:
+    """The HTTP body that an endpoint of a judge answered with, good or bad status; the key may be anywhere in it."""
+    from pyunictokens.rewards.replies import NoAnswer, complaint, completion, images
+
+    key = _KEY
+    for read in (completion, images, lambda body, key: complaint(body, key, {"retry-after": "1"})[0]):
+        with contextlib.suppress(NoAnswer):
+            made = read(data, key)
+            json.loads(made)
+            assert key not in json.dumps(json.loads(made), ensure_ascii=False)
+
+
+def http_request(data: bytes) -> None:
+    """Path, headers and body that a stranger sends to a server of reward models: none of them proves the key."""
+    from pyunictokens.rewards.served.messages import Exchange, decode
+
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    pairs = (line.partition(b":") for line in lines)
+    headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    exchange = Exchange.of(_KEY.encode() * 2, "POST", first.decode("latin-1"), headers, len(body))
+    assert exchange is None
+    decode(body)
+
+
+def run_folder(data: bytes) -> None:
+    """Any file of a run's folder, as commands open it; which one, the first byte says."""
+    from pyunictokens.evaluate.report.run_files import read_run
+    from pyunictokens.evaluate.report.summary import summarize
+    from pyunictokens.models import ConceptTokens
+    from pyunictokens.runs.run_dir import Run, RunConfig
+
+    folder = _room() / "old"
+    if not folder.exists():
+        old = Path(__file__).parents[1] / "runs" / "old_run" / "run"
+        shutil.copytree(old, folder, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "*.html"))
+    files = sorted(str(path.relative_to(_room())) for path in folder.rglob("*") if path.is_file())
+
+    def read(room: Path) -> None:
+        for use in (
+            lambda: summarize(read_run(folder)),
+            lambda: Run.find(str(folder)).origin,
+            lambda: RunConfig.make("toy", Run.find(str(folder)).config),
+            lambda: ConceptTokens.load(folder / "final" / "concept"),
+        ):
+            with contextlib.suppress(UserError):
+                use()
+
+    _with(files[data[0] % len(files)] if data else files[0], data[1:], read)
+
+
+_KEY = "sk-a-key-of-the-judge"
+
 _JSON = "train/bo/info.json", "train/bo/conversations.json", "train/bo/positive_recognitions.json"
 _JSON += "train/bo/random_recognitions.json", "test/bo/vqa.json", "test/bo/text_only.json"
 _JSON += "test/bo/t2i_conditions.json", "train/train_images.json"
@@ -343,6 +396,9 @@ TARGETS: dict[str, Target] = {
             many,
             plan,
             experts,
+            judge_reply,
+            http_request,
+            run_folder,
         )
     },
 }
@@ -390,6 +446,23 @@ def seeds(name: str) -> list[bytes]:
         buffer = io.BytesIO()
         torch.save({"x": torch.zeros(2)}, buffer)
         return [buffer.getvalue()]
+    if name == "judge_reply":
+        answer = {
+            "choices": [{"message": {"content": f'{{"score": 7, "reason": "{_KEY}"}}'}}],
+            "usage": {"prompt_tokens": 3},
+        }
+        failure = {"error": {"message": f"no such model, {_KEY}", "code": "insufficient_quota"}}
+        return [json.dumps(each).encode() for each in (answer, {"data": [{"b64_json": "AAAA"}]}, failure)]
+    if name == "http_request":
+        from pyunictokens.rewards.served.messages import Exchange, encode
+
+        body = encode({"parts": []}, {"total": torch.ones(2)})
+        named = Exchange.begin(b"another key of thirty letters", "POST", "/v1/score").headers(body)
+        lines = "".join(f"{key}: {value}\r\n" for key, value in named.items())
+        return [f"/v1/score\r\n{lines}\r\n".encode() + body]
+    if name == "run_folder":
+        old = Path(__file__).parents[1] / "runs" / "old_run" / "run"
+        return [bytes([number]) + (old / "before.json").read_bytes() for number in range(3)]
     if name == "experts":
         from pyunictokens.rewards import RewardBatch
         from pyunictokens.rewards.served.messages import encode, pack_batch

@@ -3,12 +3,13 @@
 import json
 import pathlib
 import pickle
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from pyunictokens.models.checkpoint import load_state_dict, read_config, resolve
+from pyunictokens.models.checkpoint import load_state_dict, local_or_hub, read_config, resolve
 from pyunictokens.models.concept_tokens import ConceptTokens
 from pyunictokens.models.showo.model import Showo
 from pyunictokens.models.tokenizer import TextTokenizer
@@ -96,7 +97,7 @@ def test_places_that_are_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="not a hub id"):
         resolve(tmp_path / "absent")
-    with pytest.raises(UserError, match="the hub cannot be read"):
+    with pytest.warns(UserWarning, match="the hub is asked"), pytest.raises(UserError, match="the hub cannot be read"):
         resolve("somebody/nothing")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -108,6 +109,36 @@ def test_places_that_are_no_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="must hold a JSON object"):
         read_config(tmp_path)
+
+
+def test_a_local_path_that_is_absent_is_never_asked_of_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for absent in (
+        "weights/phi-1_5", "Weights/phi-1_5", "mine/phi-1_5", "./phi", "~/phi", "/tmp/absent/phi", "a/b/c", "phi",
+        "../phi", "owner/model.safetensors", "owner\\phi", "own er/phi", "hub:phi", "hub:../x/y",
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            resolve(absent)
+    with pytest.raises(UserError, match="write hub:weights/phi-1_5"):
+        local_or_hub("weights/phi-1_5")
+    assert asked == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("hub:microsoft/phi-1_5")
+        assert local_or_hub("hub:weights/phi") == "weights/phi" and local_or_hub("mine") == "mine"
+    with pytest.warns(UserWarning, match="hub:microsoft/phi-1_5 means the hub"):
+        resolve("microsoft/phi-1_5")
+    assert asked == ["microsoft/phi-1_5"] * 2
+    monkeypatch.setenv("PYUNICTOKENS_HUB", "explicit")
+    with pytest.raises(UserError, match="PYUNICTOKENS_HUB=explicit"):
+        resolve("microsoft/phi-1_5")
+    resolve("hub:microsoft/phi-1_5")
+    assert len(asked) == 3
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2900000000\n"
@@ -191,3 +222,28 @@ def test_the_number_of_codes_is_never_guessed(tmp_path, golden, weights):
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=r"no num_vq_tokens.*256 for the Show-o of 256×256 .* 1024"):
             Showo.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["embed", "lm_head_weight", "lm_head_bias"])
+def test_tensors_that_are_no_tables_are_errors(tmp_path, part):
+    ConceptTokens("bo", 4, 2, 1).save_published(tmp_path, 3)
+    good = ConceptTokens.load_published(tmp_path, "bo", num_understanding=2)
+    odd = {
+        "scalar": torch.tensor(1.0),
+        "sparse": torch.eye(4).to_sparse(),
+        "meta": torch.empty(4, 4, device="meta"),
+        "empty": torch.empty(0),
+        "vector": torch.zeros(3),
+        "quantized": torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.quint8),
+    }
+    for value in odd.values():
+        torch.save(value, tmp_path / f"epoch_3_{part}.pt")
+        with pytest.raises(UserError, match=r"epoch_3|of shape"):
+            ConceptTokens.load_published(tmp_path, "bo", num_understanding=2)
+        torch.save({"x": value}, tmp_path / "pytorch_model.bin")
+        if value.dim() != 0 and value.layout is torch.strided and not value.is_meta and not value.is_quantized:
+            load_state_dict(tmp_path)
+        elif value.dim() != 0:
+            with pytest.raises(UserError, match=r"pytorch_model\.bin: x: is a tensor"):
+                load_state_dict(tmp_path)
+    assert good.width == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyunictokens as uct
 from pyunictokens.ops import philox
+from pyunictokens.utils.errors import UserError
 
 OPS = torch.ops.pyunictokens
 R, T, N, D, K = 2, 2, 3, 5, 7
@@ -182,3 +184,88 @@ def test_fake_tensors_give_shapes_without_computing() -> None:
         )
         assert [x.dtype for x in out] == [torch.int64, torch.int64, torch.float32, torch.bool]
         assert all(x.shape == (3, 9) for x in out)
+
+
+# --- torch.ops called directly: behind it addresses cross into compiled code ------------------------------------------
+
+
+def _good(backend: str) -> dict[str, list[Any]]:
+    """Arguments of every registered operation, by its schema."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(R, T, N, D), torch.randn(K, D), torch.randn(K)
+    target, logp, rollouts = torch.randint(0, K, (R, T, N)), torch.randn(R, T, N), torch.randn(R)
+    head = [bias, torch.randn(R, T, N, D), 2.0, 0.9]
+    each = torch.tensor([1, 2])
+    step = [torch.randn(R, N, K), torch.full((R, N), -1), each, torch.rand(R), 5, each, each]
+    return {
+        "selected_logprob": [hidden, weight, target, *head, backend],
+        "selected_logprob_backward": [logp, logp, hidden, weight, target, *head, 15, backend],
+        "grpo_loss": [logp, logp, logp, rollouts, torch.rand(R, T, N), logp > 0, 0.2, 0.2, 0.01, backend],
+        "maskgit_grpo_loss": [
+            hidden, weight, target, logp, logp, rollouts, torch.rand(()), *head[:2], target > 1, *head[2:],
+            0.2, 0.2, 0.01, 15, True, backend,
+        ],
+        "maskgit_step": [*step, torch.rand(R, N, K), torch.rand(R, N), 0, backend],
+    }  # fmt: skip
+
+
+def _bent(value: Tensor) -> list[Tensor]:
+    """Shapes and types that do not fit where `value` does."""
+    bent = [value.new_empty(0), value[None, None], value[None]]
+    if value.dim():
+        bent += [value[:0], value[:1]] if len(value) > 1 else []
+        bent += [value[..., :0], value[..., :1], value.flatten()[:1], value.sum()]
+    if value.dtype == torch.int64:
+        bent += [value + 2**40, value - 2**40]
+    return [*bent, value.to(torch.complex64)]
+
+
+@pytest.mark.parametrize("operation", _good(""))
+def test_short_and_empty_tensors_are_errors_in_words(operation: str) -> None:
+    """Every tensor of every operation in every wrong shape: an error, or (where it broadcasts) a result; no crash."""
+    op = getattr(OPS, operation)
+    name = operation.removesuffix("_backward")
+    for backend in _offers(name):
+        good = _good(backend)[operation]
+        op(*good)
+        refused = 0
+        for place, value in enumerate(good):
+            if not isinstance(value, Tensor):
+                continue
+            for wrong in _bent(value):
+                arguments = [*good[:place], wrong, *good[place + 1 :]]
+                try:
+                    op(*arguments)
+                except (UserError, RuntimeError):  # of ours, or of the dispatcher, which reads the schema
+                    refused += 1
+        assert refused >= 20, (operation, backend, refused)
+        with pytest.raises(UserError, match="backend='nonsense'"):
+            op(*good[:-1], "nonsense")
+
+
+def test_a_head_without_width_is_an_error() -> None:
+    for backend in _offers("selected_logprob"):
+        arguments = torch.zeros(3, 0), torch.zeros(K, 0), torch.zeros(3, dtype=torch.int64)
+        with pytest.raises(UserError, match=r"hidden: shape \(3, 0\), must be \[\.\.\., D\] with D ≥ 1"):
+            uct.ops.selected_logprob(*arguments, backend=backend)
+        with pytest.raises(UserError, match="D ≥ 1"):
+            OPS.selected_logprob(*arguments, None, None, 0.0, 1.0, backend)
+        with pytest.raises(UserError, match="needs=16"):
+            OPS.selected_logprob_backward(*_good(backend)["selected_logprob_backward"][:-2], 16, backend)
+
+
+def test_the_compiled_core_refuses_sizes_without_a_meaning() -> None:
+    core = importlib.import_module("pyunictokens._core")
+    buffer = torch.zeros(64)
+    address = buffer.data_ptr()
+    for width, entries, block in ((0, 4, 4), (4, 0, 4), (4, 4, 0)):
+        head = (address, 1, width, address, 0, entries, 0, 1.0, address, block, address, address)
+        with pytest.raises(ValueError, match="must be at least 1"):
+            core.head_logprob(head, address, address, 0, 1, "")
+    with pytest.raises(ValueError, match="an address is 0"):
+        core.head_logprob((0, 1, 4, address, 0, 4, 0, 1.0, address, 4, address, address), address, address, 0, 1, "")
+    with pytest.raises(ValueError, match="out of range"):
+        core.grpo_loss(*[address, 0] * 3, 4, 0, address, address, 0, 0, 1.0, 0.2, 0.2, 0.0, address, address, 1, "")
+    step = (address, 0, 0, 3, 7, 21, 7, address, address, address, 5, address, address, 0, 0, 0, *[address] * 4)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        core.maskgit_step(step, 1, "")

@@ -91,11 +91,12 @@ def test_settings_from_a_file_and_from_a_run(saved: Folders, tmp_path: Path) -> 
 def test_a_run_keeps_its_rewards(saved: Folders, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
+    from pyunictokens.runs.context import Parts
     from pyunictokens.runs.run_dir import RunConfig, write_description
 
     concept: Any = SimpleNamespace(root=tmp_path, name="bo", kind="animal", class_word="dog", info="", extra_info=[])
     settings = {"experts": saved.settings("der"), "weights": {"der": 1.0}}
-    write_description(tmp_path, Sources(), settings, 16, concept, RunConfig.make("toy"))
+    write_description(tmp_path, Sources(), settings, 16, concept, RunConfig.make("toy"), Parts())
     assert read_rewards(str(tmp_path / "config.yaml")) == settings
     RunConfig.make("toy", yaml.safe_load((tmp_path / "config.yaml").read_text()))
 

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pyunictokens.cli import app
 from pyunictokens.models.bundle import Sources
 from pyunictokens.rewards.load import reaches_out
-from pyunictokens.runs.bundle import choose_rewards, load_scorers
+from pyunictokens.runs.bundle import check_objective, choose_rewards, load_scorers
+from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.utils import trust
 from pyunictokens.utils.errors import UserError
 
@@ -87,3 +90,35 @@ def test_evaluate_and_resume_do_not_run_a_folder(tmp_path: Path, monkeypatch: py
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 2 and "--trust" in result.output.replace("\n", " "), result.output
         assert not (tmp_path / "ran").exists()
+
+
+def test_an_objective_that_a_folder_names_is_refused_until_it_is_trusted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    check_objective("gspo", [], run)
+    for words in ([], ["grpo.steps=3"], ["x=objective"]):
+        with pytest.raises(UserError, match=r"grpo\.objective=trap:Objective, which would be imported.*--trust"):
+            check_objective("trap:Objective", words, run)
+    check_objective("trap:Objective", ["grpo.objective=trap:Objective"], run)
+    check_objective("trap:Objective", [], run)  # remembered: --resume of it needs no word
+    for objective, folder in (("trap:Other", run), ("trap:Objective", tmp_path / "another")):
+        with pytest.raises(UserError, match="--trust"):
+            check_objective(objective, [], folder)
+    check_objective("trap:Other", [], run, trust=True)
+
+
+def test_a_command_imports_no_objective_of_a_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    write_toy_concept(tmp_path / "data", seed=5, kind="animal", name="bo")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"root: {tmp_path / 'data'}\nname: bo\ngrpo:\n  objective: trap:Objective\n")
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    for words in (
+        ["train", "--out", run, "--resume"],
+        ["train", "--config", run / "config.yaml", "--out", tmp_path / "other"],
+        ["reinforce", tmp_path / "prompts.txt", "--reward", "math:sqrt", "--config", run / "config.yaml", "--out", run],
+    ):
+        said = CliRunner().invoke(app, [str(word) for word in words])
+        assert said.exit_code == 2 and "--trust" in said.output, said.output
+    assert not (tmp_path / "sprung").exists()

@@ -222,3 +222,15 @@ def test_ctrl_c_in_a_scorer_is_no_failed_preview():
     with pytest.raises(RolloutInterrupted):
         tiny_engine().generate_images([[1]], samples=2, steps=4, dsog=Dsog(threshold, scorer))
     assert threshold.value == 0.5
+
+
+def test_more_than_any_memory_is_refused_before_it_is_allocated():
+    engine = tiny_engine()
+    for ask in (
+        lambda: engine.generate_images([[1]], samples=10**9),
+        lambda: engine.generate_images([[1]] * 3, samples=10**8, record=False),
+        lambda: engine.generate_images([[1]], samples=10**9, known_codes=torch.full((9,), -1)),
+        lambda: engine.generate_text(torch.zeros(1, 9, dtype=torch.int64), [[1]], samples=10**9, max_new_tokens=2),
+    ):
+        with pytest.raises(UserError, match=r"would need .* GiB, .* GiB are free on cpu: ask for fewer at once"):
+            ask()

@@ -260,7 +260,10 @@ def test_table_and_page(jobs: Any, tmp_path: Path) -> None:
     ((key, _, before, after, change),) = summary(rows)
     assert key == "pure.attributes" and before.mean == 0.25 and change.n == 2
     assert after.mean == pytest.approx(0.5 + 0.125 * 2.5) and change.mean == pytest.approx(0.5625)
+    rows[0].status.message = '=HYPERLINK("http://example.org")'
     page = write_results(tmp_path / "runs", rows).read_text()
+    cells = next(csv.DictReader((tmp_path / "runs" / "results.csv").open()))
+    assert cells["message"] == '\'=HYPERLINK("http://example.org")', "no spreadsheet takes it for a formula"
     assert page.count("<tr>") == page.count("</tr>") and page.count("<table") == page.count("</table>")
     assert 'href="ab/report.html"' in page and "wrong&lt;b&gt;" in page and "<b>" not in page
     assert "2 done" in page and "1 failed" in page and "1 waiting" in page

@@ -60,7 +60,6 @@ def test_a_file_starts_from_a_preset_and_words_come_last(tmp_path: Path) -> None
         ("token_scope=most", "token_scope='most': must be one of all, masked, newly_unmasked"),
         ("trainable=head", "trainable='head': must be one of concept, lora, full"),
         ("train_concept=3", "train_concept=3: must be true or false"),
-        ("lora.targets=lm_head", r"targets=\['lm_head'\]: must be some of q_proj"),
         ("dsog.eta=1", "eta=1.0: must be between 0 and 1"),
         ("dsog.preview_step=99", "preview_step=99: must be ≤ timesteps=50"),
         ("stages.stages=[joint,joint]", "each stage runs once"),
@@ -73,6 +72,13 @@ def test_a_file_starts_from_a_preset_and_words_come_last(tmp_path: Path) -> None
         ("lr=1", "several sections: write one of stages.lr, grpo.lr"),
         ("steps", "must have the form key=value"),
         ("grpo.steps=[1", "not valid YAML"),
+        ("grpo.seed=-1", "seed=-1: must be between 0 and"),
+        ("stages.seed=-1", "seed=-1: must be between 0 and"),
+        ("grpo.seed=4294967296", "seed=4294967296: must be between 0 and"),
+        ("grpo.group_size=1000000000", "group_size=1000000000: must be between 1 and 65536"),
+        ("grpo.groups=1000000000", "groups=1000000000: must be between 1 and 65536"),
+        ("generated_images=1000000000", "generated_images=1000000000: must be between"),
+        ("grpo.dtype=" + "x" * 5000, r"dtype='x{149}… \(5002 characters\): must be one of"),
     ],
 )
 def test_bad_words(word: str, said: str) -> None:

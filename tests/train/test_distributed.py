@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pyunictokens.cli.train import train
+from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.train import grpo, read_metrics, train_grpo
 from pyunictokens.train.checkpoint import run_state as state
 from pyunictokens.train.checkpoint.writer import Saver
@@ -205,7 +207,53 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(here: World, tmp_path
     assert "nan" in told[0] and "gradient of length nan" in told[1] and "loss inf" in told[2] and told[3] == ""
 
 
+def test_a_rollout_that_is_not_finite_on_one_rank_is_left_out_on_all(here: World, tmp_path: Path) -> None:
+    def work(ranks: Ranks) -> Any:
+        real, calls = RolloutEngine.generate_images, []
+
+        def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            result = real(self, *args, **kwargs)
+            if ranks.rank == 1 and len(calls) == 1:
+                assert result.pixels is not None
+                result.pixels.fill_(float("nan"))
+            return result
+
+        RolloutEngine.generate_images = broken  # type: ignore[method-assign]
+        result = train_grpo(**here.fresh(), config=grpo_config(steps=2), out_dir=tmp_path / "run", ranks=ranks)
+        return result.skipped, {name: value.detach() for name, value in result.concept.named_parameters()}
+
+    (skipped, rows), (other, other_rows) = together(2, work, tmp_path / "results")
+    assert skipped == other == 1 and all(torch.equal(rows[key], other_rows[key]) for key in rows)
+    told = [line["skipped"] or "" for line in read_metrics(tmp_path / "run")]
+    assert "rollouts of group 0: images" in told[0] and told[1] == ""
+
+
 # --- ranks that fail or are lost -------------------------------------------------------------------------------------
+
+
+def test_a_stranger_at_the_store_ends_nothing(here: World, tmp_path: Path, hasty: None) -> None:
+    """Who reaches the watch's port and writes what last words look like is not believed; it listens at one address."""
+
+    def work(ranks: Ranks) -> Any:
+        watcher = ranks._watch  # type: ignore[attr-defined]
+        if ranks.first:
+            port = watcher._server.port
+            tables = "".join(Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+            listening = [line.split() for line in tables.splitlines()]
+            places = [line[1] for line in listening if line[3] == "0A" and line[1].endswith(f":{port:04X}")]
+            assert places == [f"0100007F:{port:04X}"], places
+            stranger = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+            for key in ("words", f"{watcher._secret}/words"):  # even with a name that it cannot know
+                stranger.set(key, json.dumps([1, "I am ill"]))
+                time.sleep(0.5)
+                stranger.set(key, json.dumps([1, "I am ill", "0" * 64]))
+        for _ in range(10):
+            time.sleep(0.2)
+            ranks.barrier()
+        return "well"
+
+    assert together(2, work, tmp_path / "results") == ["well", "well"]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from pyunictokens.data import wording
 from pyunictokens.models import ConceptTokens
 from pyunictokens.rewards import Ensemble
+from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.train import grpo, read_metrics, train_grpo
 from pyunictokens.train.checkpoint import run_state as state
 from pyunictokens.train.collector import Collector
@@ -198,15 +199,77 @@ def test_rewards_that_are_not_numbers_end_the_run(here: World, tmp_path: Path) -
         train_grpo(**arguments, config=grpo_config(max_bad_steps=2), out_dir=tmp_path / "run")
     assert torch.equal(arguments["concept"].embed, before), "nothing may be learned from it"
     lines = read_metrics(tmp_path / "run")
-    assert len(lines) == 1 and "nan" in lines[0]["skipped"] and lines[0]["reward_mean"] is None
+    assert len(lines) == 2 and all("nan" in line["skipped"] and line["reward_mean"] is None for line in lines)
 
     class Broken:
         def score(self, batch: Any) -> Any:
             return torch.full((len(batch),), float("inf"))
 
     broken = Ensemble({"tier": Broken(), "ber": Broken(), "der": Broken()})
-    with pytest.raises(UserError, match=r"steps in a row, the last of them step .* are not finite: rewards"):
+    said = (
+        r"steps in a row, the last of them step 2, are not finite: rewards .*reward model 'tier' scored image 0 .*inf"
+    )
+    with pytest.raises(UserError, match=said):
         train_grpo(**{**here.fresh(), "rewards": broken}, config=grpo_config(), out_dir=tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_a_run_that_ended_of_bad_steps_goes_on_behind_them_with_other_draws(here: World, tmp_path: Path) -> None:
+    class AtFirst:
+        """Gives NaN the first `bad` times."""
+
+        def __init__(self, bad: int):
+            self.bad, self.seen = bad, list[torch.Tensor]()
+
+        def score(self, batch: Any) -> Any:
+            self.seen.append(batch.images.clone())
+            result = experts().score(batch)
+            if len(self.seen) <= self.bad:
+                result.total[1] = float("nan")
+            return result
+
+    config, run = grpo_config(steps=4, max_bad_steps=2, checkpoint_every=0), tmp_path / "run"
+    first, second = AtFirst(2), AtFirst(1)
+    with pytest.raises(UserError, match="2 steps in a row, the last of them step 1"):
+        train_grpo(**{**here.fresh(), "rewards": first}, config=config, out_dir=run)
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step_000002"]
+    result = train_grpo(**{**here.fresh(), "rewards": second}, config=config, out_dir=run, resume=True)
+    assert result.skipped == 3 and len(second.seen) == 2, "one bad step more is no end"
+    assert not any(torch.equal(one, other) for one in first.seen for other in second.seen)
+    assert [bool(line["skipped"]) for line in read_metrics(run)] == [True, True, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+@pytest.mark.parametrize("where", ["pixels", "logits", "answers"])
+def test_a_rollout_that_is_not_finite_leaves_its_step_out(
+    where: str, here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an overflow in float16 makes them: NaN out of the image decoder, or out of the model's own heads."""
+    name = "generate_text" if where == "answers" else "generate_images"
+    real, calls = getattr(RolloutEngine, name), []
+
+    def broken(self: RolloutEngine, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            return real(self, *args, **kwargs)
+        if where == "pixels":
+            result = real(self, *args, **kwargs)
+            result.pixels[-1] = float("nan")
+            return result
+        bias = self.model.showo.lm_head.bias.data
+        kept = bias.clone()
+        bias.fill_(float("nan"))
+        try:
+            return real(self, *args, **kwargs)
+        finally:
+            bias.copy_(kept)
+
+    monkeypatch.setattr(RolloutEngine, name, broken)
+    result = train_grpo(**here.fresh(), config=grpo_config(steps=3), out_dir=tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert result.skipped == 1 and "rollouts of group 0" in lines[0]["skipped"] and lines[0]["reward_mean"] is None
+    assert all(line["skipped"] is None and line["grad_norm"] > 0 for line in lines[1:]) and len(lines) == 3
+    assert lines[0]["step"] == 0 and lines[1]["threshold"] == 0.5, "what was left out moved no threshold"
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled")

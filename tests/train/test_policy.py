@@ -142,7 +142,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     refused("does not fit this model", r=4)
     refused("does not fit this model", target_modules=["q_proj"])
-    refused(r"targets=\['no_such_layer'\]: must be some of", target_modules=["no_such_layer"])
+    refused(r"targets=\['no_such_layer'\]: must be some of q_proj", target_modules=["no_such_layer"])
+    refused(r"targets=\['lm_head'\]: must be some of q_proj", target_modules=["lm_head"])
     refused("use_dora=True: plain LoRA alone is read here", use_dora=True)
     refused("is not the configuration of a LoRA adapter", peft_type="IA3")
     (folder / "adapter_config.json").unlink()

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from pyunictokens.evaluate.result import EvalResult
+from pyunictokens.evaluate.result import EvalResult, read_means
 from pyunictokens.models import ConceptTokens
 from pyunictokens.train import read_metrics, train_concept_tokens, train_grpo
 from pyunictokens.train.checkpoint.run_state import RunFolder
 from pyunictokens.train.metrics import MetricsLog
+from pyunictokens.train.policy import load_policy
 from pyunictokens.utils import files as io
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import folder_lock
@@ -111,7 +112,7 @@ def after_calls(number: int) -> Any:
     return lambda: next(left, None) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_after_the_step_with_its_checkpoint(here: World, tmp_path: Path, number: int) -> None:
     config, said = grpo_config(steps=4, checkpoint_every=0), []
     straight = train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "straight")
@@ -142,6 +143,13 @@ def test_a_second_signal_ends_at_once_and_handlers_are_put_back() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop()
     assert signal.getsignal(signal.SIGTERM) is before
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does it
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, kept)
     answers: list[bool] = []
 
     def elsewhere() -> None:
@@ -184,6 +192,8 @@ def test_a_pipeline_can_be_stopped_in_every_part(here: World, tmp_path: Path) ->
         ("metrics.jsonl", errno.ENOSPC),
         ("step_0000_final.png", errno.EDQUOT),
         ("after.json", errno.EROFS),
+        ("config.yaml", errno.ENOSPC),
+        ("stages.json", errno.EFBIG),
     ],
 )
 def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(
@@ -233,6 +243,21 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(
     assert chaos.contents(out) == chaos.contents(tmp_path / "straight")
 
 
+def test_a_file_that_may_not_grow_is_named(here: World, tmp_path: Path) -> None:
+    """`ulimit -f` at the file of the reference weights: an error with its name, not a traceback."""
+    import resource
+
+    limit, config = resource.getrlimit(resource.RLIMIT_FSIZE), grpo_config(steps=1, trainable="full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*reference\.safetensors'"):
+            train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list((tmp_path / "run").glob(".*.part"))
+    train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "run", resume=True)
+
+
 def flip(file: Path, place: float = 0.5) -> None:
     data = bytearray(file.read_bytes())
     data[int(place * len(data))] ^= 1
@@ -265,6 +290,33 @@ def test_one_flipped_bit_in_learned_tokens_is_noticed(tmp_path: Path) -> None:
         ConceptTokens.load(tmp_path)
 
 
+@pytest.mark.parametrize("what", ["full", "lora"])
+def test_one_flipped_bit_in_what_was_learned_is_noticed(here: World, tmp_path: Path, what: str) -> None:
+    train_grpo(**here.fresh(), config=grpo_config(steps=1, trainable=what), out_dir=tmp_path / "run")
+    final = tmp_path / "run" / "final"
+    load_policy(tiny_model(), final)
+    weights = final / ("model/model.safetensors" if what == "full" else "adapter_model.safetensors")
+    flip(weights, 0.9)
+    with pytest.raises(UserError, match=rf"{weights.name}: is damaged"):
+        load_policy(tiny_model(), final)
+
+
+def test_one_flipped_bit_in_a_table_that_says_its_checksum_is_noticed(tmp_path: Path) -> None:
+    records: Any = {"vqa": [{"question": "?", "scores": {"bleu": [0.5]}}]}
+    file = EvalResult("bo", {"seed": 3, "parts": {2: 1, 10: 2}}, records).save(tmp_path / "after.json")
+    assert EvalResult.load(file).metrics["vqa.bleu"].mean == 0.5 and read_means(file)["vqa.bleu"] == 0.5
+    good = file.read_text()
+    for damaged in (good.replace("0.5", "0.7"), good.replace('"vqa"', '"qa"'), good.replace("vqa.bleu", "vqa.bleV")):
+        file.write_text(damaged)
+        for read in (EvalResult.load, read_means):
+            with pytest.raises(UserError, match=r"after\.json: is damaged"):
+                read(file)
+    content = json.loads(good)
+    del content["sha256"]
+    file.write_text(json.dumps(content))  # of an earlier version
+    assert EvalResult.load(file).metrics["vqa.bleu"].mean == 0.5
+
+
 def test_a_reference_that_was_damaged_is_written_anew(
     here: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -293,6 +345,40 @@ def test_a_log_cut_in_the_middle_of_a_character_is_read(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, from_step=1) as log:
         log.write({"step": 1})
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_damaged_logs_and_markers_are_no_traceback(here: World, tmp_path: Path) -> None:
+    """A flipped bit in a log of the stages, a line of thousands of digits, markers and descriptions of another kind."""
+    config, out = chaos.settings(steps=2), tmp_path / "run"
+    chaos.run(here, config, out)
+    log = out / "stages" / "stages.jsonl"
+    good = log.read_bytes()
+    for wrong in (good.replace(b'"stage"', b'"staGe"', 1), good.replace(b'"step"', b'"steq"', 1), b"9" * 5000 + b"\n"):
+        log.write_bytes(wrong)
+        chaos.run(here, config, out)
+    (out / "metrics.jsonl").write_bytes(b'{"step": ' + b"9" * 5000 + b"}\n" + (out / "metrics.jsonl").read_bytes())
+    chaos.run(here, config, out, report=True)
+    for content in ("[1]", "3", "null", "{", '{"after": [1]}', '{"after": {"settings": 3}}'):
+        (out / "measured.json").write_text(content)
+        chaos.run(here, config, out)
+    for name, read in (
+        ("about.json", lambda: chaos.run(here, config, out, report=True)),
+        ("stages/stages.json", lambda: chaos.run(here, config, out)),
+        ("before.json", lambda: chaos.run(here, config, out)),
+        ("run.json", lambda: chaos.run(here, config, out)),
+    ):
+        file = out / name
+        kept = file.read_bytes()
+        for content in (
+            "[1]",
+            r'{"name": "\ud800", "notes": ["\ud800"]}',
+            '{"format": 1}' if "before" in name else "7",
+        ):
+            file.write_text(content)
+            with pytest.raises(UserError, match=file.name.replace(".", r"\.")):
+                read()
+        file.write_bytes(kept)
+    chaos.run(here, config, out)
 
 
 def test_the_best_checkpoints_stay_beside_the_last(tmp_path: Path) -> None:
@@ -423,6 +509,22 @@ def test_a_judge_of_previews_that_hangs_is_asked_once(here: World, tmp_path: Pat
         train_grpo(**arguments, config=grpo_config(reward_timeout=0.3), out_dir=tmp_path / "run")
     wake.set()
     assert len(asked) == 1
+
+
+def test_foreign_code_that_calls_exit_ends_no_run_in_silence(here: World, tmp_path: Path) -> None:
+    class Leaves:
+        def score(self, batch: Any) -> Any:
+            sys.exit(0)
+
+    def judge(prompts: Any) -> Any:
+        return lambda pixels, index: sys.exit(0)
+
+    for number, limit in enumerate((0.0, 5.0)):
+        config = grpo_config(reward_timeout=limit, steps=1)
+        with pytest.raises(UserError, match="scoring by the reward models failed: SystemExit: 0"):
+            train_grpo(**{**here.fresh(), "rewards": Leaves()}, config=config, out_dir=tmp_path / f"a{number}")
+        with pytest.warns(UserWarning, match="scorer failed .* judging previews failed: SystemExit: 0"):
+            train_grpo(**{**here.fresh(), "preview_scorer": judge}, config=config, out_dir=tmp_path / f"b{number}")
 
 
 def test_an_expert_that_raises_is_named(here: World, tmp_path: Path) -> None:

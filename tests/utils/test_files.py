@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -112,12 +113,80 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
         (b"", "not valid JSON at line 1, column 1"),
         (b"abc\xff", r"not UTF-8 text \(byte 3\): save it as UTF-8"),
         (b"[" * 200_000, "JSON nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "not usable JSON: a number of 5000 digits"),
+        (b"[" + b"9" * 301 + b"]", "not usable JSON: a number of 301 digits"),
+        (rb'{"note": "\ud800"}', "not usable JSON: .*surrogates not allowed"),
     ],
 )
 def test_bad_json_names_file_and_place(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "bad.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"bad\.json: {message}"):
         io.read_json(tmp_path / "bad.json")
+
+
+def test_whole_characters_and_long_numbers_are_read(tmp_path: Path) -> None:
+    (tmp_path / "v.json").write_text(r'["\ud83d\ude00", 123456789012345678901234567890, 1e400]')
+    assert io.read_json(tmp_path / "v.json") == ["\U0001f600", 123456789012345678901234567890, float("inf")]
+    io.write_json(tmp_path / "v.json", {"file": os.fsdecode(b"b\xff.png")})  # a name that is no text
+    assert io.read_json(tmp_path / "v.json") == {"file": "b?.png"}
+
+
+def test_lines_that_break_their_reader_are_passed_over(tmp_path: Path) -> None:
+    good = '{"step": 0}'
+    lines = [good, '{"step": ' + "9" * 5000 + "}", r'{"step": 1, "answer": "\ud800"}', "[" * 100_000, "\0", good]
+    (tmp_path / "log").write_text("\n".join(lines))
+    assert io.read_json_lines(tmp_path / "log") == [{"step": 0}, {"step": 0}]
+
+
+def test_a_seal_is_of_everything(tmp_path: Path) -> None:
+    table = {"a": [1, 2.5, None, {"10": 1, "9": 2}], "é": "ü"}
+    io.write_json(tmp_path / "t.json", io.sealed({**table, "b": {10: 1, 9: 2}}))
+    read = io.read_json(tmp_path / "t.json")
+    assert io.unsealed(read, "t") == {**table, "b": {"10": 1, "9": 2}} and io.unsealed(table, "t") == table
+    for changed in ({**read, "a": [1, 2.5, None, {"10": 1, "9": 3}]}, {**read, "c": 0}, {**read, "sha256": 3}):
+        with pytest.raises(UserError, match="t: is damaged"):
+            io.unsealed(changed, "t")
+
+
+def test_the_new_name_is_on_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, synced = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), (tmp_path / "v").exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    io.write_bytes_atomic(tmp_path / "v", b"x")
+    assert synced == [(False, False), (True, True)], "the file before its rename, its folder after"
+
+
+def test_a_sweep_leaves_what_others_are_at(tmp_path: Path) -> None:
+    for place in ("", "stages", "other", "other/deep", ".folder.part"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / ".x.json.abc.part").write_text("")
+    for place in ("stages", "other"):
+        (tmp_path / place / ".lock").write_text("")
+    with io.folder_lock(tmp_path / "other"):
+        io.sweep(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.part"))
+    assert left == ["other/.x.json.abc.part", "other/deep/.x.json.abc.part"]
+    io.sweep(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_lock_of_the_folder_itself_leaves_nothing_and_can_be_waited_for(tmp_path: Path) -> None:
+    with io.folder_lock(tmp_path, ""):
+        with pytest.raises(UserError, match="another process"), io.folder_lock(tmp_path, "", wait=0.1):
+            pass
+        waiting = threading.Thread(target=lambda: _hold(tmp_path))
+        waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive() and not list(tmp_path.iterdir())
+
+
+def _hold(folder: Path) -> None:
+    with io.folder_lock(folder, "", wait=10):
+        pass
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ the embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...models.checkpoint import local_or_hub
 from ...rewards.base import plain_text
 from ...utils.errors import UserError, require
 from ...utils.files import unreadable
@@ -47,13 +47,17 @@ class Pipeline:
 
     def __init__(self, source: DiffusionSource, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         diffusers = require("diffusers", "diffusers")
-        self.source, self.device = source, torch.device(device)
-        for name in ("lora", "embedding"):
-            given = getattr(source, name)
-            if given and given.count("/") != 1 and not Path(given).expanduser().exists():
-                raise UserError(f"{name}={given}: no such file or folder")
+        self.device = torch.device(device)
+        found: dict[str, Any] = {name: getattr(source, name) for name in ("lora", "embedding")}
+        for name, given in found.items():
+            try:
+                found[name] = local_or_hub(given) if given else given
+            except UserError as error:
+                raise UserError(f"{name}={error}") from None
+        source = replace(source, **found)
+        self.source, place = source, local_or_hub(source.path)
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(source.path)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(place)
         except Exception as error:  # diffusers and torch raise many kinds for files that they cannot read
             why = unreadable(source.path, error)
             raise UserError(f"{source.path}: cannot be loaded as a pipeline of diffusers: {why}") from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...models.checkpoint import local_or_hub
 from ...utils.errors import UserError, needs
 from ...utils.files import unreadable
 from ..core import AnswersOnly
@@ -29,6 +30,7 @@ class Backbone:
             from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.path, self.device = path, torch.device(device)
+        path = local_or_hub(path)
         try:
             self.processor: Any = AutoProcessor.from_pretrained(path)
             model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)

@@ -69,7 +69,10 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
             files.config = config if isinstance(config, dict) else {}
             break
     if (folder / "about.json").exists():
-        files.about = read_json(folder / "about.json")
+        about = read_json(folder / "about.json")
+        if not isinstance(about, dict):
+            raise UserError(f"{folder / 'about.json'}: must be a table, is {type(about).__name__}")
+        files.about = {str(key): value if isinstance(value, str) else str(value) for key, value in about.items()}
     steps = (path.name[5:-10] for path in (folder / "samples").glob("step_*_final.png"))
     files.samples = sorted(int(step) for step in steps if step.isdigit())
     return files

@@ -31,9 +31,9 @@ from ...config.training import GrpoConfig
 from ...models import MaskedModel
 from ...utils import fingerprint
 from ...utils.errors import UserError
-from ...utils.files import AnyJson, folder_lock, read_json, safe_name, sweep, write_json
+from ...utils.files import AnyJson, folder_lock, read_json, safe_name, sweep, sync_folder, write_json
 from ..distributed.ranks import Ranks
-from .tensors import checksum, read_tensors, write_tensors
+from .tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -182,11 +182,11 @@ class RunFolder:
                 digest = write_tensors(aside / "tensors.safetensors", tensors)
                 whole = {"step": step, "sha256": digest, **({"shards": checksums} if shards else {}), **state}
                 write_json(aside / "state.json", {**whole, "state_sha256": _state_checksum(whole)})
-                _sync_folder(aside)
+                sync_folder(aside)
                 if final.exists():  # a damaged one that was passed over on resume
                     shutil.rmtree(final)
                 os.rename(aside, final)
-                _sync_folder(self.checkpoints)
+                sync_folder(self.checkpoints)
         except OSError as error:
             if ranks.first:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -279,9 +279,9 @@ def _write_shards(folder: Path, shards: Mapping[str, Tensor], ranks: Ranks) -> d
         folder.mkdir()
     ranks.barrier()
     write_shards(folder, shards, ranks)
-    own = {file.name: checksum(file) for file in own_files(folder, ranks.rank)}
+    own = {file.name: fingerprint.of_file(file) for file in own_files(folder, ranks.rank)}
     if ranks.first:
-        _sync_folder(folder)
+        sync_folder(folder)
     return {name: digest for part in ranks.gather(own) for name, digest in part.items()}
 
 
@@ -289,7 +289,7 @@ def _hold_against(file: Path, wanted: object) -> None:
     """Raise UserError where `file` is missing or has another checksum than it was written with."""
     if not file.exists():
         raise UserError(f"{file}: no such file")
-    found = checksum(file)
+    found = fingerprint.of_file(file)
     if found != wanted:
         raise UserError(f"{file}: is damaged (checksum {found[:12]}…, written as {str(wanted)[:12]}…)")
 
@@ -323,13 +323,3 @@ def _differences(there: object, here: object, prefix: str = "") -> list[tuple[st
 def _state_checksum(state: Mapping[str, object]) -> str:
     """SHA-256 of the state's numbers and words, whatever the layout of the file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

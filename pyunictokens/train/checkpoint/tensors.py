@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import UserError, needs
-from ...utils.files import refuse_lfs_pointer
+from ...utils.files import named_errors, refuse_lfs_pointer, sync_folder, verify_safetensors
 
 _NAMES = {
     torch.float64: "F64",
@@ -39,17 +39,19 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     digest = hashlib.sha256()
-    try:
-        with open(aside, "wb") as file:
-            for block in _blocks(tensors):
-                digest.update(block)
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with named_errors(path):
+        try:
+            with open(aside, "wb") as file:
+                for block in _blocks(tensors):
+                    digest.update(block)
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+            sync_folder(path.parent)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
     return digest.hexdigest()
 
 
@@ -77,7 +79,7 @@ def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped into memory. Raises UserError when it is missing or not whole."""
+    """The tensors of a safetensors file, mapped into memory. Raises UserError when it is missing or damaged."""
     with needs("train"):
         from safetensors.torch import load_file
 
@@ -85,18 +87,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
-        return load_file(path)
-    except Exception as error:
+        tensors: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # whatever a reader stumbles over
         refuse_lfs_pointer(path)
-        if type(error).__name__ == "SafetensorError" or isinstance(error, (OSError, ValueError, RuntimeError)):
-            raise UserError(f"{path}: not a whole safetensors file: {error}") from error
-        raise
-
-
-def checksum(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+    verify_safetensors(path, tensors)
+    return tensors

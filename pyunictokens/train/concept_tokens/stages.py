@@ -140,7 +140,10 @@ class _Stages:
             raise UserError(
                 f"{self.out}: already holds concept stages: go on with them (--resume) or choose another folder"
             )
-        found = {**to_mapping(StageConfig()), **read_json(about)} if about.exists() else settings
+        found = read_json(about) if about.exists() else settings
+        if not isinstance(found, dict):
+            raise UserError(f"{about}: must be a table of settings, is {type(found).__name__}")
+        found = {**to_mapping(StageConfig()), **found} if about.exists() else settings
         known = {"max_text": found.get("max_text") or own["max_text"], "save_every": self.config.save_every}
         if {**found, **known} != settings:
             raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
@@ -154,7 +157,7 @@ class _Stages:
             self.steps_done = begun.steps_done
         elif finished:
             concept = ConceptTokens.load(self.out / finished[-1]).to(self.model.device)
-            self.steps_done = sum(line["stage"] in finished for line in read_metrics(self.out, "stages.jsonl"))
+            self.steps_done = sum(line.get("stage") in finished for line in read_metrics(self.out, "stages.jsonl"))
         else:
             concept = start or self._new()
         with MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl") as metrics:

@@ -4,13 +4,21 @@ Every rank counts up a number every two seconds, in a small store that rank 0 se
 stands still for `SILENCE` seconds is gone, and so is one whose connection broke and that does not beat any more; a rank
 that fails leaves its last words there. Whoever is left then ends, within a minute, with one line that names the rank:
 the main thread where it can (:meth:`Watch.verdict`), the watch itself where the main thread hangs in a call to nobody.
+
+The store listens at the address where the ranks meet, and nowhere else. Its names begin with a secret of this job, and
+last words carry a keyed digest: who merely reaches the port can neither speak for a rank nor end the job by a write.
+(torch's own stores, of torchrun and of its process groups, know no key: keep them in a network of your own.)
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
+import logging
 import math
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -22,6 +30,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ...utils.errors import RankLost
+
+log = logging.getLogger(__name__)
 
 BEAT = 2.0
 """Seconds between two signs of life."""
@@ -57,12 +67,12 @@ class Watch:
     ):
         self.rank, self.world = rank, world
         limit = timedelta(seconds=SILENCE)
-        self._server: dist.TCPStore | None = None
-        if rank == 0:
-            self._server = dist.TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
-        port = share(self._server.port if self._server is not None else None)
-        assert isinstance(port, int)
-        self._store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
+        self._server = _serve(address, limit) if rank == 0 else None
+        told = share((self._server.port, secrets.token_hex(16)) if self._server is not None else None)
+        assert isinstance(told, tuple)
+        port, self._secret = told
+        store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
+        self._store = dist.PrefixStore(self._secret, store)
         self._store.set(f"host/{rank}", socket.gethostname())
         self._store.add(f"beat/{rank}", 1)
         meet()
@@ -96,7 +106,7 @@ class Watch:
 
     def last_words(self, text: str) -> bool:
         """Say why this rank ends, and give the others the time to read it. False where another was first."""
-        own = json.dumps([self.rank, text])
+        own = json.dumps([self.rank, text, self._proof(self.rank, text)])
         try:
             first = self._store.compare_set("words", "", own).decode() == own
             end = time.monotonic() + GRACE
@@ -106,6 +116,20 @@ class Watch:
             return True
         self._done.set()
         return first
+
+    def _proof(self, rank: int, text: str) -> str:
+        """What only a rank of this job can put under its last words."""
+        words = json.dumps([rank, text]).encode()
+        return hmac.new(self._secret.encode(), words, hashlib.sha256).hexdigest()
+
+    def _read(self, words: str) -> tuple[int, str] | None:
+        """(rank, its last words); None where they are not from a rank of this job."""
+        try:
+            rank, text, proof = json.loads(words)
+            known = rank in range(self.world) and isinstance(text, str) and isinstance(proof, str)
+            return (rank, text) if known and hmac.compare_digest(proof, self._proof(rank, text)) else None
+        except (ValueError, TypeError, RecursionError):
+            return None
 
     def stop(self) -> None:
         """The run is over for this rank; none is looked for any more."""
@@ -121,7 +145,9 @@ class Watch:
             try:
                 self._store.add(f"beat/{self.rank}", 1)
                 beats = self._store.multi_get([f"beat/{rank}" for rank in self._others])
-                words = self._store.get("words").decode() if self._store.check(["words"]) else None
+                words = self._store.get("words").decode("utf-8", "replace") if self._store.check(["words"]) else None
+                if words is not None and self._read(words) is None:
+                    words = None
                 if words is not None:
                     self._store.add("read", 1)
             except (RuntimeError, ValueError):
@@ -136,8 +162,9 @@ class Watch:
         while not self._done.wait(BEAT):
             answer, now = self._answer, time.monotonic()
             limit = 3 * BEAT if self._broken else SILENCE
-            if answer.words is not None:
-                rank, text = json.loads(answer.words)
+            said = self._read(answer.words) if answer.words is not None else None
+            if said is not None:
+                rank, text = said
                 if rank != self.rank:
                     self._end([rank], text)
                 return
@@ -168,3 +195,18 @@ class Watch:
             os._exit(1)
         if not self._done.wait(GRACE):  # it heard, and hangs on its way out
             os._exit(1)
+
+
+def _serve(address: str, limit: timedelta) -> dist.TCPStore:
+    """A store that listens at `address` alone; on every interface, with a warning, where there is none here."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.bind(place)
+    except OSError as error:
+        log.warning("%s cannot be listened at (%s): the ranks' store listens on every interface", address, error)
+        return dist.TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
+    port = listening.getsockname()[1]
+    return dist.TCPStore(
+        address, port, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
