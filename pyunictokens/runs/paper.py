@@ -123,6 +123,10 @@ def titled(table: str, baselines: Sequence[Baseline]) -> list[Baseline]:
     return [*named, *baselines[len(ours) :]]
 
 
+_PROMPT = 64
+"""Positions of a prompt, in the plan's arithmetic."""
+
+
 # --- the plan ------------------------------------------------------------------------------------------------------
 
 
@@ -198,8 +202,8 @@ def sizes_of(model: str | None) -> ShowoCosts:
 
 def training_flops(costs: ShowoCosts, grpo: GrpoConfig) -> float:
     """Operations of one run's reinforcement; of each accepted preview, those that failed go along."""
-    rows, count = grpo.group_size * grpo.groups, costs.config.num_vq_tokens
-    prompt, guided = costs.config.max_text // 2, grpo.guidance_scale > 0
+    rows, count = grpo.group_size * grpo.groups, costs.count
+    prompt, guided = _PROMPT, grpo.guidance_scale > 0
     refused = 1 / max(grpo.dsog.target_pass_rate, 1 / grpo.dsog.max_candidates) - 1 if grpo.dsog.enabled else 0.0
     steps = grpo.timesteps + refused * max(1, grpo.timesteps // 5)
     rollout = costs.image_step(rows, prompt, count, guided).flops * steps
@@ -212,7 +216,7 @@ def training_flops(costs: ShowoCosts, grpo: GrpoConfig) -> float:
 
 def measuring_flops(costs: ShowoCosts, cells: Iterable[Cell], timesteps: int, guided: bool, tokens: int) -> float:
     """Operations of the records that are not there; models of others are counted as ours."""
-    count, prompt = costs.config.num_vq_tokens, costs.config.max_text // 2
+    count, prompt = costs.count, _PROMPT
     image = costs.image_step(1, prompt, count, guided).flops * timesteps
     answer = costs.answers(count + 40, [tokens]).flops
     return sum(cell.open_images * image + cell.open_answers * answer for cell in cells)

@@ -296,7 +296,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
 
 def test_concepts_without_what_a_step_needs(here: World, tmp_path: Path) -> None:
     here.data.conversations = []
-    with pytest.raises(UserError, match=r"no conversations about training pictures.*visual_ratio=0"):
+    with pytest.raises(UserError, match=r"no conversations about training images.*visual_ratio=0"):
         train_grpo(**here.fresh(), config=grpo_config(), out_dir=tmp_path / "run")
     arguments = {**here.fresh(), "concept": None}
     with pytest.raises(UserError, match="no concept attached"):
