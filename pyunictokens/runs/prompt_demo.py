@@ -147,8 +147,9 @@ def _toy_world(
     from ..rewards.ensemble import as_model
     from ..rewards.experts.ber import Ber
     from ..toy.drawing import render
-    from ..toy.networks import ToyNetworks
+    from ..toy.networks import ToyNetworks, judge_file, load_judge
     from ..toy.prompts import metrics, wearing
+    from ..toy.prompts import reward as toy_reward
 
     nets = ToyNetworks.from_pretrained().to(bundle.device)
     (out / "drawings").mkdir()
@@ -163,6 +164,8 @@ def _toy_world(
     lines = [json.dumps(row) for row, _ in wearing(prompts, 2 + seed, without=known)]
     write_text_atomic(out / TRAIN, "\n".join(lines) + "\n")
     measured = {name: as_model(function, name) for name, function in metrics(nets.reader).items()}
+    if judge_file().is_file():
+        return {"judge": as_model(toy_reward(load_judge().to(bundle.device)), "judge")}, measured
     return {"ber": Ber(nets.image_text)}, measured
 
 

