@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import AnyJson, parse_json, read_json_lines, write_json, write_text_atomic
+from ..utils.files import AnyJson, named_errors, parse_json, read_json_lines, write_json, write_text_atomic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -64,7 +64,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Have the lines on disk before a checkpoint counts on them."""
-        os.fsync(self._handle.fileno())
+        with named_errors(self.file):
+            os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         self._handle.close()
