@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import MAX_SEED, MOST, GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
+from ..evaluate.protocol import protocol_named
 from ..evaluate.tasks import wanted_tasks
 from ..models.base import owning_rows
 from ..models.bundle import ModelBundle, Sources
@@ -102,7 +103,7 @@ class EvaluationConfig:
     protocol: Literal["ours", "sync-r1"] = "ours"
     """How is asked and scored: ours, or the authors' later public code (docs/evaluation.md)."""
     samples: int = 4
-    """Images of each prompt; 0 takes the protocol's numbers."""
+    """Images of each prompt; 0 takes the numbers of a protocol that has its own."""
     timesteps: int = 50
     """MaskGIT timesteps of an image."""
     guidance_scale: float = 5.0
@@ -121,7 +122,8 @@ class EvaluationConfig:
         object.__setattr__(self, "tasks", wanted_tasks(self.tasks, "tasks"))
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed={self.seed}: must be from 0 to {MAX_SEED}")
-        if not 1 <= self.samples <= MOST:
+        least = 0 if protocol_named(self.protocol).samples else 1
+        if not least <= self.samples <= MOST:
             raise UserError(f"samples={self.samples}: must be from 1 to {MOST}")
 
 
