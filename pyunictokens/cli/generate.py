@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.text import printable
 from .shell import (
     INTERRUPTED,
@@ -175,7 +175,9 @@ def known_codes(image: Path, mask: Path, grid: tuple[int, int], bench: ModelBund
     """Codes int64 [N] of `image` cut to the grid, −1 wherever `mask` is white. A code is painted anew where any of its
     pixels is. Raises UserError for images that do not fit together, and for a mask that is black or white all over."""
     import torch.nn.functional as F
-    from PIL import ImageOps
+
+    with needs("data"):
+        from PIL import ImageOps
 
     from ..data.images import from_pil, read_image
 

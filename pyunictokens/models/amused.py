@@ -143,7 +143,8 @@ class Amused(MaskedModel):
 
     def _size(self, side: int) -> Tensor:
         """[1, C], float32: width, height, crop and aesthetic score, each in waves."""
-        from diffusers.models.embeddings import get_timestep_embedding
+        with needs("diffusers"):
+            from diffusers.models.embeddings import get_timestep_embedding
 
         pixels = float(side * self.downsampling)
         values = torch.tensor([pixels, pixels, 0.0, 0.0, AESTHETIC_SCORE], device=self.device)
@@ -171,9 +172,10 @@ class Amused(MaskedModel):
         cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> Amused:
         """Load a published pipeline folder or hub id, frozen and in eval mode."""
+        with needs("train"):
+            from transformers import AutoTokenizer, CLIPTextModelWithProjection
         with needs("diffusers"):
             from diffusers import UVit2DModel
-            from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
         folder = resolve(path)
         transformer = _whole(UVit2DModel, folder / "transformer", dtype)

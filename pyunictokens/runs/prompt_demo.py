@@ -29,7 +29,7 @@ from ..train.grpo import RunResult
 from ..train.held_out import SEED, difference
 from ..train.metrics import read_metrics
 from ..utils.devices import pick_device, pick_dtype
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from ..utils.files import read_json_lines, write_bytes_atomic, write_text_atomic
 from ..utils.progress import Progress, silent
 
@@ -142,7 +142,8 @@ def _toy_world(
     out: Path, bundle: ModelBundle, prompts: int, held_out: int, seed: int
 ) -> tuple[Mapping[str, RewardModel], Mapping[str, RewardModel]]:
     """Prompts and drawings into `out`; the reward, and what is measured."""
-    from PIL import Image
+    with needs("data"):
+        from PIL import Image
 
     from ..rewards.ensemble import as_model
     from ..rewards.experts.ber import Ber

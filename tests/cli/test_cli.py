@@ -540,6 +540,17 @@ def test_bench_runs_the_suite_of_the_source_tree(monkeypatch: pytest.MonkeyPatch
     assert "source tree" in only_error("bench")
 
 
+def test_bench_writes_where_the_caller_says(tmp_path: Path) -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    before = {file: file.stat().st_mtime_ns for file in results.iterdir()}
+    words = "--smoke --operations grpo_loss --peers ours-reference --rounds 1 --no-memory --out x.json"
+    command = [sys.executable, "-m", "pyunictokens", "bench", "ops", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+    assert {file: file.stat().st_mtime_ns for file in results.iterdir()} == before
+
+
 def test_generate_any_grid_and_paint_into_an_image(
     run: Path, toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

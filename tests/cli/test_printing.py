@@ -152,3 +152,14 @@ def test_a_concept_named_like_a_setting_can_be_trained(tmp_path: Path) -> None:
     (tmp_path / "concept" / "train" / "a=b").mkdir(parents=True)
     assert _separate(tmp_path, "a=b", ["grpo.steps=2"]) == (tmp_path, "a=b", ["grpo.steps=2"])
     assert _separate(tmp_path, "grpo.steps=2", []) == (tmp_path, None, ["grpo.steps=2"])
+
+
+def test_what_looks_like_markup_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    from pyunictokens.cli.shell import Bars
+
+    with Bars() as bars:
+        bars.say("a file [red].png[/] and [/nothing]")
+        bars._last_line = -1e9
+        bars("part [bold]", 1, 2, {"note": "[/oops]"})
+    said = capsys.readouterr().err
+    assert "a file [red].png[/] and [/nothing]" in said and "part [bold] 1/2 [/oops]" in said
