@@ -156,7 +156,7 @@ def new(
     )
     for note in made.notes:
         out.print(f"note: {note}", markup=False)
-    out.print(f"next: {command('train', root, name, '--out', f'runs/{name}')}", markup=False, soft_wrap=True)
+    out.print(f"next: {command('train', root, name, '--out', f'runs/{name}')}", markup=False)
 
 
 def toy(
@@ -183,7 +183,7 @@ def toy(
         raise UserError(f"{root / 'concept' / 'train' / name}: is there already: choose another name or folder")
     write_toy_concept(root, seed=seed, kind=kind, name=name)
     following = command("train", root, name, "--out", f"runs/{name}")
-    console().print(f"{name} written to {root}; next: {following}", markup=False, soft_wrap=True)
+    console().print(f"{name} written to {root}; next: {following}", markup=False)
 
 
 def list_(root: RootArgument) -> None:

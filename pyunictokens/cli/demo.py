@@ -51,7 +51,7 @@ def demo(
     if prompts:
         with Bars() as bars:
             found = run_prompt_demo(out, seed=seed, words=overrides or [], device=device, dtype=dtype, progress=bars)
-        console().print(found.sentence, markup=False, soft_wrap=True)
+        console().print(found.sentence, markup=False)
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         console().print(
             f"{minutes} min {seconds} s; the curve: {found.curve}, pictures: {found.pictures}", markup=False

@@ -53,7 +53,7 @@ def reinforce(
     ] = None,
     concept: Annotated[
         Path | None,
-        typer.Option("--concept", help="Concept tokens (RUN/final/concept) that prompts name as <name>."),
+        typer.Option("--concept", help="Concept tokens (RUN/final/concept) that prompts name as `<name>`."),
     ] = None,
     judge_previews: Annotated[
         bool, typer.Option("--judge-previews", help="Let the reward judge DSOG's previews; it should lie in [0, 1].")
@@ -149,11 +149,11 @@ def reinforce(
                 )
         except Stopped as stopped:  # asked for, and saved: a good end
             if ranks.first:
-                console().print(f"{stopped}; go on with the same command and --resume", markup=False, soft_wrap=True)
+                console().print(f"{stopped}; go on with the same command and --resume", markup=False)
             return
     if ranks.first:
         ended = f"{result.steps} steps, mean reward of the last {result.last['reward_mean']:.3f}" if result.last else ""
-        console().print(f"{result.folder}: {ended}", markup=False, soft_wrap=True)
+        console().print(f"{result.folder}: {ended}", markup=False)
         if result.best is not None:
             by = settings.held_out.by
             first, last, best = (each.mean(by) for each in (result.held_out[0], result.held_out[-1], result.best))

@@ -62,7 +62,7 @@ def serve(
     names = ", ".join(server.names) or "reward models"
     say = console()
     with stop_on_signals(lambda text: say.print("ending when all who have asked are answered")) as stop:
-        say.print(f"{server.address}: {names} on {place}; Ctrl-C ends", markup=False, soft_wrap=True)
+        say.print(f"{server.address}: {names} on {place}; Ctrl-C ends", markup=False)
         server.serve(stop)
 
 

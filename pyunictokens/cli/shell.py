@@ -93,6 +93,10 @@ def _console_class() -> type[Console]:
         def render_str(self, text: str, **options: Any) -> Text:  # of everything printed, cells of tables too
             return super().render_str(printable(text), **options)
 
+        def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+            text = all(isinstance(each, str) for each in objects)  # its lines stay whole: paths in them are copied
+            super().print(*objects, soft_wrap=text if soft_wrap is None else soft_wrap, **options)
+
     return Plain
 
 

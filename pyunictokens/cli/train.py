@@ -316,12 +316,8 @@ def _train_one(
     except Stopped as stopped:  # asked for, and saved: a good end
         if not ranks.first:
             return
-        parts_said = {"--no-grpo": not grpo, "--no-evaluate": not evaluate}  # config.yaml has settings, not these
-        more = [word for word, wanted in parts_said.items() if wanted]
-        more += ["--stages", "none"] if stages is Stages.none else []
-        more += ["--start-from", start] if start is not None else []
-        said = f"{stopped}; go on with: {command('train', '--out', out, '--resume', *more)}"
-        console().print(said, markup=False, soft_wrap=True)
+        said = f"{stopped}; go on with: {command('train', '--out', out, '--resume')}"
+        console().print(said, markup=False)
         return
     if not ranks.first:
         return

@@ -236,10 +236,6 @@ def count(name: str, flops: Callable[[], float]) -> None:
         recorder.count(name, flops())
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
-@functools.cache
 def share(name: str, part: float, whole: float) -> None:
     """Add `part` of `whole` to a share of the report (:class:`PhaseReport`)."""
     recorder = _recorder.get()
@@ -254,6 +250,10 @@ def taken(name: str, path: str) -> None:
         recorder.taken(name, path)
 
 
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large square product, the median of five after two to warm up."""
     side = 8192 if device.type == "cuda" else 768

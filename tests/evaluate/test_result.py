@@ -107,6 +107,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_bad_files_are_named(tmp_path: Path) -> None:
     path = make().save(tmp_path / "after.json")
     whole = json.loads(path.read_text())
+    whole.pop("sha256")  # results of earlier versions have none
     for content, message in [
         ("{", "line 1"),
         ("[]", "not an evaluation result"),
@@ -131,6 +132,11 @@ def test_missing_or_broken_pictures_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pure_001\.png: no such image"):
         EvalResult.load(path)
     (tmp_path / "after_images" / "pure_000.png").replace(picture)
-    path.write_text(path.read_text().replace("pure_000", "pure_001"))
+    changed = {**json.loads(path.read_text().replace("pure_000", "pure_001")), "sha256": None}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="is damaged"):
+        EvalResult.load(path)
+    changed.pop("sha256")
+    path.write_text(json.dumps(changed))
     with pytest.raises(UserError, match="7 pixels wide, which 3 images cannot share"):
         EvalResult.load(path)
