@@ -36,8 +36,11 @@ demo: $(STAMP) ## teach the toy model one concept, start to finish, and write de
 reinforce: $(STAMP) ## reinforce the toy model on a list of prompts; the curve on held-out ones: reinforce/curve.png
 	$(BIN)/pyunictokens demo --prompts --out reinforce $(ARGS)
 
-test: $(STAMP) ## the test suite (without the tests that need a GPU), a process a core
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not soak and not fuzz" $(ARGS)
+test: $(STAMP) ## the test suite (without the tests that need a GPU or minutes), a process a core
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not slow and not soak and not fuzz" $(ARGS)
+
+slow: $(STAMP) ## the tests that take minutes: kernels under the interpreter, a rehearsal of the GPU script, many processes
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 -m "slow and not gpu and not soak and not fuzz" $(ARGS)
 
 soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliability.md promises, for minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray>=2.40'

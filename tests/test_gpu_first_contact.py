@@ -112,6 +112,7 @@ def _waiting(name: str) -> peers.Peer:
     return dataclasses.replace(real, name=name, builds={"grpo_loss": build})
 
 
+@pytest.mark.slow
 def test_what_waits_is_not_captured(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The floor on a masked case picks its tokens with a nonzero: inside a capture that would end every later one."""
     sides = [peers.by_name("products"), _waiting("waits"), peers.by_name("eager")]
@@ -125,6 +126,7 @@ def test_what_waits_is_not_captured(device: Device, tmp_path: Path, monkeypatch:
     assert report.seconds("maskgit_grpo_loss", "smoke", "products", "forward", "graph") is not None
 
 
+@pytest.mark.slow
 def test_a_capture_that_fails_ends_captures_and_nothing_else(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_capture_that_fails_ends_captures_and_nothing_else(
     assert Report.load(tmp_path / "ops.json") == report
 
 
+@pytest.mark.slow
 def test_inputs_or_a_side_that_fail_cost_no_other_number(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +172,7 @@ def test_inputs_or_a_side_that_fail_cost_no_other_number(
     assert report.seconds("grpo_loss", "smoke", "eager") is not None
 
 
+@pytest.mark.slow
 def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +199,7 @@ def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(
     assert "illegal" in (second.report.reason("selected_logprob", "smoke", "bad") or "")
 
 
+@pytest.mark.slow
 def test_what_the_budget_cut_is_measured_when_resumed(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +285,7 @@ def test_the_summary_of_a_folder_where_nothing_was_written(tmp_path: Path, capsy
     assert "ops: wrote nothing" in said
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "gpu.sh"
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}

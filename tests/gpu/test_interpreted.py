@@ -15,6 +15,7 @@ from pyunictokens.ops import registry as _dispatch
 FILES = ("test_values.py", "test_gradients.py", "test_determinism.py", "test_capture.py")
 
 
+@pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter is on already")

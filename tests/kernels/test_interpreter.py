@@ -22,6 +22,7 @@ def test_there_are_checks() -> None:
     assert CHECKS == ["check_grpo.py", "check_head.py", "check_parts.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("name", CHECKS)
 def test_interpreted(name: str) -> None:

@@ -195,6 +195,7 @@ def test_train_table_and_report_on_the_real_layout(weights: Weights, data: Path,
     assert answer.endswith("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_two_ranks_under_torchrun_begin_with_published_tokens(weights: Weights, data: Path, tmp_path: Path) -> None:
     published, run = tmp_path / "published" / "ann", tmp_path / "run"

@@ -123,6 +123,7 @@ def test_results_do_not_depend_on_the_number_of_ranks(here: World, alone: Path, 
         assert "synchronisation" in {phase["name"] for phase in report["phases"]}
 
 
+@pytest.mark.slow
 def test_checkpoints_are_resumed_by_any_number_of_ranks(here: World, alone: Path, tmp_path: Path) -> None:
     """Stopped on two ranks (the second was asked), gone on with by one and by three; and from one to two."""
     config = CONFIGS["whole"]
