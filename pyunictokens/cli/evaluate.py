@@ -124,7 +124,7 @@ def evaluate(
     scorers = load_scorers(bench.sources, bench.device, chosen, trust=trusted)
     scorers = with_clip(scorers, clip or place.origin.clip, bench.device)
     with Bars() as bars:
-        result = measure(bench, data, settings, scorers, bars, "measuring")
+        result = measure(bench, data, settings, scorers, bars, published=place.published)
     result.save(out)
     results = {"now": result}
     if against is None and place.path is not None and (place.path / "before.json").is_file():

@@ -80,8 +80,9 @@ def sampling(is_toy: bool, config: Path | None, words: list[str] | None) -> Samp
     return with_overrides(base, words or [])
 
 
-def check_prompt(prompt: str, bench: ModelBundle) -> str:
-    """The prompt with the concept's helper tokens put in. Raises UserError for a `<name>` that is not the concept's.
+def check_prompt(prompt: str, bench: ModelBundle, published: bool = False) -> str:
+    """The prompt with the concept's helper tokens put in, for `published` tokens as UniCTokens does. Raises UserError
+    for a `<name>` that is not the concept's.
 
     Warns where the prompt names the concept without its token.
     """
@@ -102,13 +103,13 @@ def check_prompt(prompt: str, bench: ModelBundle) -> str:
     if strange:
         have = f"this run knows {bench.concept.sks}" if bench.concept is not None else "no concept is attached"
         raise UserError(f"{prompt!r}: {strange[0]} is not a token of this model; {have}")
-    return bench.concept.expand(prompt) if bench.concept is not None else prompt
+    return prompt if bench.concept is None else bench.concept.expand(prompt, every=published)
 
 
 def question_for(run: Run, bench: ModelBundle, question: str) -> tuple[str, bool]:
     """(the question as the model reads it, whether its wording is already around it): published tokens are asked in the
     form they were trained in."""
-    from ..evaluate.baselines.ours import PublishedForm
+    from ..models.published_form import PublishedForm
 
     if run.published and bench.concept is not None:
         return PublishedForm(bench.concept).question(question), True
@@ -283,7 +284,7 @@ def generate(
         rows = list(range(number))
         try:
             rollout = engine.generate_images(
-                [check_prompt(prompt, bench)],
+                [check_prompt(prompt, bench, place.published)],
                 samples=number,
                 steps=settings.timesteps,
                 guidance_scale=settings.guidance_scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -292,9 +293,13 @@ def _train_one(
     if start is None and origin.name == concept.name:
         start = origin.start
     check_training_dtype(pick_dtype(settings.grpo.dtype), resume)
-    begin = Run.find(start).concept_tokens(concept.name) if start is not None else None
+    before = Run.find(start) if start is not None else None
+    begin = before.concept_tokens(concept.name) if before is not None else None
     wanted = origin.parts or PARTS
     learn = "stages" in wanted if stages is None else stages is not Stages.none
+    section = values.get("grpo")
+    if not resume or config is None or (isinstance(section, Mapping) and "question_form" in section):
+        settings = settings.asked_as(before is not None and before.published, learn)  # else: of an earlier version
     grpo = "grpo" in wanted if grpo is None else grpo
     evaluate = "evaluation" in wanted if evaluate is None else evaluate
     check_objective(settings.grpo.objective, words, out, trust=trust)

@@ -265,6 +265,10 @@ class GrpoConfig:
     compound: Literal["answer", "info"] = "answer"
     """What joins the prompt before an image is drawn: the model's answer (the paper), or also what info says, with the
     concept's token in place of its class word in the answer (the authors' code)."""
+    question_form: Literal["auto", "ours", "unictokens"] = "auto"
+    """How the model is told of the concept: as our stages train it, or as UniCTokens' code does ("<name> is
+    <token_0>…." before a question, "USER: " without a line break, helpers before every `<name>` of a prompt). auto:
+    unictokens where the run begins with tokens of that form, or its stages teach them so; else ours."""
     judged_prompt: Literal["compound", "truth"] = "compound"
     """What the image is judged against: the prompt it was drawn from (the paper), or the same with the true answer."""
     judged_as: Literal["class", "info"] = "class"

@@ -102,7 +102,8 @@ class Place:
         return Baseline(spec.name, f"{spec.kind} {weights} {settings}", load, release=self._bare.clear)
 
     def _ours(self, where: str, subject: Subject) -> Model:
-        from ..evaluate.baselines.ours import EngineModel, Expander, PublishedForm
+        from ..evaluate.baselines.ours import EngineModel, Expander
+        from ..models.published_form import PublishedForm
         from ..rollout.engine import RolloutEngine
 
         run = Run.find(where.replace("{name}", subject.name))

@@ -128,9 +128,12 @@ def measure(
     rewards: Scorers | None,
     progress: Progress = silent,
     name: str = "measuring",
+    published: bool = False,
 ) -> EvalResult:
-    """UnifyBench++ of the model as it is, on the held-out half of the concept's folder."""
+    """UnifyBench++ of the model as it is, on the held-out half of the concept's folder. `published`: its tokens are
+    asked in UniCTokens' form."""
     from ..evaluate.benchmark import SPLITS, unifybench
+    from ..models.published_form import PublishedForm
     from ..rollout.engine import RolloutEngine
 
     def step(task: str, done: int, wanted: int) -> None:
@@ -140,7 +143,7 @@ def measure(
     return unifybench(
         RolloutEngine.of(bundle),
         concept,
-        bundle.concept,
+        bundle.concept if bundle.concept is None or not published else PublishedForm(bundle.concept),
         image_text=rewards.image_text,
         ensemble=rewards.ensemble,
         reader=rewards.reader,
@@ -256,7 +259,13 @@ class _Run:
         if context.stop():
             raise Stopped(f"stopped ahead of the measuring that is kept in {file}")
         result = measure(
-            self.bundle, context.concept, context.settings.evaluation, context.rewards, self._measuring, name
+            self.bundle,
+            context.concept,
+            context.settings.evaluation,
+            context.rewards,
+            self._measuring,
+            name,
+            context.settings.grpo.question_form == "unictokens",
         )
         result.save(file)
         write_json(about, {**known, name: subject})

@@ -169,6 +169,14 @@ class RunConfig:
             return made
         return replace(made, evaluation=replace(made.evaluation, judged_as=made.grpo.judged_as))
 
+    def asked_as(self, published: bool, learns: bool) -> RunConfig:
+        """The same with grpo.question_form=auto settled: the form that the stages teach where they run (`learns`), else
+        that of the tokens the run begins with (`published`: of UniCTokens' form)."""
+        taught = self.stages.question_form == "unictokens" if learns else published
+        if self.grpo.question_form != "auto" or not taught:
+            return self
+        return replace(self, grpo=replace(self.grpo, question_form="unictokens"))
+
 
 @dataclass
 class Run:
@@ -220,8 +228,12 @@ class Run:
 
     @property
     def published(self) -> bool:
-        """Whether its tokens were taught UniCTokens' form of questions: by its own code, or by our stages set to it."""
-        stages = self.config.get("stages")
+        """Whether its tokens were taught UniCTokens' form of questions: by its own code, or by our stages or our
+        reinforcement set to it."""
+        stages, grpo = self.config.get("stages"), self.config.get("grpo")
+        form = grpo.get("question_form") if isinstance(grpo, Mapping) else None
+        if form in ("ours", "unictokens"):
+            return form == "unictokens"
         if isinstance(stages, Mapping) and stages.get("question_form") == "unictokens":
             return True
         learned = self._learned() if self.path is not None else None

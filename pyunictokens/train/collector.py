@@ -310,9 +310,11 @@ class Collector:
     def _answer(self, task: Task, sample_ids: list[int]) -> TextRollout:
         config = self.config
         assert task.question is not None
+        question, worded = self.tasks.question_for_model(task.question)
         return self.engine.generate_text(
             self.tasks.image_codes(task)[None],
-            [self.tasks.for_model(task.question)],
+            [question],
+            raw=worded,
             samples=len(sample_ids),
             max_new_tokens=config.max_new_tokens,
             temperature=config.answer_temperature,

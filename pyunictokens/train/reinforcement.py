@@ -89,6 +89,7 @@ def train_grpo(
         visual_ratio=config.visual_ratio,
         judged_as=config.judged_as,
         compound=config.compound,
+        question_form=config.question_form,
         seed=config.seed,
     )
     result = run_grpo(

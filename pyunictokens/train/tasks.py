@@ -25,11 +25,12 @@ from ..data import wording
 from ..data.concept import Concept
 from ..data.prompts import Prompt
 from ..models import ConceptTokens
+from ..models.published_form import PublishedForm
 from ..rewards.base import RewardBatch, plain_text
 from ..utils import fingerprint
 from ..utils.errors import UserError
 from .images import ReferenceImages
-from .prompts import as_prompt
+from .prompts import as_prompt, as_question
 
 VISUAL, TEXT_ONLY, PROMPT = "visual", "text_only", "prompt"
 
@@ -88,7 +89,11 @@ class TaskSource(Protocol):
         ...
 
     def for_model(self, text: str) -> str:
-        """A prompt or question as the model reads it."""
+        """A prompt as the model reads it."""
+        ...
+
+    def question_for_model(self, text: str) -> tuple[str, bool]:
+        """A question as the model reads it, and whether the wording around it is in it; else the model adds its own."""
         ...
 
     def for_image_judges(self, text: str) -> str:
@@ -130,7 +135,7 @@ class ConceptTasks:
     """UniCTask (paper, section 3.1): questions about a concept's images, and requests for one of its facts.
 
     Only the training half of the facts is ever asked for. `judged_as` says what image judges read for `<name>`
-    (`Concept.in_words`).
+    (`Concept.in_words`); `question_form` "unictokens" names the concept to the model in the form of its published code.
     """
 
     def __init__(
@@ -142,9 +147,11 @@ class ConceptTasks:
         visual_ratio: float = 0.5,
         judged_as: Literal["class", "info"] = "class",
         compound: Literal["answer", "info"] = "answer",
+        question_form: Literal["auto", "ours", "unictokens"] = "auto",
         seed: int = 0,
     ):
         self.concept, self.tokens, self.images, self._judged_as = concept, tokens, images, judged_as
+        self._published = PublishedForm(tokens) if question_form == "unictokens" else None
         self._compound = compound
         self._tasks = {
             VISUAL: visual_tasks(concept) if visual_ratio > 0 else [],
@@ -193,7 +200,12 @@ class ConceptTasks:
         return wording.compound_prompt(wording.compound_prompt(prompt, self.concept.info), named)
 
     def for_model(self, text: str) -> str:
-        return as_prompt(self.tokens, text)
+        return as_prompt(self.tokens, text) if self._published is None else self._published.expand(text)
+
+    def question_for_model(self, text: str) -> tuple[str, bool]:
+        if self._published is not None:
+            return self._published.question(text), True
+        return as_question(self.tokens, text), False
 
     def for_image_judges(self, text: str) -> str:
         return plain_text(text, self.concept.in_words(self._judged_as))
@@ -299,6 +311,9 @@ class PromptTasks:
 
     def for_model(self, text: str) -> str:
         return text if self._concept is None else as_prompt(self._concept, text)
+
+    def question_for_model(self, text: str) -> tuple[str, bool]:
+        return self.for_model(text), False
 
     def for_image_judges(self, text: str) -> str:
         return text if self._concept is None else plain_text(text, self._concept.name)

@@ -319,8 +319,8 @@ def test_identities_tell_models_apart(tmp_path: Path) -> None:
 
 
 def test_published_tokens_are_asked_as_they_were_trained(subject: Subject) -> None:
-    from pyunictokens.evaluate.baselines.ours import PublishedForm
     from pyunictokens.models import ConceptTokens
+    from pyunictokens.models.published_form import PublishedForm
     from pyunictokens.models.showo import prompting
     from pyunictokens.rollout.engine import RolloutEngine
 

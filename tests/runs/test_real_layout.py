@@ -195,13 +195,116 @@ def test_train_table_and_report_on_the_real_layout(weights: Weights, data: Path,
     assert answer.endswith("\n")
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tokens as UniCTokens publishes them."""
+    folder = tmp_path_factory.mktemp("published") / "ann"
+    folder.mkdir()
+    torch.manual_seed(3)
+    ConceptTokens("ann", 32, num_understanding=16, num_generation=2, seed=1).save_published(folder, 15)
+    return folder
+
+
+INTRODUCED = "USER: <ann> is " + "".join(f"<token_{place}>" for place in range(16)) + "."
+
+
+class Heard:
+    """What engines are asked and what they draw from, in the order of the calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        from pyunictokens.rollout.engine import RolloutEngine
+
+        self.questions: list[tuple[str, bool]] = []
+        self.prompts: list[str] = []
+        asked, drawn = RolloutEngine.generate_text, RolloutEngine.generate_images
+
+        def text(engine: Any, images: Any, questions: Any, **words: Any) -> Any:
+            self.questions += [(question, bool(words.get("raw"))) for question in questions]
+            return asked(engine, images, questions, **words)
+
+        def images(engine: Any, prompts: Any, **words: Any) -> Any:
+            self.prompts += prompts
+            return drawn(engine, prompts, **words)
+
+        monkeypatch.setattr(RolloutEngine, "generate_text", text)
+        monkeypatch.setattr(RolloutEngine, "generate_images", images)
+
+    def published(self) -> bool:
+        """Whether all questions were worded and all prompts named the concept as UniCTokens' code does."""
+        helpers = "".join(f"<token_{place}>" for place in range(18))
+        named = all(prompt.count("<ann>") == prompt.count(helpers + "<ann>") for prompt in self.prompts)
+        worded = [text.startswith(INTRODUCED) and text.endswith(" ASSISTANT:") for text, raw in self.questions if raw]
+        return named and len(worded) == len(self.questions) > 0 and all(worded)
+
+
+@pytest.mark.filterwarnings("ignore:.*only the first")
+def test_published_tokens_are_a_row_of_a_table(
+    weights: Weights, data: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyunictokens.data.images import load_pixels
+    from pyunictokens.evaluate.sample_cache import SampleCache
+    from pyunictokens.models.bundle import Sources
+    from pyunictokens.rollout.engine import RolloutEngine
+    from pyunictokens.runs.run_dir import Run
+
+    heard = Heard(monkeypatch)
+    parts = ("--showo", weights.model, "--vq", weights.vq, "--tokenizer", weights.tokenizer, "--clip", weights.clip)
+    few = ("samples=1", "limit=2", "timesteps=2", "max_new_tokens=4", "tasks=[vqa, recognition, pure, reasoning]")
+    row = ("-m", f"ours:{published.parent}/{{name}}", "--name", "ann", "--device", "cpu", "--no-pages")
+    call("evaluate", "table", data, *row, *parts, *few, "--out", tmp_path / "table")
+    assert heard.published() and any("Which information fits?" in text for text, _ in heard.questions)
+    content = json.loads((tmp_path / "table" / "results.json").read_text())
+    assert content["failures"] == []
+    (found,) = content["rows"]["all"]
+    assert {"vqa.bleu", "recognition.weight", "pure.clip_t", "pure.clip_i", "reasoning.bleu"} <= set(found["metrics"])
+    files = [*(tmp_path / "table" / "samples").rglob("vqa/*.json")]
+    assert len(files) == 2
+    bundle = Run.find(str(published)).open(
+        Sources(str(weights.model), str(weights.vq), str(weights.tokenizer)), "cpu", "float32", "ann"
+    )
+    for file in files:
+        record = SampleCache.read(file)
+        assert record is not None
+        image = load_pixels(data / "concept" / "test" / "ann" / record.image, bundle.size)[None]
+        worded = f"{INTRODUCED}{record.text} ASSISTANT:"
+        said = RolloutEngine.of(bundle).generate_text(image, [worded], raw=True, temperature=0, max_new_tokens=4)
+        assert record.answer is not None and said.texts[0].split() == record.answer.split()
+    heard.questions.clear()
+    call("evaluate", "table", data, *row, *parts, *few, "question_form=ours", "--out", tmp_path / "table")
+    assert heard.questions and not any(raw for _, raw in heard.questions)  # records of the other form do not count
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*only the first")
+def test_reinforcement_goes_on_in_the_form_of_published_tokens(
+    weights: Weights, data: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, run = Heard(monkeypatch), tmp_path / "run"
+    words = ("--rewards", weights.rewards, "--device", "cpu", *weights.flags, *SHORT, "evaluation.tasks=[vqa]")
+    call("train", data, "ann", "--out", run, "--stages", "none", "--start-from", published, *words)
+    assert heard.published() and len(heard.prompts) >= 4  # measuring before and after, and two groups of two
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["grpo"]["question_form"] == "unictokens"
+    for command in (
+        ("understand", run, data / "concept" / "test" / "ann" / "0.png", "Who is <ann>?", "max_new_tokens=2"),
+        ("generate", run, "<ann> beside <ann>.", "--reason", "timesteps=2", "--out", tmp_path / "a.png"),
+        ("evaluate", run, "tasks=[vqa]"),
+    ):
+        heard.questions.clear()
+        heard.prompts.clear()
+        call(*command, "--device", "cpu")
+        assert heard.published(), command[0]
+    heard.questions.clear()
+    other = (*words, "--no-evaluate", "grpo.question_form=ours")
+    call("train", data, "ann", "--out", tmp_path / "ours", "--stages", "none", "--start-from", published, *other)
+    assert heard.questions and not any(raw for _, raw in heard.questions)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
-def test_two_ranks_under_torchrun_begin_with_published_tokens(weights: Weights, data: Path, tmp_path: Path) -> None:
-    published, run = tmp_path / "published" / "ann", tmp_path / "run"
-    published.mkdir(parents=True)
-    torch.manual_seed(3)
-    ConceptTokens("ann", 32, num_understanding=16, num_generation=2, seed=1).save_published(published, 15)
+def test_two_ranks_under_torchrun_begin_with_published_tokens(
+    weights: Weights, data: Path, published: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
     ranks = ("--nproc-per-node", "2", "--nnodes", "1", "--master-port", "0", "--rdzv-backend", "c10d")
     command = [sys.executable, "-m", "torch.distributed.run", *ranks, "--rdzv-endpoint", "127.0.0.1:0"]
     command += ["-m", "pyunictokens", "train", str(data), "ann", "--out", str(run), "--stages", "none"]

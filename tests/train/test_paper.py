@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from pyunictokens.config.training import PRESETS, TrainConfig
 from pyunictokens.rollout import DsogThreshold, RolloutEngine
 from pyunictokens.train import GrpoConfig, read_metrics, train_concept_tokens, train_grpo
+from pyunictokens.train.collector import Collector
 from pyunictokens.train.images import ReferenceImages
+from pyunictokens.train.objective import objective_of
 from pyunictokens.train.tasks import ConceptTasks, named_for_class
 from pyunictokens.train.trajectories import ImageTrajectories
-from pyunictokens.train.update import MicrobatchSizes, image_logprobs
+from pyunictokens.train.update import MicrobatchSizes, answer_logprobs, image_logprobs
 from pyunictokens.utils.signals import Stopped
-from tests.train.world import World, stage_config, tiny_concept, tiny_model, world
+from tests.train.world import World, experts, grpo_config, stage_config, tiny_concept, tiny_model, world
 
 SMALL = ("timesteps=4", "max_new_tokens=4", "sample_every=0", "micro_rows=0", "micro_timesteps=0")
 """What makes a step of the preset small; nothing of what or how fast it learns."""
@@ -230,3 +233,30 @@ def test_the_published_stages_ask_in_the_published_form(here: World, tmp_path: P
     questions = [text for text in asked if "ASSISTANT" in text]
     start = "USER: <bo> is <token_0><token_1><token_2>."
     assert questions and all(text.startswith(start) and text.endswith(" ASSISTANT:") for text in questions)
+
+
+def test_rollouts_of_published_tokens_are_asked_in_the_published_form(here: World, tmp_path: Path) -> None:
+    model = here.model.attach(tiny_concept())
+    tokenizer = here.tokenizer.with_concept(tiny_concept().tokens)
+    helpers = "".join(f"<token_{place}>" for place in range(5))
+    config = grpo_config(steps=1, beta=0.01)
+    groups = {}
+    for form in ("ours", "unictokens"):
+        images = ReferenceImages(model, here.vq)
+        tasks = ConceptTasks(here.data, tiny_concept(), images, question_form=form, seed=config.seed)  # type: ignore[arg-type]
+        engine = RolloutEngine(model, here.vq, tokenizer)
+        collector = Collector(engine, tasks, experts(), None, DsogThreshold(), objective_of(config), config)
+        (groups[form],) = collector.collect(0)
+        assert tasks.for_model("<bo> and <bo>.") == f"{helpers}<bo> and {helpers if form != 'ours' else ''}<bo>."
+    for form, group in groups.items():
+        question = group.task.question
+        assert question is not None and group.local is not None and group.local.answers is not None
+        worded = {
+            "ours": model.question_text(question.replace("<bo>", helpers + "<bo>", 1)),
+            "unictokens": f"USER: <bo> is <token_0><token_1><token_2>.{question} ASSISTANT:",
+        }[form]
+        answers = group.local.answers
+        assert answers.question == tokenizer.encode(worded)
+        # what was recorded is the chance of the tokens after exactly this question
+        found = answer_logprobs(model, answers)
+        torch.testing.assert_close(found, answers.old_logp_RL.float(), atol=1e-5, rtol=1e-4)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ...data.images import black_image, from_pil, square
-from ...models import ConceptTokens
-from ...models.showo.prompting import published_question
+from ...models.published_form import PublishedForm
 from ...rewards.base import plain_text
 from ...utils.errors import UserError
 from ..core import Question
@@ -108,23 +107,6 @@ class Expander(Protocol):
     def expand(self, text: str) -> str:
         """`text` with the helper tokens before the first `<name>`."""
         ...
-
-
-class PublishedForm:
-    """A concept's tokens in the form that UniCTokens trains and asks them in: questions follow the sentence "<name> is
-    <token_0>…." with the understanding tokens, prompts have all helper tokens before every `<name>`, and a question
-    stands behind "USER: " without a line break. Tokens that its code trained give here the answers they give there.
-    """
-
-    def __init__(self, tokens: ConceptTokens):
-        self.tokens = tokens
-
-    def expand(self, text: str) -> str:
-        return self.tokens.expand(text, every=True)
-
-    def question(self, text: str) -> str:
-        """A question as the model reads it, its wrapping included."""
-        return published_question(self.tokens.introduce(text))
 
 
 @dataclass(frozen=True)
