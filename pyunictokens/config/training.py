@@ -326,8 +326,9 @@ class GrpoConfig:
     reward_timeout: float = field(default=0.0, metadata={"was": "expert_timeout"})
     """Seconds that the reward models may take for a group before the run ends with an error; 0 waits for ever."""
     capture: Literal["auto", "loop", "replay", "eager", "off"] = "auto"
-    """How image steps run: auto captures them on a GPU once their prompts' lengths were met before, and lets the host
-    run them elsewhere; loop, replay and eager by name capture at first sight; off lets the host run them always."""
+    """How image steps run: auto captures them on a GPU and lets the host run them elsewhere; loop, replay and eager
+    choose by name; off lets the host run them always. Prompts are padded (and exactly masked), so that one capture
+    serves all groups."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. float16 is refused for new runs:
     its range is too small for gradients."""

@@ -293,6 +293,12 @@ class CapturableModel(MaskedModel):
     def image_step(self, prefix: Prefix, prefix_of_row: Sequence[int], count: int) -> ImageStep:
         """The step of rows of `count` codes over the tensors of `prefix` where they lie: others may be copied in."""
 
+    def padded(self, prefix: Prefix) -> Prefix:
+        """`prefix` for :meth:`image_step` alone, in tensors of few different shapes: prompts of different lengths fit
+        into the same ones, and what is behind a prompt's own positions is seen by nobody. By default as it is: each
+        length then has a capture of its own."""
+        return prefix
+
 
 class ImageTokenizer(nn.Module, ABC):
     """Pixels to codes and back."""

@@ -74,6 +74,7 @@ class RolloutEngine:
         capture: how image steps run: "auto" captures them on a GPU (rollout/cuda_graphs/capture.py) and lets the host
             run them elsewhere; "loop", "replay" or "eager" by name; "off" lets the host run them always. Only a
             `CapturableModel` takes the named ones.
+        repeats: calls of one kind follow one another, as in training: "auto" then captures at first sight.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class RolloutEngine:
         ops_backend: str | None = None,
         max_rows: int = 64,
         capture: str = "auto",
+        repeats: bool = False,
     ):
+        self.repeats = repeats
         self.model, self.vq, self.tokenizer = model, vq, tokenizer
         self.schedule = checks.schedule(model.rule.schedule if schedule is None else schedule)
         self.ops_backend = ops_backend
@@ -266,7 +269,13 @@ class RolloutEngine:
         if wanted and self.capture is not None and self._noise is None:
             if isinstance(self.model, CapturableModel):
                 return CapturedSlots(
-                    self.model, *fixed, self._captures, self.capture, limit=self._limit, keep_first=keep_first
+                    self.model,
+                    *fixed,
+                    self._captures,
+                    self.capture,
+                    repeats=self.repeats,
+                    limit=self._limit,
+                    keep_first=keep_first,
                 )
             if not self._said_eager:
                 log.info("image steps of %s cannot be captured: the host runs them", self.model.family)

@@ -11,8 +11,10 @@ from torch import Tensor
 from pyunictokens import DsogThreshold, RolloutEngine
 from pyunictokens.models import PromptKV
 from pyunictokens.models.showo.attention import CausalAfterPrompt, PromptAttention
+from pyunictokens.models.showo.padding import padded
 from pyunictokens.rollout import Dsog
 
+from ..models.test_shared_prefix import plain, problem
 from ..rollout.tiny import CodesAsPixels, tiny_model
 
 
@@ -74,3 +76,17 @@ def test_attention_over_shared_prompts(device: str, causal: bool) -> None:
     wanted = torch.autograd.grad((truth * upstream).sum(), exact)
     for one, other in zip((ours, *mine), (truth, *wanted), strict=True):
         assert (one.double() - other).abs().max() <= bound * other.abs().max()
+
+
+@torch.no_grad()
+def test_attention_over_padded_prompts(device: str) -> None:
+    """The kernel of the device reads keys of one more feature than it was made for, and padding has no weight."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = [0, 0, 1, 2, 2]
+    q, k, v, prompts = problem(6, [5, 70, 129], rows, heads=2, new=66, width=64, dtype=dtype)
+    q, k, v = (each.detach().to(device) for each in (q, k, v))
+    prompts = prompts.with_tensors([each.detach().to(device) for each in prompts.tensors()])
+    bare = PromptAttention(prompts, rows, joined=True)(0, q, k, v)
+    room = PromptAttention(padded(prompts, 256), rows, joined=True)(0, q, k, v)
+    exact = plain(q, k, v, prompts, rows, False)
+    assert (room.double() - exact).abs().max() <= 1.5 * (bare.double() - exact).abs().max() + 1e-6

@@ -110,10 +110,10 @@ def test_a_gpus_kernel_is_called_as_torch_declares_it():
 def test_flash_attn_is_used_where_installed_and_no_gradient_is_wanted(monkeypatch):
     calls = []
 
-    def flash_attn_func(q, k, v, causal, return_attn_probs):
+    def flash_attn_func(q, k, v, causal, softmax_scale, return_attn_probs):
         calls.append(q.shape)
         assert return_attn_probs
-        out, lse, _ = CpuKernel().forward(*(x.transpose(1, 2) for x in (q, k, v)), causal)
+        out, lse, _ = CpuKernel().forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, softmax_scale)
         return out.transpose(1, 2), lse, None
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))

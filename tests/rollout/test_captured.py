@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunictokens import MASK
+from pyunictokens.models import Showo
 from pyunictokens.rollout import Dsog, DsogThreshold
 from pyunictokens.rollout.cuda_graphs import slots as captured
 from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop as Plain
@@ -84,14 +85,18 @@ def test_what_was_captured_serves_later_calls_and_new_weights():
     assert engine._captures.moved == 1
 
 
-def test_few_structures_of_prompts_are_kept(monkeypatch):
-    monkeypatch.setattr(captured, "STRUCTURES", 2)
+@pytest.mark.parametrize(("limit", "kept", "made"), [(4, 2, 2), (1, 1, 3)])
+def test_prompts_of_all_lengths_share_two_structures(monkeypatch, limit, kept, made):
+    monkeypatch.setattr(captured, "STRUCTURES", limit)
+    loops: list[int] = []
+    make = captured.DeviceLoop
+    monkeypatch.setattr(captured, "DeviceLoop", lambda *args, **more: loops.append(1) or make(*args, **more))
     engine, host = tiny_engine(capture="eager"), tiny_engine(capture="off")
-    for length in (1, 2, 3, 1):
-        prompt = [list(range(length))]
-        same(engine.generate_images(prompt, steps=3, samples=2), host.generate_images(prompt, steps=3, samples=2))
+    for prompts, samples in (([[1]], 2), ([[1], [2, 3]], 1), ([list(range(9)), []], 1), ([[4, 5]], 2)):
+        options = dict(steps=3, samples=samples, guidance_scale=2.0)
+        same(engine.generate_images(prompts, **options), host.generate_images(prompts, **options))
     (bucket,) = (entry[1] for entry in engine._captures._entries.values())
-    assert len(bucket._loops) == 2
+    assert len(bucket._loops) == kept and len(loops) == made
     engine._captures.close()
     assert len(bucket._loops) == 0
 
@@ -106,7 +111,8 @@ def test_without_memory_for_a_capture_the_host_runs_the_steps(monkeypatch, caplo
     assert caplog.text.count("no memory for captured steps") == 1
 
 
-def test_by_itself_a_capture_waits_for_the_second_time(monkeypatch):
+@pytest.mark.parametrize("repeats", [False, True])
+def test_by_itself_a_capture_waits_for_the_second_time(monkeypatch, repeats):
     engine, host = tiny_engine(capture="off"), tiny_engine(capture="off")
     runs: list[int] = []
     run = Plain.run
@@ -114,15 +120,17 @@ def test_by_itself_a_capture_waits_for_the_second_time(monkeypatch):
 
     def by_itself(*fixed: Any) -> captured.CapturedSlots:
         *rest, _ = fixed
-        return captured.CapturedSlots(engine.model, *rest, engine._captures, "auto")
+        return captured.CapturedSlots(engine.model, *rest, engine._captures, "auto", repeats=repeats)
 
     monkeypatch.setattr(engine, "_slots", by_itself)
-    for prompts, captures in (([[1, 2]], 0), ([[3]], 0), ([[4, 5]], 1), ([[6]], 1), ([[1, 2, 3]], 0)):
+    first = int(repeats)  # in training, at first sight
+    for prompts, captures in (([[1, 2]], first), ([[3]], 1), ([[4, 5, 6]], 1), ([[1], [2]], first), ([[3, 4], [5]], 1)):
         runs.clear()
         steps: list[int] = []
         found = engine.generate_images(prompts, steps=3, progress=lambda done, _, steps=steps: steps.append(done))
         same(found, host.generate_images(prompts, steps=3))
-        assert len(runs) == captures and steps == ([3] if captures else [1, 2, 3])
+        rows = len(prompts)
+        assert len(runs) == captures and steps == ([3 * rows] if captures else [rows, 2 * rows, 3 * rows])
 
 
 def test_nothing_is_captured_while_previews_are_judged(monkeypatch):
@@ -148,6 +156,7 @@ def test_nothing_is_captured_while_previews_are_judged(monkeypatch):
             captures.append(("host" if found is None else "capture", bool(pending)))
         return found
 
+    monkeypatch.setattr(Showo, "padded", lambda _, prefix: prefix)  # as of a model that does not pad
     monkeypatch.setattr(Previews, "begin", begun)
     monkeypatch.setattr(captured.Bucket, "loop", loop)
     dsog = dict(threshold=DsogThreshold(0.5), scorer=score, max_candidates=4, overlap=True)

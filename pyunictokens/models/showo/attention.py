@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..prefix import Prefix
+from .padding import FEATURES, reading_marks
 from .shared_prefix import Kernel, joined_attention, kernel_for
 
 
@@ -108,16 +109,16 @@ class PromptAttention:
     There is no mask and no padding, whatever lengths the prompts have. On a GPU the rows of all prompts go through one
     kernel for their own positions, and each prompt is read where it lies by all its rows (shared_prefix.py). Elsewhere
     keys are put together, which is the faster of the two there (docs/measured-facts.md): rows are taken in groups of
-    equal prompt length, and a group whose rows share one prompt broadcasts it. `joined` chooses by hand.
+    equal prompt length, and a group whose rows share one prompt broadcasts it. `joined` chooses by hand. Prompts may be
+    padded (padding.py).
     """
 
     causal = False
 
     def __init__(self, prompts: Prefix, prompt_of_row: Sequence[int], joined: bool | None = None):
-        lengths = prompts.lengths
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, int], list[int]] = {}
         for row, prompt in enumerate(prompt_of_row):
-            groups.setdefault(lengths[prompt], []).append(row)
+            groups.setdefault((prompts.lengths[prompt], prompts.parts[prompt][0].shape[-1]), []).append(row)
         self.rows = len(prompt_of_row)
         self._groups = []
         for rows in groups.values():
@@ -134,8 +135,7 @@ class PromptAttention:
         return torch.stack([layers[prompt][layer] for prompt in chosen])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        joined = q.is_cuda and kernel_for(q) is not None if self._joined is None else self._joined
-        if joined:
+        if self._joined if self._joined is not None else q.is_cuda and self._one_kernel(layer, q):
             runs = [(count, self._keys[prompt][layer], self._values[prompt][layer]) for prompt, count in self._runs]
             return joined_attention(q, k, v, runs, causal=self.causal)
         if len(self._groups) == 1 and self._groups[0][1] == q.shape[0]:
@@ -152,7 +152,15 @@ class PromptAttention:
         )
         return torch.cat([part for _, part in parts])[torch.argsort(order)]
 
+    def _one_kernel(self, layer: int, q: Tensor) -> bool:
+        """Whether a kernel that gives its log-sum-exp takes rows like `q` and all the prompts."""
+        every = [self._keys[prompt][layer] for prompt, _ in self._runs]
+        return all(kernel_for(each) is not None for each in (q, max(every, key=lambda keys: keys.shape[-1])))
+
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chosen: list[int]) -> Tensor:
+        width = q.shape[-1]
+        if self._keys[chosen[0]][layer].shape[-1] != width:  # padded prompts
+            q, k, v = reading_marks(q), F.pad(k, (0, FEATURES)), F.pad(v, (0, FEATURES))
         keys = torch.cat([self._of_group(self._keys, layer, chosen), k], dim=2)
         values = torch.cat([self._of_group(self._values, layer, chosen), v], dim=2)
         mask = None
@@ -160,7 +168,7 @@ class PromptAttention:
             past = keys.shape[2] - k.shape[2]
             new = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
             mask = torch.cat([new.new_ones(q.shape[2], past), new], dim=1)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=width**-0.5)[..., :width]
 
 
 class CausalAfterPrompt(PromptAttention):

@@ -29,8 +29,8 @@ from ..checkpoint import assign, load_state_dict, read_config, real_number, reso
 from ..concept_tokens import ConceptTokens
 from ..prefix import Prefix
 from ..sampling_rule import SamplingRule
+from . import padding, prompting
 from . import prefill as cached
-from . import prompting
 from .attention import Attention, FullAttention, PromptKV
 from .costs import ShowoCosts
 from .vocabulary import TextVocabulary
@@ -303,6 +303,9 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
 
     def image_step(self, prefix: Prefix, prefix_of_row: Sequence[int], count: int) -> ImageStep:
         return cached.ImageRows(self, prefix, prefix_of_row, count)
+
+    def padded(self, prefix: Prefix) -> Prefix:
+        return padding.padded(prefix, padding.padded_length(max(prefix.lengths), self.max_text + 1))
 
     def image_hidden(
         self, codes_BN: Tensor, prefix: Prefix, prefix_of_row: Sequence[int], timestep_B: Tensor | None = None

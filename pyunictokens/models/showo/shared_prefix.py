@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...utils.errors import UserError
 from ...utils.profiling import taken
+from .padding import reading_marks
 
 _aten = torch.ops.aten
 
@@ -35,7 +36,11 @@ class Kernel(Protocol):
 
     name: str
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]: ...
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
+    ) -> tuple[Tensor, Tensor, Extra]:
+        """`scale` of the scores; by default E^-½."""
+        ...
 
     def backward(
         self,
@@ -55,8 +60,10 @@ class CpuKernel:
 
     name = "torch's flash kernel (CPU)"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
+    ) -> tuple[Tensor, Tensor, Extra]:
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse, ()
 
     def backward(
@@ -78,8 +85,10 @@ class CudaKernel:
 
     name = "torch's flash kernel"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
-        out, lse, *rest = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
+    ) -> tuple[Tensor, Tensor, Extra]:
+        out, lse, *rest = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
         return out, lse, tuple(rest[:6])  # cumulative lengths, longest lengths, the two parts of the generator's state
 
     def backward(
@@ -104,12 +113,14 @@ class FlashAttnKernel(CudaKernel):
 
     name = "flash-attn, with gradients torch's flash kernel"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Extra]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
+    ) -> tuple[Tensor, Tensor, Extra]:
         package = _flash_attn()
         if package is None or torch.is_grad_enabled():
-            return super().forward(q, k, v, causal)
+            return super().forward(q, k, v, causal, scale)
         turned = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        out, lse, _ = package.flash_attn_func(*turned, causal=causal, return_attn_probs=True)
+        out, lse, _ = package.flash_attn_func(*turned, causal=causal, softmax_scale=scale, return_attn_probs=True)
         return out.transpose(1, 2), lse, ()
 
 
@@ -136,8 +147,9 @@ def joined_attention(
 ) -> Tensor:
     """Every row over the prompt of its run and over its own positions: [B, H, L, E].
 
-    `runs` lists (number of rows, keys [H, P, E], values [H, P, E]) in the order of the rows. `causal` bounds the own
-    part, position j seeing own positions ≤ j. Differentiable in q, k, v and all the prompts' tensors.
+    `runs` lists (number of rows, keys [H, P, E], values [H, P, E]) in the order of the rows; a prompt's tensors may be
+    padded (padding.py), where no gradient is wanted. `causal` bounds the own part, position j seeing own positions ≤ j.
+    Differentiable in q, k, v and all the prompts' tensors.
     """
     counts = [count for count, _, _ in runs]
     if sum(counts) != q.shape[0]:
@@ -150,6 +162,8 @@ def joined_attention(
         )
     taken("shared-prefix attention", kernel.name)
     shared = [tensor for _, keys, values in runs for tensor in (keys, values)]
+    if any(tensor.shape[-1] != q.shape[-1] for tensor in shared) and torch.is_grad_enabled():
+        raise ValueError("padded prompts have no gradients: use them without")
     if not torch.is_grad_enabled():
         return _forward(kernel, q, k, v, causal, counts, shared)[0]
     return _Joined.apply(q, k, v, kernel, causal, counts, *shared)  # type: ignore[no-untyped-call]
@@ -161,7 +175,11 @@ def _forward(
     own, own_lse, extra = kernel.forward(q, k, v, causal)
     outs, lses, extras = [], [], [extra]
     for rows, keys, values in _parts(counts, shared):
-        out, lse, extra = kernel.forward(q[rows], keys, values, False)
+        if keys.shape[-1] == q.shape[-1]:
+            out, lse, extra = kernel.forward(q[rows], keys, values, False)
+        else:
+            out, lse, extra = kernel.forward(reading_marks(q[rows]), keys, values, False, q.shape[-1] ** -0.5)
+            out = out[..., : q.shape[-1]]
         first, second = own_lse[rows], lse
         share = torch.sigmoid(second - first)[..., None].to(_wide(out))  # e^b / (e^a + e^b)
         outs.append(torch.lerp(own[rows].to(share.dtype), out.to(share.dtype), share).to(q.dtype))

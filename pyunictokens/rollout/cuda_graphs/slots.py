@@ -1,10 +1,11 @@
 """Slots whose steps run without the host: the state of device_step.py behind the interface of `EagerSlots`.
 
 A stretch of steps (to the next preview, or until a candidate is done) is one run of captured steps. What a capture has
-fixed is kept between calls and used again where it fits: the number of slots, the settings, and which slots share a
-prompt of which length; the tensors of other prompts are copied in. In mode "auto" prompts of lengths that were not
-met before are left to the host: a capture costs about three steps, and in training no two groups are alike. Numbers
-equal those of `EagerSlots` up to the rounding of sums.
+fixed is kept between calls and used again where it fits: the number of slots, the settings, and the structure of the
+prompts. Of structures there are few: either all slots read one prompt, or each has its own, equal ones twice; and
+prompts of different lengths are padded to one (`CapturableModel.padded`), so that the tensors of any other prompts can
+be copied in. In mode "auto" a structure that was not met before is left to the host, because a capture costs about
+three steps; not so where calls repeat, as in training. Numbers equal those of `EagerSlots` up to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from .device_step import DeviceLoop, GuidedHidden, StepState, image_head, read_b
 log = logging.getLogger(__name__)
 
 STRUCTURES = 4
-"""Captures of one bucket that are kept: by which slots share a prompt, and how long the prompts are."""
+"""Captures of one bucket that are kept."""
 
 SEEN = 256
 """Structures of one bucket that are remembered without a capture."""
 
 Structure = tuple[tuple[int, ...], tuple[int, ...], int]
-"""(prompt number of each slot, in order of appearance; lengths of these prompts; position behind them)."""
+"""(prompt number of each slot: all 0, or 0, 1, 2, …; lengths of these prompts, padding included; position behind)."""
 
 
 class Bucket:
@@ -48,23 +49,25 @@ class Bucket:
         settings: LoopSettings,
         mode: Mode,
         pool: GraphPool | None,
+        repeats: bool = False,
     ):
+        self.repeats = repeats
         self.model, self.count, self.settings, self.mode, self.pool = model, count, settings, mode, pool
         self.state = StepState.make(model, slots, count, settings)
         self._loops: OrderedDict[Structure, DeviceLoop] = OrderedDict()
         self._seen: OrderedDict[Structure, None] = OrderedDict()
 
     def loop(self, prompts: Prefix, of_slot: Sequence[int], may_capture: bool = True) -> DeviceLoop | None:
-        """The loop for slots that read the distinct `prompts` (with guidance the empty one last), loaded with them.
+        """The loop for slots that read `prompts` (with guidance the empty one last), loaded with them.
 
-        None in mode "auto" at first sight: it is not certain that a capture would be earned back. None as well where
-        one would have to be made and `may_capture` is false.
+        None in mode "auto" at first sight unless calls repeat: it is not certain that a capture would be earned back.
+        None as well where one would have to be made and `may_capture` is false.
         """
         structure = (tuple(of_slot), tuple(prompts.lengths), prompts.next_position[0])
         if not may_capture and structure not in self._loops:
             return None
         found = self._loops.pop(structure, None)
-        if found is None and self.mode == "auto" and structure not in self._seen:
+        if found is None and self.mode == "auto" and not self.repeats and structure not in self._seen:
             self._seen[structure] = None
             while len(self._seen) > SEEN:
                 self._seen.popitem(last=False)
@@ -97,7 +100,8 @@ class Bucket:
 
 
 class CapturedSlots(EagerSlots):
-    """Slots that run whole stretches. Takes what `EagerSlots` takes, the cache of captures, and a mode."""
+    """Slots that run whole stretches. Takes what `EagerSlots` takes, the cache of captures, a mode, and whether calls
+    like this one come again and again."""
 
     def __init__(
         self,
@@ -111,6 +115,7 @@ class CapturedSlots(EagerSlots):
         cache: CaptureCache[Bucket],
         mode: Mode = "auto",
         *,
+        repeats: bool = False,
         limit: RowLimit | None = None,
         keep_first: bool = True,
     ):
@@ -119,11 +124,12 @@ class CapturedSlots(EagerSlots):
             model, prompts, prompt_of_row, look_of_row, slots, count, unrecorded, limit=limit, keep_first=keep_first
         )
         self.settings = settings
+        self._capturable = model
         self._bucket = cache.get(
             (mode, slots, count, replace(settings, max_rows=0)),
             read_by(model),
             model.device,
-            lambda pool: Bucket(model, slots, count, settings, mode, pool),
+            lambda pool: Bucket(model, slots, count, settings, mode, pool, repeats),
         )
         state = self._bucket.state
         state.stop_at.zero_()
@@ -166,12 +172,11 @@ class CapturedSlots(EagerSlots):
         if self._by_the_host:
             return None
         if self._loop is None or self._loop[0] != now:
-            distinct = list(dict.fromkeys(now))
-            of_slot = [distinct.index(prompt) for prompt in now]
-            if self.settings.guidance_scale > 0:
-                distinct.append(len(self.prompts) - 1)
+            one = len(set(now)) == 1
+            of_slot = [0] * len(now) if one else list(range(len(now)))
             try:
-                found = self._bucket.loop(self.prompts.select(distinct), of_slot, self.may_capture)
+                prompts = self._padded(now[:1] if one else now)
+                found = self._bucket.loop(prompts, of_slot, self.may_capture)
                 if found is None and not self.may_capture:
                     return None  # this step alone: the next one may
                 self._loop = now, found
@@ -180,3 +185,10 @@ class CapturedSlots(EagerSlots):
                 self._by_the_host = True
                 return None
         return self._loop[1]
+
+    def _padded(self, of_slot: Sequence[int]) -> Prefix:
+        """The prompts `of_slot` in the few shapes that captures are made for, and with guidance the empty one."""
+        distinct = list(dict.fromkeys(of_slot))
+        padded = self._capturable.padded(self.prompts.select(distinct))
+        prompts = padded.select([distinct.index(prompt) for prompt in of_slot])
+        return prompts + self.prompts.select([len(self.prompts) - 1]) if self.settings.guidance_scale > 0 else prompts
