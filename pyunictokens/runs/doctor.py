@@ -57,7 +57,7 @@ OPTIONAL = {
     "openai": ("judge", "the remote judge"),
     "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),
-    "flash-attn": ("flash", "another attention kernel"),
+    "flash-attn": ("flash", "attention over shared prompts on a GPU"),
     "gradio": ("web", "a page in the browser"),
     "pytest": ("dev", "the test suite"),
 }
@@ -82,6 +82,7 @@ def examine() -> Findings:
         "gpu": _gpu(),
         "backends": _backends(),
         "steps": _steps(),
+        "attention": _attention(),
         "toy": toy_status(),
     }
     report["problems"] = _problems(report)
@@ -186,6 +187,19 @@ def _steps() -> dict[str, str]:
     return {"mode": mode, "why": why}
 
 
+def _attention() -> dict[str, str]:
+    """Which kernel reads prompts that rows share, and why it is that one."""
+    try:
+        import torch
+
+        from ..models.showo.shared_prefix import attention_way
+
+        way, why = attention_way(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as error:  # a finding, like any other
+        return {"way": "unknown", "why": str(error)}
+    return {"way": way, "why": why}
+
+
 def _backends() -> Findings:
     try:
         from .. import ops
@@ -264,6 +278,7 @@ def render(report: Findings, console: Console) -> None:
     else:
         table.add_row("gpu", f"none: {gpu['why']}; nvcc {'found' if gpu.get('nvcc') else 'not found'}")
     table.add_row("rollout steps", f"{report['steps']['mode']}: {report['steps']['why']}")
+    table.add_row("attention", _plain(f"{report['attention']['way']}: {report['attention']['why']}"))
     toy = report["toy"]
     table.add_row(
         "embedded toy", f"{toy['files']} files, {toy['mib']} MiB, checksums agree" if toy["ok"] else toy["why"]

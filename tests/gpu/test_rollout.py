@@ -90,3 +90,25 @@ def test_attention_over_padded_prompts(device: str) -> None:
     room = PromptAttention(padded(prompts, 256), rows, joined=True)(0, q, k, v)
     exact = plain(q, k, v, prompts, rows, False)
     assert (room.double() - exact).abs().max() <= 1.5 * (bare.double() - exact).abs().max() + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("room", [0, 256])
+@torch.no_grad()
+def test_flash_attn_where_it_is_installed(room: int) -> None:
+    """The package's own kernel against one softmax in fp64, over prompts as they are and padded ones."""
+    pytest.importorskip("flash_attn", reason="needs the extra `flash`")
+    from pyunictokens.models.showo.shared_prefix import CudaKernel, FlashAttnKernel, kernel_for
+
+    rows = [0, 0, 1, 2, 2]
+    q, k, v, prompts = problem(7, [5, 70, 129], rows, heads=2, new=66, width=64, dtype=torch.bfloat16)
+    q, k, v = (each.detach().cuda() for each in (q, k, v))
+    prompts = prompts.with_tensors([each.detach().cuda() for each in prompts.tensors()])
+    assert isinstance(kernel_for(q), FlashAttnKernel)
+    found = PromptAttention(padded(prompts, room) if room else prompts, rows, joined=True)(0, q, k, v)
+    exact = plain(q, k, v, prompts, rows, False)
+    assert (found.double() - exact).abs().max() <= 3e-2 * exact.abs().max()
+    for causal in (False, True):
+        ours, theirs = FlashAttnKernel().forward(q, k, v, causal), CudaKernel().forward(q, k, v, causal)
+        assert (ours[1] - theirs[1]).abs().max() < 1e-3
+        assert (ours[0].double() - theirs[0].double()).abs().max() < 3e-2 * theirs[0].abs().max()

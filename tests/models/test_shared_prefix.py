@@ -10,13 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pyunictokens.models import PromptKV
 from pyunictokens.models.showo.attention import CausalAfterPrompt, PromptAttention
 from pyunictokens.models.showo.shared_prefix import (
+    TOGETHER,
     CpuKernel,
     CudaKernel,
     FlashAttnKernel,
     _flash_attn,
+    attention_way,
     joined_attention,
     kernel_for,
 )
+from pyunictokens.utils import profiling
 from pyunictokens.utils.errors import UserError
 
 
@@ -134,3 +137,34 @@ def test_misuse_is_named():
     meta = q.detach().to("meta")
     with pytest.raises(UserError, match="no kernel here gives its log-sum-exp"):
         joined_attention(meta, meta, meta, [(2, meta[0], meta[0])])
+
+
+@pytest.mark.parametrize(
+    ("error", "way", "why"),
+    [
+        (None, FlashAttnKernel.name, "flash-attn is installed"),
+        (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn"), CudaKernel.name, "not installed"),
+        (ImportError("undefined symbol: _ZN3c104"), CudaKernel.name, "flash-attn does not load: undefined symbol"),
+    ],
+)
+def test_which_kernel_is_taken_is_told_with_the_reason(monkeypatch, error, way, why):
+    def load(name: str) -> object:
+        if error is not None:
+            raise error
+        return types.SimpleNamespace()
+
+    monkeypatch.setattr("importlib.import_module", load)
+    _flash_attn.cache_clear()
+    found = attention_way(torch.device("cuda"))
+    assert found[0] == way and why in found[1]
+    assert attention_way(torch.device("cpu"))[0] == TOGETHER
+    _flash_attn.cache_clear()
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_way_taken_is_written_down(joined):
+    q, k, v, prompts = problem(5, [5], [0, 0])
+    with profiling.Recorder() as recorder, torch.no_grad():
+        PromptAttention(prompts, [0, 0], joined=joined)(0, q, k, v)
+    paths = recorder.report(torch.float32).paths
+    assert paths == {"shared-prefix attention": CpuKernel.name if joined else TOGETHER}

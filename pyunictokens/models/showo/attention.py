@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...utils.profiling import taken
 from ..prefix import Prefix
 from .padding import FEATURES, reading_marks
-from .shared_prefix import Kernel, joined_attention, kernel_for
+from .shared_prefix import TOGETHER, Kernel, joined_attention, kernel_for
 
 
 class Attention(Protocol):
@@ -138,6 +139,7 @@ class PromptAttention:
         if self._joined if self._joined is not None else q.is_cuda and self._one_kernel(layer, q):
             runs = [(count, self._keys[prompt][layer], self._values[prompt][layer]) for prompt, count in self._runs]
             return joined_attention(q, k, v, runs, causal=self.causal)
+        taken("shared-prefix attention", TOGETHER)
         if len(self._groups) == 1 and self._groups[0][1] == q.shape[0]:
             return self._attend(layer, q, k, v, self._groups[0][2])
         parts = []

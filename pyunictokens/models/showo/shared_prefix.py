@@ -132,14 +132,34 @@ def _flash_attn() -> ModuleType | None:
         return None
 
 
-def kernel_for(q: Tensor) -> Kernel | None:
-    """The kernel that takes tensors like `q` [B, H, L, E]; None where there is none that gives its log-sum-exp."""
-    if q.device.type == "cpu":
+def kernel_for(q: Tensor, device: str | None = None) -> Kernel | None:
+    """The kernel that takes tensors like `q` [B, H, L, E] (on another type of `device`); None where there is none that
+    gives its log-sum-exp."""
+    device = device or q.device.type
+    if device == "cpu":
         return CpuKernel()
     width = q.shape[-1]
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256:
+    if device == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256:
         return FlashAttnKernel() if _flash_attn() is not None else CudaKernel()
     return None
+
+
+TOGETHER = "torch's attention, keys put together"
+"""What is used where no kernel gives its log-sum-exp, and on a CPU, where it is the faster."""
+
+
+def attention_way(device: torch.device) -> tuple[str, str]:
+    """How rows over shared prompts look at them on `device` in bfloat16, and why not by the flash-attn package."""
+    if device.type != "cuda":
+        return TOGETHER, f"the tensors are on {device.type}; kernels that read a prompt where it lies are for GPUs"
+    kernel = kernel_for(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device="meta"), device.type)
+    assert kernel is not None
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
+        return kernel.name, "flash-attn is not installed" if missing else f"flash-attn does not load: {error}"
+    return kernel.name, "flash-attn is installed"
 
 
 def joined_attention(
