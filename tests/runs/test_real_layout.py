@@ -299,6 +299,39 @@ def test_reinforcement_goes_on_in_the_form_of_published_tokens(
     assert heard.questions and not any(raw for _, raw in heard.questions)
 
 
+def test_of_the_tokenizers_repository_only_its_own_files_are_fetched(
+    weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repository of a language model holds gigabytes beside its tokenizer."""
+    import shutil
+
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    remote = tmp_path / "remote"
+    shutil.copytree(weights.tokenizer, remote)
+    for heavy in ("config.json", "model.safetensors", "pytorch_model.bin", "merges.txt", "README.md", "sub/a.json"):
+        (remote / heavy).parent.mkdir(exist_ok=True)
+        (remote / heavy).write_bytes(b"gigabytes")
+    asked: list[str] = []
+
+    def snapshot_download(repo: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        assert not local_files_only
+        asked.append(repo)
+        every = [file.relative_to(remote).as_posix() for file in remote.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(every, allow_patterns=allow_patterns):
+            (tmp_path / "local").mkdir(exist_ok=True)
+            shutil.copy(remote / name, tmp_path / "local" / name)
+        return str(tmp_path / "local")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    parts = ("--model", weights.model, "--vq", weights.vq, "--tokenizer", "hub:someone/phi")
+    out = tmp_path / "a.png"
+    call("generate", "base", "A photo.", *parts, "timesteps=2", "--device", "cpu", "--out", out)
+    assert asked == ["someone/phi"] and out.is_file()
+    assert {file.name for file in (tmp_path / "local").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_two_ranks_under_torchrun_begin_with_published_tokens(
