@@ -5,19 +5,22 @@ Nothing here knows rollouts, rewards or training.
 
 from .base import (
     AnsweringModel,
+    BlockAnsweringModel,
     CapturableModel,
     ConceptModel,
     ImageTokenizer,
     MaskedModel,
+    WritingModel,
     answering,
     owning_rows,
+    writing,
 )
 from .bundle import ModelBundle, Sources
 from .concept_tokens import ConceptTokens
 from .magvit import MagvitConfig, MagvitV2
 from .prefix import Prefix
 from .registry import load
-from .sampling_rule import SamplingRule
+from .sampling_rule import BlockRule, SamplingRule
 from .showo import prompting
 from .showo.attention import PromptKV
 from .showo.model import Showo, ShowoConfig
@@ -25,6 +28,8 @@ from .tokenizer import TextTokenizer
 
 __all__ = [
     "AnsweringModel",
+    "BlockAnsweringModel",
+    "BlockRule",
     "CapturableModel",
     "ConceptModel",
     "ConceptTokens",
@@ -40,8 +45,10 @@ __all__ = [
     "ShowoConfig",
     "Sources",
     "TextTokenizer",
+    "WritingModel",
     "answering",
     "load",
     "owning_rows",
     "prompting",
+    "writing",
 ]

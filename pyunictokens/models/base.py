@@ -4,9 +4,10 @@
     codes, Prefix  →  image_hidden  →  image_head         logits are one matrix product away: hidden · weightᵀ + bias
 
 `MaskedModel` is the whole of it for a model that draws. `AnsweringModel` adds text, `ConceptModel` rows that a concept
-may own, `CapturableModel` image steps that a CUDA graph can hold; callers ask with :func:`answering` and
-:func:`owning_rows`, which refuse with one clear sentence. A new model is a subclass in a file of its own and a line in
-models/registry.py.
+may own, `CapturableModel` image steps that a CUDA graph can hold. `WritingModel` is a model of text that unmasks tokens
+block after block: to engine and update its tokens are codes. `BlockAnsweringModel` draws, and has such a model inside.
+Callers ask with :func:`answering`, :func:`writing` and :func:`owning_rows`, which refuse with one clear sentence. A new
+model is a subclass in a file of its own and a line in models/registry.py.
 
 Shape suffixes: B rows, N image codes, L text positions, D width, K codebook, V vocabulary.
 """
@@ -27,7 +28,7 @@ from ..utils.errors import UserError
 from .concept_tokens import ConceptTokens
 from .costs import Cost, ModelCosts
 from .prefix import Prefix
-from .sampling_rule import SamplingRule
+from .sampling_rule import BlockRule, SamplingRule
 
 AnyModel = TypeVar("AnyModel", bound="MaskedModel")
 AnyConceptModel = TypeVar("AnyConceptModel", bound="ConceptModel")
@@ -58,6 +59,8 @@ class MaskedModel(nn.Module, ABC):
     """Ids 0…num_text_ids − 1 may stand in a prompt, an attached concept's included."""
     checkpoint_layers: bool | int = False
     """Layers, counted from the first, that are recomputed in the backward pass; True means all."""
+    prompt_mask_id: int | None = None
+    """The id that hides a token of a prompt, where the model reads such prompts."""
     concept: ConceptTokens | None = None
     """The attached concept (`ConceptModel`)."""
 
@@ -279,6 +282,43 @@ class AnsweringModel(MaskedModel):
         static, so that a step can be captured."""
 
 
+class WritingModel(MaskedModel):
+    """A model of text that writes by unmasking tokens, block after block (rollout/blocks.py).
+
+    Its codes are token ids: `image_hidden` and `image_head` are those of text positions, and `codebook_size` is the
+    vocabulary. A prompt is a list of ids, an image's among them where the model reads images.
+    """
+
+    blocks: BlockRule = BlockRule()
+    mask_id: int
+    """The id that stands for an unknown token."""
+    end_ids: tuple[int, ...]
+    """Ids that end a text."""
+    max_positions: int
+    """Positions of the longest sequence, prompt and text together."""
+
+    @abstractmethod
+    def asked(self, text: str) -> str:
+        """A question or task in the wording the model was trained with."""
+
+
+class BlockAnsweringModel(MaskedModel):
+    """A model that draws, and answers questions about an image by unmasking blocks of text."""
+
+    @property
+    @abstractmethod
+    def writer(self) -> WritingModel:
+        """The same weights as a model of text."""
+
+    @abstractmethod
+    def question_text(self, question: str) -> str:
+        """A question about an image in the wording the model was trained with."""
+
+    @abstractmethod
+    def question_prompt(self, codes_N: Sequence[int], question_ids: Sequence[int]) -> list[int]:
+        """What the writer reads of an image's codes and a question's ids."""
+
+
 class ImageStep(Protocol):
     """`image_hidden` with prefix and rows fixed: codes [B, N] and timesteps [B] to hidden states [B, N, D]. A call
     waits for nothing and makes nothing on the host, so it can be captured."""
@@ -322,11 +362,25 @@ class ImageTokenizer(nn.Module, ABC):
 
 def answering(model: MaskedModel) -> AnsweringModel:
     """`model`, where it answers questions; UserError where it does not."""
+    if isinstance(model, (WritingModel, BlockAnsweringModel)):
+        raise UserError(
+            f"{model.family} writes text by blocks, not token by token: RolloutEngine.generate_text and .write and "
+            "reinforcement on prompts can use it; what was asked for here needs show-o"
+        )
     if not isinstance(model, AnsweringModel):
         raise UserError(
             f"{model.family} draws but does not answer: it has no text head. Use a model that has one (show-o), or "
             "leave out what asks for answers"
         )
+    return model
+
+
+def writing(model: MaskedModel) -> WritingModel:
+    """`model`, or the writer inside it, where it writes text by blocks; UserError where it does not."""
+    if isinstance(model, BlockAnsweringModel):
+        return model.writer
+    if not isinstance(model, WritingModel):
+        raise UserError(f"{model.family} does not write text by blocks: use a model that does (llada, mmada)")
     return model
 
 

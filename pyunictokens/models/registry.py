@@ -21,6 +21,8 @@ from .checkpoint import read_config, resolve
 FAMILIES = {
     "show-o": "pyunictokens.models.showo.family",
     "amused": "pyunictokens.models.amused",
+    "mmada": "pyunictokens.models.mmada",
+    "llada": "pyunictokens.models.llada",
 }
 """Modules by family."""
 
@@ -36,6 +38,8 @@ class Family:
     """Loads what `sources` names. Raises UserError where a part is missing or does not fit."""
     words: Mapping[str, Sources] = field(default_factory=dict)
     """Short names of published checkpoints, each with the tokenizers it was trained with."""
+    holds: tuple[str, ...] = ()
+    """Which of "vq" and "tokenizer" lie in the folder of such a checkpoint."""
 
 
 def families() -> list[Family]:
@@ -49,8 +53,14 @@ def implied(model: str) -> Sources:
     for family in families():
         if model in family.words:
             return family.words[model]
-    if (Path(model).expanduser() / "model_index.json").is_file():
+    folder = Path(model).expanduser()
+    if (folder / "model_index.json").is_file():
         return Sources(model, model, model)
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+        for family in families():
+            if family.recognises(config):
+                return Sources(model, **dict.fromkeys(family.holds, model))
     return Sources(model)
 
 

@@ -1,4 +1,7 @@
-"""How a model is sampled where the loops of masked models differ: schedule, temperature, guidance, default numbers."""
+"""How a model is sampled where the loops of masked models differ: schedule, temperature, guidance, default numbers.
+
+`SamplingRule` is of images, `BlockRule` of text that is unmasked block after block.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +56,44 @@ class SamplingRule:
                 f"guidance_scale={guidance_scale!r}: must be a finite number ≥ {off:g} ({off:g} turns guidance off)"
             )
         return float(guidance_scale) - off
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """How text is unmasked: the blocks in their order, of each block the likeliest tokens first, and as many in each of
+    its steps (Nie et al., 2025: semi-autoregressive, low-confidence re-masking, linear counts)."""
+
+    length: int = 128
+    """Tokens of a text by default."""
+    block: int = 32
+    """Tokens of a block."""
+    steps: int = 64
+    """Steps of a text of `length` tokens."""
+    temperature: float = 0.0
+    """Of the tokens: 0 takes the likeliest, 1 draws from the model's own distribution."""
+
+    def plan(self, length: int | None, block: int | None, steps: int | None) -> tuple[int, int, int]:
+        """(length, block, steps) with defaults put in: steps in proportion to the length, at least one a block.
+        Raises UserError where blocks do not divide the length, or the steps the blocks."""
+        length = self.length if length is None else length
+        block = min(self.block, length) if block is None else block
+        if length % block:
+            raise UserError(f"max_new_tokens={length}: must be a multiple of block_length={block}")
+        count = length // block
+        if steps is None:
+            steps = count * max(1, min(block, round(self.steps * block / self.length)))
+        if steps % count or steps > length:
+            raise UserError(
+                f"steps={steps}: must be a multiple of the {count} blocks and at most max_new_tokens={length}: a block "
+                f"of {block} tokens takes 1 to {block} steps"
+            )
+        return length, block, steps
+
+    @staticmethod
+    def unknown_after(block: int, steps: int) -> list[int]:
+        """How many of a block's tokens are unknown after each of its steps."""
+        known, counts = 0, []
+        for step in range(steps):
+            known += block // steps + (step < block % steps)
+            counts.append(block - known)
+        return counts

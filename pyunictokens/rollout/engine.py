@@ -8,6 +8,7 @@ weights may change.
     engine = RolloutEngine(model, vq, tokenizer)
     images = engine.generate_images(["A photo of <bo>."], samples=9, seed=1)
     answers = engine.generate_text(images.pixels, "What is it?")
+    texts = engine.write(["What is 3 + 4?"])                             # a model that writes by blocks
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..models import (
     AnsweringModel,
+    BlockAnsweringModel,
     CapturableModel,
     ConceptTokens,
     ImageTokenizer,
@@ -32,6 +34,7 @@ from ..models import (
     ModelBundle,
     Prefix,
     TextTokenizer,
+    WritingModel,
     answering,
 )
 from ..utils import profiling
@@ -48,6 +51,7 @@ from .sampler import EagerSlots, LoopSettings, Noise
 from .scheduler import Scheduler
 from .text import TextSettings, decode
 from .types import ImageRollout, RolloutInterrupted, TextRollout
+from .writing import BlockTexts
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +183,8 @@ class RolloutEngine:
             NotFinite: a model whose log-probs are not finite.
             RolloutInterrupted: Ctrl-C; it carries the images that were finished.
         """
+        if isinstance(self.model, WritingModel):
+            raise UserError(f"{self.model.family} writes text and draws nothing: use RolloutEngine.write")
         rule, samples = self.model.rule, checks.count("samples", samples)
         steps = checks.count("steps", rule.steps if steps is None else steps, 1, checks.MAX_STEPS)
         guidance_scale = rule.guidance_scale if guidance_scale is None else guidance_scale
@@ -339,6 +345,8 @@ class RolloutEngine:
         raw: bool = False,
         system: str | Sequence[int] = "",
         concepts: Concepts = None,
+        block_length: int | None = None,
+        steps: int | None = None,
     ) -> TextRollout:
         """Answer each question about its image `samples` times; rows are prompt-major.
 
@@ -351,11 +359,20 @@ class RolloutEngine:
             seed, sample_ids: the key of all noise, as for images.
             system: text or ids before the image, for features only.
             concepts: which resident concept each question speaks of, where its text does not say so.
+            block_length, steps: as in :meth:`write`, for a model that writes by blocks.
 
         Raises:
             UserError: for anything out of range, text without tokenizer, more positions than the model has, or a model
                 that does not answer.
         """
+        if isinstance(self.model, BlockAnsweringModel):
+            if top_k > 1 or len(system):
+                raise UserError(f"top_k={top_k}, system={system!r}: {self.model.family} takes neither")
+            heat = 0.0 if top_k == 1 else temperature
+            texts = self._texts_by_blocks(seed, sample_ids, max_new_tokens, block_length, steps, heat)
+            return texts.answers(self.model, self.vq, images, questions, samples, raw)
+        if block_length is not None or steps is not None:
+            raise UserError(f"block_length and steps: {self.model.family} writes token by token; leave them out")
         model = answering(self.model)
         samples = checks.count("samples", samples)
         checks.count("max_new_tokens", max_new_tokens, 1, checks.MAX_STEPS)
@@ -408,6 +425,63 @@ class RolloutEngine:
             temperature=temperature,
             top_k=top_k,
             concepts=names,
+        )
+
+    @torch.no_grad()
+    @profiling.phase("answers")
+    def write(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        samples: int = 1,
+        max_new_tokens: int | None = None,
+        block_length: int | None = None,
+        steps: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+        sample_ids: Sequence[int] | Tensor | None = None,
+        raw: bool = False,
+        record: bool = False,
+    ) -> TextRollout:
+        """Write `samples` texts for every prompt by blocks; rows are prompt-major.
+
+        Args:
+            prompts: text, put into the model's chat template unless `raw`; or ids, taken as they are.
+            max_new_tokens, block_length, steps: L, the tokens of a block, and the steps of the whole text; L is a
+                multiple of the block, and steps one of the number of blocks. What is not given is the model's own
+                (`BlockRule`).
+            temperature: of the tokens; 0 takes the likeliest.
+            seed, sample_ids: the key of all noise, as for images.
+            record: keep every step's inputs, choices and log-probs [R, T, L].
+
+        Raises:
+            UserError: for anything out of range, or a model that does not write by blocks.
+            NotFinite: a model whose log-probs are not finite.
+        """
+        texts = self._texts_by_blocks(seed, sample_ids, max_new_tokens, block_length, steps, temperature)
+        return texts.written(prompts, samples, raw, record)
+
+    def _texts_by_blocks(
+        self,
+        seed: int,
+        sample_ids: Sequence[int] | Tensor | None,
+        length: int | None,
+        block: int | None,
+        steps: int | None,
+        temperature: float | None,
+    ) -> BlockTexts:
+        return BlockTexts(
+            self.model,
+            self.tokenizer,
+            seed=seed,
+            sample_ids=sample_ids,
+            length=length,
+            block=block,
+            steps=steps,
+            temperature=temperature,
+            max_rows=self.max_rows,
+            backend=self.ops_backend,
+            limit=self._limit,
         )
 
     def _texts(self, tokens: Tensor, lengths: Tensor, names: list[str | None]) -> list[str]:

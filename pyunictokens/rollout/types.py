@@ -92,6 +92,18 @@ class RolloutInterrupted(KeyboardInterrupt):
 
 
 @dataclass
+class TextSteps:
+    """The steps of texts that were unmasked block by block, as an image's steps are recorded."""
+
+    inputs: Tensor
+    """int [R, T, L]: the tokens before each step, −1 where unknown."""
+    chosen: Tensor
+    """int [R, T, L]: the tokens sampled in the step's block, those that stand elsewhere; 0 where none does yet."""
+    logp: Tensor
+    """float32 [R, T, L]: log p(chosen) at the temperature of sampling, 0 where the step sampled nothing."""
+
+
+@dataclass
 class TextRollout:
     """Answers of one call, rows prompt-major: row ``p * samples + g`` is sample g of question p."""
 
@@ -117,6 +129,8 @@ class TextRollout:
     top_k: int
     concepts: list[str | None] = field(default_factory=list)
     """The resident concept each question's ids belong to; None for the model as it is."""
+    steps: TextSteps | None = None
+    """Where the text was unmasked by blocks and its steps were recorded."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -41,14 +41,14 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
     ("config", "said"),
     [
         ({"_class_name": "UVit2DModel"}, "'_class_name': 'UVit2DModel'"),
-        ({"architectures": ["LLaDAModelLM"]}, "LLaDAModelLM"),
+        ({"architectures": ["OlmoForCausalLM"]}, "OlmoForCausalLM"),
         ({}, "which names no class"),
     ],
 )
 def test_an_unknown_family_is_an_error_that_names_the_families(config: dict, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=r"is of no family known here: show-o, amused\. Known by name: show-o-512"
+        UserError, match=r"is of no family known here: show-o, amused, mmada, llada\. Known by name: show-o-512"
     ) as error:
         uct.models.load(tmp_path)
     assert said in str(error.value)

@@ -16,7 +16,8 @@ from .model import Showo
 
 
 def _recognises(config: Mapping[str, object]) -> bool:
-    return config.get("_class_name") == "Showo" or "llm_vocab_size" in config
+    stated = "llm_vocab_size" in config and "model_type" not in config  # MMaDA's config.json holds both
+    return config.get("_class_name") == "Showo" or stated
 
 
 def _load(sources: Sources, dtype: torch.dtype, device: torch.device) -> ModelBundle:
