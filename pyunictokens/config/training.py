@@ -208,7 +208,7 @@ class HeldOutConfig:
             raise UserError("held_out.by is empty: must be reward, or the name of a reward model or metric")
 
 
-OBJECTIVES = ("unictask", "mask_grpo", "gspo", "final_sample")
+OBJECTIVES = ("unictask", "mask_grpo", "gspo", "final_sample", "unigrpo", "diffu_grpo", "coupled")
 """Names of `train/objective.py: REGISTRY`."""
 
 
@@ -245,16 +245,17 @@ class GrpoConfig:
     alpha_image: float = 0.6
     """Weight of the image's tokens."""
     objective: str = "unictask"
-    """What is maximised: unictask (the paper), mask_grpo, gspo, final_sample, or MODULE:CLASS of your own."""
+    """What is maximised: unictask (the paper), mask_grpo, gspo, final_sample; of text diffusion unigrpo, diffu_grpo and
+    coupled; or MODULE:CLASS of your own."""
     advantage: Literal["mean", "std", "leave_one_out"] = "mean"
     """What a reward is compared with: the mean of its group (the paper), the same over the group's standard deviation,
     or the mean of the others."""
     reduction: Literal["auto", "sum", "mean"] = "auto"
-    """Whether a rollout's terms are summed (unictask, final_sample) or averaged (mask_grpo); auto is the objective's
-    own."""
+    """Whether a rollout's terms are summed (unictask, final_sample) or averaged (mask_grpo, and those of text
+    diffusion); auto is the objective's own."""
     token_scope: Literal["all", "masked", "newly_unmasked"] = "all"
     """Which image tokens of each timestep count: all, those unknown before it, or those it made known. For unictask and
-    gspo; mask_grpo takes those made known, final_sample those it masks."""
+    gspo; mask_grpo takes those made known, the others those they mask."""
     inner_epochs: int = field(default=1, metadata={"was": "inner_updates"})
     """Optimizer steps on one set of rollouts; the first has ratio 1, so clipping acts from the second on."""
     visual_ratio: float = 0.5

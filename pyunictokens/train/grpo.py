@@ -399,7 +399,8 @@ class _Run:
         for epoch in range(config.inner_epochs):
             self.optimizer.zero_grad()
             own = []
-            for advantages, images, answers in parts:
+            for advantages, views, answers in parts:
+                images = views[min(epoch, len(views) - 1)]
                 with profiling.phase("update"):
                     own.append(
                         streamed_backward(self.model, advantages, self.settings, images, answers, self.sizes, rows)
@@ -417,9 +418,9 @@ class _Run:
                 return problem, stats, norm
         return "", first, norm
 
-    def _prepared(self, local: LocalRollouts, number: int) -> tuple[ImageTrajectories, AnswerTrajectories | None]:
+    def _prepared(self, local: LocalRollouts, number: int) -> tuple[list[ImageTrajectories], AnswerTrajectories | None]:
         """What the update takes of this rank's rollouts of group `number`: the timesteps it looks at, what the
-        objective makes of them, and the reference's log-probs."""
+        objective makes of them (for each inner epoch, or once for all), and the reference's log-probs."""
         config, answers = self.config, local.answers
         by_change = config.timestep_choice == "largest_change"
         images = choose_timesteps(
@@ -430,20 +431,20 @@ class _Run:
             embedding_KD=self.model.image_head()[0].detach() if by_change else None,
         )
         keys = [(config.seed, 3, number, row) for row in local.rows]
-        images = self.objective.actions(images, local.images.chosen_RTN[:, -1], keys)
-        if config.alpha_image > 0:
+        views = self.objective.views(images, local.images.chosen_RTN[:, -1], keys, config.inner_epochs)
+        for images in views if config.alpha_image > 0 else ():
             self.objective.check(images)
             if not len(images.old_logp_RTN):
                 with profiling.phase("reference"):
                     images.old_logp_RTN = self._logprobs(images)
         if config.beta > 0:
             with profiling.phase("reference"), self.policy.reference():
-                if config.alpha_image > 0:
+                for images in views if config.alpha_image > 0 else ():
                     images.ref_logp_RTN = self._logprobs(images)
                 if config.alpha_answer > 0 and answers is not None:
                     answers.ref_logp_RL = answer_logprobs(answering(self.model), answers)
-            profiling.count("reference", lambda: self._image_flops(images, update=False))
-        return images, answers
+            profiling.count("reference", lambda: sum(self._image_flops(each, update=False) for each in views))
+        return views, answers
 
     def _logprobs(self, images: ImageTrajectories) -> torch.Tensor:
         return image_logprobs(self.model, images, self.config.micro_rows, self.config.micro_timesteps, self.sizes)

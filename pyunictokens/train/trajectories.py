@@ -2,7 +2,8 @@
 
 An image rollout is T actions: at each timestep the codes before it, the codes chosen at it, and their log-probs under
 the policy that chose. `choose_timesteps` takes some of them; `remask` puts in their place the finished sample under
-random masks, as the objective `final_sample` scores it (UDM-GRPO, MaskFocus).
+random masks, as the objective `final_sample` scores it (UDM-GRPO, MaskFocus). Texts that were unmasked by blocks are
+the same: their codes are token ids, N their length (:meth:`ImageTrajectories.of_texts`).
 
 Shape suffixes: R rollouts, T timesteps, k kept timesteps, N image codes, L answer tokens, K codebook, D width.
 """
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models import MaskedModel
+from .. import ops
+from ..models import MaskedModel, WritingModel
 from ..rollout.types import ImageRollout, TextRollout
 from ..utils.errors import UserError
 
@@ -45,6 +47,12 @@ class ImageTrajectories:
     timestep_RT: Tensor | None = None
     """float32: the part of the steps that was done before each, as `MaskedModel.image_hidden` takes it. Where it is not
     given, the T timesteps are all there were, in their order."""
+    temperature: float = 1.0
+    """Of the distribution that the choices were drawn from."""
+    kept_RN: Tensor | None = None
+    """bool: the positions that are part of the sample at all, where that is not all (a text ends)."""
+    prompt_mask_id: int | None = None
+    """`MaskedModel.prompt_mask_id`."""
 
     def __post_init__(self) -> None:
         if self.timestep_RT is None:
@@ -67,6 +75,36 @@ class ImageTrajectories:
             empty_prompt=model.prompt_ids([]),
             guidance_scale=model.rule.strength(rollout.guidance_scale),
             mask_RTN=mask_RTN,
+            prompt_mask_id=model.prompt_mask_id,
+        )
+
+    @classmethod
+    def of_texts(cls, model: WritingModel, rollout: TextRollout, scope: str = "newly_unmasked") -> ImageTrajectories:
+        """What the update needs of recorded texts of `model`; what follows an end token never counts.
+
+        Log-probs were recorded of the tokens that a step made known; with another `scope` they are still to be taken
+        (`old_logp_RTN` is empty). Raises UserError where nothing was recorded.
+        """
+        if rollout.steps is None:
+            raise UserError("these texts were not recorded: write them with record=True")
+        inputs = rollout.steps.inputs
+        place = torch.arange(inputs.shape[2], device=inputs.device)
+        kept_RN = place < rollout.lengths.to(inputs.device)[:, None]
+        scoped = ops.token_mask(inputs, scope)
+        distinct: dict[tuple[int, ...], int] = {}
+        of_prompt = [distinct.setdefault(tuple(model.prompt_ids(ids)), len(distinct)) for ids in rollout.question_ids]
+        return cls(
+            prompts=[list(prompt) for prompt in distinct],
+            prompt_of_row=[of_prompt[index] for index in rollout.prompt_index.tolist()],
+            inputs_RTN=inputs,
+            chosen_RTN=rollout.steps.chosen,
+            old_logp_RTN=rollout.steps.logp if scope == "newly_unmasked" else torch.empty(0),
+            empty_prompt=model.prompt_ids([]),
+            guidance_scale=0.0,
+            mask_RTN=kept_RN[:, None].expand(inputs.shape) if scoped is None else scoped & kept_RN[:, None],
+            temperature=rollout.temperature or 1.0,
+            kept_RN=kept_RN,
+            prompt_mask_id=model.prompt_mask_id,
         )
 
     def __len__(self) -> int:
@@ -75,6 +113,13 @@ class ImageTrajectories:
     @property
     def mask(self) -> Tensor | None:
         return self.mask_RTN
+
+    @property
+    def kept(self) -> Tensor:
+        """bool [R, N]: the positions that are part of the sample."""
+        if self.kept_RN is not None:
+            return self.kept_RN
+        return torch.ones_like(self.inputs_RTN[:, 0], dtype=torch.bool)
 
     @property
     def shape(self) -> torch.Size:
@@ -95,6 +140,7 @@ class ImageTrajectories:
             ref_logp_RTN=cut(self.ref_logp_RTN),
             mask_RTN=cut(self.mask_RTN),
             timestep_RT=cut(self.timestep_RT),
+            kept_RN=None if self.kept_RN is None else self.kept_RN[rows].to(device),
         )
 
 
@@ -217,16 +263,42 @@ def remask(images: ImageTrajectories, sample_RN: Tensor, keys: Sequence[Sequence
 
     `keys` holds one seed (some numbers) a rollout: its masks follow from that alone.
     """
-    rows, steps, count = images.inputs_RTN.shape
+    steps, count = images.inputs_RTN.shape[1:]
+    kept_RN = images.kept.cpu()
     noise = np.stack([np.random.default_rng(list(key)).random((steps, count)) for key in keys])
-    rank_RTN = torch.from_numpy(noise.argsort(-1).argsort(-1)).to(images.inputs_RTN.device)
-    mask_RTN = rank_RTN < (images.inputs_RTN < 0).sum(-1, keepdim=True)
-    chosen_RTN = sample_RN[:, None].expand(rows, steps, count).to(images.chosen_RTN)
+    rank_RTN = torch.from_numpy(np.where(kept_RN[:, None], noise, 2.0).argsort(-1).argsort(-1))
+    hidden = (images.inputs_RTN < 0) & images.kept[:, None]
+    mask_RTN = rank_RTN.to(hidden.device) < hidden.sum(-1, keepdim=True)
+    return replace(masked_views(images, sample_RN, mask_RTN), timestep_RT=images.timestep_RT, weight=images.weight)
+
+
+def masked_views(images: ImageTrajectories, sample_RN: Tensor, mask_RTN: Tensor) -> ImageTrajectories:
+    """The finished samples under masks bool [R, T, N] in place of the recorded steps: T is the number of views.
+
+    What is masked counts, where it is part of the sample; its old log-probs are still to be taken. A model that knows
+    the time is told the part of the positions that is known.
+    """
+    rows, views, count = mask_RTN.shape
+    chosen_RTN = sample_RN[:, None].expand(rows, views, count).to(images.chosen_RTN)
     return replace(
         images,
         inputs_RTN=chosen_RTN.masked_fill(mask_RTN, -1),
         chosen_RTN=chosen_RTN,
         old_logp_RTN=torch.empty(0),
         ref_logp_RTN=None,
-        mask_RTN=mask_RTN,
+        mask_RTN=mask_RTN & images.kept[:, None],
+        timestep_RT=1.0 - mask_RTN.float().mean(-1),
+        weight=1.0,
     )
+
+
+def random_masks(
+    images: ImageTrajectories, parts_R: Sequence[float], generators: Sequence[np.random.Generator]
+) -> Tensor:
+    """bool [R, N]: of each rollout's sample round(part · its positions) at random places, at least one."""
+    masks = torch.zeros(images.kept.shape, dtype=torch.bool)
+    for row, (part, generator) in enumerate(zip(parts_R, generators, strict=True)):
+        places = images.kept[row].nonzero().flatten().cpu().numpy()
+        wanted = min(max(1, round(part * len(places))), len(places))
+        masks[row, torch.from_numpy(generator.permutation(places)[:wanted])] = True
+    return masks.to(images.inputs_RTN.device)

@@ -236,6 +236,7 @@ def _token_loss(
         bias,
         hidden_uncond=uncond,
         guidance_scale=part.guidance_scale,
+        temperature=part.temperature,
         alpha=settings.alpha_image * weights,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
@@ -306,6 +307,7 @@ def _selected(
         bias,
         hidden_uncond=None if uncond is None else uncond[kept],
         guidance_scale=part.guidance_scale,
+        temperature=part.temperature,
     )
     return torch.zeros(target.shape, device=found.device, dtype=found.dtype).masked_scatter(kept, found)
 

@@ -241,7 +241,10 @@ def test_names_and_classes_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = objective_of(GrpoConfig(objective=f"{__name__}:Mine"))
     assert type(mine) is Mine and mine.reduction == "mean"
     for name, said in [
-        ("gpso", "objective='gpso': must be one of unictask, mask_grpo, gspo, final_sample, or MODULE:CLASS"),
+        (
+            "gpso",
+            "objective='gpso': must be one of unictask, mask_grpo, gspo, final_sample, unigrpo, diffu_grpo",
+        ),
         ("no_such_module:X", "No module named 'no_such_module'"),
         (f"{__name__}:World", "must be a class derived from"),
         (f"{__name__}:Nobody", "Nobody"),
@@ -310,7 +313,7 @@ def test_training_with_each(name: str, here: World, tmp_path: Path) -> None:
     assert len(lines) == 2 and result.skipped == 0
     for line in lines:
         assert line["grad_norm"] > 0 and line["ratio_mean"] == pytest.approx(1, abs=1e-3)
-        assert (line["entropy"] is None) == (name in ("mask_grpo", "gspo"))
+        assert (line["entropy"] is None) == (name in ("mask_grpo", "gspo", "coupled"))
     assert lines[1]["kl"] > 0
     start = dict(tiny_model().named_parameters())
     assert any(not torch.equal(start[key], value) for key, value in arguments["model"].named_parameters())
