@@ -15,7 +15,6 @@ from typer.core import TyperGroup
 from ..utils.errors import UserError
 from . import evaluate_paper, evaluate_table
 from .demo import show_results
-from .evaluate_table import ProtocolOption
 from .generate import ConceptOption, NameOption, RunArgument
 from .shell import (
     Bars,
@@ -31,6 +30,7 @@ from .shell import (
     console,
     guarded,
 )
+from .table_options import ProtocolOption
 
 DEFAULT = "run"
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..utils.errors import UserError
-from .evaluate_table import MODELS_HELP, ProtocolOption, show
+from .evaluate_table import show
 from .shell import (
     Bars,
-    ClipOption,
     ConfigOption,
     DeviceOption,
     DtypeOption,
@@ -24,6 +23,16 @@ from .shell import (
     TokenizerOption,
     VqOption,
     console,
+)
+from .table_options import (
+    JUDGE_KEY,
+    MODELS_HELP,
+    JudgeKeyOption,
+    JudgeModelOption,
+    JudgeUrlOption,
+    ProtocolOption,
+    TableClipOption,
+    key_variable,
 )
 from .train import Preset
 
@@ -52,13 +61,11 @@ def paper(
     rewards: Annotated[
         str | None, typer.Option("--rewards", metavar="FILE.yaml", help="Reward models of the runs, as for train.")
     ] = None,
-    clip: ClipOption = None,
+    clip: TableClipOption = None,
     protocol: ProtocolOption = None,
-    judge_url: Annotated[str | None, typer.Option("--judge-url", help="The judge's endpoint, up to /v1.")] = None,
-    judge_model: Annotated[str | None, typer.Option("--judge-model", help="The judge's name there.")] = None,
-    judge_key: Annotated[
-        str, typer.Option("--judge-key-env", help="Environment variable of its key; `none` where it wants none.")
-    ] = "OPENAI_API_KEY",
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
+    judge_key: JudgeKeyOption = JUDGE_KEY,
     preset: Annotated[
         Preset | None, typer.Option("--preset", help="Settings of the runs. Default: toy or paper.")
     ] = None,
@@ -89,7 +96,8 @@ def paper(
     from dataclasses import replace
 
     from ..config.settings import load_yaml, to_mapping, with_overrides
-    from ..evaluate.protocol import OURS, protocol_named
+    from ..data.folder import load_concept
+    from ..evaluate.protocol import DEFAULT_SAMPLES, OURS, protocol_named
     from ..evaluate.runner import fill
     from ..evaluate.suites import open_suite
     from ..evaluate.table_files import Table, told
@@ -116,6 +124,12 @@ def paper(
     given = {table: (f"{root}", list(name or []), reading) for table in wanted}
     given |= {table: (f"{table}:{folder}", [], OURS) for table, folder in folders.items() if folder is not None}
     suites = {table: open_suite(*three) for table, three in given.items()}
+
+    def ours(table: str) -> TableConfig:
+        """The settings of a table; those of Table 5 have no other protocol."""
+        own = suites[table].protocol
+        return asked if own is reading else replace(asked, protocol=own.name, samples=asked.samples or DEFAULT_SAMPLES)
+
     names = list(suites[wanted[0]].names) if wanted else []
     place = Place(Run(None), sources, asked, device, dtype)
     rows = {table: work.titled(table, place.baselines(work.models_of(out, table, model_row or ()))) for table in suites}
@@ -123,13 +137,13 @@ def paper(
     todo = work.Plan(missing=_missing(sources, clip, rewards))
     todo.runs = {variant: (sum(work.is_done(out, variant, one) for one in names), len(names)) for variant in variants}
     for table in suites:
-        todo.cells += work.cells_of(table, rows[table], subjects[table], out / table, asked)
+        todo.cells += work.cells_of(
+            table, rows[table], subjects[table], out / table, ours(table), judged=judge_model is not None
+        )
     costs = work.sizes_of(sources.model)
-    for variant, (done, total) in todo.runs.items():
-        about = work.VARIANTS[variant]
-        if about.grpo:
-            grpo = with_overrides(settings.grpo, [word.removeprefix("grpo.") for word in about.words])
-            todo.train_flops += (total - done) * work.training_flops(costs, grpo)
+    for variant in variants:
+        open_names = [one for one in names if not work.is_done(out, variant, one)]
+        todo.add_runs(variant, costs, settings.stages, settings.grpo, [load_concept(root, one) for one in open_names])
     guided = asked.guidance_scale > 0
     todo.measure_flops = work.measuring_flops(costs, todo.cells, asked.timesteps, guided, asked.max_new_tokens)
     _show_plan(todo, rate)
@@ -157,20 +171,18 @@ def paper(
                 raise UserError("stopped; the same command goes on")
         if clip is None and sources.is_toy:
             clip = TOY_CLIP
-        key = None if judge_key == "none" else judge_key
         for table in suites:
-            own = suites[table].protocol
             scorer = make_scorer(
                 clip,
                 judge_url,
                 judge_model,
-                key,
+                key_variable(judge_key),
                 out / "judge",
                 device,
                 judged_as=asked.judged_as,
-                protocol=own,
+                protocol=suites[table].protocol,
             )
-            mine = asked if own is reading else replace(asked, protocol=own.name, samples=asked.samples or 4)
+            mine = ours(table)
             ready = work.titled(table, place.baselines(work.models_of(out, table, model_row or ())))
             filled = fill(ready, subjects[table], scorer, out / table, mine, bars)
             said = {**to_mapping(mine), "suite": str(root), "clip": clip, "judge": judge_model}
@@ -216,19 +228,20 @@ def _show_plan(todo: Plan, rate: float) -> None:
     from rich.table import Table as Grid
 
     grid = Grid(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "", "done", "wanted", "answers to ask", "images to draw"):
+    for title in ("", "", "done", "wanted", "answers to ask", "images to draw", "calls of the judge"):
         grid.add_column(title, justify="left" if not title else "right")
     for variant, (done, wanted) in todo.runs.items():
-        grid.add_row("runs", variant, str(done), str(wanted), "", "")
+        grid.add_row("runs", variant, str(done), str(wanted), "", "", "")
     for cell in todo.cells:
-        grid.add_row(
-            cell.table, cell.model, str(cell.there), str(cell.records), str(cell.open_answers), str(cell.open_images)
-        )
+        numbers = (cell.there, cell.records, cell.open_answers, cell.open_images, cell.judge_calls)
+        grid.add_row(cell.table, cell.model, *map(str, numbers))
     console().print(grid)
-    training, measuring = todo.hours(rate * 1e12)
+    stages, grpo, measuring = todo.hours(rate * 1e12)
+    calls = sum(cell.judge_calls for cell in todo.cells)
     console().print(
-        f"about {training:.3g} hours of reinforcement and {measuring:.3g} of measuring on one device at {rate:g} "
-        "TFLOP/s; stages, previews' scores and judges are not in it",
+        f"about {stages:.3g} hours of stages, {grpo:.3g} of reinforcement and {measuring:.3g} of measuring on one "
+        f"device at {rate:g} TFLOP/s, and {calls} calls of the judge; previews' scores and the judge's own time are "
+        "not in the hours",
         markup=False,
     )
     for line in todo.missing:

@@ -13,26 +13,20 @@ import typer
 from ..utils.errors import UserError
 from .generate import ConceptOption
 from .shell import Bars, ConfigOption, DeviceOption, DtypeOption, OverridesArgument, TokenizerOption, VqOption, console
+from .table_options import (
+    JUDGE_KEY,
+    MODELS_HELP,
+    JudgeKeyOption,
+    JudgeModelOption,
+    JudgeUrlOption,
+    ProtocolOption,
+    TableClipOption,
+    key_variable,
+)
 
 if TYPE_CHECKING:
     from ..evaluate.result import Metric
     from ..evaluate.table_files import Table
-
-MODELS_HELP = (
-    "A row of the table; give it once a model: ours[:RUN], showo-tp, showo-ip, transformers:PATH[+ip], "
-    "diffusers:PATH[,lora=…|,embedding=…], endpoint:URL,model=NAME[,draw=NAME][+ip], real. "
-    "{name} in RUN is the concept."
-)
-
-
-ProtocolOption = Annotated[
-    str | None,
-    typer.Option(
-        "--protocol",
-        metavar="ours|sync-r1",
-        help="How is asked and scored: ours, or as the authors' later public code does (docs/evaluation.md).",
-    ),
-]
 
 
 def table(
@@ -54,24 +48,10 @@ def table(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the table; what is there already is not done again.")
     ] = Path("table"),
-    clip: Annotated[
-        str | None,
-        typer.Option(
-            "--clip",
-            help="CLIP of open_clip: a folder, a hub id, or ARCHITECTURE=FILE; `toy` is the toy's own encoder, and the "
-            "default where the model is the toy.",
-        ),
-    ] = None,
-    judge_url: Annotated[
-        str | None, typer.Option("--judge-url", help="OpenAI-compatible endpoint of the judge, up to /v1.")
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option("--judge-model", help="The judge's name at the endpoint, as in gpt-4o.")
-    ] = None,
-    judge_key: Annotated[
-        str,
-        typer.Option("--judge-key-env", help="Environment variable of the judge's key; `none` where it wants none."),
-    ] = "OPENAI_API_KEY",
+    clip: TableClipOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
+    judge_key: JudgeKeyOption = JUDGE_KEY,
     showo: Annotated[
         str | None, typer.Option("--showo", help="Show-o folder or hub id. Default: the embedded toy, or the run's.")
     ] = None,
@@ -135,12 +115,11 @@ def table(
     place = Place(run, sources, settings, device, dtype)
     if clip is None and sources.is_toy:
         clip = TOY_CLIP
-    key = None if judge_key == "none" else judge_key
     scorer = make_scorer(
         clip,
         judge_url,
         judge_model,
-        key,
+        key_variable(judge_key),
         out / "judge",
         device,
         judged_as=settings.judged_as,

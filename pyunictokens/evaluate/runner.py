@@ -145,7 +145,8 @@ class _Row:
         name = self.baseline.name
         for task in self.settings.tasks or TASKS:
             images = TASKS[task].images
-            items = _first({item.digest: item for item in self.subject.of(task)}.values(), self.settings.limit)
+            distinct = {item.digest: item for item in self.subject.of(task)}
+            items = first_of_each_group(distinct.values(), self.settings.limit)
             asked = [(item, seed) for seed in (self.settings.seeds if images else (0,)) for item in items]
             pairs = []
             for number, (item, seed) in enumerate(asked):
@@ -213,7 +214,7 @@ def _shown(path: Path) -> Image:
     return fit_within(read_image(path), _SIDE)
 
 
-def _first(items: Iterable[Item], limit: int) -> list[Item]:
+def first_of_each_group(items: Iterable[Item], limit: int) -> list[Item]:
     """The first `limit` items of each group; all when limit is 0."""
     kept: dict[str, list[Item]] = {}
     for item in items:

@@ -102,6 +102,19 @@ class _Question:
     item: JudgeItem
 
 
+def judge_calls(item: Item, protocol: BenchProtocol, samples: int) -> int:
+    """The most questions that a judge is asked for one record of `item` with `samples` images (0: an answer); for an
+    empty answer none is."""
+    if "judge" not in TASKS[item.task].measures:
+        return 0
+    return samples * len(set(_parts(item.meant, protocol, _HERE))) if samples else 1
+
+
+def _parts(meant: str, protocol: BenchProtocol, words: str) -> list[str]:
+    """The parts of a prompt that the judge is asked about, `words` for `<name>`."""
+    return [part.replace(_HERE, words) for part in protocol.parts(plain_text(meant, _HERE))]
+
+
 class Scorer:
     """Fills in the scores that records lack.
 
@@ -219,7 +232,7 @@ class Scorer:
 
     def _about_images(self, record: Record, subject: Subject, pixels: Tensor) -> list[_Question]:
         words = subject.in_words(self.judged_as)
-        parts = [part.replace(_HERE, words) for part in self.protocol.parts(plain_text(record.meant, _HERE))]
+        parts = _parts(record.meant, self.protocol, words)
         asked = {part: prompts.segment_question(part, words) for part in parts}
         return [
             _Question(record, place, part, JudgeItem(question, (one,), f"{record.item}/{place}"))

@@ -13,10 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config.training import GrpoConfig
+from ..config.settings import with_overrides
+from ..config.training import GrpoConfig, StageConfig
+from ..data.concept import Concept
 from ..evaluate.core import Baseline
-from ..evaluate.runner import TableSettings
+from ..evaluate.protocol import protocol_named
+from ..evaluate.runner import TableSettings, first_of_each_group
 from ..evaluate.sample_cache import SampleCache
+from ..evaluate.scoring import judge_calls
 from ..evaluate.tasks import TASKS, Subject
 from ..models.checkpoint import read_config
 from ..models.showo.costs import ShowoCosts
@@ -144,6 +148,8 @@ class Cell:
     open_images: int = 0
     """Images of records that are not there."""
     open_answers: int = 0
+    judge_calls: int = 0
+    """Questions to the judge for records that have no score of one; 0 where there is no judge."""
 
 
 @dataclass
@@ -155,20 +161,41 @@ class Plan:
     cells: list[Cell] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """Files that have to be fetched first, each with what it is for."""
-    train_flops: float = 0.0
+    stage_flops: float = 0.0
+    grpo_flops: float = 0.0
     measure_flops: float = 0.0
     """Operations of what is not done yet."""
 
-    def hours(self, rate: float) -> tuple[float, float]:
-        """(training, measuring) in hours on one device that does `rate` operations a second of useful work."""
-        return self.train_flops / rate / 3600, self.measure_flops / rate / 3600
+    def hours(self, rate: float) -> tuple[float, float, float]:
+        """(stages, reinforcement, measuring) in hours on one device that does `rate` operations a second of useful
+        work."""
+        stages, grpo, measuring = (
+            each / rate / 3600 for each in (self.stage_flops, self.grpo_flops, self.measure_flops)
+        )
+        return stages, grpo, measuring
+
+    def add_runs(
+        self, variant: str, costs: ShowoCosts, stages: StageConfig, grpo: GrpoConfig, concepts: Iterable[Concept]
+    ) -> None:
+        """What a variant's runs on `concepts`, which are not done, still cost."""
+        about = VARIANTS[variant]
+        told = with_overrides(grpo, [word.removeprefix("grpo.") for word in about.words])
+        stages = replace(stages, stages=("joint",)) if "joint" in about.flags else stages
+        for concept in concepts:
+            self.stage_flops += 0.0 if about.begins else stages_flops(costs, stages, concept)
+            self.grpo_flops += training_flops(costs, told) if about.grpo else 0.0
 
 
 def cells_of(
-    table: str, baselines: Sequence[Baseline], subjects: Sequence[Subject], folder: Path, settings: TableSettings
+    table: str,
+    baselines: Sequence[Baseline],
+    subjects: Sequence[Subject],
+    folder: Path,
+    settings: TableSettings,
+    judged: bool = False,
 ) -> list[Cell]:
-    """What a table asks of each model, and what of it is in `folder`."""
-    cache, found = SampleCache(folder), []
+    """What a table asks of each model and, where it is `judged`, of the judge; and what of it is in `folder`."""
+    cache, found, protocol = SampleCache(folder), [], protocol_named(settings.protocol)
     for model in baselines:
         cell = Cell(table, model.name)
         for subject in subjects:
@@ -178,7 +205,7 @@ def cells_of(
                     continue
                 items = list({item.digest: item for item in subject.of(task)}.values())
                 for seed in settings.seeds if samples else (0,):
-                    for item in items[: settings.limit or None]:
+                    for item in first_of_each_group(items, settings.limit):
                         place = cache.place(model.name, model.identity, subject, item, seed, samples)
                         there = place.is_file()
                         cell.records, cell.there = cell.records + 1, cell.there + there
@@ -186,6 +213,11 @@ def cells_of(
                         cell.answers += not samples
                         cell.open_images += 0 if there else samples
                         cell.open_answers += 0 if there or samples else 1
+                        calls = judge_calls(item, protocol, samples) if judged else 0
+                        if calls and there:
+                            record = SampleCache.read(place)
+                            calls = 0 if record is not None and "judge" in record.scores else calls
+                        cell.judge_calls += calls
         found.append(cell)
     return found
 
@@ -220,3 +252,32 @@ def measuring_flops(costs: ShowoCosts, cells: Iterable[Cell], timesteps: int, gu
     image = costs.image_step(1, prompt, count, guided).flops * timesteps
     answer = costs.answers(count + 40, [tokens]).flops
     return sum(cell.open_images * image + cell.open_answers * answer for cell in cells)
+
+
+_QUESTION = (40, 16)
+"""Positions of a question and of its answer in the stages, in the plan's arithmetic."""
+
+
+def stages_flops(
+    costs: ShowoCosts, stages: StageConfig, concept: Concept, question: tuple[int, int] = _QUESTION
+) -> float:
+    """Operations of the concept stages on one concept; a question and its answer have `question` positions.
+
+    Only the concept's rows learn, so a backward pass costs as much as the forward one.
+    """
+    from ..train.concept_tokens.stages import PLANS, questions_of, stage_steps
+
+    count, questions = costs.count, questions_of(concept, stages)
+    looked_at, (words, answer) = costs.prefill(count + 3).flops, question
+    answered = costs.answers(count + 3 + words, [answer]).flops - costs.prefill(count + 3 + words).flops
+    one = 2 * (costs.prefill(words).flops + answered)
+    total = looked_at * len({item.image for item in questions})
+    for stage in stages.stages:
+        plan, steps = PLANS[stage], stage_steps(stage, stages, len(questions), len(concept.train_images))
+        total += steps * one * (stages.batch_mixed if plan.mixed else stages.batch_understanding)
+        if plan.mixed:
+            total += steps * costs.update(stages.batch_generation, 1, _PROMPT, count, False, "concept").flops
+        if stage == "deepening" and stages.num_extra:
+            image = costs.image_step(1, _PROMPT, count, stages.generated_guidance > 0).flops
+            total += stages.generated_images * stages.generated_timesteps * image
+    return total

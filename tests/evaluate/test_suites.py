@@ -84,9 +84,8 @@ def entry(question: str, right: str = "B") -> dict[str, Any]:
     return {"question": question, "options": {"A": "Cat", "B": "Grey dog"}, "correct_answer": right}
 
 
-@pytest.fixture
-def yollava(tmp_path: Path) -> Path:
-    root = tmp_path / "yollava-data"
+def write_yollava(root: Path) -> Path:
+    """Two concepts and a question about an image of one."""
     for name in ("bo", "mam"):
         pictures(root / "train" / name, "0.png", "1.png")
         pictures(root / "test" / name, "10.png", "9.png")
@@ -95,6 +94,11 @@ def yollava(tmp_path: Path) -> Path:
     visual = {"bo": {"./yollava-data/test/bo/9.png": entry("What is <sks>?")}, "mam": {}}
     put(root / "yollava-visual-qa.json", visual)
     return root
+
+
+@pytest.fixture
+def yollava(tmp_path: Path) -> Path:
+    return write_yollava(tmp_path / "yollava-data")
 
 
 def test_yollava(yollava: Path) -> None:
@@ -148,9 +152,8 @@ def test_yollava_names_a_bad_entry(yollava: Path, wrong: dict[str, Any], message
 # --- MC-LLaVA ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def mcllava(tmp_path: Path) -> Path:
-    root = tmp_path / "mc"
+def write_mcllava(root: Path) -> Path:
+    """Three persons, and questions about one."""
     for half, names in (("two_concept", ("Anna", "Ben")), ("three_concept", ("Cleo",))):
         for name in names:
             pictures(root / half / "concept" / "train" / name, "0.png", "0_mask.png", "1.png")
@@ -160,6 +163,11 @@ def mcllava(tmp_path: Path) -> Path:
     put(test / "qa.json", [{"question": "What hair has <Anna>? A. red B. dark brown C. grey", "answer": "B"}])
     put(test / "choice.json", {})
     return root
+
+
+@pytest.fixture
+def mcllava(tmp_path: Path) -> Path:
+    return write_mcllava(tmp_path / "mc")
 
 
 def test_mcllava(mcllava: Path) -> None:
@@ -199,11 +207,17 @@ def test_options_inside_a_question(question: str, options: list[str]) -> None:
 # --- DreamBench ----------------------------------------------------------------------------------------------------
 
 
-def test_dreambench(tmp_path: Path) -> None:
+def write_dreambench(root: Path) -> Path:
+    """Three subjects and their class words."""
     for name in ("dog6", "berry_bowl", "grey_plushie"):
-        pictures(tmp_path / "dataset" / name, "00.jpg", "01.jpg")
+        pictures(root / "dataset" / name, "00.jpg", "01.jpg")
     lines = "Classes\n\nsubject_name,class\nberry_bowl,bowl\ngrey_plushie,stuffed animal\n\nPrompts\n\nnot,this\n"
-    (tmp_path / "dataset" / "prompts_and_classes.txt").write_text(lines)
+    (root / "dataset" / "prompts_and_classes.txt").write_text(lines)
+    return root
+
+
+def test_dreambench(tmp_path: Path) -> None:
+    write_dreambench(tmp_path)
     suite = open_suite(f"dreambench:{tmp_path}")
     dog, bowl, toy = (suite.subject(name) for name in ("dog6", "berry_bowl", "grey_plushie"))
     assert (dog.class_word, bowl.class_word, toy.class_word) == ("dog", "bowl", "stuffed animal")

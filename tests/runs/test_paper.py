@@ -4,6 +4,7 @@ are filled, and a second call has nothing left to do."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pyunictokens.runs import paper
 from pyunictokens.runs.sweep import Job, Status
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.utils.errors import UserError
+from tests.evaluate.test_suites import write_dreambench, write_mcllava, write_yollava
+from tests.judge_server import JudgeServer
 from tests.tiny import tiny_experts, tiny_toy
 
 WORDS = ("stages.max_steps=1", "num_understanding=2", "num_generation=2", "grpo.steps=1", "grpo.group_size=2")
@@ -58,7 +61,7 @@ def test_tables_from_nothing_and_nothing_twice(here: list[str], tmp_path: Path) 
     out, words = tmp_path / "paper", ("--tables", "table1,table3", *WORDS, "--device", "cpu")
     planned = call("evaluate", "paper", tmp_path / "data", "--out", out, *words, "--plan")
     assert "unictokens-r1" in planned and "joint-grpo" in planned and "no-dsog" not in planned
-    assert "hours of reinforcement" in planned and here == [] and not out.exists()
+    assert "of reinforcement" in planned and here == [] and not out.exists()
     call("evaluate", "paper", tmp_path / "data", "--out", out, *words)
     variants = ["unictokens", "unictokens-r1", "joint", "joint-grpo"]
     assert here == [f"{variant}/{name}" for variant in variants for name in ("bo", "mi")]
@@ -74,10 +77,94 @@ def test_tables_from_nothing_and_nothing_twice(here: list[str], tmp_path: Path) 
     lines = [line.split() for line in again.splitlines() if line.startswith(("table", "runs"))]
     assert len(lines) == 4 + 5 + 4
     assert all(line[-2:] == ["2", "2"] for line in lines if line[0] == "runs")
-    assert all(line[-2:] == ["0", "0"] for line in lines if line[0] != "runs"), again
-    assert "about 0 hours of reinforcement and 0 of measuring" in again
+    assert all(line[-3:] == ["0", "0", "0"] for line in lines if line[0] != "runs"), again
+    assert "about 0 hours of stages, 0 of reinforcement and 0 of measuring" in again
     call("evaluate", "paper", tmp_path / "data", "--out", out, *words)
     assert here == []
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*training images")
+def test_the_ablations_and_the_other_data_sets_with_a_judge(here: list[str], tmp_path: Path) -> None:
+    """Tables 2 and 5; the plan counts what the judge is then asked."""
+    write_toy_concept(tmp_path / "data", seed=3, kind="animal", name="bo")
+    folders = {
+        "yollava": write_yollava(tmp_path / "yollava-data"),
+        "mcllava": write_mcllava(tmp_path / "mc"),
+        "dreambench": write_dreambench(tmp_path / "db"),
+    }
+    given = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
+    out = tmp_path / "paper"
+    with JudgeServer() as server:
+        judge = ("--judge-url", server.url, "--judge-model", "m", "--judge-key-env", "none")
+        command = ("evaluate", "paper", tmp_path / "data", "--out", out, "--tables", "table2", *given, *judge, *WORDS)
+        command = (*command, "--device", "cpu", "table.tasks=[vqa,recognition,pure,dense,reasoning_generation]")
+        planned = numbers_of(call(*command, "--plan"))
+        assert server.requests == []
+        call(*command)
+        asked = len(server.requests)
+        again = numbers_of(call(*command, "--plan"))
+    ablations = ["no-reasoning", "no-visual", "no-text-only", "no-dsog"]
+    assert here == [f"{name}/bo" for name in ["unictokens", "unictokens-r1", *ablations]]
+    for name, key, value in (
+        ("no-reasoning", "reasoning", False),
+        ("no-visual", "visual_ratio", 0.0),
+        ("no-text-only", "visual_ratio", 1.0),
+        ("unictokens-r1", "visual_ratio", 0.5),
+    ):
+        run = json.loads((out / "runs" / name / "bo" / "run.json").read_text())
+        assert run["settings"][key] == value, name
+    for table, models in (
+        ("table2", {"w/o Und. Rea.", "w/o VIA", "w/o TIA", "w/o DSOG", "UniCTokens-R1"}),
+        ("yollava", {"Show-o + TP", "Real images"}),
+        ("mcllava", {"Show-o + TP"}),
+        ("dreambench", {"Show-o + TP", "Real images"}),
+    ):
+        content = json.loads((out / table / "results.json").read_text())
+        assert {record["model"] for record in content["records"]} == models, table
+        assert content["failures"] == [], table
+        assert (out / table / "table.md").read_text().count("|") > 10
+    assert planned["judge"] > 0 and planned["judge"] - planned["answers"] <= asked <= planned["judge"]
+    assert planned["stages"] > 0 and planned["grpo"] > 0 and planned["measuring"] > 0
+    assert again == {**dict.fromkeys(again, 0.0)}
+
+
+def numbers_of(plan: str) -> dict[str, float]:
+    """The last lines of a plan as numbers; with the answers whose score a judge may have been spared."""
+    words = re.search(r"about (\S+) hours of stages, (\S+) of reinforcement and (\S+) of measuring", plan)
+    calls = re.search(r"and (\d+) calls of the judge", plan)
+    assert words is not None and calls is not None, plan
+    tables = ("table", "yollava", "mcllava", "dreambench")
+    rows = [line.split() for line in plan.splitlines() if line.startswith(tables)]
+    assert sum(int(row[-1]) for row in rows) == int(calls[1])
+    hours = dict(zip(("stages", "grpo", "measuring"), map(float, words.groups()), strict=True))
+    return {**hours, "judge": float(calls[1]), "answers": float(sum(int(row[-3]) for row in rows))}
+
+
+@pytest.mark.parametrize("stage", ["understanding", "generation", "deepening", "joint"])
+def test_the_hours_of_stages_are_near_the_operations_they_take(stage: str, tmp_path: Path) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pyunictokens.models.showo.costs import ShowoCosts as Costs
+    from pyunictokens.train import as_question, train_concept_tokens
+    from pyunictokens.train.concept_tokens.stages import PLANS, questions_of
+    from tests.train.world import stage_config, world
+
+    here = world(tmp_path / "data")
+    config = stage_config(stages=(stage,), flip=False, crop=1.0)
+    with FlopCounterMode(display=False) as counter:
+        train_concept_tokens(here.model, here.vq, here.tokenizer, here.data, config, tmp_path / "run")
+    of_images = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+    tokenizer, items = here.tokenizer.with_concept(here.concept.tokens), questions_of(here.data, config)
+    asked = [
+        tokenizer.encode(
+            here.model.question_text(as_question(here.concept, item.question, PLANS[stage].question_groups))
+        )
+        for item in items
+    ]
+    said = [tokenizer.encode(item.answer) for item in items]
+    lengths = (sum(map(len, asked)) // len(asked) + 1, sum(map(len, said)) // len(said) + 1)
+    planned = paper.stages_flops(Costs(here.model.config, 4), config, here.data, question=lengths)
+    assert 0.75 < planned / (counter.get_total_flops() - of_images) < 1.3, lengths
 
 
 def test_what_cannot_be_done_is_said_first(here: list[str], tmp_path: Path) -> None:

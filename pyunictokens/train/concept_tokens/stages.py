@@ -70,6 +70,20 @@ PLANS = {
 }
 
 
+def questions_of(concept: Concept, config: StageConfig) -> list[UnderstandingItem]:
+    """What the stages ask about a concept."""
+    return understanding_items(concept, negatives_per_positive=config.negatives_per_positive, seed=config.seed)
+
+
+def stage_steps(stage: str, config: StageConfig, questions: int, images: int) -> int:
+    """Optimizer steps of a stage over so many questions and training images."""
+    if PLANS[stage].mixed:
+        epoch = max(-(-questions // config.batch_mixed), -(-images // config.batch_generation))
+    else:
+        epoch = -(-questions // config.batch_understanding)
+    return min(epoch * config.epochs, config.max_steps or epoch * config.epochs)
+
+
 def train_concept_tokens(
     model: MaskedModel,
     vq: ImageTokenizer,
@@ -191,7 +205,7 @@ class _Stages:
             checkpoint.remove(self.out)
             return None
         there = found.questions.get("items"), found.prompts.get("items")
-        here = len(self._questions()), len(generation_items(self.data))
+        here = len(questions_of(self.data, self.config)), len(generation_items(self.data))
         if there != here:
             log.warning("stage %s is begun anew: the concept's folder has changed since it was cut off", found.stage)
             return None
@@ -251,11 +265,10 @@ class _Stages:
     ) -> None:
         config, plan = self.config, PLANS[stage]
         batch = config.batch_mixed if plan.mixed else config.batch_understanding
-        questions = EpochSampler(self._questions(), batch, seed=config.seed + number)
-        prompts = EpochSampler(generation_items(self.data), config.batch_generation, seed=config.seed + 100 + number)
-        epoch = max(len(questions), len(prompts)) if plan.mixed else len(questions)
-        steps = epoch * config.epochs
-        steps = min(steps, config.max_steps) if config.max_steps else steps
+        asked, drawn = questions_of(self.data, config), generation_items(self.data)
+        questions = EpochSampler(asked, batch, seed=config.seed + number)
+        prompts = EpochSampler(drawn, config.batch_generation, seed=config.seed + 100 + number)
+        steps = stage_steps(stage, config, len(asked), len(drawn))
         lr = config.lr_generation if stage in ("generation", "joint") else config.lr
         generator = torch.Generator().manual_seed(config.seed * 1000 + number)
         named = dict(concept.named_parameters())
@@ -309,11 +322,6 @@ class _Stages:
                 save(step + 1)
             if stopping:
                 raise Stopped(f"stopped in stage {stage} at step {step + 1} of {steps}, its checkpoint is written")
-
-    def _questions(self) -> list[UnderstandingItem]:
-        return understanding_items(
-            self.data, negatives_per_positive=self.config.negatives_per_positive, seed=self.config.seed
-        )
 
     def _understanding(
         self,
