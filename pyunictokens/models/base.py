@@ -214,6 +214,23 @@ class AnswerDecoder(Protocol):
         ...
 
 
+class JoiningDecoder(Protocol):
+    """Token-by-token text of rows that join and leave at any time, each at its own token. It gives no gradients."""
+
+    def join(self, prefix: Prefix, rows: int, max_new: int) -> None:
+        """`rows` answers of at most `max_new` tokens begin over the one prompt of `prefix`; they stand behind the
+        others."""
+        ...
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        """Hidden states [B, D] after the next token of every row, given as embeddings [B, D]."""
+        ...
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop every row but those of the given indices, in ascending order."""
+        ...
+
+
 class AnsweringModel(MaskedModel):
     """A model that also answers questions about an image, token by token."""
 
@@ -280,6 +297,13 @@ class AnsweringModel(MaskedModel):
     def decoder(self, prefix: Prefix, prefix_of_row: Sequence[int], max_new: int, sliced: bool) -> AnswerDecoder:
         """Decoding of answers of at most `max_new` tokens; rows of one prompt stand together. Not `sliced`: shapes are
         static, so that a step can be captured."""
+
+    def joining_decoder(self) -> JoiningDecoder:
+        """Decoding of answers that join while others are under way. By default those that joined together share a
+        batch, and no others."""
+        from .joining import SeparateDecoders
+
+        return SeparateDecoders(self)
 
 
 class WritingModel(MaskedModel):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from typing import Protocol
 
@@ -230,37 +229,13 @@ class DecodeAttention:
         else:
             keys.index_copy_(2, self._at, k)
             values.index_copy_(2, self._at, v)
-        wide = _wide(q)
-        scores = (q * self._scale if q.dtype == wide else q.to(wide) * self._scale) @ keys.to(wide).transpose(-1, -2)
+        scores = own_scores(q, keys, self._scale)
         if not self._sliced:
             scores = scores.masked_fill(self._places > self._at, -torch.inf)
-        narrow = kernel_for(q) if q.dtype != wide else None
-        parts, start = [], 0
-        for prompt, count in self._runs:
-            rows = slice(start, start + count)
-            past = self._past_keys[prompt][layer], self._past_values[prompt][layer]
-            take = self._in_one if narrow is None else partial(self._in_two, narrow)
-            parts.append(take(q[rows].transpose(0, 2), *past, scores[rows].transpose(0, 2), values[rows]))
-            start += count
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _in_one(self, q: Tensor, keys: Tensor, values: Tensor, own: Tensor, own_values: Tensor) -> Tensor:
-        """One softmax over prompt and answer: q [1, H, G, E], the prompt's [H, P, E], scores [1, H, G, L] of the
-        answer's positions, values [G, H, L, E]; in at least float32."""
-        past = (q.to(own.dtype) * self._scale) @ keys.to(own.dtype).transpose(-1, -2)
-        weights = torch.cat([past, own], dim=-1).softmax(-1)
-        over_prompt = weights[..., : keys.shape[1]] @ values.to(own.dtype)
-        over_own = weights[..., keys.shape[1] :].transpose(0, 2) @ own_values.to(own.dtype)
-        return (over_prompt.transpose(0, 2) + over_own).to(q.dtype)
-
-    def _in_two(
-        self, kernel: Kernel, q: Tensor, keys: Tensor, values: Tensor, own: Tensor, own_values: Tensor
-    ) -> Tensor:
-        """The same for narrow types, whose prompt a flash kernel reads as it is; the parts are joined in float32."""
-        over_prompt, lse, _ = kernel.forward(q, keys[None], values[None], False)
-        over_own = own.softmax(-1).transpose(0, 2) @ own_values.float()
-        share = torch.sigmoid(own.logsumexp(-1) - lse)[..., None].transpose(0, 2)  # of the answer's part
-        return torch.lerp(over_prompt.float().transpose(0, 2), over_own, share).to(q.dtype)
+        pasts = [
+            (count, self._past_keys[prompt][layer], self._past_values[prompt][layer]) for prompt, count in self._runs
+        ]
+        return with_prompts(q, scores, values, pasts, self._scale)
 
     def advance(self, going: Tensor | int = 1) -> None:
         """The position just written becomes part of the past, unless `going` (0 or 1) is 0."""
@@ -275,3 +250,48 @@ def _runs(prompt_of_row: Sequence[int]) -> list[tuple[int, int]]:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def own_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Scores [B, H, 1, L], at least float32, of q [B, H, 1, E] over the answers' own keys [B, H, L, E]."""
+    wide = _wide(q)
+    return (q * scale if q.dtype == wide else q.to(wide) * scale) @ keys.to(wide).transpose(-1, -2)
+
+
+def with_prompts(
+    q: Tensor, scores: Tensor, values: Tensor, runs: Sequence[tuple[int, Tensor, Tensor]], scale: float
+) -> Tensor:
+    """One new position of every row over its prompt and its answer: [B, H, 1, E].
+
+    `scores` are :func:`own_scores`, −inf where there is nothing, `values` [B, H, L, E] theirs; `runs` lists (rows, the
+    prompt's keys [H, P, E], its values) in the order of the rows.
+    """
+    narrow = kernel_for(q) if q.dtype != scores.dtype else None
+    parts, start = [], 0
+    for count, past_keys, past_values in runs:
+        rows = slice(start, start + count)
+        own, own_values = scores[rows].transpose(0, 2), values[rows]
+        if narrow is None:
+            parts.append(_in_one(q[rows].transpose(0, 2), past_keys, past_values, own, own_values, scale))
+        else:
+            parts.append(_in_two(narrow, q[rows].transpose(0, 2), past_keys, past_values, own, own_values))
+        start += count
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _in_one(q: Tensor, keys: Tensor, values: Tensor, own: Tensor, own_values: Tensor, scale: float) -> Tensor:
+    """One softmax over prompt and answer: q [1, H, G, E], the prompt's [H, P, E], scores [1, H, G, L] of the answer's
+    positions, values [G, H, L, E]; in at least float32."""
+    past = (q.to(own.dtype) * scale) @ keys.to(own.dtype).transpose(-1, -2)
+    weights = torch.cat([past, own], dim=-1).softmax(-1)
+    over_prompt = weights[..., : keys.shape[1]] @ values.to(own.dtype)
+    over_own = weights[..., keys.shape[1] :].transpose(0, 2) @ own_values.to(own.dtype)
+    return (over_prompt.transpose(0, 2) + over_own).to(q.dtype)
+
+
+def _in_two(kernel: Kernel, q: Tensor, keys: Tensor, values: Tensor, own: Tensor, own_values: Tensor) -> Tensor:
+    """The same for narrow types, whose prompt a flash kernel reads as it is; the parts are joined in float32."""
+    over_prompt, lse, _ = kernel.forward(q, keys[None], values[None], False)
+    over_own = own.softmax(-1).transpose(0, 2) @ own_values.float()
+    share = torch.sigmoid(own.logsumexp(-1) - lse)[..., None].transpose(0, 2)  # of the answer's part
+    return torch.lerp(over_prompt.float().transpose(0, 2), over_own, share).to(q.dtype)

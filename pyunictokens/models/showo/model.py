@@ -33,6 +33,7 @@ from . import padding, prompting
 from . import prefill as cached
 from .attention import Attention, FullAttention, PromptKV
 from .costs import ShowoCosts
+from .joining import JoinedDecoder
 from .vocabulary import TextVocabulary
 
 NUM_SPECIAL = 10
@@ -339,6 +340,9 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
 
     def decoder(self, prefix: Prefix, prefix_of_row: Sequence[int], max_new: int, sliced: bool) -> AnswerDecoder:
         return cached.Decoder(self, prefix, prefix_of_row, max_new, sliced)
+
+    def joining_decoder(self) -> JoinedDecoder:
+        return JoinedDecoder(self)
 
     def vocabulary(self, concepts: Sequence[ConceptTokens | None]) -> TextVocabulary:
         return TextVocabulary(self, concepts)
