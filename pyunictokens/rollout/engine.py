@@ -104,8 +104,8 @@ class RolloutEngine:
             raise UserError(f"capture={capture!r}: image steps of {model.family} cannot be captured; use auto or off")
         self.capture: Mode | None = None if capture == "off" else cast(Mode, capture)
         self._captures: CaptureCache[Bucket] = CaptureCache()
-        self._residents = Residents(model, tokenizer)
-        self._limit = RowLimit()
+        self.residents = Residents(model, tokenizer)
+        self.limit = RowLimit()
         self._said_eager = False
         self._noise: Noise | None = None  # explicit Gumbel noise in place of the Philox keys; for replaying records
 
@@ -122,7 +122,7 @@ class RolloutEngine:
     @property
     def concepts(self) -> list[str]:
         """Names of the resident concepts."""
-        return self._residents.names
+        return self.residents.names
 
     def add_concept(self, concept: ConceptTokens) -> None:
         """Keep a concept at hand: prompts that name it, or are given with `concepts`, are read with its tokens.
@@ -134,11 +134,11 @@ class RolloutEngine:
         Raises:
             UserError: a concept of another width, one attached to the model, or tokens that the tokenizer already has.
         """
-        self._residents.add(concept)
+        self.residents.add(concept)
 
     def remove_concept(self, name: str) -> ConceptTokens:
         """Let a resident concept go; returns it."""
-        return self._residents.remove(name)
+        return self.residents.remove(name)
 
     # --- images ----------------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class RolloutEngine:
         temperature = rule.temperature if temperature is None else temperature
         temperature = checks.number("temperature", temperature, "0 re-masks without noise")
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
-        texts, names = self._residents.read("prompts", prompts, concepts)
+        texts, names = self.residents.read("prompts", prompts, concepts)
         rows = len(texts) * samples
         side = self.vq.downsampling if self.vq is not None and decode else 0
         room = partial(checks.image_room, rows, steps=steps, record=record, side=side, device=self.model.device)
@@ -207,14 +207,14 @@ class RolloutEngine:
         judging = dsog.judging(steps, rows) if dsog else None
         prompt_index = torch.arange(len(texts)).repeat_interleave(samples)
 
-        prefixes, prompt_of_text = self._prefixes(texts, names, guided=strength > 0)
+        prefixes, prompt_of_text = self.prefixes(texts, names, guided=strength > 0)
         prompt_of_row = [prompt_of_text[index] for index in prompt_index.tolist()]
         _, looks = checks.unique_index(list(map(tuple, known.tolist())))
         _, kinds = checks.unique_index(list(zip(prompt_of_row, looks, strict=True)))
         count = min(rows, self.max_rows)
         slots = self._slots(prefixes, prompt_of_row, looks, count, known.shape[1], settings, dsog is not None)
         previews = (
-            Previews(lambda codes: self._pixels(codes, grid, of="previews"), dsog.scorer, prompt_index, dsog.overlap)
+            Previews(lambda codes: self.pixels(codes, grid, of="previews"), dsog.scorer, prompt_index, dsog.overlap)
             if dsog
             else None
         )
@@ -228,7 +228,7 @@ class RolloutEngine:
             ended = [loop.ended[row] for row in torch.arange(rows)[chosen].tolist()]
             return ImageRollout(
                 codes=codes,
-                pixels=self._pixels(codes, grid) if pixels and len(codes) else None,
+                pixels=self.pixels(codes, grid) if pixels and len(codes) else None,
                 inputs=inputs,
                 chosen=picked,
                 logp=logp,
@@ -280,21 +280,22 @@ class RolloutEngine:
                     self._captures,
                     self.capture,
                     repeats=self.repeats,
-                    limit=self._limit,
+                    limit=self.limit,
                     keep_first=keep_first,
                 )
             if not self._said_eager:
                 log.info("image steps of %s cannot be captured: the host runs them", self.model.family)
                 self._said_eager = True
-        return EagerSlots(self.model, *fixed, limit=self._limit, keep_first=keep_first, noise=self._noise)
+        return EagerSlots(self.model, *fixed, limit=self.limit, keep_first=keep_first, noise=self._noise)
 
     def _step_flops(self, loop: ImageLoop, prompts: Prefix, guided: bool) -> float:
         longest, count = max(prompts.lengths), loop.codes.shape[1]
         return loop.scheduler.row_steps * self.model.costs.image_step(1, longest, count, guided).flops
 
     @profiling.phase("prefill")
-    def _prefixes(self, texts: list[list[int]], names: list[str | None], guided: bool) -> tuple[Prefix, list[int]]:
-        """The distinct prompts, the unconditional one last when `guided`; and which of them each text is."""
+    def prefixes(self, texts: list[list[int]], names: list[str | None], guided: bool) -> tuple[Prefix, list[int]]:
+        """The distinct prompts of texts' ids, each under its resident concept, the unconditional one last when
+        `guided`; and which of them each text is."""
         long = [place for place, text in enumerate(texts) if self.model.cut_ids(text)]
         if long:
             text = texts[long[0]]
@@ -312,7 +313,7 @@ class RolloutEngine:
             distinct = [list(sequences[members[place]]) for place in first if names[members[place]] == name]
             if guided and name == names[members[-1]]:
                 distinct.append(self.model.prompt_ids([]))
-            with self._residents.using(name):
+            with self.residents.using(name):
                 parts.append(self.model.prefill(distinct))
         total = reduce(add, parts)
         costs = self.model.costs
@@ -320,7 +321,7 @@ class RolloutEngine:
         return total, [number for _, number in sorted(zip(members, index, strict=True))]
 
     @profiling.phase("decode", unless="previews")
-    def _pixels(self, codes: Tensor, grid: tuple[int, int], of: str = "decode") -> Tensor:
+    def pixels(self, codes: Tensor, grid: tuple[int, int], of: str = "decode") -> Tensor:
         vq = self.vq
         assert vq is not None
         profiling.count(of, lambda: vq.decode_cost(len(codes), grid).flops)
@@ -379,7 +380,7 @@ class RolloutEngine:
         temperature = checks.number("temperature", temperature, "0 takes the likeliest token")
         checks.count("top_k", top_k, 0)
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
-        asked, names = self._residents.read("questions", questions, concepts, None if raw else model.question_text)
+        asked, names = self.residents.read("questions", questions, concepts, None if raw else model.question_text)
         features = model.takes_features and torch.is_tensor(images) and images.ndim == 3
         seen = images.to(model.device) if features else checks.images(images, model, self.vq)
         if 1 not in (len(seen), len(asked)) and len(seen) != len(asked):
@@ -392,7 +393,7 @@ class RolloutEngine:
         if not features and len(system):
             raise UserError("system is for features only: put the text into the question")
 
-        prompts, last, prompt_of_pair = self._contexts(model, seen, asked, names, system if features else None)
+        prompts, last, prompt_of_pair = self.contexts(model, seen, asked, names, system if features else None)
         end, limit = max(prompts.next_position) + max_new_tokens, model.max_positions
         if end > limit:
             raise UserError(f"context and max_new_tokens reach position {end}: this model has {limit}; ask for fewer")
@@ -400,7 +401,7 @@ class RolloutEngine:
         prompt_index = torch.arange(pairs).repeat_interleave(samples)
         tokens, logp, lengths = decode(
             model,
-            model.vocabulary([self._residents.rows(name) for name in speakers]),
+            model.vocabulary([self.residents.rows(name) for name in speakers]),
             prompts,
             last,
             [prompt_of_pair[index] for index in prompt_index.tolist()],
@@ -489,12 +490,12 @@ class RolloutEngine:
             return []
         texts = []
         for row, length, name in zip(tokens.tolist(), lengths.tolist(), names, strict=True):
-            tokenizer = self._residents.tokenizer(name)
+            tokenizer = self.residents.tokenizer(name)
             assert tokenizer is not None
             texts.append(tokenizer.decode(row[:length]))
         return texts
 
-    def _contexts(
+    def contexts(
         self,
         model: AnsweringModel,
         seen: Tensor,
@@ -523,7 +524,7 @@ class RolloutEngine:
 
         for name in dict.fromkeys(names):
             members = [index for index, its in enumerate(names) if its == name]
-            with self._residents.using(name):
+            with self.residents.using(name):
                 if system is None:
                     looks = [(tuple(seen[index].tolist()), tuple(asked[index])) for index in members]
                     first, index_of = checks.unique_index(looks)

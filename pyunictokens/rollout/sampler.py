@@ -63,6 +63,18 @@ class Trajectory:
     """(inputs, chosen, logp), each [t, N]; empty where nothing is recorded."""
 
 
+@dataclass(frozen=True)
+class StepNumbers:
+    """What the rows of one step are sampled with, each [B]."""
+
+    timestep: Tensor
+    """float32: the part of its steps that a row has done."""
+    wanted: Tensor
+    """int64: codes to stay masked, before the row's own number of unknown codes limits it."""
+    temperature: Tensor
+    """float32: of the re-masking noise."""
+
+
 class EagerSlots:
     """Slots whose step is run by the host, over the rows that are in use and no others."""
 
@@ -137,38 +149,53 @@ class EagerSlots:
 
     def run(self, active: Sequence[Candidate], steps: int = 1) -> None:
         """Advance every candidate of `active` by `steps` timesteps, each at its own."""
-        lengths = self.prompts.lengths
-        prompt_of_row = self._prompt_of_row
-        active = sorted(active, key=lambda c: (lengths[prompt_of_row[c.row]], prompt_of_row[c.row], c.slot))
+        active = sorted(active, key=self._order)
         for ahead in range(steps):
             self._step(active, [candidate.step + ahead for candidate in active])
+
+    def _order(self, candidate: Candidate) -> tuple[int, ...]:
+        """Where a candidate stands in the batch: rows of one prompt, and of prompts of one length, side by side."""
+        prompt = self._prompt_of_row[candidate.row]
+        return self.prompts.lengths[prompt], prompt, candidate.slot
 
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _step(self, active: Sequence[Candidate], at: list[int]) -> None:
-        device, settings = self.codes.device, self.settings
+        device = self.codes.device
         host = torch.tensor([[c.slot, c.sample_id, step] for c, step in zip(active, at, strict=True)])
         slots, samples, steps = host.to(device, non_blocking=True).unbind(1)
         codes = self.codes[slots]
-        guided = self._guided_hidden(active, at, codes, steps / settings.steps)
+        numbers = self._numbers(active, at, steps)
+        guided = self._guided_hidden(active, at, codes, numbers.timestep)
         unknown = (codes == MASK).sum(-1)
-        mask_len = torch.minimum(self._wanted[steps], unknown - 1).clamp(min=1)
+        mask_len = torch.minimum(numbers.wanted, unknown - 1).clamp(min=1)
         noise = None if self._noise is None else self._noise([c.sample_id for c in active], at)
         for start in range(0, len(active), self._chunk):
             part = slice(start, start + self._chunk)
-            out = ops.maskgit_step(
-                F.linear(guided[part], *self._head),
-                codes[part],
-                mask_len=mask_len[part],
-                temperature=self._temperature[steps[part]],
-                seed=settings.seed,
-                sample_ids=samples[part],
-                step=steps[part],
-                token_gumbel=None if noise is None else noise[0][part],
-                rank_gumbel=None if noise is None else noise[1][part],
-                backend=settings.backend,
-            )
-            self._store(slots[part], steps[part], codes[part], out)
+            gumbel = (None, None) if noise is None else (noise[0][part], noise[1][part])
+            logits = F.linear(guided[part], *self._head)
+            for rows, seed in self._seeds(active[part]):
+                out = ops.maskgit_step(
+                    logits[rows],
+                    codes[part][rows],
+                    mask_len=mask_len[part][rows],
+                    temperature=numbers.temperature[part][rows],
+                    seed=seed,
+                    sample_ids=samples[part][rows],
+                    step=steps[part][rows],
+                    token_gumbel=gumbel[0],
+                    rank_gumbel=gumbel[1],
+                    backend=self.settings.backend,
+                )
+                self._store(slots[part][rows], steps[part][rows], codes[part][rows], out)
+
+    def _numbers(self, active: Sequence[Candidate], at: list[int], steps: Tensor) -> StepNumbers:
+        """What the rows of `active` are sampled with at the timesteps `at`, which `steps` int64 [B] are as well."""
+        return StepNumbers(steps / self.settings.steps, self._wanted[steps], self._temperature[steps])
+
+    def _seeds(self, active: Sequence[Candidate]) -> list[tuple[slice, int]]:
+        """Runs of rows with one seed of the noise."""
+        return [(slice(None), self.settings.seed)]
 
     def _store(self, slots: Tensor, steps: Tensor, codes: Tensor, out: ops.MaskgitStep) -> None:
         self.codes[slots] = out.codes

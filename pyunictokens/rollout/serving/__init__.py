@@ -1,0 +1,24 @@
+"""Serving: requests of many users in one running batch, over models that are open.
+
+`ServingEngine` is stepped by its caller; `AsyncEngine` steps one in a thread and speaks asyncio.
+"""
+
+from .asynchronous import AsyncEngine
+from .engine import ServingEngine
+from .queue import DeadlinePassed, QueueFull
+from .requests import AnswerRequest, Drawn, Ended, Event, ImageRequest, Preview, Request, Written
+
+__all__ = [
+    "AnswerRequest",
+    "AsyncEngine",
+    "DeadlinePassed",
+    "Drawn",
+    "Ended",
+    "Event",
+    "ImageRequest",
+    "Preview",
+    "QueueFull",
+    "Request",
+    "ServingEngine",
+    "Written",
+]
