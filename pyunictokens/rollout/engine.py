@@ -482,7 +482,7 @@ class RolloutEngine:
             temperature=temperature,
             max_rows=self.max_rows,
             backend=self.ops_backend,
-            limit=self._limit,
+            limit=self.limit,
         )
 
     def _texts(self, tokens: Tensor, lengths: Tensor, names: list[str | None]) -> list[str]:
