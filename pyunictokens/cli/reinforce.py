@@ -58,6 +58,9 @@ def reinforce(
     judge_previews: Annotated[
         bool, typer.Option("--judge-previews", help="Let the reward judge DSOG's previews; it should lie in [0, 1].")
     ] = False,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="Reinforce what the model writes; llada always does, mmada may.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")] = Path("runs/reinforce"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     model: ModelOption = None,
@@ -71,10 +74,10 @@ def reinforce(
     """Improve a model's images of a list of prompts by a reward of your own. Nothing is needed but the prompts.
 
     Built-in rewards: jpeg_size and colour need nothing; clip, blip2, hpsv2, pickscore, aesthetic, dino and objects
-    want weights (NAME=WEIGHTS), ocr a package (docs/rewards.md). A reward of your own is imported from MODULE, in the
-    current folder or installed: only name code that you trust. A --config file may hold `rewards:` in place of
-    --reward. Settings are those of the section grpo (docs/training.md): `groups` prompts a step, `group_size` images
-    of each; by default adapters learn (trainable=lora).
+    want weights (NAME=WEIGHTS), ocr a package; maths verifies answers of models that write (docs/rewards.md). A reward
+    of your own is imported from MODULE, in the current folder or installed: only name code that you trust. A --config
+    file may hold `rewards:` in place of --reward. Settings are those of the section grpo (docs/training.md): `groups`
+    prompts a step, `group_size` images of each; by default adapters learn (trainable=lora).
 
     Examples:
 
@@ -85,6 +88,8 @@ def reinforce(
         pyunictokens reinforce prompts.jsonl --reward my_rewards:red --reward my_rewards:sharp --weight 1 --weight 0.5
 
         pyunictokens reinforce prompts.txt --reward my_rewards:red --out runs/red --resume
+
+        pyunictokens reinforce gsm8k.jsonl --reward maths --model llada-8b objective=diffu_grpo max_new_tokens=256
 
         pyunictokens reinforce prompts.txt --reward my_rewards:red steps=20 groups=6 group_size=8 trainable=full
     """
@@ -122,6 +127,8 @@ def reinforce(
         if not ranks.first:
             quiet()
         bundle = open_bundle(sources, str(ranks.device), settings.dtype)
+        if texts:
+            bundle = bundle.as_text()
         if concept is not None:
             owning_rows(bundle.model).attach(ConceptTokens.load(concept).to(bundle.device))
         judges: object = [named(word, ranks.device, "--reward") for word in reward or ()]

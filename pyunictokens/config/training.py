@@ -255,7 +255,8 @@ class GrpoConfig:
     diffusion); auto is the objective's own."""
     token_scope: Literal["all", "masked", "newly_unmasked"] = "all"
     """Which image tokens of each timestep count: all, those unknown before it, or those it made known. For unictask and
-    gspo; mask_grpo takes those made known, the others those they mask."""
+    gspo; mask_grpo takes those made known, the others those they mask. Of texts, all means the tokens that a step made
+    known."""
     inner_epochs: int = field(default=1, metadata={"was": "inner_updates"})
     """Optimizer steps on one set of rollouts; the first has ratio 1, so clipping acts from the second on."""
     visual_ratio: float = 0.5
@@ -282,9 +283,14 @@ class GrpoConfig:
     temperature: float = 1.0
     """Temperature of the re-masking noise."""
     max_new_tokens: int = 100
-    """Longest answer."""
+    """Longest answer or text."""
     answer_temperature: float = 1.0
-    """Temperature answers are sampled at."""
+    """Temperature answers and texts are sampled at."""
+    block_length: int = 0
+    """Tokens of a block, for a model that writes by blocks; 0 takes the model's own, or less where max_new_tokens is no
+    multiple of it."""
+    text_steps: int = 0
+    """Steps in which such a text is written; 0 takes the model's own number, in proportion to its length."""
     top_k: int = 0
     """Answers are drawn from the k likeliest tokens; 0 takes the full distribution, for which the ratios are exact."""
     trainable: Literal["concept", "lora", "full"] = "concept"
@@ -343,6 +349,7 @@ class GrpoConfig:
             raise UserError(f"guidance_scale={self.guidance_scale}: must be ≥ 0 (0 turns guidance off)")
         _at_least(1, groups=self.groups, steps=self.steps, timesteps=self.timesteps, inner_epochs=self.inner_epochs)
         _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
+        _at_least(0, block_length=self.block_length, text_steps=self.text_steps)
         _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
         _above(0, timestep_fraction=self.timestep_fraction)
         _within(0, 1, timestep_fraction=self.timestep_fraction)

@@ -1,4 +1,4 @@
-"""Prompt lists: what plain text-to-image reinforcement draws, with the columns that reward functions want.
+"""Prompt lists: what plain reinforcement draws (or writes to), with the columns that reward functions want.
 
     prompts.txt     one prompt a line; empty lines are passed over
     prompts.jsonl   one JSON object a line with "prompt"; its other keys are columns (or a JSON string alone)
@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 from ..utils.errors import UserError
 from ..utils.text import read_text
 
-RESERVED = ("prompts", "images", "answers")
+RESERVED = ("prompts", "images", "answers", "completions")
 """Names that reward functions get something else by."""
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from ..utils.errors import UserError
-from .base import ImageTokenizer, MaskedModel
+from .base import ImageTokenizer, MaskedModel, writing
 from .concept_tokens import ConceptTokens
 from .tokenizer import TextTokenizer
 
@@ -71,6 +71,13 @@ class ModelBundle:
     @property
     def concept(self) -> ConceptTokens | None:
         return self.model.concept
+
+    def as_text(self) -> ModelBundle:
+        """The model as one of text, where it writes by blocks: what it writes can then be reinforced."""
+        from .llada import NoImages
+
+        writer = writing(self.model)
+        return self if writer is self.model else ModelBundle(writer, NoImages(), self.tokenizer, self.sources)
 
     @property
     def size(self) -> int:

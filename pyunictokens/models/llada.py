@@ -42,6 +42,7 @@ class LlamaWriter(WritingModel):
     family = "llada"
     lora_targets = LORA_TARGETS
     blocks = BlockRule(length=128, block=32, steps=128, temperature=0.0)
+    about: Mapping[str, object] = {"architectures": ["LLaDAModelLM"], "model_type": "llada"}
 
     def __init__(self, body: Body, words: PreTrainedTokenizerFast):
         super().__init__()
@@ -100,7 +101,7 @@ class LlamaWriter(WritingModel):
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that :meth:`from_pretrained` reads, the tokenizer included."""
-        write_body(self, self.model.config, Path(path), {"architectures": ["LLaDAModelLM"], "model_type": "llada"})
+        write_body(self, self.model.config, Path(path), self.about)
         self.words.save_pretrained(str(path))
 
 

@@ -19,7 +19,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +30,7 @@ from .bundle import ModelBundle, Sources
 from .checkpoint import whole_number
 from .costs import ModelCosts
 from .llada import LlamaWriter, read_words, text_tokenizer
-from .llama_body import LORA_TARGETS, Body, filled, id_prefix, read_body, write_body
+from .llama_body import LORA_TARGETS, Body, filled, id_prefix, read_body
 from .magvit import MagvitV2
 from .prefix import Prefix
 from .registry import Family
@@ -76,6 +75,18 @@ class MmadaWriter(LlamaWriter):
     family = "mmada"
     blocks = BlockRule(length=1024, block=1024, steps=512, temperature=0.0)
 
+    def __init__(self, body: Body, words: PreTrainedTokenizerFast, about: Mapping[str, object]):
+        super().__init__(body, words)
+        self.about = dict(about)
+        """What config.json says beside the body's sizes."""
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> MmadaWriter:
+        """The writer of the MMaDA in a folder or hub id."""
+        return Mmada.from_pretrained(path, dtype, device).writer
+
 
 class Mmada(BlockAnsweringModel):
     """MMaDA behind `MaskedModel`: its codes are those of an image; `writer` is the same body as a model of text."""
@@ -98,7 +109,16 @@ class Mmada(BlockAnsweringModel):
         self.grid = (side, side) if side * side == count else (1, count)
         self.num_text_ids, self.mask_id = ids.first_code, body.config.mask_token_id
         self.prompt_mask_id = self.mask_id
-        self.__dict__["_writer"] = MmadaWriter(body, words)  # not a submodule: the body is one
+        about = {
+            "architectures": ["MMadaModelLM"],
+            "model_type": "mmada",
+            "codebook_size": codebook,
+            "num_vq_tokens": count,
+            "max_text": max_text,
+            "first_code_id": ids.first_code,
+            "first_reserved_id": ids.first_reserved,
+        }
+        self.__dict__["_writer"] = MmadaWriter(body, words, about)  # not a submodule: the body is one
 
     @property
     def writer(self) -> MmadaWriter:
@@ -190,17 +210,7 @@ class Mmada(BlockAnsweringModel):
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that :meth:`from_pretrained` reads, the tokenizer included."""
-        about = {
-            "architectures": ["MMadaModelLM"],
-            "model_type": "mmada",
-            "codebook_size": self.codebook_size,
-            "num_vq_tokens": math.prod(self.grid),
-            "max_text": self.max_text,
-            "first_code_id": self.ids.first_code,
-            "first_reserved_id": self.ids.first_reserved,
-        }
-        write_body(self, self.model.config, Path(path), about)
-        self.writer.words.save_pretrained(str(path))
+        self.writer.save_pretrained(path)
 
 
 def _recognises(config: Mapping[str, object]) -> bool:

@@ -73,10 +73,12 @@ class BlockRule:
     """Of the tokens: 0 takes the likeliest, 1 draws from the model's own distribution."""
 
     def plan(self, length: int | None, block: int | None, steps: int | None) -> tuple[int, int, int]:
-        """(length, block, steps) with defaults put in: steps in proportion to the length, at least one a block.
-        Raises UserError where blocks do not divide the length, or the steps the blocks."""
+        """(length, block, steps) with defaults put in: the longest block up to the usual one that divides the length,
+        and steps in proportion to the length, at least one a block. Raises UserError where given blocks do not divide
+        the length, or the number of blocks the steps."""
         length = self.length if length is None else length
-        block = min(self.block, length) if block is None else block
+        if block is None:
+            block = next(size for size in range(min(self.block, length), 0, -1) if length % size == 0)
         if length % block:
             raise UserError(f"max_new_tokens={length}: must be a multiple of block_length={block}")
         count = length // block

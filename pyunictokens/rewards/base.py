@@ -1,7 +1,8 @@
 """What is scored and what scores it: RewardBatch, the protocol RewardModel, and the score a run is given.
 
 A batch is one group of rollouts of one step: R images, the prompts they were generated for and, where a reward asks
-for them, the model's answers, the concept's facts, its reference images and the further columns of a prompt list. A
+for them, the model's answers, the concept's facts, its reference images and the further columns of a prompt list. Of a
+model that writes it is R texts instead (`completions`), and there are no images. A
 reward model gives one number an image; an ensemble weighs several of them into an :class:`EnsembleScore`. Everything
 that a run asks of its rewards is the protocol :class:`Rewards`.
 
@@ -52,14 +53,23 @@ class RewardBatch:
     """human, animal or object."""
     columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
     """Further columns of a prompt list, R values each; reward functions get them by name."""
+    completions: Sequence[str] = ()
+    """R texts, where the model writes and draws nothing: what it wrote. `images` is then [R, 3, 0, 0]."""
+
+    @classmethod
+    def of_texts(
+        cls, completions: Sequence[str], prompts: Sequence[str], columns: Mapping[str, Sequence[object]]
+    ) -> RewardBatch:
+        """A batch of R texts."""
+        return cls(torch.empty(len(completions), 3, 0, 0), prompts, columns=columns, completions=list(completions))
 
     def __post_init__(self) -> None:
-        check_pixels(self.images, "images")
+        check_pixels(self.images, "images", allow_none=bool(self.completions))
         check_pixels(self.references, "references", allow_none=True)
         rows = len(self)
         if rows == 0:
             raise UserError("images: 0 rows: there is nothing to score")
-        for name, texts in (("prompts", self.prompts), ("answers", self.answers)):
+        for name, texts in (("prompts", self.prompts), ("answers", self.answers), ("completions", self.completions)):
             if isinstance(texts, str):
                 raise UserError(f"{name}={texts!r}: must be a list of {rows} texts, one an image, not one text")
             if len(texts) != rows and (name == "prompts" or len(texts) > 0):
@@ -88,6 +98,7 @@ class RewardBatch:
             references=self.references,
             kind=self.kind,
             columns={name: [values[index]] for name, values in self.columns.items()},
+            completions=self.completions[index : index + 1],
         )
 
 

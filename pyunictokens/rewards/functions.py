@@ -7,6 +7,8 @@
 
 The function is called with keywords: `prompts`, a list of R texts; `images` [R, 3, H, W] in [-1, 1]; `answers`, where
 the model answered; and every column of the prompt list by its name. One without ``**columns`` gets those it names.
+Where a model writes it is ``f(prompts, completions, **columns)``: `completions` is a list of R texts, and there are no
+images.
 """
 
 from __future__ import annotations
@@ -40,20 +42,28 @@ class RewardFunction:
             parameters = inspect.signature(function).parameters.values()
         except ValueError:  # some functions written in C tell nothing
             parameters = ()  # type: ignore[assignment]
-        given = ("prompts", "images")
+        given = ("prompts", "images", "completions")
         by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
         self.columns = tuple(each.name for each in by_name if each.default is each.empty and each.name not in given)
         """Columns without which it cannot be called."""
+        self._needs = {each.name for each in by_name if each.default is each.empty} & {"images", "completions"}
         takes_all = not parameters or any(each.kind is each.VAR_KEYWORD for each in parameters)
         self._wanted = None if takes_all else {each.name for each in parameters}
-        if self._wanted is not None and not self._wanted & {"prompts", "images"}:
+        if self._wanted is not None and not self._wanted & {"prompts", "images", "completions"}:
             raise UserError(f"{self.name}({', '.join(sorted(self._wanted))}): a reward function takes prompts, images")
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Scores [R], float32, on the images' device. Raises UserError naming the prompt whose value is no number."""
+        there = "completions" if batch.completions else "images"
+        if self._needs - {there}:
+            raise UserError(
+                f"{self.name} asks for {', '.join(sorted(self._needs - {there}))}, and this model gives {there}: take "
+                f"f(prompts, {there}, **columns)"
+            )
         given: dict[str, object] = {"answers": list(batch.answers)} if batch.answers else {}
         given |= {name: list(values) for name, values in batch.columns.items()}
-        given |= {"prompts": list(batch.prompts), "images": batch.images}
+        given["prompts"] = list(batch.prompts)
+        given[there] = list(batch.completions) if batch.completions else batch.images
         if self._wanted is not None:
             given = {name: value for name, value in given.items() if name in self._wanted}
         found = self.function(**given)

@@ -34,6 +34,7 @@ _MODULES = (
     "experts.objects",
     "experts.ocr",
     "experts.plain",
+    "experts.maths",
 )
 """Files that register reward models, in the order in which reports show them."""
 

@@ -24,7 +24,7 @@ import torch
 
 from ..config.settings import save_yaml, to_mapping
 from ..config.training import GrpoConfig
-from ..models import ImageTokenizer, MaskedModel, TextTokenizer, answering
+from ..models import ImageTokenizer, MaskedModel, TextTokenizer, WritingModel, answering
 from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
@@ -40,13 +40,14 @@ from .distributed.ranks import Ranks
 from .headroom import FirstGroups, Headroom
 from .held_out import LOG as HELD_OUT_LOG
 from .held_out import HeldOut, Measurement, save_best
-from .metrics import MetricsLog, read_metrics, save_samples
+from .metrics import MetricsLog, read_metrics, save_samples, save_texts
 from .objective import objective_of
 from .optimizer import learning_rate, make_optimizer
 from .policy import Policy
 from .spread import SpreadWatch
 from .statistics import UpdateStats
 from .tasks import TaskSource
+from .text_collector import TextCollector
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
 from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 
@@ -153,10 +154,16 @@ class _Run:
         initial = _UNKNOWN if isinstance(dsog.initial, str) else dsog.initial
         self.threshold = DsogThreshold(initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)
         preview_judge = preview_judge or rewards.preview_scorer
-        if dsog.enabled and preview_judge is None and ranks.first:
-            log.warning("no reward model judges previews: DSOG is off")
         self.objective = objective_of(config)
-        self.collector = Collector(engine, tasks, rewards, preview_judge, self.threshold, self.objective, config, ranks)
+        self.collector: Collector | TextCollector
+        if isinstance(model, WritingModel):
+            self.collector = TextCollector(engine, model, tasks, rewards, self.objective, config, ranks)
+        else:
+            if dsog.enabled and preview_judge is None and ranks.first:
+                log.warning("no reward model judges previews: DSOG is off")
+            self.collector = Collector(
+                engine, tasks, rewards, preview_judge, self.threshold, self.objective, config, ranks
+            )
         self.policy = self._make_policy()
         model.checkpoint_layers = config.checkpoint_layers
         self.optimizer = make_optimizer(config, self.policy.named_parameters(), ranks)
@@ -359,6 +366,9 @@ class _Run:
     def _save_samples(self, groups: Sequence[Group]) -> None:
         """Decoded here, all together: other batches round otherwise, and the files would depend on the ranks."""
         shown, vq = RolloutSummary.merged([group.summary for group in groups]), self.collector.engine.vq
+        if shown.codes is None:
+            save_texts(self.folder.path, self.step, shown)
+            return
         assert vq is not None and shown.codes is not None
         device = next(vq.parameters()).device
         previews = None if shown.preview_codes is None else vq.decode(shown.preview_codes.to(device).long())

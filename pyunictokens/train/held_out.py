@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from ..config.training import GrpoConfig, HeldOutConfig
+from ..models import WritingModel
 from ..rewards.base import RewardBatch, Rewards
 from ..rewards.ensemble import Ensemble
 from ..rollout.engine import RolloutEngine
@@ -31,7 +32,8 @@ from ..utils.errors import UserError
 from ..utils.files import read_json_lines, write_json
 from ..utils.timeout import ask
 from .distributed.ranks import Ranks
-from .tasks import PromptTasks
+from .tasks import PromptTasks, Task
+from .text_collector import written
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +157,16 @@ class HeldOut:
         self, rows: range, engine: RolloutEngine, rewards: Rewards, config: GrpoConfig
     ) -> dict[int, dict[str, float]]:
         tasks = [self.tasks.at(row // config.held_out.images) for row in rows]
+        batch = self._batch(tasks, rows, engine, config)
+        return {row: values for row, values in zip(rows, self._values(batch, rewards, config), strict=True)}
+
+    def _batch(self, tasks: Sequence[Task], rows: range, engine: RolloutEngine, config: GrpoConfig) -> RewardBatch:
+        """What the policy draws (or writes) of each task."""
+        prompts = [self.tasks.for_model(task.prompt) for task in tasks]
+        if isinstance(engine.model, WritingModel):
+            return self.tasks.text_batch(tasks, written(engine, prompts, config, SEED, rows, record=False).texts)
         drawn = engine.generate_images(
-            [self.tasks.for_model(task.prompt) for task in tasks],
+            prompts,
             steps=config.timesteps,
             guidance_scale=config.guidance_scale,
             temperature=config.temperature,
@@ -165,8 +175,7 @@ class HeldOut:
             record=False,
         )
         assert drawn.pixels is not None
-        batch = self.tasks.batch(tasks, drawn.pixels.float().clamp(-1, 1))
-        return {row: values for row, values in zip(rows, self._values(batch, rewards, config), strict=True)}
+        return self.tasks.batch(tasks, drawn.pixels.float().clamp(-1, 1))
 
     def _values(self, batch: RewardBatch, rewards: Rewards, config: GrpoConfig) -> list[dict[str, float]]:
         """By row: the reward, each reward model, each metric."""

@@ -109,8 +109,15 @@ def save_samples(
     save_image(make_grid(images, columns, captions), base / f"step_{step:04d}_final.png")
     if previews is not None:
         save_image(make_grid(previews, columns), base / f"step_{step:04d}_preview.png")
-    texts = {"step": step, "prompts": rollouts.prompts, "answers": rollouts.texts, "rewards": rewards}
-    write_json(base / f"step_{step:04d}.json", texts)
+    save_texts(folder, step, rollouts)
+
+
+def save_texts(folder: str | os.PathLike[str], step: int, rollouts: RolloutSummary) -> None:
+    """Write the texts of samples/ as step_NNNN.json."""
+    base = Path(folder) / "samples"
+    base.mkdir(parents=True, exist_ok=True)
+    texts = {"prompts": rollouts.prompts, "answers": rollouts.texts, "rewards": rollouts.rewards.tolist()}
+    write_json(base / f"step_{step:04d}.json", {"step": step, **texts})
 
 
 def _lines(file: Path) -> list[str]:

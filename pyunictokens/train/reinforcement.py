@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..config.training import GrpoConfig, TrainConfig
 from ..data.concept import Concept
 from ..data.prompts import PromptSource, read_prompts
-from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, owning_rows
+from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, WritingModel, owning_rows
 from ..rewards.base import AsksColumns, PreviewJudge, RewardModel
 from ..rewards.ensemble import Ensemble, as_rewards
 from ..utils.errors import UserError
@@ -138,7 +138,8 @@ def reinforce(
     stop: Stop = never,
     ranks: Ranks | None = None,
 ) -> RunResult:
-    """Improve a model's images of a list of prompts by reinforcement: plain text-to-image, no concept needed.
+    """Improve a model's images of a list of prompts by reinforcement: plain text-to-image, no concept needed. Of a
+    model that writes by blocks (LLaDA; MMaDA as `bundle.as_text()`) it is the texts that improve.
 
     Args:
         model: a bundle with .model, .vq and .tokenizer, as `load_toy()` gives. With a concept attached, prompts may
@@ -146,11 +147,12 @@ def reinforce(
         prompts: texts; dicts with the key "prompt", whose other keys are columns; a .txt or .jsonl file of these; or a
             `datasets.Dataset` (`data/prompts.py`). The column `reference_image` names a file with a good picture of
             the prompt, by which the run says how much there is to gain (headroom.py).
-        reward_funcs: a function ``f(prompts=[...], images=[R, 3, H, W] in [-1, 1], **columns) -> list[float]``, a
-            reward model (``score(batch) -> Tensor [R]``), the name of a registered one ("jpeg_size"), an `Ensemble`,
-            or several of these as a list or by name.
-        config: by default `GrpoConfig(trainable="lora")`. Settings of answers have no effect. `groups` is the number of
-            prompts of a step, `group_size` that of images of each.
+        reward_funcs: a function ``f(prompts=[...], images=[R, 3, H, W] in [-1, 1], **columns) -> list[float]``, of
+            texts ``f(prompts=[...], completions=[...], **columns)``; a reward model (``score(batch) -> Tensor [R]``),
+            the name of a registered one ("jpeg_size"), an `Ensemble`, or several of these as a list or by name.
+        config: by default `GrpoConfig(trainable="lora")`. Settings of answers have no effect, but on texts:
+            `max_new_tokens`, `answer_temperature`, `block_length`, `text_steps`. `groups` is the number of prompts of
+            a step, `group_size` that of images (or texts) of each.
         weights: of several reward functions, as a list or by name; 1 each by default.
         held_out: prompts that do not train, in the same forms: drawn with the same noise every `config.held_out.every`
             steps. The best policy by them is kept, and the run ends where they fall (held_out.py).
@@ -164,6 +166,8 @@ def reinforce(
         Stopped: as `run_grpo`.
     """
     config = config or GrpoConfig(trainable="lora")
+    if isinstance(model.model, WritingModel):
+        config = replace(config, alpha_image=1.0, dsog=replace(config.dsog, enabled=False))
     concept = model.model.concept
     if config.trainable == "concept" and concept is None:
         raise UserError(
@@ -222,5 +226,7 @@ def _tasks(model: Bundle, source: PromptSource, name: str, seed: int, *askers: o
                     raise UserError(
                         f"{name}: {prompt.text!r} has no {empty[0]}, which reward function {label!r} asks for"
                     )
+    if REFERENCE in columns and isinstance(model.model, WritingModel):
+        raise UserError(f"{name} have the column {REFERENCE}, and {model.model.family} draws nothing: rename it")
     images = ReferenceImages(model.model, model.vq) if REFERENCE in columns else None
     return PromptTasks(prompts, seed=seed, concept=model.model.concept, images=images)

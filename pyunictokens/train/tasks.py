@@ -303,6 +303,11 @@ class PromptTasks:
             columns={name: [task.columns[name] for task in tasks] for name in tasks[0].columns},
         )
 
+    def text_batch(self, tasks: Sequence[Task], texts: Sequence[str]) -> RewardBatch:
+        """R texts of R tasks as reward models get them."""
+        columns = {name: [task.columns[name] for task in tasks] for name in tasks[0].columns}
+        return RewardBatch.of_texts(texts, [task.prompt for task in tasks], columns)
+
     def image_codes(self, task: Task) -> Tensor:
         raise UserError("a list of prompts asks nothing about images")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pyunictokens as uct
-from pyunictokens import RolloutEngine
+from pyunictokens import RolloutEngine, ops
 from pyunictokens.config.training import GrpoConfig
 from pyunictokens.models import ModelBundle
 from pyunictokens.models.llada import LlamaWriter
@@ -164,6 +164,32 @@ def test_coupled_scores_every_token_twice(bundle: ModelBundle) -> None:
         assert torch.equal(view.mask_RTN[:, 2], images.kept)
         parts = view.mask_RTN[:, 0].sum(-1) / images.kept.sum(-1)
         assert bool((parts > 0.1).all() and (parts < 0.9).all())
+
+
+def test_the_operations_at_lladas_vocabulary() -> None:
+    """126464 ids: log-probs, loss and gradients of a few tokens, without logits, against logits in float64."""
+    generator = torch.Generator().manual_seed(1)
+    entries, shape = 126464, (2, 1, 5)
+    hidden, weight = torch.randn(*shape, 8, generator=generator), torch.randn(entries, 8, generator=generator)
+    chosen = torch.randint(entries, shape, generator=generator)
+    hidden.requires_grad_(True)
+    weight.requires_grad_(True)
+    wide = (hidden.detach().double().requires_grad_(True), weight.detach().double().requires_grad_(True))
+    true = (wide[0] @ wide[1].T / HEAT).log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+    old, advantages = true.detach() - 0.1, torch.tensor([0.5, -0.8], dtype=torch.float64)
+    ratio = (true - old).exp()
+    gain = torch.min(ratio * advantages[:, None, None], ratio.clamp(0.8, 1.2) * advantages[:, None, None])
+    (-gain.sum() / 2).backward()
+    loss, logp, _ = ops.maskgit_grpo_loss(
+        hidden, weight, chosen, old.float(), None, advantages.float(), temperature=HEAT, alpha=1.0, beta=0.0
+    )
+    loss.backward()
+    assert (logp - true).abs().max() < 1e-4 and float(loss.detach()) == pytest.approx(
+        float(-gain.detach().sum() / 2), rel=1e-4
+    )
+    for leaf, exact in zip((hidden, weight), wide, strict=True):
+        assert leaf.grad is not None and exact.grad is not None
+        assert (leaf.grad - exact.grad).abs().max() <= 1e-4 * exact.grad.abs().max()
 
 
 def test_texts_count_up_to_their_end(bundle: ModelBundle) -> None:

@@ -189,6 +189,7 @@ def pack_batch(batch: RewardBatch) -> tuple[Words, Tensors]:
         "correct": int(batch.correct),
         "kind": batch.kind,
         "columns": {name: list(values) for name, values in batch.columns.items()},
+        "completions": list(batch.completions),
     }
     try:
         json.dumps(words["columns"])
@@ -213,4 +214,5 @@ def unpack_batch(words: Mapping[str, object], tensors: Mapping[str, Tensor], dev
         references=tensor(tensors, "references").to(device),
         kind=kind,
         columns=columns,
+        completions=texts(words, "completions") if "completions" in words else (),
     )

@@ -1,0 +1,119 @@
+"""The groups of one step where a model writes: texts of a prompt list's prompts, their rewards and advantages.
+
+    task → G texts, unmasked by blocks → rewards of prompts and texts → advantages
+
+As collector.py does it for images, so that loop and update know no difference: rollouts of all groups are dealt over
+the ranks, and the tokens of a text are the codes of its trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config.training import GrpoConfig
+from ..models import WritingModel
+from ..rewards.base import EnsembleScore, RewardBatch, Rewards
+from ..rollout.engine import RolloutEngine
+from ..rollout.types import TextRollout
+from ..utils import profiling
+from ..utils.errors import NotFinite
+from ..utils.timeout import ask
+from .collector import Group, LocalRollouts, RolloutSummary
+from .distributed.ranks import Ranks
+from .objective import Objective
+from .tasks import Task, TaskSource
+from .trajectories import ImageTrajectories
+
+
+def written(
+    engine: RolloutEngine,
+    prompts: Sequence[str],
+    config: GrpoConfig,
+    seed: int,
+    sample_ids: Sequence[int],
+    record: bool,
+) -> TextRollout:
+    """One text of each prompt, with the numbers of `config`."""
+    return engine.write(
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        block_length=config.block_length or None,
+        steps=config.text_steps or None,
+        temperature=config.answer_temperature,
+        seed=seed,
+        sample_ids=sample_ids,
+        record=record,
+    )
+
+
+class TextCollector:
+    """Samples groups of texts from the model as it is. There are no previews."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        model: WritingModel,
+        tasks: TaskSource,
+        rewards: Rewards,
+        objective: Objective,
+        config: GrpoConfig,
+        ranks: Ranks | None = None,
+    ):
+        self.engine, self.model, self.tasks, self.rewards = engine, model, tasks, rewards
+        self.objective, self.config, self.ranks = objective, config, ranks or Ranks()
+
+    def calibrate(self) -> None:
+        """Nothing: there are no previews."""
+
+    def collect(self, step: int, with_codes: bool = False) -> list[Group]:
+        """The groups of step `step`, as `Collector.collect` gives them: all noise follows from the seed and the step.
+        Raises NotFinite, on all ranks alike, where a model gave numbers that are not finite."""
+        size, count = self.config.group_size, self.config.groups
+        tasks = [self.tasks.draw(step * count + group) for group in range(count)]
+        mine = self.ranks.share(count * size)
+        local: dict[int, LocalRollouts] = {}
+        scored: list[tuple[int, RolloutSummary]] = []
+        problem = ""
+        try:
+            for group, task in enumerate(tasks):
+                rows = range(max(mine.start - group * size, 0), min(mine.stop - group * size, size))
+                if rows:
+                    local[group], summary = self._sample(task, step * count + group, rows)
+                    scored.append((group, summary))
+        except NotFinite as error:
+            problem = f"rollouts of group {group}: {error}"
+        told = self.ranks.gather((problem, scored))
+        if problem := next((problem for problem, _ in told if problem), ""):
+            raise NotFinite(problem)
+        groups = []
+        for group, task in enumerate(tasks):
+            summary = RolloutSummary.merged([part for _, some in told for place, part in some if place == group])
+            advantages = self.objective.advantages(summary.rewards, torch.zeros(size, dtype=torch.int64))
+            groups.append(Group(task, summary, advantages, 0.0, local.get(group)))
+        return groups
+
+    def _sample(self, task: Task, number: int, rows: range) -> tuple[LocalRollouts, RolloutSummary]:
+        config = self.config
+        ids = [number * config.group_size + row for row in rows]
+        prompt = self.tasks.for_model(task.prompt)
+        rollout = written(self.engine, [prompt] * len(rows), config, 2 * config.seed, ids, record=True)
+        score = self._scored(task, rollout.texts)
+        scope = self.objective.token_scope
+        images = ImageTrajectories.of_texts(self.model, rollout, "newly_unmasked" if scope == "all" else scope)
+        summary = RolloutSummary(
+            rollout.texts,
+            [task.prompt] * len(rows),
+            score.total.float().cpu(),
+            {name: value.float().cpu() for name, value in score.parts.items()},
+            score.no_face,
+            tuple(map(str, score.invalid)),
+        )
+        return LocalRollouts(rows, images, None), summary
+
+    @profiling.phase("rewards")
+    def _scored(self, task: Task, texts: Sequence[str]) -> EnsembleScore:
+        columns = {name: [value] * len(texts) for name, value in task.columns.items()}
+        batch = RewardBatch.of_texts(texts, [task.prompt] * len(texts), columns)
+        return ask("scoring by the reward models", self.rewards.score, batch, seconds=self.config.reward_timeout)
