@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..utils.errors import UserError, needs
 from ..utils.files import write_json
+from ..utils.loading import no_bars
 from .base import ImageTokenizer, MaskedModel
 from .bundle import ModelBundle, Sources
 from .checkpoint import read_config, resolve
@@ -253,9 +254,10 @@ def _whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json here: give the whole published pipeline folder")
     try:
-        net, report = kind.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        with no_bars():
+            net, report = kind.from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # many kinds, for files that are cut short, absent or of other shapes
         raise UserError(f"{folder}: cannot be read as {kind.__name__}: {type(error).__name__}: {error}") from error
     gaps = [key for key in sorted(report["missing_keys"]) if not key.endswith("position_ids")]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..utils.errors import UserError, needs
+from ..utils.loading import no_bars
 from .checkpoint import read_config, resolve
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class ClipVision:
         if kind not in ("clip", "clip_vision_model"):
             raise UserError(f"{path}: is no CLIP checkpoint of transformers (model_type {kind!r} in its config.json)")
         try:
-            made: Any = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            with no_bars():
+                made: Any = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{path}: cannot be read as CLIP's image encoder: {error}") from None
         net: CLIPVisionModel = made[0]

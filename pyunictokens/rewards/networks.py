@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..utils.errors import UserError, require
 from ..utils.files import unreadable
+from ..utils.loading import no_bars
 from .base import Device, check_pixels
 from .weights import WeightFiles
 
@@ -164,9 +165,10 @@ def from_transformers(
     if kinds and config.model_type not in kinds:
         raise UserError(f"{folder}: holds a {config.model_type} model: must be {' or '.join(kinds)}")
     try:
-        model, report = getattr(transformers, name).from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with no_bars():
+            model, report = getattr(transformers, name).from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # transformers raises many kinds for files that are cut short or of other shapes
         raise UserError(f"{folder}: weights cannot be read as {name}: {unreadable(folder, error)}") from error
     gaps = [key for key in sorted(report["missing_keys"]) if not key.startswith(tuple(unused))]

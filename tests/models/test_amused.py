@@ -86,6 +86,14 @@ def test_draws_what_diffusers_pipeline_draws(
     assert len({tuple(row.tolist()) for row in rollout.codes}) == len(PROMPTS), "prompts matter"
 
 
+def test_loading_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    assert logging.is_progress_bar_enabled()
+    uct.models.load(folder)
+    assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled()
+
+
 def test_pixels_are_the_pipelines(folder: Path, bundle: uct.models.ModelBundle) -> None:
     pipe, vq = pipeline(folder), AmusedVQ.from_pretrained(folder, torch.float64)
     codes = torch.randint(CODES, (2, N), generator=torch.Generator().manual_seed(1))
