@@ -22,6 +22,7 @@ _NAMES = {
     "RolloutEngine": "rollout.engine",
     "Showo": "models.showo.model",
     "TextTokenizer": "models.tokenizer",
+    "pipeline": "runs.pipe",
     "prompting": "models",
 }
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .models.tokenizer import TextTokenizer
     from .rollout.dsog import DsogThreshold
     from .rollout.engine import RolloutEngine
+    from .runs.pipe import pipeline
 
 __all__ = [
     "MASK",
@@ -48,6 +50,7 @@ __all__ = [
     "evaluate",
     "models",
     "ops",
+    "pipeline",
     "prompting",
     "rewards",
     "rollout",

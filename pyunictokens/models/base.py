@@ -19,6 +19,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
@@ -135,6 +136,16 @@ class MaskedModel(nn.Module, ABC):
     @abstractmethod
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that :meth:`from_pretrained` reads. An attached concept is saved on its own."""
+
+    def push_to_hub(self, to: str | os.PathLike[str], *, private: bool = True) -> str:
+        """:meth:`save_pretrained` with a model card, to a hub id or an empty folder (hub.py); returns where it lies."""
+        from .hub import model_card, publish
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder)
+            model_card(self.family, self.identity(), isinstance(self, WritingModel)).write(folder)
+
+        return publish(write, to, private=private)
 
     # --- a concept's rows: see ConceptModel --------------------------------------------------------------------------
 

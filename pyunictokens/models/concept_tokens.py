@@ -155,6 +155,36 @@ class ConceptTokens(nn.Module):
         concept._put(tensors, folder)
         return concept
 
+    def save_pretrained(self, folder: str | os.PathLike[str], base_model: str | None = None) -> Path:
+        """:meth:`save` with a model card; returns the folder."""
+        from .hub import Card
+
+        text = f"""Tokens of one concept, `{self.sks}`, learned by pyunictokens: {self.num_tokens} rows of width
+{self.width} beside the embedding and the head of {base_model or "a frozen model"}.
+
+```python
+import pyunictokens as uct
+
+concept = uct.ConceptTokens.from_pretrained("OWNER/NAME")
+```
+"""
+        self.save(folder)
+        Card(f"The concept {self.sks}", text, base_model, tags=["personalization"]).write(folder)
+        return Path(folder)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> ConceptTokens:
+        """Read what :meth:`save` or :meth:`save_pretrained` wrote: a folder or hub id."""
+        from .checkpoint import resolve
+
+        return cls.load(resolve(path, only=("concept.json", "concept.safetensors")))
+
+    def push_to_hub(self, to: str | os.PathLike[str], *, base_model: str | None = None, private: bool = True) -> str:
+        """:meth:`save_pretrained` to a hub id or an empty folder (hub.py); returns where it lies."""
+        from .hub import publish
+
+        return publish(lambda folder: self.save_pretrained(folder, base_model), to, private=private)
+
     @classmethod
     def load_published(
         cls,

@@ -214,6 +214,16 @@ def load_policy(model: MaskedModel, folder: str | os.PathLike[str]) -> MaskedMod
     return model if concept is None else owning_rows(model).attach(concept.to(model.device).requires_grad_(False))
 
 
+def copy_adapter(model: MaskedModel, learned: Path, folder: Path, base: str | None) -> None:
+    """Write the adapter in `learned` (of any version) into `folder` in PEFT's format; `base` is the model it belongs
+    to."""
+    settings, tensors = _read_adapter(learned, read_json(learned / "policy.json"))
+    save_safetensors_atomic(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    file = folder / "adapter_config.json"
+    _save_adapter_config(file, _fitting(model, settings))
+    write_json(file, {**read_json(file), "base_model_name_or_path": base})
+
+
 def add_adapters(model: MaskedModel, config: LoraConfig, seed: int) -> list[BaseTunerLayer]:
     """Put fresh float32 adapters on the model's linear layers; returns the adapted layers."""
     with needs("train"):

@@ -16,10 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from ..config.settings import save_yaml, to_mapping
 from ..config.training import GrpoConfig, TrainConfig
 from ..data.concept import Concept
 from ..data.prompts import PromptSource, read_prompts
-from ..models import ConceptTokens, ImageTokenizer, MaskedModel, TextTokenizer, WritingModel, owning_rows
+from ..models import (
+    ConceptTokens,
+    ImageTokenizer,
+    MaskedModel,
+    ModelBundle,
+    TextTokenizer,
+    WritingModel,
+    owning_rows,
+)
 from ..rewards.base import AsksColumns, PreviewJudge, RewardModel
 from ..rewards.ensemble import Ensemble, as_rewards
 from ..utils.errors import UserError
@@ -31,6 +40,9 @@ from .grpo import RunResult, run_grpo
 from .held_out import HeldOut
 from .images import ReferenceImages
 from .tasks import REFERENCE, ConceptTasks, PromptTasks
+
+CONFIG = "config.yaml"
+"""What a run's folder says of the model and the settings."""
 
 
 @dataclass
@@ -188,7 +200,7 @@ def reinforce(
                 "them is not held out",
                 stacklevel=2,
             )
-    return run_grpo(
+    result = run_grpo(
         model.model,
         model.vq,
         model.tokenizer,
@@ -203,6 +215,25 @@ def reinforce(
         stop=stop,
         ranks=ranks,
     )
+    if isinstance(model, ModelBundle) and (ranks is None or ranks.first):
+        save_yaml(result.folder / CONFIG, _description(model, config))
+    return result
+
+
+def _description(model: ModelBundle, config: GrpoConfig) -> dict[str, object]:
+    """What a run's config.yaml says of the model, so that commands open the run without being told."""
+    from .. import __version__
+
+    sources = model.sources
+    parts: dict[str, object] = {"model": sources.model, "vq": sources.vq, "tokenizer": sources.tokenizer}
+    if not isinstance(model.model, WritingModel):  # MMaDA as a model of text has another than MMaDA
+        parts["max_text"] = model.model.max_text
+    return {
+        "version": __version__,
+        **parts,
+        "parts": ["grpo"],
+        "grpo": to_mapping(config),
+    }
 
 
 def _tasks(model: Bundle, source: PromptSource, name: str, seed: int, *askers: object) -> PromptTasks:
