@@ -26,6 +26,7 @@ from .shell import (
     OverridesArgument,
     TokenizerOption,
     TrustOption,
+    VisionOption,
     VqOption,
     console,
     guarded,
@@ -70,6 +71,7 @@ def evaluate(
     model: ModelOption = None,
     vq: VqOption = None,
     tokenizer: TokenizerOption = None,
+    vision: VisionOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -102,7 +104,7 @@ def evaluate(
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
     from ..utils.files import refuse_unwritable
 
-    place, flags = Run.find(run), Sources(model, vq, tokenizer)
+    place, flags = Run.find(run), Sources(model, vq, tokenizer, vision)
     root, concept_name = place.concept_folder(concept)
     data = load_concept(root, concept_name)
     preset = "toy" if place.sources(flags).is_toy else "paper"

@@ -21,6 +21,7 @@ from .shell import (
     ModelOption,
     OverridesArgument,
     TokenizerOption,
+    VisionOption,
     VqOption,
     console,
 )
@@ -72,6 +73,7 @@ def paper(
     model: ModelOption = None,
     vq: VqOption = None,
     tokenizer: TokenizerOption = None,
+    vision: VisionOption = None,
     config: ConfigOption = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Runs trained at a time.")] = 1,
     rate: Annotated[
@@ -111,7 +113,7 @@ def paper(
 
     wanted = [table.strip() for table in tables.split(",") if table.strip()]
     variants = work.wanted_variants(wanted)
-    sources = Sources.choose(Sources(model, vq, tokenizer))
+    sources = Sources.choose(Sources(model, vq, tokenizer, vision))
     words = [word for word in overrides or [] if not word.startswith("table.")]
     values = load_yaml(config) if config is not None else {}
     base = preset.value if preset else "toy" if sources.is_toy else "paper"
@@ -151,8 +153,9 @@ def paper(
         return
     if rewards is None and not sources.is_toy and any(work.VARIANTS[variant].grpo for variant in variants):
         raise UserError("reinforcement needs reward models: give --rewards FILE.yaml (docs/rewards.md)")
-    options = {"--model": model, "--vq": vq, "--tokenizer": tokenizer, "--rewards": rewards, "--preset": base}
-    options |= {"--config": str(config.absolute()) if config else None, "--device": device, "--dtype": dtype}
+    options = {"--model": model, "--vq": vq, "--tokenizer": tokenizer, "--vision": vision}
+    options |= {"--rewards": rewards, "--preset": base, "--config": str(config.absolute()) if config else None}
+    options |= {"--device": device, "--dtype": dtype}
     arguments = [text for key, value in options.items() if value is not None for text in (key, str(value))]
     failed: list[str] = []
     with Bars() as bars, stop_on_signals(bars.say) as stop:
@@ -205,7 +208,7 @@ def _missing(sources: Sources, clip: str | None, rewards: str | None) -> list[st
     from ..models.checkpoint import resolve
 
     found = []
-    named = {"model": sources.model, "vq": sources.vq, "tokenizer": sources.tokenizer}
+    named = {"model": sources.model, "vq": sources.vq, "tokenizer": sources.tokenizer, "vision": sources.vision}
     for part, where in {**named, "clip": None if clip and "=" in clip else clip}.items():
         if where is None or where == "toy":
             continue

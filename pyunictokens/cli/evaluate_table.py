@@ -12,7 +12,17 @@ import typer
 
 from ..utils.errors import UserError
 from .generate import ConceptOption
-from .shell import Bars, ConfigOption, DeviceOption, DtypeOption, OverridesArgument, TokenizerOption, VqOption, console
+from .shell import (
+    Bars,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    OverridesArgument,
+    TokenizerOption,
+    VisionOption,
+    VqOption,
+    console,
+)
 from .table_options import (
     JUDGE_KEY,
     MODELS_HELP,
@@ -57,6 +67,7 @@ def table(
     ] = None,
     vq: VqOption = None,
     tokenizer: TokenizerOption = None,
+    vision: VisionOption = None,
     pages: Annotated[
         bool, typer.Option("--pages/--no-pages", help="Write a page a prompt, models side by side.")
     ] = True,
@@ -99,7 +110,7 @@ def table(
         suite, names = str(root), names or [of_run]
     elif concept is not None:
         raise UserError(f"--concept says where the concept of a run is, and {suite} is no run: leave one of the two")
-    sources = run.sources(Sources(showo, vq, tokenizer))
+    sources = run.sources(Sources(showo, vq, tokenizer, vision))
     settings = TableConfig.of(run, sources.is_toy)
     if config is not None:
         settings = from_mapping(TableConfig, load_yaml(config), base=settings, origin=str(config))

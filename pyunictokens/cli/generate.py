@@ -26,6 +26,7 @@ from .shell import (
     ProfileOption,
     SeedOption,
     TokenizerOption,
+    VisionOption,
     VqOption,
     console,
     show_phases,
@@ -233,6 +234,7 @@ def generate(
     model: ModelOption = None,
     vq: VqOption = None,
     tokenizer: TokenizerOption = None,
+    vision: VisionOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -268,7 +270,7 @@ def generate(
     if (image is None) != (mask is None):
         raise UserError("--image and --mask belong together: what the mask has white is painted anew")
     refuse_unwritable(out)
-    place, flags = Run.find(run), Sources(model, vq, tokenizer)
+    place, flags = Run.find(run), Sources(model, vq, tokenizer, vision)
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     facts = facts_of(place, concept) if use_reason else []
     bench = place.open(flags, device, dtype, name)
@@ -311,40 +313,17 @@ def generate(
         show_phases(recorder.report(bench.model.dtype))
 
 
-def _shown(image: Path, bench: ModelBundle, vision: str | None) -> tuple[Tensor, str]:
-    """(what the model looks at, the text before it): pixels, or features where the model takes those."""
-    from ..data.images import load_pixels
-    from ..models import answering
-
-    model = answering(bench.model)
-    if not model.takes_features:
-        if vision is not None:
-            raise UserError(f"--vision {vision}: this model looks at image codes and takes no features")
-        return load_pixels(image, bench.size)[None].to(bench.device), ""
-    from ..models.vision import SYSTEM, ClipVision
-
-    tower = ClipVision.from_pretrained(vision or "openai/clip-vit-large-patch14-336", bench.device)
-    return tower.features(load_pixels(image, tower.size)[None]), SYSTEM
-
-
 def understand(
     run: RunArgument,
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help='As in "What colour is `<bo>`?"')],
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many answers to sample.")] = 1,
-    vision: Annotated[
-        str | None,
-        typer.Option(
-            "--vision",
-            help="Of Show-o's CLIP-ViT variant: the image encoder, a folder or hub id. Default: "
-            "openai/clip-vit-large-patch14-336.",
-        ),
-    ] = None,
     name: NameOption = None,
     model: ModelOption = None,
     vq: VqOption = None,
     tokenizer: TokenizerOption = None,
+    vision: VisionOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -364,24 +343,24 @@ def understand(
         pyunictokens understand base photo.png "What is it?" --model showlab/show-o-w-clip-vit-512x512 \\
             --vq showlab/magvitv2 --tokenizer microsoft/phi-1_5
     """
+    from ..data.images import load_pixels
     from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
     from ..runs.run_dir import Run
 
-    place, flags = Run.find(run), Sources(model, vq, tokenizer)
+    place, flags = Run.find(run), Sources(model, vq, tokenizer, vision)
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     bench = place.open(flags, device, dtype, name)
     check_prompt(question, bench)
     text, raw = question_for(place, bench, question)
-    shown, system = _shown(image, bench, vision)
     temperature = settings.answer_temperature
     if number > 1 and temperature == 0:
         temperature = 1.0
+    engine = RolloutEngine.of(bench)
     with Bars() as bars:
-        rollout = RolloutEngine.of(bench).generate_text(
-            shown,
+        rollout = engine.generate_text(
+            load_pixels(image, engine.features_side or bench.size)[None],
             [text],
-            system=system,
             samples=number,
             raw=raw,
             max_new_tokens=settings.max_new_tokens,

@@ -54,6 +54,14 @@ VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or 
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="Folder or hub id with tokenizer.json. Default: as for --model.")
 ]
+VisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vision",
+        help="Of Show-o's CLIP-ViT variant: the image encoder, a folder or hub id. Default: "
+        "openai/clip-vit-large-patch14-336, or what the run used.",
+    ),
+]
 ClipOption = Annotated[
     str | None,
     typer.Option(

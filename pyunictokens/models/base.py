@@ -250,7 +250,12 @@ class AnsweringModel(MaskedModel):
     max_positions: int
     """Positions of the longest sequence."""
     takes_features: bool = False
-    """Whether it reads the features of an image encoder in place of codes (:meth:`prefill_features`)."""
+    """Whether questions are about the features of an image encoder in place of codes."""
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        """The image encoder whose features questions are about. Raises UserError where there is none."""
+        raise UserError(f"{self.family} reads image codes, not features")
 
     @abstractmethod
     def question_text(self, question: str) -> str:
@@ -261,19 +266,13 @@ class AnsweringModel(MaskedModel):
         """What is read for the ids of a question, its first special ids included."""
 
     @abstractmethod
-    def prefill_questions(self, codes_BN: Tensor, questions: Sequence[Sequence[int]]) -> tuple[Prefix, Tensor]:
-        """(prefix, hidden state [B, D] from which the first token of each answer is drawn) of images int [B, N] and
-        the ids of a question about each. Differentiable."""
-
-    def prefill_features(
-        self, features: Tensor, system_ids: Sequence[int], question_ids: Sequence[int]
-    ) -> tuple[Prefix, Tensor]:
-        """The same for features [B, patches, E] of an image encoder, where `takes_features`."""
-        raise UserError(f"{self.family} reads image codes, not features")
+    def prefill_questions(self, seen: Tensor, questions: Sequence[Sequence[int]]) -> tuple[Prefix, Tensor]:
+        """(prefix, hidden state [B, D] from which the first token of each answer is drawn) of what :func:`looked_at`
+        gives of B images, and the ids of a question about each. Differentiable."""
 
     @abstractmethod
-    def prefill_images(self, codes_BN: Tensor) -> Prefix:
-        """The part of :meth:`prefill_questions` that no text changes: images int [B, N], before any question."""
+    def prefill_images(self, seen: Tensor) -> Prefix:
+        """The part of :meth:`prefill_questions` that no text changes: B images, before any question."""
 
     @abstractmethod
     def text_hidden(self, ids_BL: Tensor, prefix: Prefix, prefix_of_row: Sequence[int]) -> Tensor:
@@ -393,6 +392,33 @@ class ImageTokenizer(nn.Module, ABC):
     def decode_cost(self, rows: int, grid: tuple[int, int]) -> Cost:
         """What :meth:`decode` costs; unknown by default."""
         return Cost()
+
+
+class ImageEncoder(Protocol):
+    """What a model looks at where that is no codes (models/vision.py)."""
+
+    @property
+    def size(self) -> int:
+        """Pixels along one side of the squares it looks at."""
+        ...
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Features [B, patches, E] of pixels [B, 3, H, H] in [−1, 1]."""
+        ...
+
+
+def looked_at(model: MaskedModel, vq: ImageTokenizer, pixels: Tensor) -> Tensor:
+    """What questions are asked about, on the model's device, of pixels [B, 3, H, W] in [−1, 1]: codes int64 [B, N], or
+    features [B, patches, E] where the model takes those."""
+    if isinstance(model, AnsweringModel) and model.takes_features:
+        return model.encoder.features(pixels).to(model.device)
+    weight = next(vq.parameters())
+    return vq.encode(pixels.to(weight.device, weight.dtype)).to(model.device)
+
+
+def features_side(model: MaskedModel) -> int | None:
+    """Pixels along one side of the squares whose features a model takes; None where it takes codes."""
+    return model.encoder.size if isinstance(model, AnsweringModel) and model.takes_features else None
 
 
 def answering(model: MaskedModel) -> AnsweringModel:

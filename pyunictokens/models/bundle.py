@@ -22,6 +22,8 @@ class HasSources(Protocol):
     def vq(self) -> str | None: ...
     @property
     def tokenizer(self) -> str | None: ...
+    @property
+    def vision(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Sources:
     model: str | None = None
     vq: str | None = None
     tokenizer: str | None = None
+    vision: str | None = field(default=None, repr=False)
+    """The image encoder of Show-o's CLIP-ViT variant; None takes the one it was trained with. Left out of the text
+    that tells models apart: whoever needs it there names it."""
 
     @property
     def is_toy(self) -> bool:
@@ -47,11 +52,13 @@ class Sources:
         if model is not None:
             known = implied(model)
             model, vq, tokenizer = known.model, vq or known.vq, tokenizer or known.tokenizer
-        chosen = cls(model, vq, tokenizer)
+        chosen = cls(model, vq, tokenizer, next((c.vision for c in candidates if c.vision is not None), None))
         parts = {"--model": model, "--vq": vq, "--tokenizer": tokenizer}
         missing = [name for name, value in parts.items() if value is None]
         if 0 < len(missing) < 3:
             raise UserError(f"{' and '.join(missing)} missing: name all three parts, or none for the embedded toy")
+        if chosen.vision is not None and model is None:
+            raise UserError(f"--vision {chosen.vision}: the embedded toy looks at image codes and takes no features")
         return chosen
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..utils.errors import UserError
+from .base import AnsweringModel
 from .bundle import ModelBundle, Sources
 from .checkpoint import read_config, resolve
 
@@ -86,6 +87,7 @@ def load(
     *,
     vq: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    vision: str | os.PathLike[str] | None = None,
 ) -> ModelBundle:
     """A model with its image and text tokenizer, frozen and in eval mode.
 
@@ -93,11 +95,16 @@ def load(
         path: a folder, a hub id, or a word that implies the tokenizers too (show-o-512, show-o-256).
         dtype: of the model; the image tokenizer stays in float32: it is small, and its signs are the codes.
         vq, tokenizer: folders or hub ids, where the word does not imply them or others are wanted.
+        vision: of Show-o's CLIP-ViT variant, the image encoder; by default OpenAI's, of 336 pixels.
 
     Raises:
         UserError: an unknown family, a part that is missing, or parts that do not belong together.
     """
-    given = {name: str(value) for name, value in (("vq", vq), ("tokenizer", tokenizer)) if value is not None}
+    parts = (("vq", vq), ("tokenizer", tokenizer), ("vision", vision))
+    given = {name: str(value) for name, value in parts if value is not None}
     sources = replace(implied(str(path)), **given)
     assert sources.model is not None
-    return family_of(sources.model).load(sources, dtype, torch.device(device))
+    bundle = family_of(sources.model).load(sources, dtype, torch.device(device))
+    if sources.vision is not None and not (isinstance(bundle.model, AnsweringModel) and bundle.model.takes_features):
+        raise UserError(f"--vision {sources.vision}: this model looks at image codes and takes no features")
+    return bundle

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import MASK, ops
-from ..models import ImageTokenizer, MaskedModel, TextTokenizer
+from ..models import AnsweringModel, ImageTokenizer, MaskedModel, TextTokenizer
 from ..utils.errors import UserError
 from ..utils.memory import refuse_beyond_free
 
@@ -151,16 +151,23 @@ def _square(codes: int) -> tuple[int, int]:
     return side, side
 
 
+def looks(given: Tensor, model: MaskedModel, vq: ImageTokenizer | None) -> Tensor:
+    """Pixels float [B, 3, H, W], codes int [B, N] or, where a model takes them, features float [B, patches, E] as what
+    questions are asked about (`models.base.looked_at`): codes int64 [B, N] or features, on the model's device."""
+    given = torch.as_tensor(given)
+    if not (given.is_floating_point() and isinstance(model, AnsweringModel) and model.takes_features):
+        return images(given, model, vq)
+    _check_pixels(given)
+    return given.to(model.device) if given.ndim == 3 else model.encoder.features(given).to(model.device)
+
+
 def images(given: Tensor, model: MaskedModel, vq: ImageTokenizer | None) -> Tensor:
     """Pixels float [B, 3, H, W] or codes int [B, N] as codes int64 [B, N] on the model's device."""
     given = torch.as_tensor(given)
-    if given.numel() == 0:
-        raise UserError(f"images of shape {tuple(given.shape)}: give at least one")
+    _check_pixels(given)
     if given.is_floating_point():
         if vq is None:
             raise UserError("images are pixels: give RolloutEngine an image tokenizer to read them, or pass codes")
-        if not bool(torch.isfinite(given).all()):
-            raise UserError("images hold NaN or infinite pixels: must be finite, in [−1, 1]")
         return vq.encode(given.to(next(vq.parameters()).device)).to(model.device)
     if given.ndim != 2 or given.dtype == torch.bool:
         raise UserError(f"images of shape {tuple(given.shape)}: must be pixels float [B, 3, H, W] or codes int [B, N]")
@@ -170,6 +177,13 @@ def images(given: Tensor, model: MaskedModel, vq: ImageTokenizer | None) -> Tens
             f"0…{model.codebook_size - 1} (−1 is an unknown code: generate it first)"
         )
     return given.long().to(model.device)
+
+
+def _check_pixels(given: Tensor) -> None:
+    if given.numel() == 0:
+        raise UserError(f"images of shape {tuple(given.shape)}: give at least one")
+    if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+        raise UserError("images hold NaN or infinite pixels: must be finite, in [−1, 1]")
 
 
 def image_room(rows: int, codes: int, steps: int, record: bool, side: int, device: torch.device) -> None:

@@ -37,8 +37,10 @@ from ..models import (
     WritingModel,
     answering,
 )
+from ..models.base import features_side
 from ..utils import profiling
 from ..utils.errors import NotFinite, UserError
+from ..utils.fingerprint import bytes_of
 from ..utils.memory import RowLimit
 from . import checks
 from .cuda_graphs.capture import MODES, CaptureCache, Mode
@@ -116,6 +118,19 @@ class RolloutEngine:
         if bundle.concept is not None:
             tokenizer = tokenizer.with_concept(bundle.concept.tokens)
         return cls(bundle.model, bundle.vq, tokenizer, schedule=schedule)
+
+    # --- looking at images -----------------------------------------------------------------------------------------
+
+    @property
+    def features_side(self) -> int | None:
+        """Pixels along one side of the squares whose features the model takes; None where it takes codes."""
+        return features_side(self.model)
+
+    @torch.no_grad()
+    def look(self, pixels: Tensor) -> Tensor:
+        """What questions are asked about of pixels float [B, 3, H, W] in [−1, 1]: codes int64 [B, N], or features
+        [B, patches, E] where the model takes those."""
+        return checks.looks(pixels, self.model, self.vq)
 
     # --- concepts --------------------------------------------------------------------------------------------------
 
@@ -344,7 +359,6 @@ class RolloutEngine:
         seed: int = 0,
         sample_ids: Sequence[int] | Tensor | None = None,
         raw: bool = False,
-        system: str | Sequence[int] = "",
         concepts: Concepts = None,
         block_length: int | None = None,
         steps: int | None = None,
@@ -358,7 +372,6 @@ class RolloutEngine:
             temperature: 1 is the model's own distribution; 0 takes the likeliest token.
             top_k: draw among the k likeliest tokens only; 0 means all, 1 the likeliest.
             seed, sample_ids: the key of all noise, as for images.
-            system: text or ids before the image, for features only.
             concepts: which resident concept each question speaks of, where its text does not say so.
             block_length, steps: as in :meth:`write`, for a model that writes by blocks.
 
@@ -367,8 +380,8 @@ class RolloutEngine:
                 that does not answer.
         """
         if isinstance(self.model, BlockAnsweringModel):
-            if top_k > 1 or len(system):
-                raise UserError(f"top_k={top_k}, system={system!r}: {self.model.family} takes neither")
+            if top_k > 1:
+                raise UserError(f"top_k={top_k}: {self.model.family} draws from all tokens; leave it out")
             heat = 0.0 if top_k == 1 else temperature
             texts = self._texts_by_blocks(seed, sample_ids, max_new_tokens, block_length, steps, heat)
             return texts.answers(self.model, self.vq, images, questions, samples, raw)
@@ -381,8 +394,7 @@ class RolloutEngine:
         checks.count("top_k", top_k, 0)
         checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
         asked, names = self.residents.read("questions", questions, concepts, None if raw else model.question_text)
-        features = model.takes_features and torch.is_tensor(images) and images.ndim == 3
-        seen = images.to(model.device) if features else checks.images(images, model, self.vq)
+        seen = checks.looks(images, model, self.vq)
         if 1 not in (len(seen), len(asked)) and len(seen) != len(asked):
             raise UserError(f"{len(seen)} images and {len(asked)} questions: give one of either, or as many of both")
         pairs = max(len(seen), len(asked))
@@ -390,10 +402,7 @@ class RolloutEngine:
         seen = seen.expand(pairs, *seen.shape[1:])
         asked, names = (asked * pairs, names * pairs) if len(asked) == 1 else (asked, names)
         ids = checks.sample_ids(sample_ids, pairs * samples)
-        if not features and len(system):
-            raise UserError("system is for features only: put the text into the question")
-
-        prompts, last, prompt_of_pair = self.contexts(model, seen, asked, names, system if features else None)
+        prompts, last, prompt_of_pair = self.contexts(model, seen, asked, names)
         end, limit = max(prompts.next_position) + max_new_tokens, model.max_positions
         if end > limit:
             raise UserError(f"context and max_new_tokens reach position {end}: this model has {limit}; ask for fewer")
@@ -421,7 +430,8 @@ class RolloutEngine:
             prompt_index=prompt_index,
             sample_ids=torch.tensor(ids),
             question_ids=asked,
-            image_codes=None if features else seen.clone(),
+            image_codes=None if seen.is_floating_point() else seen.clone(),
+            image_features=seen.clone() if seen.is_floating_point() else None,
             seed=seed,
             temperature=temperature,
             top_k=top_k,
@@ -501,37 +511,22 @@ class RolloutEngine:
         seen: Tensor,
         asked: list[list[int]],
         names: list[str | None],
-        system: str | Sequence[int] | None,
     ) -> tuple[Prefix, Tensor, list[int]]:
-        """What each answer follows: the prefix, last states [P, D], and which of them belongs to each pair.
-
-        `system` is None for image codes, where equal pairs are computed once; else `seen` is features.
-        """
-        before: list[int] = []
-        if system:
-            before = checks.token_lists(
-                "system", system if isinstance(system, str) else [system], self.tokenizer, self.model
-            )[0]
+        """What each answer follows: the prefix, last states [P, D], and which of them belongs to each pair. Equal pairs
+        are computed once."""
         parts: list[Prefix] = []
         states: list[Tensor] = []
         place: dict[int, int] = {}
 
-        def keep(some: list[int], number_of: Sequence[int], made: tuple[Prefix, Tensor]) -> None:
-            offset = sum(map(len, parts))
-            place.update({index: offset + number for index, number in zip(some, number_of, strict=True)})
-            parts.append(made[0])
-            states.append(made[1])
-
+        looks = list(map(bytes_of, seen))
         for name in dict.fromkeys(names):
             members = [index for index, its in enumerate(names) if its == name]
+            first, index_of = checks.unique_index([(looks[index], tuple(asked[index])) for index in members])
+            some = [members[number] for number in first]
+            offset = sum(map(len, parts))
+            place.update({index: offset + number for index, number in zip(members, index_of, strict=True)})
             with self.residents.using(name):
-                if system is None:
-                    looks = [(tuple(seen[index].tolist()), tuple(asked[index])) for index in members]
-                    first, index_of = checks.unique_index(looks)
-                    some = [members[number] for number in first]
-                    keep(members, index_of, model.prefill_questions(seen[some], [asked[index] for index in some]))
-                    continue
-                for question in dict.fromkeys(tuple(asked[index]) for index in members):
-                    some = [index for index in members if tuple(asked[index]) == question]
-                    keep(some, range(len(some)), model.prefill_features(seen[some], before, question))
+                made, last = model.prefill_questions(seen[some], [asked[index] for index in some])
+            parts.append(made)
+            states.append(last)
         return reduce(add, parts), torch.cat(states), [place[index] for index in range(len(asked))]

@@ -123,12 +123,14 @@ class TextRollout:
     question_ids: list[list[int]]
     """Ids of each question as the model read them, its wrapping included."""
     image_codes: Tensor | None
-    """int64 [P, N]: the image of each question; None when features were given."""
+    """int64 [P, N]: the image of each question; None where the model looked at features."""
     seed: int
     temperature: float
     top_k: int
     concepts: list[str | None] = field(default_factory=list)
     """The resident concept each question's ids belong to; None for the model as it is."""
+    image_features: Tensor | None = None
+    """[P, patches, E]: the same for a model that looks at features of an image encoder."""
     steps: TextSteps | None = None
     """Where the text was unmasked by blocks and its steps were recorded."""
 

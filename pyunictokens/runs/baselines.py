@@ -85,6 +85,8 @@ class Place:
         parts = (self.sources.model, self.sources.vq, self.sources.tokenizer)
         local = parts if self.sources.model is not None else (str(toy_folder()),)
         weights = f"{self.sources} {' '.join(fingerprint.of_files(part or '') for part in local)}"
+        if self.sources.vision is not None:
+            weights += f" {self.sources.vision} {fingerprint.of_files(self.sources.vision)}"
         if spec.kind == "ours":
             where = spec.where or (str(self.run.path) if self.run.path is not None else BASE)
             identity = f"ours {where} {_learned(where)} {weights} {settings}"

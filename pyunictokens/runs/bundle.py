@@ -30,7 +30,9 @@ def open_bundle(sources: Sources, device: str, dtype: str, max_text: int | None 
         bundle = load_toy(kind, place)
     else:
         assert sources.model is not None
-        bundle = registry.load(sources.model, kind, place, vq=sources.vq, tokenizer=sources.tokenizer)
+        bundle = registry.load(
+            sources.model, kind, place, vq=sources.vq, tokenizer=sources.tokenizer, vision=sources.vision
+        )
     if max_text is not None:
         bundle.model.max_text = max_text
     return bundle

@@ -51,6 +51,8 @@ class Origin:
     model: str | None = None
     vq: str | None = None
     tokenizer: str | None = None
+    vision: str | None = None
+    """The image encoder of Show-o's CLIP-ViT variant, where it was named."""
     rewards: str | Mapping[str, object] | None = None
     clip: str | None = None
     """The CLIP model that evaluation measures with."""
@@ -299,6 +301,7 @@ def write_description(
         "model": sources.model,
         "vq": sources.vq,
         "tokenizer": sources.tokenizer,
+        **({"vision": sources.vision} if sources.vision is not None else {}),
         "rewards": dict(rewards) if isinstance(rewards, Mapping) else rewards,
         **({"clip": clip} if clip is not None else {}),
         "root": str(concept.root.absolute()),

@@ -312,7 +312,7 @@ class Collector:
         assert task.question is not None
         question, worded = self.tasks.question_for_model(task.question)
         return self.engine.generate_text(
-            self.tasks.image_codes(task)[None],
+            self.tasks.seen(task)[None],
             [question],
             raw=worded,
             samples=len(sample_ids),

@@ -1,4 +1,5 @@
-"""A concept's images as the model sees them: image codes, and prefixes of images that never change.
+"""A concept's images as the model sees them: image codes, features where it takes those for questions, and prefixes of
+images that never change.
 
 Pixels are read once and kept; codes are taken anew where an image is cropped or mirrored at random. While only concept
 rows learn, an image's prefix under understanding does not depend on them (it precedes all text), so it is computed
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..data.images import black_image, load_pixels
 from ..models import ImageTokenizer, MaskedModel, Prefix, answering
+from ..models.base import features_side, looked_at
 from ..utils.errors import UserError
 
 
@@ -38,6 +40,7 @@ class ReferenceImages:
         self.crop, self.flip = crop, flip
         self._pixels: dict[Path, Tensor] = {}
         self._codes: dict[Path | None, Tensor] = {}
+        self._features: dict[Path | None, Tensor] = {}
         self._prefixes: OrderedDict[Path | None, Prefix] = OrderedDict()
         self._limit = cache_mb << 20
 
@@ -51,6 +54,18 @@ class ReferenceImages:
         if path not in self._codes:
             self._codes[path] = self._encode(self.pixels(path)[None])[0]
         return self._codes[path]
+
+    @torch.no_grad()
+    def seen(self, path: Path | None) -> Tensor:
+        """What questions about the image are asked about: its codes int64 [N], or features [patches, E] where the model
+        takes those."""
+        side = features_side(self.model)
+        if side is None:
+            return self.codes(path)
+        if path not in self._features:
+            pixels = black_image(side) if path is None else load_pixels(path, side)
+            self._features[path] = looked_at(self.model, self.vq, pixels[None])[0]
+        return self._features[path]
 
     @torch.no_grad()
     def augmented(self, paths: list[Path], generator: torch.Generator) -> Tensor:
@@ -81,7 +96,7 @@ class ReferenceImages:
         if path in self._prefixes:
             self._prefixes.move_to_end(path)
             return self._prefixes[path]
-        kept = answering(self.model).prefill_images(self.codes(path)[None])
+        kept = answering(self.model).prefill_images(self.seen(path)[None])
         size = sum(tensor.numel() * tensor.element_size() for tensor in kept.tensors())
         if size <= self._limit:
             self._prefixes[path] = kept

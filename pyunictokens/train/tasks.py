@@ -80,8 +80,9 @@ class TaskSource(Protocol):
         """The task of group `number` of the run, from 0."""
         ...
 
-    def image_codes(self, task: Task) -> Tensor:
-        """Codes int64 [N] of the image that the task's question is about."""
+    def seen(self, task: Task) -> Tensor:
+        """The image that the task's question is about: codes int64 [N], or features [patches, E] where the model takes
+        those."""
         ...
 
     def completed(self, prompt: str, answer: str) -> str:
@@ -190,8 +191,8 @@ class ConceptTasks:
         order = np.random.default_rng([self._seed, 2, mode == VISUAL, epoch]).permutation(len(tasks))
         return tasks[int(order[place])]
 
-    def image_codes(self, task: Task) -> Tensor:
-        return self.images.codes(task.image)
+    def seen(self, task: Task) -> Tensor:
+        return self.images.seen(task.image)
 
     def completed(self, prompt: str, answer: str) -> str:
         if self._compound == "answer":
@@ -308,7 +309,7 @@ class PromptTasks:
         columns = {name: [task.columns[name] for task in tasks] for name in tasks[0].columns}
         return RewardBatch.of_texts(texts, [task.prompt for task in tasks], columns)
 
-    def image_codes(self, task: Task) -> Tensor:
+    def seen(self, task: Task) -> Tensor:
         raise UserError("a list of prompts asks nothing about images")
 
     def completed(self, prompt: str, answer: str) -> str:

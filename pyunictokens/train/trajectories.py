@@ -148,7 +148,8 @@ class ImageTrajectories:
 class AnswerTrajectories:
     """R answers to one question about one image."""
 
-    codes_N: Tensor
+    seen: Tensor
+    """The image: codes int64 [N], or features [patches, E] where the model takes those."""
     question: list[int]
     """Ids of the question as the model reads it."""
     tokens_RL: Tensor
@@ -164,10 +165,11 @@ class AnswerTrajectories:
     @classmethod
     def of(cls, rollout: TextRollout) -> AnswerTrajectories:
         """What the update needs of answers to one question."""
-        if rollout.image_codes is None or len(rollout.question_ids) != 1:
-            raise UserError("answers must be to one question about an image given as codes or pixels")
+        seen = rollout.image_codes if rollout.image_codes is not None else rollout.image_features
+        if seen is None or len(rollout.question_ids) != 1:
+            raise UserError("answers must be to one question about an image")
         return cls(
-            codes_N=rollout.image_codes[0],
+            seen=seen[0],
             question=rollout.question_ids[0],
             tokens_RL=rollout.tokens,
             old_logp_RL=rollout.logp,

@@ -329,7 +329,7 @@ def _answer_logp(
 
 
 def _answer_prefix(model: AnsweringModel, answers: AnswerTrajectories) -> tuple[Prefix, Tensor]:
-    return model.prefill_questions(answers.codes_N[None].to(model.device), [answers.question])
+    return model.prefill_questions(answers.seen[None].to(model.device), [answers.question])
 
 
 def _answers_backward(

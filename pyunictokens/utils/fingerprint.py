@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt"})
@@ -59,3 +60,8 @@ def of_file(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 24):
             found.update(block)
     return found.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory, by which equal ones are found."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -48,6 +48,7 @@ class Heard:
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.model, self.vq = engine, engine.model, engine.vq
+        self.look, self.features_side = engine.look, engine.features_side
         self.generate_text = engine.generate_text
         self.calls: list[list[Any]] = []
 

@@ -200,7 +200,7 @@ def test_previews_and_limits(bundle: ModelBundle, folder: Path) -> None:
         UserError, match=r"grid=\(8, 8\): with max_text=9 its codes need 76 positions, this model has 64"
     ):
         engine.generate_images(["a dog"], grid=(8, 8))
-    with pytest.raises(UserError, match="mmada takes neither"):
+    with pytest.raises(UserError, match="mmada draws from all tokens"):
         engine.generate_text(torch.zeros(1, N, dtype=torch.int64), ["what ?"], top_k=3)
     with pytest.raises(UserError, match="mmada has no rows that a concept may own"):
         engine.add_concept(uct.ConceptTokens("bo", 24))

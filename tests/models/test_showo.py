@@ -167,7 +167,9 @@ def test_clip_variant_equals_the_plain_path():
     model = small(w_clip_vit=True)
     features = torch.randn(2, 4, 1024, dtype=torch.float64)
     system, question = [1, 2, 3], [4, 5]
-    _, last = model.prefill_features(features, system, question)
+    model.system_ids = system
+    prompts, last = model.prefill_questions(features, [question, question])
+    assert prompts.next_position == [12, 12] and prompts.lengths == [12, 12]
     ids = SpecialIds.of(model)
     text = model.embed(torch.tensor([ids.mmu, *system, ids.soi, ids.eoi, *question])).expand(2, -1, -1)
     x = torch.cat([text[:, :5], model.project_clip(features), text[:, 5:]], dim=1)

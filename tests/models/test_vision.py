@@ -14,18 +14,22 @@ from pyunictokens.cli import app
 from pyunictokens.models import MagvitConfig, MagvitV2, Showo, ShowoConfig
 from pyunictokens.models.vision import SYSTEM, ClipVision
 from pyunictokens.utils.errors import UserError
-from tests.runs.test_real_layout import write_tokenizer
+from tests.runs.real_layout import write_tokenizer
 
 
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tower(folder: Path) -> Path:
+    """CLIP's image encoder of two by two patches."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 1024, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    folder = tmp_path_factory.mktemp("clip")
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=14)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tower(tmp_path_factory.mktemp("clip"))
 
 
 def test_features_are_the_librarys_with_its_own_processor(tower: Path) -> None:

@@ -170,8 +170,9 @@ def test_clip_features_equal_the_plain_sequence():
     features = torch.randn(2, 4, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     engine, ids = tiny_engine(model), SpecialIds.of(model)
     system, questions = [1, 2, 3], [[4, 5], [6]]
-    rollout = engine.generate_text(features, questions, system=system, temperature=0.0, max_new_tokens=5)
-    assert rollout.image_codes is None
+    model.system_ids = system
+    rollout = engine.generate_text(features, questions, temperature=0.0, max_new_tokens=5)
+    assert rollout.image_codes is None and torch.equal(rollout.image_features, features)
     for row, question in enumerate(questions):
         tokens: list[int] = []
         for _ in range(int(rollout.lengths[row])):
@@ -212,7 +213,6 @@ def test_text_and_image_noise_of_one_id_are_not_the_same_numbers():
         ({"images": torch.zeros(0, 9, dtype=torch.long)}, "give at least one"),
         ({"images": torch.zeros(0, 3, 3, 3)}, "give at least one"),
         ({"questions": [1, 2]}, "give a list of prompts, not one's ids"),
-        ({"system": "You are kind."}, "features only"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, message):

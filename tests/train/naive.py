@@ -38,7 +38,7 @@ def image_logp(model: Showo, images: ImageTrajectories) -> Tensor:
 def answer_logp(model: Showo, answers: AnswerTrajectories) -> Tensor:
     """[R, L], row by row; 0 after the end."""
     ids = prompting.SpecialIds.of(model)
-    prefix = prompting.mmu_prefix(answers.codes_N.tolist(), answers.question, ids)
+    prefix = prompting.mmu_prefix(answers.seen.tolist(), answers.question, ids)
     out = []
     for row in answers.tokens_RL:
         tokens = row[row >= 0]

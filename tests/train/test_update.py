@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_equals_the_loss_with_every_graph_alive(
     for value in policy.named_parameters().values():
         value.grad = None
     stats = streamed_backward(model, advantages, settings, images, answers)
-    assert stats.loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert stats.loss == pytest.approx(float(expected.detach()), rel=5e-5)  # float32 terms that cancel
     found = gradients(policy)
     moving = 0
     for name, gradient in wanted.items():
@@ -116,6 +117,43 @@ def test_equals_the_loss_with_every_graph_alive(
         moving += bool(scale_of > 1e-6)
         assert (found[name] - gradient).abs().max() <= 1e-4 * scale_of + 1e-7, name
     assert moving >= {"concept": 3, "lora": 24, "full": 30}[kind]
+
+
+def test_answers_about_features_equal_the_plain_sequences(tmp_path: Path) -> None:
+    """Show-o's CLIP-ViT variant: loss and gradients, those of its projector among them, in float64."""
+    torch.manual_seed(2)
+    model = Showo(replace(tiny_model().config, w_clip_vit=True)).double()
+    model.attach(tiny_concept().double())
+    model.system_ids = [9, 4]
+    policy = Policy(model, "full", reference_file=tmp_path / "start.safetensors")
+    answers = replace(fake_answers(tiny_model().attach(tiny_concept())), seen=torch.randn(3, 1024).double())
+    ids, (rows, longest) = prompting.SpecialIds.of(model), answers.tokens_RL.shape
+    before, question = [ids.mmu, *model.system_ids, ids.soi], [ids.eoi, *answers.question]
+    logp = torch.zeros(rows, longest, dtype=torch.float64)
+    for row, tokens in enumerate(answers.tokens_RL):
+        said = tokens[tokens >= 0]
+        text = model.embed(torch.tensor([*before, *question, *said.tolist()]))[None]
+        parts = [text[:, : len(before)], model.project_clip(answers.seen[None]), text[:, len(before) :]]
+        allowed = prompting.mmu_clip_allowed(2, 3, len(answers.question) + len(said))
+        logits = model(None, allowed, inputs_embeds=torch.cat(parts, 1))[0, -len(said) - 1 : -1] / answers.temperature
+        logp[row, : len(said)] = logits.log_softmax(-1).gather(-1, said[:, None])[:, 0]
+    assert (answer_logprobs(model, answers) - logp).abs().max() < 1e-9
+    answers.old_logp_RL = logp.detach() + 0.1 * torch.randn(logp.shape).double() * (answers.tokens_RL >= 0)
+    advantages, settings = torch.tensor([0.7, -0.4, 0.1, -0.9, 0.5]).double(), LossSettings(beta=0.0, micro_rows=2)
+    answers.ref_logp_RL = None
+    expected = naive.objective(
+        logp, answers.old_logp_RL, None, advantages, settings.alpha_answer, settings, answers.tokens_RL >= 0
+    )
+    expected.backward()
+    wanted = gradients(policy)
+    for value in policy.named_parameters().values():
+        value.grad = None
+    stats = streamed_backward(model, advantages, settings, None, answers)
+    assert stats.loss == pytest.approx(float(expected.detach()), rel=1e-9)
+    found = gradients(policy)
+    assert wanted["mm_projector.0.weight"].abs().max() > 1e-6
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).abs().max() < 1e-9, name
 
 
 def test_statistics_do_not_depend_on_the_pieces() -> None:

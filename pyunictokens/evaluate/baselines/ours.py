@@ -72,6 +72,15 @@ class Engine(Protocol):
     @property
     def vq(self) -> ImageTokenizer | None: ...
 
+    @property
+    def features_side(self) -> int | None:
+        """Pixels along one side of the squares whose features the model takes; None where it takes codes."""
+        ...
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """What questions are asked about of pixels [B, 3, H, W]: codes or features."""
+        ...
+
     def generate_images(
         self,
         prompts: Sequence[str],
@@ -121,7 +130,8 @@ class Sampling:
 class EngineModel:
     """A model that learned the concept. `tokens` None reads `<name>` as the class word (the bare model).
 
-    `size` is the side of the images it is shown, in pixels; by default the engine's own.
+    `size` is the side of the images it is shown, in pixels; by default the engine's own. One that looks at features of
+    an image encoder is shown squares of the encoder's side.
     """
 
     def __init__(
@@ -138,7 +148,7 @@ class EngineModel:
         self.tokens, self.subject, self.sampling = tokens, subject, sampling or Sampling()
         self.grid = engine.model.grid[0]
         self.size = size or self.grid * self.vq.downsampling
-        self._codes: dict[str, Tensor] = {}
+        self._looks: dict[str, Tensor] = {}
 
     def answer(self, images: Sequence[Image], question: str) -> str:
         """The likeliest answer. Show-o looks at one image at a time; without one it sees black, as in training."""
@@ -147,12 +157,12 @@ class EngineModel:
     def answers(self, questions: Sequence[Question]) -> list[str]:
         """:meth:`answer` of several questions in one batch."""
         shown = [self.shown(images, question) for images, question in questions]
-        codes, texts = torch.stack([self._encoded(pixels) for pixels, _ in shown]), [text for _, text in shown]
+        seen, texts = torch.stack([self._seen_as(pixels) for pixels, _ in shown]), [text for _, text in shown]
         longest = self.sampling.max_new_tokens
         if isinstance(self.tokens, PublishedForm):
-            found = self.engine.generate_text(codes, texts, max_new_tokens=longest, temperature=0.0, raw=True)
+            found = self.engine.generate_text(seen, texts, max_new_tokens=longest, temperature=0.0, raw=True)
         else:
-            found = self.engine.generate_text(codes, texts, max_new_tokens=longest, temperature=0.0)
+            found = self.engine.generate_text(seen, texts, max_new_tokens=longest, temperature=0.0)
         return list(found.texts)
 
     def generate(self, prompt: str, n: int, seed: int, first_id: int = 0) -> Tensor:
@@ -161,7 +171,8 @@ class EngineModel:
 
     def shown(self, images: Sequence[Image], question: str) -> tuple[Tensor, str]:
         """The image and the words that a question becomes."""
-        pixels = from_pil(square(single(images), self.size)) if images else black_image(self.size)
+        side = self.engine.features_side or self.size
+        pixels = from_pil(square(single(images), side)) if images else black_image(side)
         if isinstance(self.tokens, PublishedForm):
             return pixels, self.tokens.question(question)
         return pixels, self.reads(question)
@@ -185,12 +196,12 @@ class EngineModel:
         assert images.pixels is not None  # the engine has an image tokenizer
         return images.pixels.clamp(-1, 1)
 
-    def _encoded(self, pixels: Tensor) -> Tensor:
-        """Codes [N] of pixels [3, H, W], made once for each image."""
+    def _seen_as(self, pixels: Tensor) -> Tensor:
+        """What questions are asked about of pixels [3, H, W], made once for each image."""
         key = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-        if key not in self._codes:
-            self._codes[key] = self.vq.encode(pixels[None].to(self.device))[0]
-        return self._codes[key]
+        if key not in self._looks:
+            self._looks[key] = self.engine.look(pixels[None].to(self.device))[0]
+        return self._looks[key]
 
 
 def single(images: Sequence[Image]) -> Image:

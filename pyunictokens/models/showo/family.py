@@ -12,6 +12,7 @@ from ..bundle import ModelBundle, Sources
 from ..magvit import MagvitV2
 from ..registry import Family
 from ..tokenizer import TextTokenizer
+from ..vision import SYSTEM, ClipVision
 from .model import Showo
 
 
@@ -40,8 +41,14 @@ def _load(sources: Sources, dtype: torch.dtype, device: torch.device) -> ModelBu
         raise UserError(
             f"the image tokenizer {sources.vq} has {vq.codebook_size} codes, the model {model.codebook_size}"
         )
+    if model.takes_features:
+        where = sources.vision or _VISION
+        model.look_through(lambda: ClipVision.from_pretrained(where, device), tokenizer.encode(SYSTEM))
     return ModelBundle(model, vq, tokenizer, sources)
 
+
+_VISION = "hub:openai/clip-vit-large-patch14-336"
+"""The image encoder that the CLIP-ViT variant was trained with."""
 
 _WORDS = {
     "show-o-512": Sources("showlab/show-o-512x512", "showlab/magvitv2", "microsoft/phi-1_5"),

@@ -10,9 +10,10 @@ Xie et al., 2024, "Show-o"; layer norm on q and k, partial rotary, parallel atte
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ... import ops
 from ...utils.errors import UserError
 from ...utils.files import save_safetensors_atomic, write_json
-from ..base import AnswerDecoder, AnsweringModel, CapturableModel, ConceptModel, ImageStep
+from ..base import AnswerDecoder, AnsweringModel, CapturableModel, ConceptModel, ImageEncoder, ImageStep
 from ..checkpoint import assign, load_state_dict, read_config, real_number, resolve, whole_number
 from ..concept_tokens import ConceptTokens
 from ..prefix import Prefix
@@ -248,6 +249,9 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
         self.grid = (side, side) if side * side == config.num_vq_tokens else (1, config.num_vq_tokens)
         self.end_id, self.max_positions = config.eos_token_id, config.max_position_embeddings
         self.takes_features = config.w_clip_vit
+        self.system_ids: list[int] = []
+        """Of the CLIP-ViT variant: ids of the system prompt that stands before the features."""
+        self._load_encoder: Callable[[], ImageEncoder] | None = None
         self._rotary: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -320,20 +324,30 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
         return prompting.chat_question(question)
 
     def question_ids(self, text_ids: Sequence[int]) -> list[int]:
+        """With the start of a text before it; the CLIP-ViT variant was trained without."""
         start = self.config.bos_token_id
-        return list(text_ids) if list(text_ids[:1]) == [start] else [start, *text_ids]
+        return list(text_ids) if self.takes_features or list(text_ids[:1]) == [start] else [start, *text_ids]
 
-    def prefill_questions(self, codes_BN: Tensor, questions: Sequence[Sequence[int]]) -> tuple[PromptKV, Tensor]:
-        return cached.prefill_mmu(self, codes_BN, questions)
+    def look_through(self, load: Callable[[], ImageEncoder], system_ids: Sequence[int]) -> None:
+        """Give the CLIP-ViT variant its image encoder, loaded when it is first needed, and its system prompt."""
+        self._load_encoder, self.system_ids = functools.cache(load), list(system_ids)
 
-    def prefill_features(
-        self, features: Tensor, system_ids: Sequence[int], question_ids: Sequence[int]
-    ) -> tuple[PromptKV, Tensor]:
-        """The CLIP-ViT variant's: [mmu] system [soi] patches [eoi] question, features [B, patches, 1024]."""
-        return cached.prefill_mmu_clip(self, features, system_ids, question_ids)
+    @property
+    def encoder(self) -> ImageEncoder:
+        if not self.takes_features:
+            return super().encoder
+        if self._load_encoder is None:
+            raise UserError(
+                "this is Show-o's CLIP-ViT variant, which answers from the features of an image encoder, and has none: "
+                "load it with pyunictokens.models.load, or give it one (look_through)"
+            )
+        return self._load_encoder()
 
-    def prefill_images(self, codes_BN: Tensor) -> PromptKV:
-        return cached.prefill_images(self, codes_BN)
+    def prefill_questions(self, seen: Tensor, questions: Sequence[Sequence[int]]) -> tuple[PromptKV, Tensor]:
+        return cached.prefill_mmu(self, seen, questions)
+
+    def prefill_images(self, seen: Tensor) -> PromptKV:
+        return cached.prefill_images(self, seen)
 
     def text_hidden(self, ids_BL: Tensor, prefix: Prefix, prefix_of_row: Sequence[int]) -> Tensor:
         return cached.text_hidden(self, ids_BL, prefix, prefix_of_row)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import UserError
+from ...utils.fingerprint import bytes_of
 from ..prefix import Prefix
 from .attention import CausalAfterPrompt, DecodeAttention, FullAttention, PromptAttention, PromptKV, Recorded
 from .prompting import SpecialIds, mmu_clip_allowed
@@ -106,26 +107,33 @@ def check_room(model: Showo, count: int, start: int) -> None:
         )
 
 
-def prefill_images(model: Showo, codes_BN: Tensor) -> PromptKV:
-    """Keys and values of [mmu] [soi] codes [eoi] for images int [B, N]: what comes before any question."""
-    ids = SpecialIds.of(model)
-    ends = model.embed(torch.tensor([ids.mmu, ids.soi, ids.eoi], device=model.device)).expand(len(codes_BN), -1, -1)
-    x = torch.cat([ends[:, :2], model.embed_codes(codes_BN.to(model.device)), ends[:, 2:]], dim=1)
-    return _prefill(model, x, 0, FullAttention())[0]
+def prefill_images(model: Showo, seen: Tensor) -> PromptKV:
+    """Keys and values of what comes before any question: [mmu] [soi] codes [eoi] of images int [B, N], or of features
+    float [B, patches, 1024] [mmu] system [soi] patches [eoi] (the CLIP-ViT variant)."""
+    ids, seen = SpecialIds.of(model), seen.to(model.device)
+    features = seen.is_floating_point()
+    before = [ids.mmu, *(model.system_ids if features else ()), ids.soi]
+    text = model.embed(torch.tensor([*before, ids.eoi], device=model.device)).expand(len(seen), -1, -1)
+    middle = model.project_clip(seen) if features else model.embed_codes(seen)
+    x = torch.cat([text[:, :-1], middle, text[:, -1:]], dim=1)
+    if not features:
+        return _prefill(model, x, 0, FullAttention())[0]
+    allowed = mmu_clip_allowed(len(before) - 2, seen.shape[1], 0).to(model.device)
+    return _prefill(model, x, 0, FullAttention(allowed))[0]
 
 
-def prefill_mmu(model: Showo, codes_BN: Tensor, questions: Sequence[Sequence[int]]) -> tuple[PromptKV, Tensor]:
-    """Keys and values of understanding prefixes (image codes [B, N] and question ids, one question a row), and the
-    hidden state [B, D] from which each answer's first token is drawn.
+def prefill_mmu(model: Showo, seen: Tensor, questions: Sequence[Sequence[int]]) -> tuple[PromptKV, Tensor]:
+    """Keys and values of understanding prefixes (what :func:`prefill_images` takes, and question ids, one question a
+    row), and the hidden state [B, D] from which each answer's first token is drawn.
 
     An image never sees its question, so equal images are computed once and questions of equal length together.
     """
-    if len(codes_BN) != len(questions):
-        raise UserError(f"{len(codes_BN)} images and {len(questions)} questions: give one question for each image")
-    place: dict[tuple[int, ...], int] = {}
-    image_of = [place.setdefault(tuple(codes), len(place)) for codes in codes_BN.tolist()]
-    first = torch.tensor([image_of.index(image) for image in range(len(place))], device=codes_BN.device)
-    images = prefill_images(model, codes_BN[first])
+    if len(seen) != len(questions):
+        raise UserError(f"{len(seen)} images and {len(questions)} questions: give one question for each image")
+    place: dict[bytes, int] = {}
+    image_of = [place.setdefault(key, len(place)) for key in map(bytes_of, seen)]
+    first = torch.tensor([image_of.index(image) for image in range(len(place))], device=seen.device)
+    images = prefill_images(model, seen[first])
     start, sequences = images.next_position[0], [model.question_ids(question) for question in questions]
     groups = []
     for length, members in _by_length(sequences).items():
@@ -136,19 +144,6 @@ def prefill_mmu(model: Showo, codes_BN: Tensor, questions: Sequence[Sequence[int
         hidden = model.encode(text, torch.arange(start, start + length, device=text.device), attend)
         groups.append((members, images.select(which).followed_by(attend.prompts(start + length)), hidden[:, -1]))
     return _merge(len(sequences), groups)
-
-
-def prefill_mmu_clip(
-    model: Showo, features: Tensor, system_ids: Sequence[int], question_ids: Sequence[int]
-) -> tuple[PromptKV, Tensor]:
-    """The CLIP-ViT variant's prefix for features [B, patches, 1024]: [mmu] system [soi] patches [eoi] question."""
-    ids = SpecialIds.of(model)
-    batch = features.shape[0]
-    before = model.embed(torch.tensor([ids.mmu, *system_ids, ids.soi], device=model.device)).expand(batch, -1, -1)
-    after = model.embed(torch.tensor([ids.eoi, *question_ids], device=model.device)).expand(batch, -1, -1)
-    x = torch.cat([before, model.project_clip(features), after], dim=1)
-    allowed = mmu_clip_allowed(len(system_ids), features.shape[1], len(question_ids)).to(model.device)
-    return _prefill(model, x, 0, FullAttention(allowed))
 
 
 def text_hidden(model: Showo, ids_BL: Tensor, prompts: Prefix, prompt_of_row: Sequence[int]) -> Tensor:

@@ -107,9 +107,8 @@ def answer_job(ticket: Ticket, engine: RolloutEngine, request: AnswerRequest) ->
     wrap = None if request.raw else model.question_text
     ids = engine.residents.read("question", [request.question], [request.concept], wrap)[0][0]
     _check_end(len(ids) + most, model.max_positions)
-    features = request.image.ndim == 2
-    seen = request.image[None].to(model.device) if features else checks.images(request.image[None], model, engine.vq)
-    prefix, last, _ = engine.contexts(model, seen, [ids], [request.concept], "" if features else None)
+    seen = checks.looks(request.image[None], model, engine.vq)
+    prefix, last, _ = engine.contexts(model, seen, [ids], [request.concept])
     _check_end(prefix.next_position[0] + most, model.max_positions)
     ticket.cost = most
     return Job(ticket, engine, request, ids, prefix=prefix, last_hidden=last[0], left=request.samples)
