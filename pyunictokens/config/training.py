@@ -46,6 +46,9 @@ MOST = 65536
 _MAX_TEXT = "it belongs to the model (model.max_text, or max_text at the top of a run's config)"
 
 
+_SHARD = "grpo.shard says it now: none for never, optimizer for always"
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """The stages in which a concept's tokens are learned, before any reinforcement."""
@@ -216,7 +219,7 @@ OBJECTIVES = ("unictask", "mask_grpo", "gspo", "final_sample", "unigrpo", "diffu
 class GrpoConfig:
     """UniCTask-GRPO: answers and images of one rollout share one reward and one advantage (equation 7)."""
 
-    RETIRED = (("max_text", _MAX_TEXT),)
+    RETIRED = (("max_text", _MAX_TEXT), ("shard_optimizer", _SHARD), ("shard_optimiser", _SHARD))
 
     steps: int = 100
     """Optimizer steps."""
@@ -324,8 +327,9 @@ class GrpoConfig:
     """Checkpoints that stay beside them: those whose steps since the checkpoint before had the highest mean reward."""
     save_in_background: bool = False
     """Write checkpoints beside the steps that follow, from copies in the host's memory."""
-    shard_optimizer: Literal["auto", "always", "never"] = field(default="auto", metadata={"was": "shard_optimiser"})
-    """Whether several ranks share the optimizer's state out (docs/distributed.md); auto does with trainable=full."""
+    shard: Literal["auto", "none", "optimizer", "full"] = "auto"
+    """What several ranks share out (docs/distributed.md): nothing, the optimizer's state, or the weights of layers as
+    well (FSDP2; llada, mmada). auto shares the optimizer's state with trainable=full."""
     sample_every: int = 10
     """Steps between images in samples/; 0 turns them off."""
     max_bad_steps: int = 3

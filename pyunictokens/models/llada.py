@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..utils.errors import UserError, needs
 from .base import ImageTokenizer, WritingModel
@@ -79,6 +79,9 @@ class LlamaWriter(WritingModel):
 
     def image_head(self) -> tuple[Tensor, None]:
         return self.model.head(), None
+
+    def layers(self) -> nn.ModuleList:
+        return self.model.transformer.blocks
 
     @property
     def costs(self) -> ModelCosts:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..utils.errors import UserError
 from .base import BlockAnsweringModel
@@ -160,6 +160,9 @@ class Mmada(BlockAnsweringModel):
     def image_head(self) -> tuple[Tensor, None]:
         """The rows of the codes alone, as a view of the published head."""
         return self.model.head()[self.ids.first_code : self.ids.first_code + self.codebook_size], None
+
+    def layers(self) -> nn.ModuleList:
+        return self.model.transformer.blocks
 
     @property
     def costs(self) -> ModelCosts:

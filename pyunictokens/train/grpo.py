@@ -15,10 +15,11 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -50,6 +51,9 @@ from .tasks import TaskSource
 from .text_collector import TextCollector
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
 from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
+
+if TYPE_CHECKING:
+    from .distributed.sharded_layers import ShardedLayers
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +169,7 @@ class _Run:
                 engine, tasks, rewards, preview_judge, self.threshold, self.objective, config, ranks
             )
         self.policy = self._make_policy()
+        self.layers = self._spread_layers()
         model.checkpoint_layers = config.checkpoint_layers
         self.optimizer = make_optimizer(config, self.policy.named_parameters(), ranks)
         self.saver = Saver(config.save_in_background)
@@ -206,6 +211,20 @@ class _Run:
             self.ranks.barrier()
         return policy
 
+    def _spread_layers(self) -> ShardedLayers | None:
+        """The layers' weights spread over ranks, where that is wanted and there are others."""
+        config = self.config
+        if config.shard != "full" or self.ranks.world == 1:
+            return None
+        from .distributed.sharded_layers import ShardedLayers, check_shares
+
+        check_shares(config.groups, config.group_size, config.micro_rows, config.micro_timesteps, self.ranks.world)
+        return ShardedLayers(self.model, self.ranks)
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Around what computes for long without gradients, or writes weights: all of them are at hand."""
+        return nullcontext() if self.layers is None else self.layers.whole()
+
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def train(self, progress: Progress | None, stop: Stop) -> RunResult:
@@ -219,7 +238,8 @@ class _Run:
                 measured = undo.enter_context(log_of)
             undo.callback(self.saver.wait)
             if self.step == 0 and config.dsog.enabled and config.dsog.initial == "auto":
-                self.collector.calibrate()
+                with self._whole():
+                    self.collector.calibrate()
             while self.step < config.steps:
                 why = self._measure(measured) if self.step % config.held_out.every == 0 else ""
                 if why:
@@ -256,6 +276,8 @@ class _Run:
                 self.save()
             if not why:
                 self._measure(measured)
+        if self.layers is not None:
+            self.layers.undo()
         if self.ranks.first:
             self.policy.export(self.folder.path / "final")
         self.policy.merge().requires_grad_(False)
@@ -270,7 +292,7 @@ class _Run:
         done = [each for each in held_out.history if each.step == self.step]  # a run that went on here
         if done:
             held_out.history.remove(done[0])
-        with profiling.phase("held-out prompts"):
+        with self._whole(), profiling.phase("held-out prompts"):
             now = (
                 done[0]
                 if done
@@ -281,8 +303,10 @@ class _Run:
             measured.write(now.line())
         if measured is not None and self.step == 0 and not done:
             self._held_out_headroom(now)
-        if said.best is now and self.ranks.first:
-            save_best(self.folder.path, now, self.policy.export)
+        if said.best is now:
+            with self._whole():
+                if self.ranks.first:
+                    save_best(self.folder.path, now, self.policy.export)
         self.best = said.best
         why = held_out.why_it_ends(said, config.held_out)
         if why and self.ranks.first:
@@ -306,7 +330,8 @@ class _Run:
         groups: list[Group] = []
         problem, stats, norm = "", UpdateStats(), math.nan
         try:
-            groups = self.collector.collect(self.step, with_codes=shown)
+            with self._whole():
+                groups = self.collector.collect(self.step, with_codes=shown)
         except NotFinite as error:
             problem = str(error)
         if groups and self.ranks.first:
@@ -471,7 +496,7 @@ class _Run:
     # --- stopping and going on -------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
+        tensors = {f"policy.{name}": value for name, value in self._trained().items()}
         tensors.update(self.optimizer.state_dict())
         tensors.update(random_state())
         shards = self.optimizer.shards()
@@ -489,6 +514,20 @@ class _Run:
             shards = on_host(shards)
         keep = self.config.keep_last, self.config.keep_best
         self.saver.run(partial(self.folder.save, self.step, tensors, state, *keep, shards, self.aside))
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """The trained tensors, whole: on rank 0 alone where they are spread."""
+        state = self.policy.state_dict()
+        if self.layers is None:
+            return state
+        from .distributed.sharded_layers import whole
+
+        found = {}
+        for name, value in state.items():  # one by one: all of them would be another model
+            gathered = whole(value)
+            if self.ranks.first:
+                found[name] = gathered if gathered is value else gathered.cpu()
+        return found
 
     def restore(self) -> None:
         """Put the newest whole checkpoint into everything; without one the run begins anew."""

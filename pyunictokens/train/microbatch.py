@@ -56,6 +56,8 @@ class Microbatches:
     free_bytes: float = 0.0
     splits: int = 0
     """How often a microbatch ran out of memory and was halved."""
+    fixed: bool = False
+    """Whether they may not shrink: layers are spread over ranks, which make the same calls."""
     tried: bool = field(default=True, repr=False)
     """False until an automatic size has been measured."""
 
@@ -69,7 +71,7 @@ class Microbatches:
         must choose.
         """
         if rows and timesteps:
-            return cls(rows, timesteps, rows * timesteps)
+            return cls(rows, timesteps, rows * timesteps, fixed=any(map(is_spread, model.parameters())))
         params = list(learning(model)) if learn else []
         kind = "full" if any(p.requires_grad for p in model.parameters()) else "concept"
         costs = model.costs
@@ -125,6 +127,12 @@ class Microbatches:
             cut = self._cut(some, steps)
             if cut is None and not self._fits(work, some, steps, device):
                 size = (some.stop - some.start) * (steps.stop - steps.start)
+                if self.fixed:
+                    raise UserError(
+                        f"a microbatch of {size} packed rows does not fit into memory, and with grpo.shard=full all "
+                        "ranks need equal ones: lower grpo.micro_rows or grpo.micro_timesteps, or set "
+                        "grpo.checkpoint_layers=true"
+                    )
                 if size == 1:
                     raise UserError(
                         "one rollout at one timestep does not fit into memory: set grpo.checkpoint_layers=true, train "
@@ -194,6 +202,15 @@ def learning(model: MaskedModel) -> Iterable[Tensor]:
     return (p for p in (*model.parameters(), *concept) if p.requires_grad)
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def add_gradients(loss: Tensor, parameters: Iterable[Tensor], sums: Iterable[Tensor] = ()) -> None:
     """Add d loss / d leaf to every leaf's gradient, all of them or (when memory runs out) none.
 
@@ -201,6 +218,10 @@ def add_gradients(loss: Tensor, parameters: Iterable[Tensor], sums: Iterable[Ten
     `parameters` run as in a usual backward pass; `sums` are leaves that nobody else watches, and are added to at once.
     """
     watched = [leaf for leaf in parameters if leaf.requires_grad]
+    if any(map(is_spread, watched)):  # their gradients appear in a usual backward pass alone
+        if loss.requires_grad:
+            loss.backward()
+        return
     own = [leaf for leaf in sums if leaf.requires_grad]
     if not (loss.requires_grad and (watched or own)):
         return

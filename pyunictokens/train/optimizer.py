@@ -38,7 +38,7 @@ def learning_rate(step: int, *, lr: float, steps: int, warmup: int = 0, schedule
 def make_optimizer(config: GrpoConfig, named: Mapping[str, nn.Parameter], ranks: Ranks) -> Optimizer:
     """AdamW as `config` says, its state spread over the ranks where that is wanted. Concept rows are never decayed."""
     kind: Callable[..., Optimizer] = Optimizer
-    wanted = config.shard_optimizer == "always" or (config.shard_optimizer == "auto" and config.trainable == "full")
+    wanted = config.shard in ("optimizer", "full") or (config.shard == "auto" and config.trainable == "full")
     if wanted and ranks.world > 1:
         from .distributed.sharded_optimizer import ShardedOptimizer
 

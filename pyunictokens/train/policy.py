@@ -25,6 +25,7 @@ from ..models import ConceptTokens, MaskedModel, owning_rows
 from ..utils.errors import UserError, needs
 from ..utils.files import named_errors, read_json, save_safetensors_atomic, write_bytes_atomic, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
+from .microbatch import is_spread
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftLora
@@ -85,6 +86,7 @@ class Policy:
         self._adapter_start = {
             name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name
         }
+        """Whole, also where layers are spread over ranks later."""
 
     def _rows(self) -> dict[str, nn.Parameter]:
         return dict(self.concept.named_parameters()) if self.concept is not None else {}
@@ -126,7 +128,8 @@ class Policy:
     @torch.no_grad()
     def changed(self) -> float:
         """The part of the trained numbers, in 0…1, that the model computes with another value than when the run began:
-        what a step moves by less than the rounding of a weight is lost."""
+        what a step moves by less than the rounding of a weight is lost. Of numbers that are spread over ranks this
+        rank's are looked at."""
         start = {f"concept.{name}": value for name, value in self._concept_start.items()}
         if self.kind == "full":
             assert self._reference_file is not None
@@ -136,8 +139,9 @@ class Policy:
             before = start.get(name, self._adapter_start.get(name))
             if before is None:
                 continue
-            moved = value.to(self.model.dtype) != before.to(value.device).to(self.model.dtype)
-            other, total = other + int(moved.sum()), total + value.numel()
+            mine = _own_part(value)
+            moved = mine.to(self.model.dtype) != _own_part(before, value).to(mine.device).to(self.model.dtype)
+            other, total = other + int(moved.sum()), total + mine.numel()
         return other / max(total, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -156,7 +160,7 @@ class Policy:
                 raise UserError(f"{origin}: {name} has shape {found}, this model's has {wanted}")
         with torch.no_grad():
             for name, parameter in named.items():
-                parameter.copy_(tensors[name])
+                _own_part(parameter).copy_(_own_part(tensors[name], parameter))
 
     def merge(self) -> MaskedModel:
         """Fold adapters into the weights and take them off; the model is then a plain one. Returns it."""
@@ -327,11 +331,28 @@ def _holds(file: Path, wanted: Mapping[str, Tensor]) -> bool:
 @contextmanager
 def _swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Let each parameter point at other numbers for a while; nothing is copied where device and dtype agree."""
-    mine = {name: parameter.data for name, parameter in parameters.items()}
+    spread = {name for name, parameter in parameters.items() if is_spread(parameter)}
+    mine = {name: parameter.data for name, parameter in parameters.items() if name not in spread}
+    kept = {name: _own_part(parameters[name]).clone() for name in spread}  # what is gathered lies where it lies
     try:
         for name, parameter in parameters.items():
-            parameter.data = values[name].to(device=parameter.device, dtype=parameter.dtype)
+            if name in spread:
+                _own_part(parameter).copy_(_own_part(values[name], parameter))
+            else:
+                parameter.data = values[name].to(device=parameter.device, dtype=parameter.dtype)
         yield
     finally:
         for name, parameter in parameters.items():
-            parameter.data = mine[name]
+            if name in spread:
+                _own_part(parameter).copy_(kept[name])
+            else:
+                parameter.data = mine[name]
+
+
+def _own_part(value: Tensor, like: Tensor | None = None) -> Tensor:
+    """What this rank holds of `value`, or would hold if it were spread over ranks as `like` is."""
+    if not is_spread(value if like is None else like):
+        return value
+    from .distributed.sharded_layers import local, part_like
+
+    return local(value.detach()) if like is None else part_like(value, like)

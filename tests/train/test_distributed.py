@@ -141,7 +141,7 @@ def test_checkpoints_are_resumed_by_any_number_of_ranks(here: World, alone: Path
     def resumed(ranks: Ranks | None, out: Path, config: Any) -> None:
         train_grpo(**here.fresh(), config=config, out_dir=out, resume=True, ranks=ranks)
 
-    plain = replace(config, shard_optimizer="never")
+    plain = replace(config, shard="none")
     beside = replace(config, save_in_background=True, checkpoint_every=1)
 
     def two(ranks: Ranks) -> None:

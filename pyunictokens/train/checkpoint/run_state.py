@@ -49,7 +49,7 @@ MAY_CHANGE = frozenset(
         "micro_rows",
         "micro_timesteps",
         "checkpoint_layers",
-        "shard_optimizer",
+        "shard",
         "save_in_background",
     }
 )

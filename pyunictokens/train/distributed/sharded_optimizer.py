@@ -4,8 +4,9 @@ Every rank keeps whole weights in the model's precision, because a rollout runs 
 would gather them each time; spread are the float32 masters and AdamW's two moments, as DTensors cut along their first
 dimension. A step is a reduce-scatter of gradients, AdamW on the own part, an all-gather of new weights. Gradients of a
 step are summed over its microbatches in a whole float32 tensor a parameter first, so ranks speak once a step.
+Parameters that are spread themselves (sharded_layers.py) have gradients that are summed already.
 
-How that state lies on disk is train/checkpoint/shards.py's business. docs/distributed.md holds all this against FSDP2.
+How that state lies on disk is train/checkpoint/shards.py's business. docs/distributed.md compares the modes.
 """
 
 from __future__ import annotations
@@ -47,8 +48,12 @@ class ShardedOptimizer(Optimizer):
         ranks: Ranks,
     ):
         self._mesh = ranks.mesh()
-        # float32 parameters gather their gradients themselves, others here
-        self._sums: dict[str, Gathers] = {n: v if v.dtype == torch.float32 else _Sum() for n, v in named.items()}
+        # float32 parameters gather their gradients themselves, others here; those that are spread in their masters
+        self._sums: dict[str, Gathers] = {
+            name: value if value.dtype == torch.float32 else _Sum()
+            for name, value in named.items()
+            if not isinstance(value, DTensor)
+        }
         super().__init__(
             named, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, undecayed=undecayed, ranks=ranks
         )
@@ -56,14 +61,16 @@ class ShardedOptimizer(Optimizer):
     def _spread(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that all ranks have; nothing is sent."""
         if whole.dim() == 0:
-            raise UserError("a parameter without dimensions cannot be spread: set grpo.shard_optimizer=never")
+            raise UserError("a parameter without dimensions cannot be spread: set grpo.shard=none")
         return distribute_tensor(whole.detach().float(), self._mesh, [Shard(0)], src_data_rank=None)
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
+        if isinstance(parameter, DTensor):
+            return super()._master(parameter)
         return self._spread(parameter).clone()
 
     def _gathering(self, name: str) -> Gathers:
-        return self._sums[name]
+        return self._sums[name] if name in self._sums else self._masters[name]
 
     def zero_grad(self) -> None:
         super().zero_grad()
@@ -88,6 +95,10 @@ class ShardedOptimizer(Optimizer):
 
     def _hand_back(self) -> None:
         for name, parameter in self.named.items():
+            if name not in self._sums:
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+                continue
             with profiling.phase("synchronisation"), self.ranks.noticing():
                 parameter.copy_(self._masters[name].to(parameter.dtype).full_tensor())  # type: ignore[attr-defined]
 
@@ -111,6 +122,8 @@ class ShardedOptimizer(Optimizer):
             master = self._masters[name]
             if held is not None:
                 master.copy_(held[f"master.{name}"])
+            elif master is parameter:
+                pass
             elif parameter.dtype == torch.float32:
                 master.copy_(self._spread(parameter))
             else:

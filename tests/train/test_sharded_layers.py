@@ -1,0 +1,212 @@
+"""Weights of layers spread over ranks (FSDP2 on gloo): the run of one process, and checkpoints of all modes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyunictokens as uct
+from pyunictokens.config.training import GrpoConfig
+from pyunictokens.models import MagvitConfig, MagvitV2, ModelBundle
+from pyunictokens.train import load_policy, read_metrics, reinforce
+from pyunictokens.train.distributed.ranks import Ranks
+from pyunictokens.train.distributed.sharded_layers import check_shares
+from pyunictokens.train.microbatch import Microbatches
+from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.signals import Stopped
+
+from ..models.llama_tiny import write_checkpoint
+from .ranks import together
+from .test_reinforce_texts import PROMPTS, letters
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*os.fork")
+NUMBERS = ("loss", "reward_mean", "kl", "ratio_mean", "clip_fraction")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("llada"), "llada")
+
+
+def config(**changes: Any) -> GrpoConfig:
+    usual = {"trainable": "full", "steps": 2, "group_size": 2, "groups": 2, "lr": 1e-3, "beta": 0.05, "shard": "full"}
+    usual |= {"max_new_tokens": 8, "block_length": 4, "text_steps": 4, "sample_every": 0, "checkpoint_every": 1}
+    return GrpoConfig(**{**usual, "micro_rows": 1, **changes})
+
+
+def learned(folder: Path, run: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    bundle = uct.models.load(folder, dtype)
+    load_policy(bundle.model, run / "final")
+    return {name: value.float() for name, value in bundle.model.named_parameters()}
+
+
+def alike(one: Path, other: Path, steps: int = 2) -> None:
+    mine, true = read_metrics(one), read_metrics(other)
+    assert len(mine) == len(true) == steps
+    for a, b in zip(mine, true, strict=True):
+        for key in NUMBERS:
+            assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "objective", "recompute"),
+    [("full", "unictask", False), ("lora", "unigrpo", True), ("full", "coupled", True)],
+)
+def test_spread_layers_learn_what_whole_ones_learn(
+    folder: Path, tmp_path: Path, trainable: str, objective: str, recompute: bool
+) -> None:
+    settings = config(trainable=trainable, objective=objective, inner_epochs=2, checkpoint_layers=recompute)
+    held_out = ["a cat in the snow ?"]
+    reinforce(uct.models.load(folder), PROMPTS, letters, settings, tmp_path / "alone", held_out=held_out)
+
+    def work(ranks: Ranks) -> list[str]:
+        bundle = uct.models.load(folder)
+        reinforce(bundle, PROMPTS, letters, settings, tmp_path / "two", ranks=ranks, held_out=held_out)
+        return sorted({type(value).__name__ for value in bundle.model.parameters()})
+
+    assert together(2, work, tmp_path / "results") == [["Parameter"]] * 2, "at the end the model is a plain one"
+    alike(tmp_path / "two", tmp_path / "alone")
+    mine, true = learned(folder, tmp_path / "two"), learned(folder, tmp_path / "alone")
+    start = dict(uct.models.load(folder).model.named_parameters())
+    moved = sum(float((true[name] - start[name]).abs().sum()) for name in true)
+    apart = sum(float((true[name] - mine[name]).abs().sum()) for name in true)
+    assert moved > 0 and apart < 0.02 * moved
+
+
+def test_layers_are_spread_and_the_rest_is_not(folder: Path, tmp_path: Path) -> None:
+    from pyunictokens.train.distributed.sharded_layers import ShardedLayers, local
+
+    def work(ranks: Ranks) -> tuple[set[str], set[str], int, int, bool]:
+        model = uct.models.load(folder).model
+        ids = torch.tensor([[1, 5, 9]])
+        before = model.model.encode(ids)  # type: ignore[operator, union-attr]
+        layers = ShardedLayers(model, ranks)
+        spread = {name for name, value in model.named_parameters() if type(value).__name__ == "DTensor"}
+        rest = {name for name, _ in model.named_parameters()} - spread
+        own = sum(local(value).numel() for name, value in model.named_parameters() if name in spread)
+        total = sum(value.numel() for name, value in model.named_parameters() if name in spread)
+        after = model.model.encode(ids)  # type: ignore[operator, union-attr]
+        with layers.whole():
+            plain = model.model.encode(ids)  # type: ignore[operator, union-attr]
+        return spread, rest, own, total, torch.equal(before, after) and torch.equal(before, plain)
+
+    for spread, rest, own, total, same in together(2, work, tmp_path / "results"):
+        assert same and all(".blocks." in name for name in spread) and not any(".blocks." in name for name in rest)
+        assert len(rest) == 3 and own <= 0.6 * total
+
+
+@pytest.mark.parametrize("first", ["full", "alone"])
+def test_checkpoints_of_one_mode_are_resumed_by_others(folder: Path, tmp_path: Path, first: str) -> None:
+    reinforce(uct.models.load(folder), PROMPTS, letters, config(shard="none", steps=3), tmp_path / "straight")
+
+    def run(shard: str, ranks: Ranks | None, stop_after: int | None) -> None:
+        done = [0]
+
+        def progress(what: str, step: int, wanted: int, now: Any = None, /) -> None:
+            done[0] = step
+
+        settings = config(shard=shard, steps=3)
+        try:
+            reinforce(
+                uct.models.load(folder),
+                PROMPTS,
+                letters,
+                settings,
+                tmp_path / "run",
+                ranks=ranks,
+                resume=(tmp_path / "run").exists() and stop_after != 1,
+                progress=progress,
+                stop=lambda: stop_after is not None and done[0] + 1 >= stop_after,
+            )
+        except Stopped:
+            assert stop_after is not None
+
+    def on_two(shard: str, stop_after: int | None) -> None:
+        found = together(2, lambda ranks: run(shard, ranks, stop_after), tmp_path / f"results{shard}{stop_after}")
+        assert found == [None, None]
+
+    if first == "alone":
+        run("none", None, 1)
+    else:
+        on_two(first, 1)
+    on_two("optimizer" if first == "full" else "full", 2)
+    run("none", None, None)
+    alike(tmp_path / "run", tmp_path / "straight", 3)
+
+
+def test_half_precision_has_float32_masters(folder: Path, tmp_path: Path) -> None:
+    def work(shard: str) -> None:
+        def each(ranks: Ranks) -> None:
+            bundle = uct.models.load(folder, torch.bfloat16)
+            settings = config(shard=shard, dtype="bfloat16", lr=1e-2, beta=0.0)
+            reinforce(bundle, PROMPTS, letters, settings, tmp_path / shard, ranks=ranks)
+
+        assert together(2, each, tmp_path / f"results_{shard}") == [None, None]
+
+    work("full")
+    work("optimizer")
+    one, two = read_metrics(tmp_path / "full"), read_metrics(tmp_path / "optimizer")
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=1e-2)
+    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=0.05)
+    from pyunictokens.train.checkpoint.shards import read_whole
+
+    state = read_whole(tmp_path / "full" / "checkpoints" / "step_000002" / "shards")
+    masters = {name: value for name, value in state.items() if name.startswith("master.")}
+    assert masters and all(value.dtype == torch.float32 for value in masters.values())
+    rounded = learned(folder, tmp_path / "full", torch.bfloat16)
+    for name, value in masters.items():
+        assert torch.equal(value.bfloat16().float(), rounded[name.removeprefix("master.")]), name
+
+
+def test_images_of_mmada(tmp_path: Path) -> None:
+    place = write_checkpoint(tmp_path / "mmada", "mmada")
+    torch.manual_seed(0)
+    MagvitV2(MagvitConfig(8, (1, 1), (1, 1), (1, 1), (1, 1), 5, 4)).save_pretrained(place / "vq")
+
+    def bright(prompts: list[str], images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    def run(name: str, ranks: Ranks | None = None) -> None:
+        bundle: ModelBundle = uct.models.load(place, vq=place / "vq")
+        settings = replace(config(), timesteps=3, guidance_scale=2.0, token_scope="masked")
+        reinforce(bundle, ["a red dog", "big cat"], bright, settings, tmp_path / name, ranks=ranks)
+
+    run("alone")
+    assert together(2, lambda ranks: run("two", ranks), tmp_path / "results") == [None, None]
+    alike(tmp_path / "two", tmp_path / "alone")
+
+
+def test_what_cannot_be_spread(tmp_path: Path) -> None:
+    for groups, size, world in [(2, 3, 2), (4, 3, 2), (1, 8, 4), (2, 4, 4)]:
+        check_shares(groups, size, 1, 1, world)
+    with pytest.raises(UserError, match=r"set grpo.groups to a multiple of 2"):
+        check_shares(1, 9, 1, 1, 2)
+    with pytest.raises(UserError, match=r"set grpo.groups to a multiple of 4"):
+        check_shares(3, 4, 1, 1, 4)
+    with pytest.raises(UserError, match=r"set grpo.micro_rows and grpo.micro_timesteps"):
+        check_shares(2, 2, 0, 1, 2)
+
+    def full(rows: slice, steps: slice) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(UserError, match=r"a microbatch of 4 packed rows does not fit .* all ranks need equal ones"):
+        Microbatches(4, 1, 4, fixed=True).run(4, 1, full, torch.device("cpu"))
+
+    def work(ranks: Ranks) -> str:
+        from pyunictokens.toy.model import load_toy
+        from pyunictokens.train.distributed.sharded_layers import ShardedLayers
+
+        try:
+            ShardedLayers(load_toy().model, ranks)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    for said in together(2, work, tmp_path / "results"):
+        assert "the layers of show-o cannot be spread: use grpo.shard=optimizer" in said
