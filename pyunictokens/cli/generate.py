@@ -7,13 +7,12 @@ draws from both (paper, equations 2 to 4). Sampling is `rollout`'s business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..utils.errors import UserError, needs
+from ..utils.errors import UserError
 from ..utils.text import printable
 from .shell import (
     INTERRUPTED,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from ..models.bundle import ModelBundle
     from ..rollout.engine import RolloutEngine
+    from ..runs.asking import SamplingConfig
     from ..runs.run_dir import Run
 
 RunArgument = Annotated[
@@ -49,72 +49,6 @@ ConceptOption = Annotated[
     tuple[Path, str] | None,
     typer.Option("--concept", metavar="ROOT NAME", help="The concept folder. Default: the one the run was trained on."),
 ]
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How images and answers are sampled."""
-
-    timesteps: int = 50
-    """MaskGIT timesteps of an image."""
-    guidance_scale: float = 5.0
-    """Classifier-free guidance; 0 turns it off."""
-    temperature: float = 1.0
-    """Temperature of the re-masking noise."""
-    schedule: str = "cosine"
-    """How the number of unknown codes falls: cosine, linear, sigmoid, or pow2 and the like."""
-    max_new_tokens: int = 100
-    """Longest answer."""
-    answer_temperature: float = 0.0
-    """Temperature of answers; 0 takes the likeliest token each time."""
-    top_k: int = 0
-    """Answers are drawn from the k likeliest tokens; 0 takes all."""
-
-
-def sampling(is_toy: bool, config: Path | None, words: list[str] | None) -> SamplingConfig:
-    """Defaults of the toy or of the published model, then the file, then the words."""
-    from ..config.settings import from_mapping, load_yaml, with_overrides
-
-    base = SamplingConfig(timesteps=12, guidance_scale=3.0, max_new_tokens=24) if is_toy else SamplingConfig()
-    if config is not None:
-        base = from_mapping(SamplingConfig, load_yaml(config), base=base, origin=str(config))
-    return with_overrides(base, words or [])
-
-
-def check_prompt(prompt: str, bench: ModelBundle, published: bool = False) -> str:
-    """The prompt with the concept's helper tokens put in, for `published` tokens as UniCTokens does. Raises UserError
-    for a `<name>` that is not the concept's.
-
-    Warns where the prompt names the concept without its token.
-    """
-    import re
-    import warnings
-
-    from ..data.parse import TextFix
-
-    if bench.concept is not None and bench.concept.sks not in prompt:
-        name = bench.concept.name
-        meant = TextFix(name).strange(prompt) or re.search(
-            rf"(?<![\w<]){re.escape(name)}(?![\w>])", prompt, re.IGNORECASE
-        )
-        if meant:
-            warnings.warn(f"{prompt!r} holds no {bench.concept.sks}: did you mean {bench.concept.sks}?", stacklevel=2)
-    known = set(bench.concept.tokens) if bench.concept is not None else set()
-    strange = [token for token in re.findall(r"<[^<>|\s]+>", prompt) if token not in known]
-    if strange:
-        have = f"this run knows {bench.concept.sks}" if bench.concept is not None else "no concept is attached"
-        raise UserError(f"{prompt!r}: {strange[0]} is not a token of this model; {have}")
-    return prompt if bench.concept is None else bench.concept.expand(prompt, every=published)
-
-
-def question_for(run: Run, bench: ModelBundle, question: str) -> tuple[str, bool]:
-    """(the question as the model reads it, whether its wording is already around it): published tokens are asked in the
-    form they were trained in."""
-    from ..models.published_form import PublishedForm
-
-    if run.published and bench.concept is not None:
-        return PublishedForm(bench.concept).question(question), True
-    return bench.concept.expand(question) if bench.concept is not None else question, False
 
 
 def facts_of(run: Run, concept: tuple[Path, str] | None) -> list[str]:
@@ -141,9 +75,10 @@ def reason(
 ) -> tuple[str, str]:
     """(answer, prompt + answer): the fact the model takes the prompt to mean, and what to draw (equations 2 and 4)."""
     from ..data.images import black_image
-    from ..data.wording import compound_prompt, first_sentence, text_only_question
+    from ..data.wording import compound_prompt, first_sentence
+    from ..runs.asking import reasoning_question
 
-    question, raw = question_for(run, bench, text_only_question(facts, prompt))
+    question, raw = reasoning_question(facts, prompt, bench.concept, run.published)
     rollout = engine.generate_text(
         black_image(bench.size)[None].to(bench.device),
         [question],
@@ -157,42 +92,26 @@ def reason(
     return answer, compound_prompt(prompt, answer)
 
 
-def grid_of(size: str | None, bench: ModelBundle) -> tuple[int, int]:
-    """Codes in height and width of an image of `size`, HxW in pixels. Raises UserError for what the image tokenizer
-    cannot cut into codes."""
+def _grid(size: str | None, bench: ModelBundle) -> tuple[int, int]:
+    """Codes in height and width of an image of `size`, HxW in pixels."""
     import re
+
+    from ..runs.asking import grid_of
 
     if size is None:
         return bench.model.grid
-    found, step = re.fullmatch(r"([1-9][0-9]{0,4})[xX×]([1-9][0-9]{0,4})", size.strip()), bench.vq.downsampling
+    found = re.fullmatch(r"([1-9][0-9]{0,4})[xX×]([1-9][0-9]{0,4})", size.strip())
     if found is None:
         raise UserError(f"--size {size}: must be HEIGHTxWIDTH in pixels, as in 384x640")
-    height, width = int(found[1]), int(found[2])
-    if height % step or width % step:
-        raise UserError(f"--size {size}: both must be multiples of {step}, the pixels of one code")
-    return height // step, width // step
+    return grid_of(int(found[1]), int(found[2]), bench.vq.downsampling, f"--size {size}")
 
 
 def known_codes(image: Path, mask: Path, grid: tuple[int, int], bench: ModelBundle) -> Tensor:
-    """Codes int64 [N] of `image` cut to the grid, −1 wherever `mask` is white. A code is painted anew where any of its
-    pixels is. Raises UserError for images that do not fit together, and for a mask that is black or white all over."""
-    import torch.nn.functional as F
+    """Codes int64 [N] of `image` cut to the grid, −1 wherever `mask` is white."""
+    from ..data.images import read_image
+    from ..runs.asking import painted
 
-    with needs("data"):
-        from PIL import ImageOps
-
-    from ..data.images import from_pil, read_image
-
-    step = bench.vq.downsampling
-    side = (grid[1] * step, grid[0] * step)
-    pictures = [read_image(file) for file in (image, mask)]
-    if pictures[0].size != pictures[1].size:
-        sizes = " and ".join(f"{each.width}x{each.height}" for each in pictures)
-        raise UserError(f"--image and --mask are {sizes} pixels: must be of one size")
-    pixels, white = (from_pil(ImageOps.fit(each, side)) for each in pictures)
-    unknown = F.max_pool2d((white.mean(0, keepdim=True) > 0).float()[None], step)[0, 0].flatten() > 0
-    if bool(unknown.all()) or not bool(unknown.any()):
-        raise UserError(f"--mask {mask}: is {'white' if unknown.any() else 'black'} all over: nothing is left to do")
+    pixels, unknown = painted(read_image(image), read_image(mask), grid, bench.vq.downsampling, f"--mask {mask}")
     codes = bench.vq.encode(pixels[None].to(bench.device))[0].long().cpu()
     return codes.masked_fill(unknown, -1)
 
@@ -261,6 +180,7 @@ def generate(
     from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
     from ..rollout.types import RolloutInterrupted
+    from ..runs.asking import check_prompt, sampling
     from ..runs.run_dir import Run
     from ..utils.files import refuse_unwritable
     from ..utils.profiling import Recorder, trace
@@ -274,8 +194,8 @@ def generate(
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     facts = facts_of(place, concept) if use_reason else []
     bench = place.open(flags, device, dtype, name)
-    check_prompt(prompt, bench)
-    grid = grid_of(size, bench)
+    check_prompt(prompt, bench.concept)
+    grid = _grid(size, bench)
     known = None if image is None or mask is None else known_codes(image, mask, grid, bench)
     engine = RolloutEngine.of(bench, settings.schedule)
     out_console = console()
@@ -286,7 +206,7 @@ def generate(
         rows = list(range(number))
         try:
             rollout = engine.generate_images(
-                [check_prompt(prompt, bench, place.published)],
+                [check_prompt(prompt, bench.concept, place.published)],
                 samples=number,
                 steps=settings.timesteps,
                 guidance_scale=settings.guidance_scale,
@@ -346,13 +266,14 @@ def understand(
     from ..data.images import load_pixels
     from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
+    from ..runs.asking import check_prompt, question_for, sampling
     from ..runs.run_dir import Run
 
     place, flags = Run.find(run), Sources(model, vq, tokenizer, vision)
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     bench = place.open(flags, device, dtype, name)
-    check_prompt(question, bench)
-    text, raw = question_for(place, bench, question)
+    check_prompt(question, bench.concept)
+    text, raw = question_for(question, bench.concept, place.published)
     temperature = settings.answer_temperature
     if number > 1 and temperature == 0:
         temperature = 1.0

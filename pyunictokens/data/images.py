@@ -37,40 +37,52 @@ def read_image(path: str | os.PathLike[str], at_least: int | None = None) -> Ima
     naming the file: missing, not an image, cut off, too large.
     """
     path = on_disk(Path(path))
+    return _rgb(_loaded(path, path, at_least, PIXEL_LIMIT))
+
+
+def read_image_bytes(data: bytes, name: str, limit: int = PIXEL_LIMIT) -> Image.Image:
+    """The image that `data` holds, upright, as 8-bit RGB, or RGBA where it has transparency. Raises UserError naming it
+    by `name`; `limit` is the most pixels that are decoded."""
+    image = _loaded(io.BytesIO(data), name, None, limit)
+    return image.convert("RGBA") if _transparent(image) else _rgb(image)
+
+
+def _loaded(source: Path | io.BytesIO, name: object, at_least: int | None, limit: int) -> Image.Image:
+    """The decoded, upright image of a file or its bytes, in the mode it has."""
     try:
         with warnings.catch_warnings():
-            # An image beyond Pillow's warning size is judged by PIXEL_LIMIT; broken metadata is no reason to complain.
+            # An image beyond Pillow's warning size is judged by the limit; broken metadata is no reason to complain.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=readable()) as image:
+            with Image.open(source, formats=readable()) as image:
                 width, height = image.size
-                if width * height > PIXEL_LIMIT:
+                if width * height > limit:
                     megapixels = width * height / 1e6
-                    limit = PIXEL_LIMIT / 1e6
                     raise UserError(
-                        f"{path}: {width}×{height} is {megapixels:.0f} megapixels: the limit is {limit:.0f}"
+                        f"{name}: {width}×{height} is {megapixels:.0f} megapixels: the limit is {limit / 1e6:.0f}"
                     )
                 if at_least is not None:
                     image.draft("RGB", (4 * at_least, 4 * at_least))
                 image.load()
-                return _rgb(_upright(image))
+                return _upright(image)
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such image") from None
+        raise UserError(f"{name}: no such image") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: claims far more than the limit of {PIXEL_LIMIT / 1e6:.0f} megapixels") from None
+        raise UserError(f"{name}: claims far more than the limit of {limit / 1e6:.0f} megapixels") from None
     except Image.UnidentifiedImageError:
-        refuse_lfs_pointer(path)
-        kind = image_format(path)
-        if kind and not can_read(kind):
-            raise UserError(f"{path}: {missing_decoder(kind)}") from None
+        if isinstance(source, Path):
+            refuse_lfs_pointer(source)
+            kind = image_format(source)
+            if kind and not can_read(kind):
+                raise UserError(f"{name}: {missing_decoder(kind)}") from None
         raise UserError(
-            f"{path}: not an image that can be read (PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF, HEIC)"
+            f"{name}: not an image that can be read (PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF, HEIC)"
         ) from None
     except PermissionError as error:
-        raise UserError(f"{path}: may not be read: {error.strerror}") from None
+        raise UserError(f"{name}: may not be read: {error.strerror}") from None
     except Exception as error:  # a decoder fed with garbage raises whatever it stumbles over
-        raise UserError(f"{path}: the image is damaged or cut off ({type(error).__name__}: {error})") from error
+        raise UserError(f"{name}: the image is damaged or cut off ({type(error).__name__}: {error})") from error
 
 
 def load_pixels(path: str | os.PathLike[str], size: int) -> torch.Tensor:
@@ -205,11 +217,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode as 8-bit RGB; what is transparent becomes white."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bit(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if _transparent(image):
         colour = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", colour.size, (255, 255, 255, 255)), colour)
     return image.convert("RGB")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import pytest
@@ -19,10 +18,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pyunictokens.cli import app
-from pyunictokens.cli.generate import check_prompt
 from pyunictokens.cli.shell import command as as_command
 from pyunictokens.cli.train import _separate
 from pyunictokens.models.concept_tokens import ConceptTokens
+from pyunictokens.runs.asking import check_prompt
 
 
 def run(encoding: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -141,10 +140,9 @@ def test_help_texts_keep_their_tags(path: tuple[str, ...], command: click.Comman
     ],
 )
 def test_a_prompt_that_names_the_concept_without_its_token(prompt: str, asked: bool) -> None:
-    bench = SimpleNamespace(concept=ConceptTokens("bo", 8, 1, 1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_prompt(prompt, bench)  # type: ignore[arg-type]
+        check_prompt(prompt, ConceptTokens("bo", 8, 1, 1))
     assert ["did you mean <bo>?" in str(warning.message) for warning in caught] == [True] * asked
 
 
