@@ -139,17 +139,17 @@ class RolloutEngine:
         """Names of the resident concepts."""
         return self.residents.names
 
-    def add_concept(self, concept: ConceptTokens) -> None:
+    def add_concept(self, concept: ConceptTokens, name: str | None = None) -> None:
         """Keep a concept at hand: prompts that name it, or are given with `concepts`, are read with its tokens.
 
         Many may be resident at once (each is its few rows), and rows of different ones share a batch. A concept of the
-        same name is replaced. Needs a model without an attached concept and a tokenizer that knows none (or no
-        tokenizer, for ids only).
+        same name is replaced; `name` keeps it under another one, which `concepts` then says. Needs a model without an
+        attached concept and a tokenizer that knows none (or no tokenizer, for ids only).
 
         Raises:
             UserError: a concept of another width, one attached to the model, or tokens that the tokenizer already has.
         """
-        self.residents.add(concept)
+        self.residents.add(concept, name)
 
     def remove_concept(self, name: str) -> ConceptTokens:
         """Let a resident concept go; returns it."""

@@ -27,8 +27,8 @@ class Residents:
     def names(self) -> list[str]:
         return list(self._concepts)
 
-    def add(self, concept: ConceptTokens) -> None:
-        """Keep a concept at hand, in place of one with the same name."""
+    def add(self, concept: ConceptTokens, name: str | None = None) -> None:
+        """Keep a concept at hand under its own name or another, in place of the one that has it."""
         if self._model.concept is not None:
             raise UserError(
                 f"the model has {self._model.concept.sks} attached: take it off (model.detach()) and add it beside "
@@ -36,9 +36,10 @@ class Residents:
             )
         if concept.width != owning_rows(self._model).width:
             raise UserError(f"concept {concept.sks} of width {concept.width}: this model has width {self._model.width}")
+        name = concept.name if name is None else name
         if self._tokenizer is not None:
-            self._tokenizers[concept.name] = self._tokenizer.with_concept(concept.tokens)
-        self._concepts[concept.name] = concept
+            self._tokenizers[name] = self._tokenizer.with_concept(concept.tokens)
+        self._concepts[name] = concept
 
     def remove(self, name: str) -> ConceptTokens:
         """Let a concept go; returns it."""

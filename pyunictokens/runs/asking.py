@@ -55,13 +55,15 @@ def sampling(is_toy: bool, config: Path | None = None, words: Sequence[str] | No
 
 
 def check_prompt(prompt: str, concept: ConceptTokens | None, published: bool = False) -> str:
-    """The prompt with the concept's helper tokens put in, for `published` tokens as UniCTokens does. Raises UserError
-    for a `<name>` that is not the concept's.
-
-    Warns where the prompt names the concept without its token.
-    """
-    if concept is not None and concept.sks not in prompt and _names(prompt, concept.name):
+    """:func:`read_prompt`, with a warning where the prompt names the concept without its token."""
+    if concept is not None and names_without_token(prompt, concept):
         warnings.warn(f"{prompt!r} holds no {concept.sks}: did you mean {concept.sks}?", stacklevel=2)
+    return read_prompt(prompt, concept, published)
+
+
+def read_prompt(prompt: str, concept: ConceptTokens | None, published: bool = False) -> str:
+    """The prompt with the concept's helper tokens put in, for `published` tokens as UniCTokens does. Raises UserError
+    for a `<name>` that is not the concept's."""
     known = set(concept.tokens) if concept is not None else set()
     strange = [token for token in re.findall(r"<[^<>|\s]+>", prompt) if token not in known]
     if strange:
@@ -70,9 +72,12 @@ def check_prompt(prompt: str, concept: ConceptTokens | None, published: bool = F
     return prompt if concept is None else concept.expand(prompt, every=published)
 
 
-def _names(prompt: str, name: str) -> bool:
-    word = rf"(?<![\w<]){re.escape(name)}(?![\w>])"
-    return bool(TextFix(name).strange(prompt) or re.search(word, prompt, re.IGNORECASE))
+def names_without_token(prompt: str, concept: ConceptTokens) -> bool:
+    """Whether the prompt has the concept's name, but not its token: `bo`, `{bo}`, `&lt;bo&gt;`."""
+    if concept.sks in prompt:
+        return False
+    word = rf"(?<![\w<]){re.escape(concept.name)}(?![\w>])"
+    return bool(TextFix(concept.name).strange(prompt) or re.search(word, prompt, re.IGNORECASE))
 
 
 def question_for(question: str, concept: ConceptTokens | None, published: bool) -> tuple[str, bool]:

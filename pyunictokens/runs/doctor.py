@@ -58,7 +58,7 @@ OPTIONAL = {
     "diffusers": ("diffusers", "pipelines of diffusers as rows of a table"),
     "ray": ("cluster", "runs over several machines"),
     "flash-attn": ("flash", "attention over shared prompts on a GPU"),
-    "gradio": ("web", "a page in the browser"),
+    "fastapi": ("web", "serving trained runs to OpenAI's clients"),
     "pytest": ("dev", "the test suite"),
 }
 """Distributions that nothing needs at import, with the extra that adds each and what it is for."""

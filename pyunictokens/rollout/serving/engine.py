@@ -333,7 +333,9 @@ class ServingEngine:
                 tokenizer = job.engine.residents.tokenizer(request.concept)
                 text = "" if tokenizer is None else tokenizer.decode(row.tokens)
                 cut = row.done and row.tokens[-1] != lane.model.end_id
-                events.append(Written(row.ticket, row.sample, text, tuple(row.tokens), row.done, cut))
+                assert job.prefix is not None
+                tokens, context = tuple(row.tokens), job.prefix.lengths[0]
+                events.append(Written(row.ticket, row.sample, text, tokens, row.done, cut, context))
             if row.done and row.ticket in self._jobs:
                 self._row_ended(job, events)
 

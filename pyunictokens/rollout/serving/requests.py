@@ -92,8 +92,10 @@ class Written:
     tokens: tuple[int, ...]
     """The end token included where one was drawn."""
     done: bool
-    cut: bool = False
+    cut: bool
     """Whether it ended because it had `max_new_tokens`, not by itself."""
+    context: int
+    """Positions of picture and question."""
 
 
 @dataclass(frozen=True, eq=False)

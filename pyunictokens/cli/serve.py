@@ -1,0 +1,90 @@
+"""`pyunictokens serve`: runs for others to use, behind OpenAI's interface. The server is `pyunictokens.serve`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shell import DeviceOption, DtypeOption, ModelOption, TokenizerOption, VqOption, console
+
+
+def serve(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs of `train`; `base` is always there.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--runs", metavar="FOLDER", help="Every run in this folder, later ones too.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen; 127.0.0.1 is this machine alone. Others need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    keys: Annotated[
+        Path | None,
+        typer.Option("--keys", metavar="FILE.yaml", help="API keys, with limits of each (docs/serving.md)."),
+    ] = None,
+    max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Images and answers under way at once.")] = 64,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=1, help="Images and answers that may wait; more get 429.")
+    ] = 256,
+    concepts: Annotated[
+        int, typer.Option("--concepts", min=1, help="Concepts at hand at once; others are read when asked for.")
+    ] = 200,
+    models: Annotated[
+        int, typer.Option("--models", min=1, help="Runs with weights of their own that are open at once.")
+    ] = 2,
+    grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds to finish what runs, at the end.")] = 60.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts and questions into the log.")] = False,
+    model: ModelOption = None,
+    vq: VqOption = None,
+    tokenizer: TokenizerOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Serve runs to OpenAI's clients until Ctrl-C or SIGTERM: draw, paint into pictures, ask about them.
+
+    A model is called like the folder of its run. One API key stands in PYUNICTOKENS_SERVE_KEY, many in a file that
+    --keys or PYUNICTOKENS_SERVE_KEY_FILE names. One line of JSON a request goes to stderr.
+
+    Examples:
+
+        pyunictokens serve runs/bo runs/mug
+
+        pyunictokens serve --runs runs --host 0.0.0.0 --keys keys.yaml --device cuda --dtype bfloat16
+    """
+    import logging
+
+    from ..models.bundle import Sources
+    from ..serve.catalog import Catalog, Limits
+    from ..serve.keys import Keys
+    from ..serve.server import Server, ServerSettings
+    from ..utils.signals import stop_on_signals
+
+    settings = ServerSettings(host, port, max_rows, max_waiting, grace=grace, log_prompts=log_prompts)
+    server = Server(
+        lambda serving: Catalog(
+            runs or (),
+            folder,
+            flags=Sources(model, vq, tokenizer),
+            device=device,
+            dtype=dtype,
+            limits=Limits(concepts, models),
+            in_use=serving.concepts_in_use,
+        ),
+        Keys.from_environment(keys),
+        settings,
+    )
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    requests = logging.getLogger("pyunictokens.serve")
+    requests.addHandler(lines)
+    requests.setLevel(logging.INFO)
+    requests.propagate = False
+    names = [listed.name for listed in server.catalog.list()]
+    say = console()
+    with stop_on_signals(lambda text: say.print("ending when what runs is done; once more ends at once")) as stop:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        say.print(f"{server.address}/v1: {', '.join(names[:10])}{more}; Ctrl-C ends", markup=False)
+        server.serve(stop)

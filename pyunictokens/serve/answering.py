@@ -1,0 +1,185 @@
+"""`/v1/chat/completions`: one question about one picture, answered whole or token by token.
+
+The models read one picture and one question, no conversation: the newest text of the user is the question, the newest
+picture of any message is what it is about, and without one a black picture is read, as in training for questions about
+facts. Text of the system or developer stands before the question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from ..data.images import black_image, from_pil, square
+from ..models import answering
+from ..rollout.serving import AnswerRequest, AsyncEngine, Written
+from ..runs.asking import question_for, read_prompt
+from .catalog import Catalog, Served
+from .drawing import event
+from .errors import Refused, told
+from .forms import ChatForm, TextPart
+from .gate import About
+from .metrics import Metrics
+from .pictures import Pictures
+
+_UNFINISHED = "\ufffd"
+"""What the tokenizer gives for a character whose bytes are not all there yet."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat request that has been checked."""
+
+    served: Served
+    request: AnswerRequest
+    form: ChatForm
+
+
+class Answering:
+    """Answers clients."""
+
+    def __init__(self, catalog: Catalog, engine: AsyncEngine, pictures: Pictures, metrics: Metrics, log_prompts: bool):
+        self._catalog, self._engine, self._pictures = catalog, engine, pictures
+        self._metrics, self._log_prompts = metrics, log_prompts
+
+    async def ask(self, form: ChatForm, about: About) -> Question:
+        """The request of a form. Raises Refused or UserError for what cannot be used."""
+        served = await asyncio.to_thread(self._catalog.open, form.model)
+        about.notes |= {"model": form.model, "n": form.n}
+        if answering(served.engine.model).takes_features:
+            raise Refused(400, "this model reads features of an image encoder, which this server does not compute")
+        text, url = _read(form)
+        if self._log_prompts:
+            about.notes["prompt"] = text
+        read_prompt(text, served.concept)
+        question, raw = question_for(text, served.concept, served.published)
+        if url is None:
+            pixels = black_image(served.size)
+        else:
+            picture = (await self._pictures.read_url(url, "image_url")).convert("RGB")
+            pixels = await asyncio.to_thread(lambda: from_pil(square(picture, served.size)))
+        settings, most = served.sampling, form.max_completion_tokens or form.max_tokens
+        temperature = settings.answer_temperature if form.temperature is None else form.temperature
+        if form.n > 1 and form.temperature is None and temperature == 0:
+            temperature = 1.0  # as `understand -n` does: equal answers are of no use
+        request = AnswerRequest(
+            pixels,
+            question,
+            served.resident,
+            samples=form.n,
+            max_new_tokens=most or settings.max_new_tokens,
+            temperature=temperature,
+            top_k=form.top_k,
+            seed=secrets.randbelow(2**31) if form.seed is None else form.seed,
+            raw=raw,
+            streamed=form.stream,
+        )
+        return Question(served, request, form)
+
+    async def all(self, question: Question, about: About) -> dict[str, object]:
+        """The whole answer."""
+        found: dict[int, Written] = {}
+        async with aclosing(self._events(question, about)) as events:
+            async for each in events:
+                if each.done:
+                    found[each.sample] = each
+        choices = [
+            {
+                "index": sample,
+                "message": {"role": "assistant", "content": found[sample].text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "length" if found[sample].cut else "stop",
+            }
+            for sample in range(question.form.n)
+        ]
+        head = _head(about, question.form.model, "chat.completion")
+        return {**head, "choices": choices, "usage": _usage(list(found.values())), "seed": question.request.seed}
+
+    async def stream(self, question: Question, about: About) -> AsyncGenerator[str, None]:
+        """The answer as server-sent events, as its words come."""
+        head = _head(about, question.form.model, "chat.completion.chunk")
+        options = question.form.stream_options
+        with_usage = options is not None and options.include_usage
+        nothing_yet = {"usage": None} if with_usage else {}
+        said = [""] * question.form.n
+        found: list[Written] = []
+
+        def chunk(sample: int, delta: dict[str, object], finish: str | None = None) -> str:
+            choice = {"index": sample, "delta": delta, "logprobs": None, "finish_reason": finish}
+            return event(None, {**head, "choices": [choice], **nothing_yet})
+
+        try:
+            async with aclosing(self._events(question, about)) as events:
+                for sample in range(question.form.n):
+                    yield chunk(sample, {"role": "assistant", "content": ""})
+                async for each in events:
+                    more = _more(said[each.sample], each)
+                    if more:
+                        said[each.sample] += more
+                        yield chunk(each.sample, {"content": more})
+                    if each.done:
+                        found.append(each)
+                        yield chunk(each.sample, {}, "length" if each.cut else "stop")
+            if with_usage:
+                yield event(None, {**head, "choices": [], "usage": _usage(found)})
+            yield event(None, "[DONE]")
+        except Exception as error:  # the status has been sent: the error is told as an event
+            about.failed(error)
+            yield event(None, told(error).table)
+
+    async def _events(self, question: Question, about: About) -> AsyncGenerator[Written, None]:
+        served, client = question.served, about.client.settings
+        stream = self._engine.stream(
+            lambda: self._catalog.seat(served),
+            question.request,
+            user=client.name,
+            priority=client.priority,
+            deadline=question.form.deadline,
+        )
+        async with aclosing(stream) as events:
+            async for each in events:
+                if isinstance(each, Written):
+                    if each.done:
+                        self._metrics.tokens.inc(len(each.tokens))
+                    yield each
+
+
+def _read(form: ChatForm) -> tuple[str, str | None]:
+    """(question, URL of the picture it is about) of a conversation."""
+    before, question, url = [], None, None
+    for message in form.messages:
+        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        text = "\n".join(part.text for part in parts or [] if isinstance(part, TextPart)).strip()
+        urls = [part.image_url.url for part in parts or [] if not isinstance(part, TextPart)]
+        if len(urls) > 1:
+            raise Refused(400, f"{len(urls)} pictures in one message: this model looks at one", param="messages")
+        url = urls[-1] if urls else url
+        if message.role in ("system", "developer") and text:
+            before.append(text)
+        elif message.role == "user":
+            question = text
+    if not question:
+        raise Refused(400, "messages hold no text of the user: ask something", param="messages")
+    return "\n".join([*before, question]), url
+
+
+def _more(said: str, written: Written) -> str:
+    """What is new in an answer; the end of a character that is not whole yet waits."""
+    text = written.text
+    if not written.done:
+        text = text.rstrip(_UNFINISHED)
+    return text[len(said) :] if text.startswith(said) else ""
+
+
+def _head(about: About, model: str, kind: str) -> dict[str, object]:
+    return {"id": f"chatcmpl-{about.request_id}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _usage(found: list[Written]) -> dict[str, int]:
+    asked = found[0].context if found else 0
+    answered = sum(len(each.tokens) for each in found)
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
