@@ -15,7 +15,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from ..data.images import black_image, from_pil, square
-from ..models import answering
 from ..rollout.serving import AnswerRequest, AsyncEngine, Written
 from ..runs.asking import question_for, read_prompt
 from .catalog import Catalog, Served
@@ -50,18 +49,16 @@ class Answering:
         """The request of a form. Raises Refused or UserError for what cannot be used."""
         served = await asyncio.to_thread(self._catalog.open, form.model)
         about.notes |= {"model": form.model, "n": form.n}
-        if answering(served.engine.model).takes_features:
-            raise Refused(400, "this model reads features of an image encoder, which this server does not compute")
         text, url = _read(form)
         if self._log_prompts:
             about.notes["prompt"] = text
         read_prompt(text, served.concept)
         question, raw = question_for(text, served.concept, served.published)
         if url is None:
-            pixels = black_image(served.size)
+            pixels = black_image(served.looks_at)
         else:
             picture = (await self._pictures.read_url(url, "image_url")).convert("RGB")
-            pixels = await asyncio.to_thread(lambda: from_pil(square(picture, served.size)))
+            pixels = await asyncio.to_thread(lambda: from_pil(square(picture, served.looks_at)))
         settings, most = served.sampling, form.max_completion_tokens or form.max_tokens
         temperature = settings.answer_temperature if form.temperature is None else form.temperature
         if form.n > 1 and form.temperature is None and temperature == 0:

@@ -52,8 +52,8 @@ class Served:
     published: bool
     """Whether its tokens are asked in UniCTokens' form."""
     sampling: SamplingConfig
-    size: int
-    """Pixels along one side of the model's own square image."""
+    looks_at: int
+    """Pixels along one side of the squares that questions are asked about."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,9 @@ class Catalog:
         resident: str | None,
     ) -> Served:
         settings = sampling(bundle.sources.is_toy)
-        return Served(name, engine, concept, resident, run.facts, run.published, settings, bundle.size)
+        return Served(
+            name, engine, concept, resident, run.facts, run.published, settings, engine.features_side or bundle.size
+        )
 
     def _evict(self, newest: Served) -> None:
         """Concepts beyond the limit leave, the one that was not asked for the longest first."""

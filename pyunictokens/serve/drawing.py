@@ -161,7 +161,7 @@ class Drawing:
             raise Refused(400, f"model {served.name!r} has no facts to reason with: leave out reason", param="reason")
         question, raw = reasoning_question(served.facts, prompt, served.concept, served.published)
         request = AnswerRequest(
-            black_image(served.size),
+            black_image(served.looks_at),
             question,
             served.resident,
             max_new_tokens=served.sampling.max_new_tokens,

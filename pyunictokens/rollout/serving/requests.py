@@ -40,7 +40,7 @@ class AnswerRequest:
     """Answer one question about one image, `samples` times."""
 
     image: Tensor
-    """float [3, H, W] in [−1, 1], or features [patches, E] for a model that takes them."""
+    """float [3, H, W] in [−1, 1]: of the model's own size, or a square of `RolloutEngine.features_side`."""
     question: str
     concept: str | None = None
     samples: int = 1
