@@ -112,7 +112,7 @@ class MaskedModel(nn.Module, ABC):
         total = sum(parameter.numel() for parameter in self.parameters())
         return ModelCosts(total, 1, self.width, self.codebook_size, math.prod(self.grid), itemsize)
 
-    def layers(self) -> nn.ModuleList | None:
+    def shardable_layers(self) -> nn.ModuleList | None:
         """The transformer's layers, where each may be computed with weights that are spread over ranks; None where they
         may not. Nothing but a layer's output may be kept of a call for the backward pass."""
         return None

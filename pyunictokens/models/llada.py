@@ -80,7 +80,7 @@ class LlamaWriter(WritingModel):
     def image_head(self) -> tuple[Tensor, None]:
         return self.model.head(), None
 
-    def layers(self) -> nn.ModuleList:
+    def shardable_layers(self) -> nn.ModuleList:
         return self.model.transformer.blocks
 
     @property

@@ -161,7 +161,7 @@ class Mmada(BlockAnsweringModel):
         """The rows of the codes alone, as a view of the published head."""
         return self.model.head()[self.ids.first_code : self.ids.first_code + self.codebook_size], None
 
-    def layers(self) -> nn.ModuleList:
+    def shardable_layers(self) -> nn.ModuleList:
         return self.model.transformer.blocks
 
     @property

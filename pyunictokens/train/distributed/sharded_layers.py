@@ -45,7 +45,7 @@ class ShardedLayers:
     """The layers of one model, spread over ranks. All calls are made by all ranks together."""
 
     def __init__(self, model: MaskedModel, ranks: Ranks):
-        self.ranks, self.layers = ranks, model.layers()
+        self.ranks, self.layers = ranks, model.shardable_layers()
         if self.layers is None:
             raise UserError(
                 f"grpo.shard=full: the layers of {model.family} cannot be spread: use grpo.shard=optimizer, or a model "
