@@ -22,6 +22,7 @@ from .checkpoint import read_config, resolve
 FAMILIES = {
     "show-o": "pyunictokens.models.showo.family",
     "amused": "pyunictokens.models.amused",
+    "lumina-dimoo": "pyunictokens.models.dimoo",
     "mmada": "pyunictokens.models.mmada",
     "llada": "pyunictokens.models.llada",
 }

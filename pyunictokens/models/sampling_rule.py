@@ -13,6 +13,7 @@ from ..utils.errors import UserError
 
 TemperatureRule = Literal["product", "linear", "to_zero", "constant"]
 Guidance = Literal["added", "interpolated"]
+Remasking = Literal["least_sure", "most_sure"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class SamplingRule:
     steps: int = 50
     guidance_scale: float = 5.0
     temperature: float = 1.0
+    remasking: Remasking = "least_sure"
+    """Which codes are masked again: the "least_sure", by log-probability + temperature·Gumbel, or the "most_sure", by
+    probability / temperature + Gumbel (Lumina-DiMOO's loop, whose noise outweighs the probabilities)."""
 
     def temperatures(self, temperature: float, steps: int) -> list[float]:
         """The temperature of the re-masking noise of each of `steps` steps."""

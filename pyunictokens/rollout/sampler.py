@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import MASK, ops
 from ..models import MaskedModel, Prefix
 from ..utils.memory import RowLimit
+from .remasking import most_sure_again
 from .scheduler import Candidate
 
 LOGITS_BYTES = 512 << 20
@@ -187,6 +188,17 @@ class EagerSlots:
                     rank_gumbel=gumbel[1],
                     backend=self.settings.backend,
                 )
+                if self.model.rule.remasking == "most_sure":
+                    out = most_sure_again(
+                        out,
+                        codes[part][rows],
+                        mask_len_B=mask_len[part][rows],
+                        temperature_B=numbers.temperature[part][rows],
+                        seed=seed,
+                        sample_ids_B=samples[part][rows],
+                        step_B=steps[part][rows],
+                        rank_gumbel_BN=gumbel[1],
+                    )
                 self._store(slots[part][rows], steps[part][rows], codes[part][rows], out)
 
     def _numbers(self, active: Sequence[Candidate], at: list[int], steps: Tensor) -> StepNumbers:

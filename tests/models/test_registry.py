@@ -48,7 +48,8 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
 def test_an_unknown_family_is_an_error_that_names_the_families(config: dict, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=r"is of no family known here: show-o, amused, mmada, llada\. Known by name: show-o-512"
+        UserError,
+        match=r"is of no family known here: show-o, amused, lumina-dimoo, mmada, llada\. Known by name: sh",
     ) as error:
         uct.models.load(tmp_path)
     assert said in str(error.value)
@@ -83,3 +84,12 @@ def test_nobody_outside_models_reaches_into_a_model() -> None:
             lines = file.read_text(encoding="utf-8").splitlines()
             found += [f"{name}:{number}: {line}" for number, line in enumerate(lines, 1) if reaches.search(line)]
     assert not found, "\n".join(found)
+
+
+def test_the_table_of_models_tells_the_size_of_their_files() -> None:
+    root = Path(uct.__file__).parent.parent
+    told = re.findall(r"`(\w+\.py)`(?:, | \()(\d+)", (root / "docs" / "models.md").read_text())
+    assert {name for name, _ in told} == {"amused.py", "mmada.py", "llada.py", "dimoo.py", "llama_body.py"}
+    for name, lines in told:
+        true = len((root / "pyunictokens" / "models" / name).read_text().splitlines())
+        assert abs(int(lines) - true) <= 0.1 * true and true < 400, f"{name}: {lines} told, {true} found"
