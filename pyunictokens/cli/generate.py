@@ -162,8 +162,8 @@ def generate(
 ) -> None:
     """Draw images from a prompt, with what a run has learned or with the bare model (RUN = base).
 
-    Settings: timesteps, guidance_scale, temperature, schedule; with --reason also max_new_tokens, answer_temperature,
-    top_k.
+    A model that writes (llada) prints its texts. Settings: timesteps, guidance_scale, temperature, schedule, by default
+    the model's own; with --reason, and for texts, also max_new_tokens, answer_temperature, top_k.
 
     Examples:
 
@@ -177,6 +177,7 @@ def generate(
 
         pyunictokens generate runs/bo "A photo of <bo> in a red hat." --image bo.png --mask hat.png --out hat_bo.png
     """
+    from ..models import WritingModel
     from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
     from ..rollout.types import RolloutInterrupted
@@ -194,6 +195,18 @@ def generate(
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     facts = facts_of(place, concept) if use_reason else []
     bench = place.open(flags, device, dtype, name)
+    settings = sampling(bench.sources.is_toy, config, overrides, bench.model.rule)
+    if isinstance(bench.model, WritingModel):
+        written = RolloutEngine.of(bench).write(
+            [prompt],
+            samples=number,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.answer_temperature,
+            seed=seed,
+        )
+        for text in written.texts:
+            typer.echo(printable(text))
+        return
     check_prompt(prompt, bench.concept)
     grid = _grid(size, bench)
     known = None if image is None or mask is None else known_codes(image, mask, grid, bench)

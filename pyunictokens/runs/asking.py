@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config.settings import from_mapping, load_yaml, with_overrides
 from ..data.parse import TextFix
 from ..data.wording import text_only_question
-from ..models import ConceptTokens
+from ..models import ConceptTokens, SamplingRule
 from ..models.published_form import PublishedForm
 from ..utils.errors import UserError, needs
 
@@ -33,7 +33,7 @@ class SamplingConfig:
     timesteps: int = 50
     """MaskGIT timesteps of an image."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance; 0 turns it off."""
+    """Classifier-free guidance, as the model reads it (docs/models.md); 0 turns Show-o's off."""
     temperature: float = 1.0
     """Temperature of the re-masking noise."""
     schedule: str = "cosine"
@@ -46,9 +46,16 @@ class SamplingConfig:
     """Answers are drawn from the k likeliest tokens; 0 takes all."""
 
 
-def sampling(is_toy: bool, config: Path | None = None, words: Sequence[str] | None = None) -> SamplingConfig:
-    """Defaults of the toy or of the published model, then the file, then the words."""
+def sampling(
+    is_toy: bool,
+    config: Path | None = None,
+    words: Sequence[str] | None = None,
+    rule: SamplingRule | None = None,
+) -> SamplingConfig:
+    """Defaults of the toy or of the model (its `rule`, or Show-o's numbers), then the file, then the words."""
     base = SamplingConfig(timesteps=12, guidance_scale=3.0, max_new_tokens=24) if is_toy else SamplingConfig()
+    if rule is not None and not is_toy:
+        base = SamplingConfig(rule.steps, rule.guidance_scale, rule.temperature, rule.schedule)
     if config is not None:
         base = from_mapping(SamplingConfig, load_yaml(config), base=base, origin=str(config))
     return with_overrides(base, list(words or []))

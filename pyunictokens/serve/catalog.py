@@ -212,7 +212,7 @@ class Catalog:
         concept: ConceptTokens | None,
         resident: str | None,
     ) -> Served:
-        settings = sampling(bundle.sources.is_toy)
+        settings = sampling(bundle.sources.is_toy, rule=bundle.model.rule)
         return Served(
             name, engine, concept, resident, run.facts, run.published, settings, engine.features_side or bundle.size
         )
