@@ -57,8 +57,6 @@ class Parts:
     stages: bool = True
     grpo: bool = True
     evaluate: bool = True
-    evaluate_base: bool = False
-    """Whether the model that has never seen the concept is measured, too."""
     resume: bool = False
     """Go on with the run that the folder holds."""
     start_from: str | None = None

@@ -71,7 +71,7 @@ def run_demo(
     bundle = open_bundle(Sources(), device, dtype)
     rewards = load_scorers(bundle.sources, bundle.device)
     context = RunContext(bundle, concept, config, out, rewards, progress=progress)
-    return run_concept(context, Parts(evaluate_base=True))
+    return run_concept(context, Parts())
 
 
 def headline_rows(results: Mapping[str, EvalResult]) -> list[list[str]]:

@@ -170,7 +170,7 @@ class _Run:
     def do(self, parts: Parts) -> Outcome:
         """The parts in their order."""
         results: dict[str, EvalResult] = {}
-        if parts.evaluate and parts.evaluate_base:
+        if parts.evaluate and parts.grpo and parts.start is None and self.context.settings.evaluation.base:
             results["base"] = self.measure("base")
         if parts.start is not None:
             owning_rows(self.bundle.model).attach(parts.start.to(self.bundle.device))

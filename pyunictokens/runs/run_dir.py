@@ -117,6 +117,8 @@ class EvaluationConfig:
     takes the class word."""
     tasks: tuple[str, ...] = field(default=(), metadata={"was": "splits"})
     """Which tasks of UnifyBench++ are measured; none named means all."""
+    base: bool = True
+    """Whether a run that learns tokens and reinforces also measures the model that has never seen the concept."""
     seed: int = 1000
     """Seed of the images; the same before and after, so that the two are compared under the same noise."""
 

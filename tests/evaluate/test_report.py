@@ -63,7 +63,7 @@ def page(run: Path) -> Page:
 
 
 def test_every_section_is_there(page: Page) -> None:
-    wanted = ["summary", "concept", "measures", "images", "answers", "training", "samples", "settings"]
+    wanted = ["summary", "concept", "images", "measures", "answers", "training", "samples", "settings"]
     assert [name for name in page.ids if not name.startswith("plot-")] == wanted
     assert [name for name in page.ids if name.startswith("plot-")] == [
         "plot-stages",
@@ -205,7 +205,7 @@ def test_base_is_a_column_of_its_own(tmp_path: Path) -> None:
         result(lift).save(tmp_path / f"{name}.json")
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "Base model Before After Change" in page.text
-    assert "training" not in page.ids and "Images base model and before and after" in page.text
+    assert "training" not in page.ids and "Images: base model, before, after" in page.text
 
 
 def test_a_folder_without_anything(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ..result import REFERENCES, ItemRecord
 from ..tasks import ALL_SAMPLES, TASKS, label
 from . import environment, plots
 from .embedded_images import each, file_uri, on_white, png_uri
-from .run_files import STAGES, RunFiles, read_run
+from .run_files import RunFiles, read_run
 from .summary import HEADLINE, outcome, summarize
 
 TABLE = {
@@ -64,7 +64,7 @@ def _context(files: RunFiles) -> dict[str, object]:
         "sentences": sentences,
         "tiles": _tiles(files),
         "references": each(references[0]) if references else [],
-        "stages": {stage: STAGES[stage] for stage in STAGES if stage in files.results},
+        "stages": files.labels,
         "table": _table(files),
         "generated": _generated(files),
         "answers": _answers(files),
@@ -127,7 +127,11 @@ def _generated(files: RunFiles) -> list[dict[str, object]]:
         for index in range(min([limit, *(len(result.images[task]) for result in shown.values())])):
             records = {stage: result.records[task][index] for stage, result in shown.items()}
             rows = [
-                {"stage": STAGES[stage], "drawn": record["drawn"], "images": each(shown[stage].images[task][index])}
+                {
+                    "stage": files.labels[stage],
+                    "drawn": record["drawn"],
+                    "images": each(shown[stage].images[task][index]),
+                }
                 for stage, record in records.items()
             ]
             first = next(iter(records.values()), None)
@@ -223,7 +227,7 @@ def _settings(files: RunFiles) -> list[tuple[str, str]]:
     for stage, result in files.results.items():
         wanted = result.settings
         what = f"{wanted.get('samples', '?')} images a prompt, {wanted.get('steps', '?')} timesteps"
-        lines.append((f"evaluation, {STAGES[stage].lower()}", f"{_duration(result.seconds)} ({what})"))
+        lines.append((f"evaluation, {files.labels[stage].lower()}", f"{_duration(result.seconds)} ({what})"))
     return lines
 
 

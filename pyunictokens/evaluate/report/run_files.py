@@ -18,7 +18,9 @@ from ...utils.yaml_text import parse_yaml, settled
 from ..result import EvalResult
 
 STAGES = {"base": "Base model", "before": "Before", "after": "After"}
-"""Evaluations by file name, in order, and their column in the tables. "Before" is before reinforcement."""
+"""Evaluations by file name, in order, and their column in the tables; "Before" is before the last training."""
+REINFORCED = {"base": "Base model", "before": "Tokens learned", "after": "Reinforced"}
+"""The same for a run that shows all three."""
 
 
 @dataclass
@@ -41,6 +43,12 @@ class RunFiles:
         """The settings of reinforcement."""
         found = self.config.get("grpo", self.config)
         return found if isinstance(found, Mapping) else {}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The evaluations that are there, by file name, in order, with their names in tables and above images."""
+        names = REINFORCED if self.rows and len(self.results) == len(REINFORCED) else STAGES
+        return {stage: names[stage] for stage in STAGES if stage in self.results}
 
     @property
     def pair(self) -> tuple[EvalResult, EvalResult] | None:

@@ -44,7 +44,17 @@ def summarize(files: RunFiles) -> tuple[str, list[str]]:
     result = outcome(changes[measured[0]])
     opening = {"better": "It improved: ", "worse": "It got worse: ", "unclear": "No clear change: "}[result]
     sentences[0] = opening + sentences[0][0].lower() + sentences[0][1:]
+    sentences[1:1] = _from_the_start(files, measured[0])
     return result, sentences + health(files)
+
+
+def _from_the_start(files: RunFiles, key: str) -> list[str]:
+    """The headline measure over the whole way, where all three were measured."""
+    means = [files.results[stage].metrics.get(key) for stage in files.labels]
+    if len(means) < 3 or not all(means):
+        return []
+    way = [f"{name.lower()} {mean.mean:.3f}" for name, mean in zip(files.labels.values(), means, strict=True) if mean]
+    return [f"The whole way: {', '.join(way)}."]
 
 
 def health(files: RunFiles) -> list[str]:
@@ -58,7 +68,8 @@ def health(files: RunFiles) -> list[str]:
             f"Rewards hardly differed inside a group (spread {spread:.4f}): there was little to learn from."
         )
     sentences += _previews(files)
-    moved = [value for value in plots.numbers(files.rows, "kl") if math.isfinite(value)]
+    compared = files.grpo.get("beta") != 0  # without the reference policy there is no divergence from it
+    moved = [value for value in plots.numbers(files.rows, "kl") if math.isfinite(value)] if compared else []
     if len(moved) > _MOVED_BY and max(moved) < _STILL:
         sentences.append(f"The policy hardly moved: its divergence from the reference stayed below {max(moved):.1g}.")
     skipped = sum(1 for row in files.rows if row.get("skipped"))
