@@ -146,15 +146,14 @@ def _toy_world(
         from PIL import Image
 
     from ..rewards.ensemble import as_model
-    from ..rewards.experts.ber import Ber
     from ..toy.drawing import render
-    from ..toy.networks import ToyNetworks, judge_file, load_judge
-    from ..toy.prompts import metrics, wearing
+    from ..toy.networks import ToyNetworks, load_second_reader
+    from ..toy.prompts import dense_prompts, metrics
     from ..toy.prompts import reward as toy_reward
 
     nets = ToyNetworks.from_pretrained().to(bundle.device)
     (out / "drawings").mkdir()
-    test = wearing(held_out, 1)  # the same for every seed
+    test = dense_prompts(held_out, 1)  # the same for every seed
     lines = []
     for number, (row, scene) in enumerate(test):
         file = out / "drawings" / f"{number}.png"
@@ -162,12 +161,11 @@ def _toy_world(
         lines.append(json.dumps({**row, "reference_image": str(file)}))
     write_text_atomic(out / HELD_OUT, "\n".join(lines) + "\n")
     known = frozenset(str(row["prompt"]) for row, _ in test)
-    lines = [json.dumps(row) for row, _ in wearing(prompts, 2 + seed, without=known)]
+    lines = [json.dumps(row) for row, _ in dense_prompts(prompts, 2 + seed, without=known)]
     write_text_atomic(out / TRAIN, "\n".join(lines) + "\n")
     measured = {name: as_model(function, name) for name, function in metrics(nets.reader).items()}
-    if judge_file().is_file():
-        return {"judge": as_model(toy_reward(load_judge().to(bundle.device)), "judge")}, measured
-    return {"ber": Ber(nets.image_text)}, measured
+    second = load_second_reader().to(bundle.device)
+    return {"as_asked": as_model(toy_reward(second), "as_asked")}, measured
 
 
 def _draw(bundle: ModelBundle, texts: list[str], settings: GrpoConfig) -> torch.Tensor:

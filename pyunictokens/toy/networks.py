@@ -86,21 +86,17 @@ class AttributeReader(nn.Module):
         return [{slot: SLOTS[slot][code] for slot, code in zip(SLOTS, row, strict=True)} for row in codes]
 
 
-JUDGE_WIDTH = 24
+SECOND_WIDTH = 24
 
 
-def judge_file(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Where the judge's weights lie, or would lie: in the package unless `folder` says otherwise."""
-    return (Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy") / "judge.safetensors"
-
-
-def load_judge(folder: str | os.PathLike[str] | None = None) -> AttributeReader:
+def load_second_reader(folder: str | os.PathLike[str] | None = None) -> AttributeReader:
     """The attribute network that rewards may ask; it was trained apart from the reader, which measures."""
     with needs("train"):
         from safetensors.torch import load_file
 
-    net = AttributeReader(JUDGE_WIDTH)
-    weights = load_file(judge_file(folder))
+    net = AttributeReader(SECOND_WIDTH)
+    home = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
+    weights = load_file(home / "second_reader.safetensors")
     net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
     return net.requires_grad_(False).eval()
 

@@ -1,12 +1,12 @@
-"""Prompts of the toy world with room to improve: somebody wears something, and the model often gets it wrong.
+"""Prompts of the toy world with room to improve: long ones, of which the model often gets some part wrong.
 
-Each row names what must be seen (`wear`, `wear_colour`, `pattern`). `metrics` read it off an image with the attribute
-reader: they measure and must never be a reward. What rewards ask is the network of BER.
+Each row says in the column `asked` what must be seen, slot by slot. `metrics` read it off an image with the attribute
+reader: they measure and must never be a reward. What rewards ask is the second reader, which was trained apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,15 +16,15 @@ from . import grammar
 from .networks import AttributeReader
 from .scene import SLOTS, Attributes, random_scene
 
-WANTED = ("wear", "wear_colour", "pattern")
-
 Metric = Callable[..., Tensor]
+Asked = Mapping[str, str]
 
 
-def wearing(
+def dense_prompts(
     count: int, seed: int, *, without: frozenset[str] = frozenset()
 ) -> list[tuple[dict[str, object], Attributes]]:
-    """`count` different prompts with their columns, and a scene that fits each; none of `without`."""
+    """`count` different prompts with their columns, and a scene that fits each; none of `without`. Somebody wears
+    something in each, and all that the scene shows is said."""
     rng, seen = np.random.default_rng([seed, 55]), set(without)
     rows: list[tuple[dict[str, object], Attributes]] = []
     while len(rows) < count:
@@ -33,44 +33,45 @@ def wearing(
         if scene.wear == 0 or text in seen:
             continue
         seen.add(text)
-        rows.append(({"prompt": text, **{slot: scene.word(slot) for slot in WANTED}}, scene))
+        rows.append(({"prompt": text, "asked": _said(scene)}, scene))
     return rows
 
 
-def reward(judge: AttributeReader) -> Metric:
-    """The mean probability that the judge gives to what was asked for, in [0, 1]."""
+def _said(scene: Attributes) -> dict[str, str]:
+    """What a full caption of the scene says, slot by slot."""
+    silent = {"hair"} if scene.kind != "human" else set()
+    silent |= {"item", "item_colour"} if scene.item == 0 else set()
+    return {slot: scene.word(slot) for slot in SLOTS if slot not in silent}
 
-    def wearing_right(images: Tensor, wear: list[str], wear_colour: list[str], pattern: list[str]) -> Tensor:
+
+def reward(second: AttributeReader) -> Metric:
+    """The probability that the second reader gives to all that was asked for, in [0, 1]."""
+
+    def as_asked(images: Tensor, asked: Sequence[Asked]) -> Tensor:
         with torch.no_grad():
-            logits = judge(images)
-        asked = dict(zip(WANTED, (wear, wear_colour, pattern), strict=True))
-        given = []
-        for slot, values in asked.items():
-            index = torch.tensor([SLOTS[slot].index(value) for value in values], device=images.device)
-            given.append(logits[slot].float().softmax(-1).gather(1, index[:, None])[:, 0])
-        return torch.stack(given).mean(0)
+            given = {slot: logits.float().softmax(-1) for slot, logits in second(images).items()}
+        each = [
+            torch.stack([given[slot][row, SLOTS[slot].index(word)] for slot, word in wanted.items()]).prod()
+            for row, wanted in enumerate(asked)
+        ]
+        return torch.stack(each)
 
-    return wearing_right
+    return as_asked
 
 
 def metrics(reader: AttributeReader) -> dict[str, Metric]:
     """What the reader says of images, as `reinforce` takes metrics."""
 
-    def right(images: Tensor, columns: Sequence[Sequence[object]]) -> Tensor:
-        read, slots = reader.read(images), list(SLOTS)
-        seen = [
-            [
-                SLOTS[slot][int(read[row, slots.index(slot)])] == column[row]
-                for slot, column in zip(WANTED, columns, strict=True)
-            ]
-            for row in range(len(images))
+    def right(images: Tensor, asked: Sequence[Asked]) -> list[list[bool]]:
+        seen = reader.attributes(images)
+        return [
+            [words[slot] == word for slot, word in wanted.items()] for words, wanted in zip(seen, asked, strict=True)
         ]
-        return torch.tensor(seen, dtype=torch.float32)
 
-    def share_right(images: Tensor, wear: list[str], wear_colour: list[str], pattern: list[str]) -> Tensor:
-        return right(images, (wear, wear_colour, pattern)).mean(1)
+    def share_right(images: Tensor, asked: Sequence[Asked]) -> Tensor:
+        return torch.tensor([sum(each) / len(each) for each in right(images, asked)])
 
-    def wholly_right(images: Tensor, wear: list[str], wear_colour: list[str], pattern: list[str]) -> Tensor:
-        return right(images, (wear, wear_colour, pattern)).amin(1)
+    def wholly_right(images: Tensor, asked: Sequence[Asked]) -> Tensor:
+        return torch.tensor([float(all(each)) for each in right(images, asked)])
 
     return {"wholly_right": wholly_right, "share_right": share_right}

@@ -13,7 +13,7 @@ from pyunictokens.data.prompts import read_prompts
 from pyunictokens.rewards.experts.objects import Objects
 from pyunictokens.runs.prompt_demo import SETTINGS, run_prompt_demo
 from pyunictokens.toy.networks import AttributeReader, ToyNetworks
-from pyunictokens.toy.prompts import WANTED, metrics, wearing
+from pyunictokens.toy.prompts import dense_prompts, metrics, reward
 from pyunictokens.toy.scene import SLOTS
 from pyunictokens.toy.world import words
 from pyunictokens.train import load_policy
@@ -37,7 +37,10 @@ def test_all_of_it(tmp_path: Path) -> None:
     found = run_prompt_demo(out, words=SHORT, prompts=12, held_out=13, device="cpu")
     train, test = read_prompts(out / "train.jsonl"), read_prompts(out / "held_out.jsonl")
     assert len(train) == 12 and len(test) == 13 and not {p.text for p in train} & {p.text for p in test}
-    assert all(set(WANTED) <= set(each.columns) and each.columns["wear"] != "none" for each in (*train, *test))
+    asked = [each.columns["asked"] for each in (*train, *test)]
+    assert all(
+        {"colour", "wear", "wear_colour", "place"} <= set(wanted) and wanted["wear"] != "none" for wanted in asked
+    )
     lines = [json.loads(line) for line in (out / "run" / "held_out.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[0]["means"].keys() >= {"reward", "wholly_right", "share_right"}
@@ -57,24 +60,38 @@ def test_all_of_it(tmp_path: Path) -> None:
         run_prompt_demo(tmp_path / "other", words=SHORT)
 
 
-def test_metrics_compare_what_the_reader_says_with_what_was_asked() -> None:
-    rows = [row for row, _ in wearing(6, 0)]
-    columns = {slot: [row[slot] for row in rows] for slot in WANTED}
+class Told(AttributeReader):
+    """Sees what it is told, slot by slot, and is all but sure of it."""
 
-    class Told(AttributeReader):
-        def read(self, pixels: torch.Tensor) -> torch.Tensor:
-            codes = torch.zeros(len(rows), len(SLOTS), dtype=torch.int64)
-            for k, row in enumerate(rows):
-                for number, slot in enumerate(SLOTS):
-                    codes[k, number] = SLOTS[slot].index(row[slot]) if slot in WANTED else 0
-            pattern = list(SLOTS).index("pattern")
-            codes[0, pattern] = (codes[0, pattern] + 1) % 4
-            return codes
+    def __init__(self, seen: list[dict[str, str]]):
+        super().__init__()
+        self.seen = seen
 
-    measured = metrics(Told())
-    images = torch.zeros(6, 3, 64, 64)
-    assert measured["share_right"](images, **columns).tolist() == pytest.approx([2 / 3, 1, 1, 1, 1, 1])
-    assert measured["wholly_right"](images, **columns).tolist() == [0, 1, 1, 1, 1, 1]
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = {slot: torch.zeros(len(self.seen), len(values)) for slot, values in SLOTS.items()}
+        for row, shown in enumerate(self.seen):
+            for slot, word in shown.items():
+                found[slot][row, SLOTS[slot].index(word)] = 20.0
+        return found
+
+
+def test_reward_and_metrics_compare_what_is_seen_with_what_was_asked() -> None:
+    asked = [dict(row["asked"]) for row, _ in dense_prompts(6, 0)]
+    seen = [dict(wanted) for wanted in asked]
+    seen[0]["pattern"] = next(word for word in SLOTS["pattern"] if word != asked[0]["pattern"])
+    told, images = Told(seen), torch.zeros(6, 3, 64, 64)
+    count = len(asked[0])
+    assert metrics(told)["share_right"](images, asked).tolist() == pytest.approx([1 - 1 / count, 1, 1, 1, 1, 1])
+    assert metrics(told)["wholly_right"](images, asked).tolist() == [0, 1, 1, 1, 1, 1]
+    assert reward(told)(images, asked).tolist() == pytest.approx([0, 1, 1, 1, 1, 1], abs=1e-4)
+
+
+def test_a_prompt_asks_only_for_what_it_says() -> None:
+    for row, scene in dense_prompts(40, 3):
+        asked, text = dict(row["asked"]), str(row["prompt"])
+        assert ("hair" in asked) == (scene.kind == "human") and ("item" in asked) == (scene.item > 0)
+        said = {slot: word for slot, word in asked.items() if slot != "shape" or scene.kind != "human"}
+        assert all(word in text for word in said.values()), (text, asked)
 
 
 def test_no_reader_among_the_rewards() -> None:

@@ -1,6 +1,6 @@
-"""Train the toy's judge: a second attribute network, apart from the reader, that rewards of prompt lists may ask.
+"""Train the toy's second reader: an attribute network apart from the one that measures, for rewards of prompt lists.
 
-    python experiments/toy_judge.py --into pyunictokens/assets/toy        # some five minutes on one core
+    python experiments/toy_second_reader.py --into pyunictokens/assets/toy        # about a minute on one core
 
 Other seeds, other width and scenes of its own, so that what it learns to mistake is not what the reader mistakes.
 """
@@ -18,7 +18,7 @@ from toy_vq import degrade, slot_loss, to_pixels
 from pyunictokens.models import MagvitV2
 from pyunictokens.toy.drawing import render
 from pyunictokens.toy.model import toy_folder
-from pyunictokens.toy.networks import JUDGE_WIDTH, AttributeReader
+from pyunictokens.toy.networks import SECOND_WIDTH, AttributeReader
 from pyunictokens.toy.scene import random_scene
 from pyunictokens.utils.files import save_safetensors_atomic
 
@@ -40,7 +40,7 @@ def main() -> None:
     with torch.no_grad():
         again = torch.cat([vq.decode(vq.encode(to_pixels(drawn[k : k + 100]))) for k in range(0, len(drawn) // 2, 100)])
     torch.manual_seed(SEED)
-    net = AttributeReader(JUDGE_WIDTH).to(memory_format=torch.channels_last)
+    net = AttributeReader(SECOND_WIDTH).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     kept, start = len(drawn) - 500, time.time()
     for step in range(args.steps):
@@ -64,7 +64,7 @@ def main() -> None:
         right = (net.read(to_pixels(drawn[kept:])) == labels[kept:]).float().mean(0)
     print("right of true drawings:", [round(each, 3) for each in right.tolist()])
     state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    save_safetensors_atomic(args.into / "judge.safetensors", state)
+    save_safetensors_atomic(args.into / "second_reader.safetensors", state)
 
 
 if __name__ == "__main__":
