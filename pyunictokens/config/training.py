@@ -227,6 +227,9 @@ class GrpoConfig:
     """G: rollouts of one question."""
     groups: int = 1
     """Questions in one optimizer step; each has its group of G rollouts, and the gradient is their mean."""
+    groups_kept: float = 1.0
+    """Part of a step's groups that the update learns from: those whose rewards differ most. A group whose rollouts are
+    all equally good teaches nothing and costs an update as dear as any (dynamic sampling, as in DAPO)."""
     lr: float = 1e-6
     """AdamW's learning rate."""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -355,8 +358,8 @@ class GrpoConfig:
         _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
         _at_least(0, block_length=self.block_length, text_steps=self.text_steps)
         _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
-        _above(0, timestep_fraction=self.timestep_fraction)
-        _within(0, 1, timestep_fraction=self.timestep_fraction)
+        _above(0, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
+        _within(0, 1, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
         if self.objective not in OBJECTIVES and ":" not in self.objective:
             raise UserError(
                 f"objective={self.objective!r}: must be one of {', '.join(OBJECTIVES)}, or MODULE:CLASS of your own"

@@ -424,11 +424,13 @@ class _Run:
         Each rank takes its own rollouts; the loss is divided by all, so the sum over ranks is the whole objective.
         """
         config = self.config
-        rows = config.groups * config.group_size
+        chosen = most_different(groups, config.groups_kept)
+        rows = len(chosen) * config.group_size
         parts = [
             (group.advantages[group.local.rows.start : group.local.rows.stop], *self._prepared(group.local, number))
-            for number, group in enumerate(groups, start=self.step * config.groups)
+            for place, group in chosen
             if group.local is not None
+            for number in (self.step * config.groups + place,)
         ]
         first, norm = UpdateStats(), math.nan
         for epoch in range(config.inner_epochs):
@@ -548,6 +550,14 @@ class _Run:
         rewards = {line["step"]: line["reward_mean"] for line in lines if line["step"] < self.step}
         self.training = self.ranks.broadcast({step: value for step, value in rewards.items() if value is not None})
         self.held_out.restore(self.folder.path, self.step, self.ranks)
+
+
+def most_different(groups: Sequence[Group], part: float) -> list[tuple[int, Group]]:
+    """(place, group) of the part of the groups whose rewards differ most, at least one, in the order given. Every rank
+    sees the rewards of whole groups, so all choose the same."""
+    spread = [float(group.summary.rewards.std()) for group in groups]
+    first = sorted(range(len(groups)), key=lambda place: -spread[place])[: max(1, round(part * len(groups)))]
+    return [(place, groups[place]) for place in sorted(first)]
 
 
 def _invalid(groups: Sequence[Group]) -> str:

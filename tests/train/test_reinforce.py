@@ -125,6 +125,25 @@ def test_several_rewards_with_weights(tmp_path: Path) -> None:
     assert line["reward_mean"] == pytest.approx(0.25 * line["parts"]["red"] + 2 * line["parts"]["bright"], abs=1e-6)
 
 
+def test_only_groups_that_differ_are_learned_from(tmp_path: Path) -> None:
+    """Of three groups two have one reward throughout and no gradient: the update of the third alone is three times as
+    large as that of all three, whose mean it was a part of."""
+
+    def one_counts(prompts: list[str], images: Tensor) -> list[float]:
+        return [float(image[2].mean()) if prompts[0] == "a blue dog" else 0.5 for image in images]
+
+    norms = {}
+    for kept in (1.0, 0.34):
+        chosen = config(steps=1, groups=3, groups_kept=kept, beta=0.0, trainable="lora")
+        reinforce(parts(), [row["prompt"] for row in PROMPTS], one_counts, chosen, tmp_path / f"{kept}")
+        (line,) = read_metrics(tmp_path / f"{kept}")
+        norms[kept] = line["grad_norm"]
+        assert line["reward_mean"] == pytest.approx(0.5, abs=0.4)
+    assert norms[1.0] > 0 and norms[0.34] == pytest.approx(3 * norms[1.0], rel=1e-3)
+    with pytest.raises(UserError, match=r"groups_kept=0\.0: must be > 0"):
+        config(groups_kept=0.0)
+
+
 def test_a_reward_that_fails_is_named(tmp_path: Path) -> None:
     def broken(prompts: list[str], images: Tensor, wanted: list[int]) -> list[float]:
         raise ZeroDivisionError("no colours")
@@ -163,7 +182,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["gspo", "final_sample"])
 def test_results_do_not_depend_on_the_number_of_ranks(objective: str, tmp_path: Path) -> None:
     choice = {"timestep_choice": "largest_change", "timestep_fraction": 0.5}
-    settings = config(steps=2, group_size=3, objective=objective, lr=1e-4, sample_every=1, **choice)
+    some = {"groups": 2, "groups_kept": 0.5} if objective == "gspo" else {}
+    settings = config(steps=2, group_size=3, objective=objective, lr=1e-4, sample_every=1, **choice, **some)
     reinforce(parts(), PROMPTS, colour, settings, tmp_path / "alone")
 
     def work(ranks: Ranks) -> None:
