@@ -23,11 +23,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pyunictokens.evaluate.result import EvalResult
 from pyunictokens.utils.signals import ENDS_WITH_STDIN
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("base", "before", "after")
 TITLES = {"base": "never saw it", "before": "tokens learned", "after": "reinforced"}
+
+TOLD = {
+    "reasoning_generation.reward": "reward of held-out prompts",
+    "reasoning_generation.attributes": "attributes of held-out prompts",
+    "samples.subject": "attributes of the subject, all images",
+}
+"""Measures whose change is told concept by concept."""
 
 
 def run_one(seed: int, kind: str, work: Path, words: list[str], again: bool, jobs: int = 1) -> dict[str, Any]:
@@ -53,7 +61,9 @@ def run_one(seed: int, kind: str, work: Path, words: list[str], again: bool, job
     metrics = {
         name: {key: value["mean"] for key, value in result["metrics"].items()} for name, result in results.items()
     }
-    return {**facts, "concept": about["info"], "metrics": metrics}
+    changes = EvalResult.load(out / "before.json").compare(EvalResult.load(out / "after.json"))
+    spans = {key: [changes[key].mean, changes[key].low, changes[key].high] for key in TOLD if key in changes}
+    return {**facts, "concept": about["info"], "metrics": metrics, "changes": spans}
 
 
 def spread(values: list[float]) -> str:
@@ -76,6 +86,20 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         changes = [run["metrics"]["after"][key] - run["metrics"]["before"][key] for run in runs]
         each = ", ".join(f"{change:+.3f}" for change in changes)
         lines.append(f"| {HEADLINES[key]} | {' | '.join(cells)} | {spread(changes)} ({each}) |")
+    return lines
+
+
+def concept_table(runs: list[dict[str, Any]]) -> list[str]:
+    """What reinforcement changed for each concept, with the 95 % interval over its prompts; bold where it leaves zero
+    out."""
+    lines = ["| concept | " + " | ".join(TOLD.values()) + " |", "|---|" + "---|" * len(TOLD)]
+    for run in runs:
+        cells = []
+        for key in TOLD:
+            mean, low, high = run["changes"][key]
+            text = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            cells.append(f"**{text}**" if low > 0 or high < 0 else text)
+        lines.append(f"| {run['concept'].removeprefix('<bo> is ')} | {' | '.join(cells)} |")
     return lines
 
 
@@ -104,6 +128,7 @@ def page(runs: list[dict[str, Any]], words: list[str]) -> str:
         + "`; the numbers themselves are in [demo.json](demo.json).",
     ]
     lines += ["", verdict(runs)]
+    lines += ["", "## Concept by concept", "", *concept_table(runs)]
     for kind in kinds:
         lines += ["", f"## {kind.capitalize()}", "", *table([run for run in runs if run["kind"] == kind])]
     lines += [
