@@ -36,10 +36,14 @@ from pyunictokens.toy.composed.scene import (
     render,
 )
 from pyunictokens.toy.composed.spotter import MAP, Spotter
+from pyunictokens.toy.model import toy_folder
 from pyunictokens.toy.scene import COLOURS
 from pyunictokens.toy.words import build_tokenizer
+from pyunictokens.utils.files import read_json
 
 SCENES, HOLD, N = 40_000, 1000, 64
+AGAIN = 5000
+"""Scenes that a spotter also sees as the image tokenizer reconstructs them."""
 MAX_TEXT = 48
 _CHUNK = 500
 
@@ -223,25 +227,31 @@ def targets(scenes: list[Composition]) -> tuple[Tensor, Tensor]:
     return heat, torch.tensor(rows)
 
 
+@torch.no_grad()
+def _reconstructed(vq: MagvitV2, codes: np.ndarray, seed: int) -> Tensor:
+    """What the image tokenizer makes of codes of which up to 4 % are wrong."""
+    torch.manual_seed(seed)
+    told = torch.from_numpy(codes).long()
+    wrong = torch.rand(told.shape) < 0.04 * torch.rand(len(told), 1)
+    told = torch.where(wrong, torch.randint(1024, told.shape), told)
+    return torch.cat([vq.decode(part).clamp(-1, 1).half() for part in told.split(100)])
+
+
 def train_spotter(work: Path, name: str, steps: int, batch: int = 48) -> None:
     """The spotter `name` on its own half of the scenes: drawn ones, reconstructed ones, degraded ones."""
     seed, half = SEEDS[name], list(WIDTHS).index(name)
     torch.manual_seed(seed)
     images, scenes = load_cache(work)
-    codes, vq = np.load(work / "codes.npy"), load_vq(work)
     model = Spotter(WIDTHS[name]).to(memory_format=torch.channels_last)
     own = np.arange(half, len(images) - HOLD, 2)
+    again = _reconstructed(load_vq(work), np.load(work / "codes.npy")[own[:AGAIN]], seed)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, step])
         torch.manual_seed(seed * 100_000 + step)
-        rows = np.sort(rng.choice(own, batch, replace=False))
-        x = to_pixels(images[rows])
-        again = torch.from_numpy(codes[rows[: batch // 2]]).long()
-        wrong = torch.rand(again.shape) < 0.04 * torch.rand(len(again), 1)
-        again = torch.where(wrong, torch.randint(1024, again.shape), again)
-        with torch.no_grad():
-            x[: batch // 2] = vq.decode(again).float().clamp(-1, 1)
+        places = np.sort(rng.choice(AGAIN, batch // 2, replace=False))
+        rows = np.concatenate([own[places], np.sort(rng.choice(own, batch - len(places), replace=False))])
+        x = torch.cat([again[places].float(), to_pixels(images[rows[len(places) :]])])
         if rng.random() < 0.5:
             x = degrade(x, 0.5)
         heat, figures = targets([scenes[row] for row in rows])
@@ -287,6 +297,23 @@ def _initialise(model: Showo, seed: int) -> None:
         table.data[codes] = bits @ torch.randn(10, SHOWO.hidden_size) * size + torch.randn_like(table[codes]) * 0.01
 
 
+def _begin_with_toy(model: Showo, tokenizer: Any) -> None:
+    """The toy model's layers, and its rows for special ids and for words that both know; codes stay as they are."""
+    toy = Showo.from_pretrained(toy_folder() / "showo")
+    read = read_json(toy_folder() / "tokenizer" / "tokenizer.json")
+    known: dict[str, int] = read["model"]["vocab"]
+    tables = ("showo.model.embed_tokens.weight", "showo.lm_head.weight", "showo.lm_head.bias")
+    old, new = toy.state_dict(), model.state_dict()
+    pairs = [(row, known[word]) for word, row in tokenizer.get_vocab().items() if word in known]
+    pairs += [(TEXT_SIZE + k, toy.config.llm_vocab_size + k) for k in range(10)]
+    to, of = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    for name, value in new.items():
+        if name in tables:
+            value[to] = old[name][of]
+        else:
+            value.copy_(old[name])
+
+
 def _texts(scenes: list[Composition], rng: np.random.Generator, ids: SpecialIds, tokenizer: Any) -> Iterator[list[int]]:
     for scene in scenes:
         text = [] if rng.random() < 0.1 else tokenizer.encode(caption(scene, rng)[0]).ids
@@ -301,6 +328,7 @@ def train_showo(work: Path, steps: int, seed: int, batch: int = 28) -> None:
     _initialise(model, seed)
     ids = SpecialIds.from_config(SHOWO)
     heavy, tokenizer = _focus(scenes), build_tokenizer(words())
+    _begin_with_toy(model, tokenizer)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, 3, step])
