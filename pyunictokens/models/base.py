@@ -336,6 +336,11 @@ class WritingModel(MaskedModel):
     max_positions: int
     """Positions of the longest sequence, prompt and text together."""
 
+    @property
+    def drawing(self) -> BlockAnsweringModel | None:
+        """The model that this one is the writer of, and that says how a question about an image is read."""
+        return None
+
     @abstractmethod
     def asked(self, text: str) -> str:
         """A question or task in the wording the model was trained with."""

@@ -80,11 +80,10 @@ class ModelBundle:
         return self.model.concept
 
     def as_text(self) -> ModelBundle:
-        """The model as one of text, where it writes by blocks: what it writes can then be reinforced."""
-        from .llada import NoImages
-
+        """The model as one of text, where it writes by blocks: what it writes can then be reinforced. Its image
+        tokenizer reads the images that prompts are about."""
         writer = writing(self.model)
-        return self if writer is self.model else ModelBundle(writer, NoImages(), self.tokenizer, self.sources)
+        return self if writer is self.model else ModelBundle(writer, self.vq, self.tokenizer, self.sources)
 
     @property
     def size(self) -> int:

@@ -75,10 +75,16 @@ class MmadaWriter(LlamaWriter):
     family = "mmada"
     blocks = BlockRule(length=1024, block=1024, steps=512, temperature=0.0)
 
-    def __init__(self, body: Body, words: PreTrainedTokenizerFast, about: Mapping[str, object]):
+    def __init__(self, body: Body, words: PreTrainedTokenizerFast, about: Mapping[str, object], drawing: Mmada):
         super().__init__(body, words)
         self.about = dict(about)
         """What config.json says beside the body's sizes."""
+        self.__dict__["_drawing"] = drawing  # not a submodule: the body is one
+
+    @property
+    def drawing(self) -> Mmada:
+        model: Mmada = self.__dict__["_drawing"]
+        return model
 
     @classmethod
     def from_pretrained(
@@ -118,7 +124,7 @@ class Mmada(BlockAnsweringModel):
             "first_code_id": ids.first_code,
             "first_reserved_id": ids.first_reserved,
         }
-        self.__dict__["_writer"] = MmadaWriter(body, words, about)  # not a submodule: the body is one
+        self.__dict__["_writer"] = MmadaWriter(body, words, about, self)  # not a submodule: the body is one
 
     @property
     def writer(self) -> MmadaWriter:

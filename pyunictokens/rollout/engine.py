@@ -442,7 +442,7 @@ class RolloutEngine:
     @profiling.phase("answers")
     def write(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Sequence[str | Sequence[int]],
         *,
         samples: int = 1,
         max_new_tokens: int | None = None,

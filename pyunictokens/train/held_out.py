@@ -33,7 +33,7 @@ from ..utils.files import read_json_lines, write_json
 from ..utils.timeout import ask
 from .distributed.ranks import Ranks
 from .tasks import PromptTasks, Task
-from .text_collector import written
+from .text_collector import TextPrompts, written
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,9 @@ class HeldOut:
         """What the policy draws (or writes) of each task."""
         prompts = [self.tasks.for_model(task.prompt) for task in tasks]
         if isinstance(engine.model, WritingModel):
-            return self.tasks.text_batch(tasks, written(engine, prompts, config, SEED, rows, record=False).texts)
+            read = TextPrompts(engine, engine.model)
+            asked = [read(task, prompt) for task, prompt in zip(tasks, prompts, strict=True)]
+            return self.tasks.text_batch(tasks, written(engine, asked, config, SEED, rows, record=False).texts)
         drawn = engine.generate_images(
             prompts,
             steps=config.timesteps,

@@ -40,6 +40,7 @@ from .grpo import RunResult, run_grpo
 from .held_out import HeldOut
 from .images import ReferenceImages
 from .tasks import REFERENCE, ConceptTasks, PromptTasks
+from .text_collector import IMAGE
 
 CONFIG = "config.yaml"
 """What a run's folder says of the model and the settings."""
@@ -158,7 +159,8 @@ def reinforce(
             name it as `<name>`, and its rows may learn.
         prompts: texts; dicts with the key "prompt", whose other keys are columns; a .txt or .jsonl file of these; or a
             `datasets.Dataset` (`data/prompts.py`). The column `reference_image` names a file with a good picture of
-            the prompt, by which the run says how much there is to gain (headroom.py).
+            the prompt, by which the run says how much there is to gain (headroom.py). For a model of text that reads
+            images, the column `image` names the file that a prompt is about.
         reward_funcs: a function ``f(prompts=[...], images=[R, 3, H, W] in [-1, 1], **columns) -> list[float]``, of
             texts ``f(prompts=[...], completions=[...], **columns)``; a reward model (``score(batch) -> Tensor [R]``),
             the name of a registered one ("jpeg_size"), an `Ensemble`, or several of these as a list or by name.
@@ -259,5 +261,11 @@ def _tasks(model: Bundle, source: PromptSource, name: str, seed: int, *askers: o
                     )
     if REFERENCE in columns and isinstance(model.model, WritingModel):
         raise UserError(f"{name} have the column {REFERENCE}, and {model.model.family} draws nothing: rename it")
+    if IMAGE in columns and isinstance(model.model, WritingModel):
+        drawing = model.model.drawing
+        if drawing is None:
+            raise UserError(f"{name} have the column {IMAGE}, and {model.model.family} reads text alone: rename it")
+        if drawing.grid[0] != drawing.grid[1]:
+            raise UserError(f"{name} have the column {IMAGE}, and this model's images are {drawing.grid}: no squares")
     images = ReferenceImages(model.model, model.vq) if REFERENCE in columns else None
     return PromptTasks(prompts, seed=seed, concept=model.model.concept, images=images)

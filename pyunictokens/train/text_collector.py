@@ -2,6 +2,7 @@
 
     task → G texts, unmasked by blocks → rewards of prompts and texts → advantages
 
+A prompt may be about an image: the column `image` names its file, for a model that reads images (MMaDA).
 As collector.py does it for images, so that loop and update know no difference: rollouts of all groups are dealt over
 the ranks, and the tokens of a text are the codes of its trajectory.
 """
@@ -9,16 +10,18 @@ the ranks, and the tokens of a text are the codes of its trajectory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from ..config.training import GrpoConfig
-from ..models import WritingModel
+from ..data.images import load_pixels
+from ..models import BlockAnsweringModel, WritingModel
 from ..rewards.base import EnsembleScore, RewardBatch, Rewards
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import TextRollout
 from ..utils import profiling
-from ..utils.errors import NotFinite
+from ..utils.errors import NotFinite, UserError
 from ..utils.timeout import ask
 from .collector import Group, LocalRollouts, RolloutSummary
 from .distributed.ranks import Ranks
@@ -26,10 +29,41 @@ from .objective import Objective
 from .tasks import Task, TaskSource
 from .trajectories import ImageTrajectories
 
+IMAGE = "image"
+"""The column of a prompt list that names the image a prompt is about."""
+
+
+class TextPrompts:
+    """What a model of text reads of a task: its prompt, with the image that the column `image` names before it."""
+
+    def __init__(self, engine: RolloutEngine, model: WritingModel):
+        self.engine, self.model = engine, model
+        self._codes: dict[Path, list[int]] = {}
+
+    def __call__(self, task: Task, text: str) -> str | list[int]:
+        file = task.columns.get(IMAGE)
+        if file is None:
+            return text
+        if not isinstance(file, (str, Path)):
+            raise UserError(f"prompt {task.prompt!r}: {IMAGE}={file!r}: must be the name of an image file")
+        drawing, tokenizer = self.model.drawing, self.engine.tokenizer
+        assert drawing is not None and tokenizer is not None  # `reinforce` has looked
+        return drawing.question_prompt(self._seen(Path(file), drawing), tokenizer.encode(drawing.question_text(text)))
+
+    @torch.no_grad()
+    def _seen(self, file: Path, drawing: BlockAnsweringModel) -> list[int]:
+        vq = self.engine.vq
+        assert vq is not None
+        if file not in self._codes:
+            weight = next(vq.parameters())
+            pixels = load_pixels(file, drawing.grid[0] * vq.downsampling)[None]
+            self._codes[file] = vq.encode(pixels.to(weight.device, weight.dtype))[0].tolist()
+        return self._codes[file]
+
 
 def written(
     engine: RolloutEngine,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     config: GrpoConfig,
     seed: int,
     sample_ids: Sequence[int],
@@ -63,6 +97,7 @@ class TextCollector:
     ):
         self.engine, self.model, self.tasks, self.rewards = engine, model, tasks, rewards
         self.objective, self.config, self.ranks = objective, config, ranks or Ranks()
+        self._read = TextPrompts(engine, model)
 
     def calibrate(self) -> None:
         """Nothing: there are no previews."""
@@ -97,7 +132,7 @@ class TextCollector:
     def _sample(self, task: Task, number: int, rows: range) -> tuple[LocalRollouts, RolloutSummary]:
         config = self.config
         ids = [number * config.group_size + row for row in rows]
-        prompt = self.tasks.for_model(task.prompt)
+        prompt = self._read(task, self.tasks.for_model(task.prompt))
         rollout = written(self.engine, [prompt] * len(rows), config, 2 * config.seed, ids, record=True)
         score = self._scored(task, rollout.texts)
         scope = self.objective.token_scope

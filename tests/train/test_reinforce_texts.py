@@ -123,10 +123,56 @@ def test_mmada_writes_and_draws_with_what_was_learned(tmp_path: Path) -> None:
         assert texts(again) == texts(bundle)
 
 
+def test_questions_about_images_are_reinforced(tmp_path: Path) -> None:
+    from pyunictokens.data.images import load_pixels, save_image
+    from pyunictokens.models import MagvitConfig, MagvitV2
+    from pyunictokens.models.mmada import Mmada
+    from pyunictokens.train.tasks import Task
+    from pyunictokens.train.text_collector import TextPrompts
+
+    place = write_checkpoint(tmp_path / "mmada", "mmada")
+    torch.manual_seed(0)
+    MagvitV2(MagvitConfig(8, (1, 1), (1, 1), (1, 1), (1, 1), 5, 4)).save_pretrained(place / "vq")
+    files = [tmp_path / f"{name}.png" for name in ("one", "two")]
+    for file in files:
+        save_image(torch.rand(3, 8, 8) * 2 - 1, file)
+    bundle = uct.models.load(place, vq=place / "vq")
+    assert isinstance(bundle.model, Mmada)
+    engine = RolloutEngine.of(bundle.as_text())
+    read = TextPrompts(engine, bundle.model.writer)
+    asked = "what is the colour ?"
+    for file in files:
+        codes = bundle.vq.encode(load_pixels(file, 8)[None])[0]
+        mine = read(Task("prompt", asked, columns={"image": str(file)}), asked)
+        said = RolloutEngine.of(bundle).generate_text(codes[None], [asked], max_new_tokens=8, temperature=0.0)
+        assert engine.write([mine], max_new_tokens=8).texts == said.texts
+    assert read(Task("prompt", asked, columns={"image": None}), asked) == asked
+
+    def seen(prompts: list[str], completions: list[str], image: list[str]) -> list[float]:
+        assert set(image) <= {str(file) for file in files}
+        return [len(text) / 40 for text in completions]
+
+    prompts = [{"prompt": asked, "image": str(files[0])}, {"prompt": "a dog ?", "image": str(files[1])}]
+    settings = config(objective="unigrpo", trainable="lora", advantage="std", lr=5e-2)
+    reinforce(
+        bundle.as_text(),
+        prompts,
+        seen,
+        settings,
+        tmp_path / "run",
+        held_out=[{"prompt": "a cat ?", "image": str(files[0])}],
+    )
+    assert all(line["grad_norm"] > 0 for line in read_metrics(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"image=3: must be the name of an image file"):
+        read(Task("prompt", asked, columns={"image": 3}), asked)
+
+
 def test_what_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     bundle = uct.models.load(folder)
     with pytest.raises(UserError, match=r"max_new_tokens=10: must be a multiple of block_length=4"):
         reinforce(bundle, PROMPTS, cats, config(max_new_tokens=10), tmp_path / "a")
+    with pytest.raises(UserError, match="the column image, and llada reads text alone"):
+        reinforce(bundle, [{"prompt": "a", "image": "x.png"}], letters, config(), tmp_path / "i")
     with pytest.raises(UserError, match="the column reference_image, and llada draws nothing"):
         reinforce(bundle, [{"prompt": "a", "reference_image": "x.png"}], cats, config(), tmp_path / "b")
     with pytest.raises(UserError, match=r"reward model 'bright': bright asks for images"):
