@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
+CHROMIUM ?= /usr/bin/chromium
 SECONDS_EACH ?= 25
 QUICK ?=
 
@@ -14,7 +15,7 @@ CODE := $(shell find csrc -type f 2>/dev/null)
 CORE := CMakeLists.txt $(CODE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reinforce test soak fuzz tables lint format bench clean
+.PHONY: help install demo reinforce test browser soak fuzz tables lint format bench clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +38,13 @@ reinforce: $(STAMP) ## reinforce the toy model on a list of prompts; the curve o
 	$(BIN)/pyunictokens demo --prompts --out reinforce $(ARGS)
 
 test: $(STAMP) ## the test suite (without the tests that need a GPU or minutes), a process a core
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not slow and not soak and not fuzz" $(ARGS)
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not slow and not soak and not fuzz and not browser" $(ARGS)
 
 slow: $(STAMP) ## the tests that take minutes: kernels under the interpreter, a rehearsal of the GPU script, many processes
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 -m "slow and not gpu and not soak and not fuzz" $(ARGS)
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 -m "slow and not gpu and not soak and not fuzz and not browser" $(ARGS)
+
+browser: $(STAMP) ## the studio's pages in Chromium (CHROMIUM=/usr/bin/chromium)
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -q -m browser tests/serve $(ARGS)
 
 soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliability.md promises, for minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray>=2.40'

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from ..utils.signals import ENDS_WITH_STDIN, end_with_parent
-from . import bench, data, demo, doctor, evaluate, evaluate_table, generate, publish, reinforce, serve, train
+from . import bench, data, demo, doctor, evaluate, evaluate_table, generate, publish, reinforce, serve, studio, train
 from . import rewards_server as rewards
 from .shell import guarded, nobody_reads, print_anything, show_warnings_briefly
 
@@ -32,6 +32,7 @@ app.command("generate")(guarded(generate.generate))
 app.command("understand")(guarded(generate.understand))
 app.command("publish")(guarded(publish.publish))
 app.command("serve")(guarded(serve.serve))
+app.command("studio")(guarded(studio.studio))
 app.add_typer(evaluate.app, name="evaluate")
 app.command("compare")(guarded(evaluate_table.compare))
 app.command("bench", context_settings=bench.CONTEXT)(guarded(bench.bench))

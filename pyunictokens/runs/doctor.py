@@ -59,6 +59,7 @@ OPTIONAL = {
     "ray": ("cluster", "runs over several machines"),
     "flash-attn": ("flash", "attention over shared prompts on a GPU"),
     "fastapi": ("web", "serving trained runs to OpenAI's clients"),
+    "gradio": ("studio", "a page in the browser"),
     "pytest": ("dev", "the test suite"),
 }
 """Distributions that nothing needs at import, with the extra that adds each and what it is for."""

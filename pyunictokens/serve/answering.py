@@ -80,7 +80,7 @@ class Answering:
     async def all(self, question: Question, about: About) -> dict[str, object]:
         """The whole answer."""
         found: dict[int, Written] = {}
-        async with aclosing(self._events(question, about)) as events:
+        async with aclosing(self.events(question, about)) as events:
             async for each in events:
                 if each.done:
                     found[each.sample] = each
@@ -110,7 +110,7 @@ class Answering:
             return event(None, {**head, "choices": [choice], **nothing_yet})
 
         try:
-            async with aclosing(self._events(question, about)) as events:
+            async with aclosing(self.events(question, about)) as events:
                 for sample in range(question.form.n):
                     yield chunk(sample, {"role": "assistant", "content": ""})
                 async for each in events:
@@ -128,7 +128,8 @@ class Answering:
             about.failed(error)
             yield event(None, told(error).table)
 
-    async def _events(self, question: Question, about: About) -> AsyncGenerator[Written, None]:
+    async def events(self, question: Question, about: About) -> AsyncGenerator[Written, None]:
+        """Answers as they are written."""
         served, client = question.served, about.client.settings
         stream = self._engine.stream(
             lambda: self._catalog.seat(served),

@@ -102,7 +102,7 @@ class Drawing:
     async def all(self, asked: Asked, about: About) -> dict[str, object]:
         """The whole answer."""
         images: dict[int, str] = {}
-        async with aclosing(self._events(asked, about)) as events:
+        async with aclosing(self.events(asked, about)) as events:
             async for each in events:
                 if isinstance(each, Drawn):
                     images[each.sample] = await self._encoded(each, asked.form)
@@ -118,7 +118,7 @@ class Drawing:
     async def stream(self, asked: Asked, about: About, kind: Kind) -> AsyncGenerator[str, None]:
         """The answer as server-sent events: images while they are drawn, then each as it is done."""
         try:
-            async with aclosing(self._events(asked, about)) as events:
+            async with aclosing(self.events(asked, about)) as events:
                 async for each in events:
                     if not isinstance(each, (Drawn, Preview)):
                         continue
@@ -139,7 +139,8 @@ class Drawing:
             about.failed(error)
             yield event("error", told(error).table)
 
-    async def _events(self, asked: Asked, about: About) -> AsyncGenerator[Drawn | Preview, None]:
+    async def events(self, asked: Asked, about: About) -> AsyncGenerator[Drawn | Preview, None]:
+        """Images as they are drawn: previews where the form streams, and each when it is done."""
         served, client = asked.served, about.client.settings
         stream = self._engine.stream(
             lambda: self._catalog.seat(served),

@@ -56,7 +56,7 @@ class Server:
     """
 
     def __init__(self, make_catalog: Callable[[ServingEngine], Catalog], keys: Keys, settings: ServerSettings):
-        if not keys and not _this_machine(settings.host):
+        if not keys and not this_machine(settings.host):
             raise UserError(
                 f"--host {settings.host} can be reached by other machines: set {KEY} or {KEY_FILE} first, or listen "
                 "on 127.0.0.1"
@@ -133,7 +133,7 @@ class Server:
             await engine.close(1.0)
 
 
-def _this_machine(host: str) -> bool:
+def this_machine(host: str) -> bool:
     """Whether only this machine can reach that address."""
     if host == "localhost":
         return True

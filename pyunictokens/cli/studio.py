@@ -1,0 +1,63 @@
+"""`pyunictokens studio`: trained runs on a page in the browser. The pages are `pyunictokens.serve.studio`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shell import DeviceOption, DtypeOption, ModelOption, TokenizerOption, VqOption, console
+
+
+def studio(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs of `train`; `base` is always there.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--runs", metavar="FOLDER", help="Every run in this folder, later ones too.")
+    ] = None,
+    choices: Annotated[
+        Path, typer.Option("--choices", metavar="FOLDER", help="Where choices between pictures are saved.")
+    ] = Path("choices"),
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen; other addresses than this machine's need a password.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one from 7860 on.")] = 7860,
+    model: ModelOption = None,
+    vq: VqOption = None,
+    tokenizer: TokenizerOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Draw, paint over, ask, compare and choose in the browser, until Ctrl-C or SIGTERM.
+
+    Choices are lines of `preferences.jsonl` with two pictures each. The page loads nothing from other places. With
+    PYUNICTOKENS_STUDIO_PASSWORD set, one signs in as `studio`.
+
+    Examples:
+
+        pyunictokens studio runs/bo
+
+        pyunictokens studio --runs runs --port 8080
+    """
+    from ..models.bundle import Sources
+    from ..rollout.serving import ServingEngine
+    from ..serve.catalog import Catalog
+    from ..serve.studio.backend import Studio
+    from ..serve.studio.page import serve_studio
+    from ..utils.signals import stop_on_signals
+
+    serving = ServingEngine()
+    catalog = Catalog(
+        runs or (),
+        folder,
+        flags=Sources(model, vq, tokenizer),
+        device=device,
+        dtype=dtype,
+        in_use=serving.concepts_in_use,
+    )
+    say = console()
+    with stop_on_signals(lambda text: say.print("ending")) as stop:
+        shown = lambda address: say.print(f"{address} shows {len(catalog.list())} models; Ctrl-C ends", markup=False)  # noqa: E731
+        serve_studio(Studio(catalog, serving, choices), host, port, shown, stop)

@@ -1,0 +1,199 @@
+"""The pages *Try* (draw, paint over, ask), *Compare* (two models, one prompt and seed) and *Rate* (what is better)."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import gradio as gr
+from PIL.Image import Image as Picture
+from pydantic import ValidationError
+
+from ...utils.errors import UserError
+from ..errors import Refused
+from .backend import Sheet, Studio, Wish, painted_mask
+
+log = logging.getLogger(__name__)
+
+Gallery = list[tuple[Picture, str]]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What goes wrong is said on the page; what nobody foresaw stands in the log as well."""
+    try:
+        yield
+    except (UserError, Refused) as error:
+        raise _cannot(str(error)) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _cannot(f"{where}: {first['msg']}") from None
+    except Exception as error:
+        log.exception("a page failed")
+        raise gr.Error("This failed; the log of the studio says why.", print_exception=False) from error
+
+
+def _cannot(message: str) -> gr.Error:
+    """A note that stays until it is closed. Its text is read as HTML, so signs like those around `<bo>` are escaped."""
+    return gr.Error(html.escape(message), duration=None, title="That cannot be done", print_exception=False)
+
+
+def model_choice(studio: Studio, label: str = "Model") -> gr.Dropdown:
+    """A dropdown of the models there are."""
+    names = studio.models()
+    return gr.Dropdown(names, value=names[0], label=label, info="A run by its name, or base: the model without one")
+
+
+def seed_of(given: float | None) -> int | None:
+    """A seed as it was typed; None draws one at random."""
+    return None if given is None or given < 0 else int(given)
+
+
+def _gallery(sheet: Sheet) -> Gallery:
+    return [(sheet.pictures[place], f"seed {sheet.seed}, image {place + 1}") for place in sorted(sheet.pictures)]
+
+
+def _status(sheet: Sheet, number: int) -> str:
+    text = f"{sheet.done} of {number} drawn, seed {sheet.seed}."
+    return f"{text} Drawn: {sheet.revised}" if sheet.revised else text
+
+
+def try_page(studio: Studio) -> gr.Dropdown:
+    """Builds the page; returns its choice of models."""
+    model = model_choice(studio)
+    with gr.Accordion("How it is drawn", open=False), gr.Row():
+        seed = gr.Number(None, label="Seed", info="The same seed draws the same image; empty: a new one", precision=0)
+        steps = gr.Number(None, label="Steps", info="Timesteps of an image; empty: the model's own", precision=0)
+        guidance = gr.Number(None, label="Guidance", info="How closely the prompt is followed; empty: the model's own")
+    with gr.Tab("Draw"):
+        prompt = gr.Textbox(label="Prompt", placeholder="A photo of <bo> on the beach.", lines=2, elem_id="prompt")
+        with gr.Row():
+            number = gr.Slider(1, 8, value=2, step=1, label="Images")
+            reason = gr.Checkbox(label="Reason first", info="Asks which fact of the concept the prompt means")
+        with gr.Row():
+            go, stop = gr.Button("Draw", variant="primary", elem_id="draw"), gr.Button("Stop", elem_id="stop")
+        status = gr.Textbox(label="Status", interactive=False, elem_id="status")
+        pictures = gr.Gallery(label="Images", columns=2, object_fit="contain", elem_id="pictures")
+    with gr.Tab("Paint over"):
+        canvas = gr.ImageEditor(label="Picture: paint over what is to change", type="pil", image_mode="RGBA")
+        words = gr.Textbox(label="What is to be there", placeholder="A photo of <bo> in a red hat.")
+        paint = gr.Button("Paint", variant="primary", elem_id="paint")
+        slider = gr.ImageSlider(label="Before and after", type="pil", elem_id="before-after")
+    with gr.Tab("Ask"):
+        shown = gr.Image(label="Picture", type="pil", elem_id="shown")
+        question = gr.Textbox(label="Question", placeholder="What colour is <bo>?", elem_id="question")
+        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+        answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
+
+    async def draw(
+        name: str, text: str, count: float, first: bool, key: float | None, t: float | None, s: float | None
+    ) -> AsyncGenerator[tuple[Gallery, str], None]:
+        with told():
+            if not text.strip():
+                raise UserError("Say first what is to be drawn.")
+            wish = Wish(name, text, int(count), seed_of(key), None if t is None else int(t), s, first)
+            async with aclosing(studio.draw(wish)) as sheets:
+                async for sheet in sheets:
+                    yield _gallery(sheet), _status(sheet, wish.number)
+
+    async def over(
+        name: str, drawing: dict[str, Any] | None, text: str, key: float | None, t: float | None, s: float | None
+    ) -> AsyncGenerator[tuple[Picture, Picture], None]:
+        with told():
+            if drawing is None or drawing.get("background") is None:
+                raise UserError("Put a picture into the frame first, and paint over what is to change.")
+            before: Picture = drawing["background"].convert("RGB")
+            mask = painted_mask(drawing["layers"], before.size)
+            wish = Wish(name, text, 1, seed_of(key), None if t is None else int(t), s)
+            async with aclosing(studio.paint(wish, before, mask)) as sheets:
+                async for sheet in sheets:
+                    if sheet.pictures:
+                        after = sheet.pictures[0]
+                        yield before.resize(after.size), after
+
+    async def reply(name: str, image: Picture | None, text: str, key: float | None) -> AsyncGenerator[str, None]:
+        with told():
+            if not text.strip():
+                raise UserError("Ask something first.")
+            async with aclosing(studio.answer(name, image, text, seed_of(key) or 0)) as words_so_far:
+                async for so_far in words_so_far:
+                    yield so_far
+
+    how = [seed, steps, guidance]
+    drawing = gr.on([go.click, prompt.submit], draw, [model, prompt, number, reason, *how], [pictures, status])
+    stop.click(None, cancels=[drawing])
+    paint.click(over, [model, canvas, words, *how], slider)
+    gr.on([ask.click, question.submit], reply, [model, shown, question, seed], answer)
+    return model
+
+
+def compare_page(studio: Studio) -> list[gr.Dropdown]:
+    """Two models draw one prompt with one seed."""
+    with gr.Row():
+        models = [model_choice(studio, label) for label in ("First model", "Second model")]
+    prompt = gr.Textbox(label="Prompt", elem_id="compare-prompt")
+    seed = gr.Number(1, label="Seed", precision=0)
+    go = gr.Button("Compare", variant="primary", elem_id="compare")
+    with gr.Row():
+        pictures = [gr.Image(label=label, type="pil") for label in ("First", "Second")]
+    slider = gr.ImageSlider(label="First and second", type="pil")
+
+    async def compare(
+        one: str, other: str, text: str, key: float | None
+    ) -> AsyncGenerator[tuple[Picture | None, Picture | None, tuple[Picture, Picture] | None], None]:
+        found: list[Picture | None] = [None, None]
+        with told():
+            for place, name in enumerate((one, other)):
+                async with aclosing(studio.draw(Wish(name, text, seed=seed_of(key) or 0))) as sheets:
+                    async for sheet in sheets:
+                        found[place] = sheet.pictures.get(0)
+                        yield found[0], found[1], None
+            first, second = found
+            if first is not None and second is not None:
+                yield first, second, (first, second)
+
+    go.click(compare, [*models, prompt, seed], [*pictures, slider])
+    return models
+
+
+def rate_page(studio: Studio) -> gr.Dropdown:
+    """Two pictures of one prompt; which is better is saved."""
+    model = model_choice(studio)
+    prompt = gr.Textbox(label="Prompt", elem_id="rate-prompt")
+    go = gr.Button("Draw two", variant="primary", elem_id="draw-two")
+    with gr.Row():
+        pictures = [gr.Image(label=label, type="pil", interactive=False) for label in ("Left", "Right")]
+    with gr.Row():
+        better = [gr.Button(f"{side} is better", elem_id=f"better-{side.lower()}") for side in ("Left", "Right")]
+    said = gr.Textbox(label="Saved", interactive=False, elem_id="saved")
+    pair = gr.State(None)
+
+    async def two(
+        name: str, text: str
+    ) -> AsyncGenerator[tuple[Picture | None, Picture | None, tuple[object, ...] | None], None]:
+        with told():
+            async with aclosing(studio.draw(Wish(name, text, 2))) as sheets:
+                async for sheet in sheets:
+                    left, right = sheet.pictures.get(0), sheet.pictures.get(1)
+                    done = (text, name, [left, right], sheet.seed) if sheet.done == 2 else None
+                    yield left, right, done
+
+    def save(which: int) -> Any:
+        def choose(drawn: tuple[str, str, list[Picture], int] | None) -> str:
+            with told():
+                if drawn is None:
+                    raise UserError("Draw two pictures first.")
+                text, name, both, seed = drawn
+                file = studio.choose(text, name, both, [seed, seed], which)
+                return f"{file}: {sum(1 for _ in file.open(encoding='utf-8'))} choices"
+
+        return choose
+
+    go.click(two, [model, prompt], [*pictures, pair])
+    for which, button in enumerate(better):
+        button.click(save(which), pair, said)
+    return model

@@ -1,0 +1,208 @@
+"""What the studio's pages ask for, and the pages themselves in a real Chromium (`make browser`)."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pyunictokens import RolloutEngine
+from pyunictokens.data.images import to_pil
+from pyunictokens.rollout.serving import ServingEngine
+from pyunictokens.serve.catalog import Catalog
+from pyunictokens.serve.errors import Refused
+from pyunictokens.serve.studio.backend import Studio, Wish, painted_mask
+from pyunictokens.toy.model import load_toy
+from pyunictokens.utils.errors import UserError
+
+from .world import concept_run
+
+PROMPT = "a photo of a red cat."
+
+
+def in_studio(folder, main):
+    serving = ServingEngine()
+    catalog = Catalog(folder=folder, device="cpu", in_use=serving.concepts_in_use)
+    studio = Studio(catalog, serving, folder / "choices")
+    studio.engine.start()
+
+    async def run():
+        try:
+            return await main(studio)
+        finally:
+            await studio.engine.close(5)
+
+    return asyncio.run(asyncio.wait_for(run(), 100))
+
+
+async def last(sheets):
+    seen = [(sheet.done, sorted(sheet.pictures)) async for sheet in sheets]
+    return seen
+
+
+def test_a_wish_is_drawn_as_the_engine_draws_it_and_can_be_painted_over(tmp_path):
+    concept_run(tmp_path / "bo", "bo", 1)
+
+    async def main(studio):
+        wish = Wish("base", PROMPT, 2, seed=4, steps=4, guidance_scale=2.0)
+        seen, drawn = [], None
+        async for sheet in studio.draw(wish):
+            seen.append(sheet.done)
+            drawn = sheet
+        expected = RolloutEngine.of(load_toy()).generate_images(
+            [PROMPT], samples=2, steps=4, guidance_scale=2.0, seed=4
+        )
+        for place in range(2):
+            difference = torch.tensor(list(drawn.pictures[place].tobytes())).float()
+            difference -= torch.tensor(list(to_pil(expected.pixels[place]).tobytes())).float()
+            assert difference.abs().mean() < 1.0
+        assert seen[0] == 0 and seen[-1] == 2 and len(seen) > 3  # previews in between
+        mask = Image.new("L", drawn.pictures[0].size, 0)
+        mask.paste(255, (0, 0, 40, 40))
+        async for sheet in studio.paint(Wish("bo", "a photo of <bo>.", seed=1, steps=3), drawn.pictures[0], mask):
+            painted = sheet
+        assert painted.done == 1
+        said = [text async for text in studio.answer("base", drawn.pictures[0], "What is in the image?", 0)]
+        assert said[-1] and len(said) > 1
+        with pytest.raises((UserError, Refused), match="white all over"):
+            async for _ in studio.paint(wish, drawn.pictures[0], Image.new("L", drawn.pictures[0].size, 255)):
+                pass
+        return drawn.pictures
+
+    in_studio(tmp_path, main)
+
+
+def test_a_choice_is_a_line_with_two_pictures(tmp_path):
+    async def main(studio):
+        pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+        for better in (1, 0):
+            file = studio.choose(PROMPT, "base", pictures, [3, 4], better)
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [line["chosen_seed"] for line in lines] == [4, 3]
+        assert Image.open(file.parent / lines[0]["chosen"]).getpixel((0, 0)) == (0, 0, 255)
+        assert Image.open(file.parent / lines[0]["rejected"]).getpixel((0, 0)) == (255, 0, 0)
+        with pytest.raises(UserError, match="draw them first"):
+            studio.choose(PROMPT, "base", pictures[:1], [3], 0)
+
+    in_studio(tmp_path, main)
+
+
+def test_what_was_painted_is_white():
+    layer = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    layer.putpixel((1, 2), (255, 0, 0, 90))
+    other = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    other.putpixel((3, 3), (0, 0, 0, 255))
+    mask = painted_mask([layer, other], (4, 4))
+    white = [(x, y) for x in range(4) for y in range(4) if mask.getpixel((x, y))]
+    assert white == [(1, 2), (3, 3)]
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------
+
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studio")
+    concept_run(folder / "runs" / "bo", "bo", 1, ("<bo> likes a red ball.",))
+    words = [sys.executable, "-m", "pyunictokens", "studio", "--runs", str(folder / "runs"), "--port", "0"]
+    words += ["--choices", str(folder / "choices")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as process:
+        try:
+            found = re.match(r"(http://127\.0\.0\.1:\d+)/? shows 2 models", process.stdout.readline())
+            yield found[1], folder
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def page(address):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        elsewhere, wrong = [], []
+        page.on("request", lambda request: elsewhere.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.set_default_timeout(120_000)
+        page.goto(address[0])
+        page.locator("#prompt textarea").wait_for()
+        yield page
+        assert not [url for url in elsewhere if not url.startswith((address[0], "data:", "blob:"))]
+        assert not wrong
+        browser.close()
+
+
+def filled(page, place):
+    page.wait_for_function(f"document.querySelector('{place} textarea').value.length > 0")
+    return page.locator(f"{place} textarea").input_value()
+
+
+@pytest.mark.browser
+def test_draw_ask_and_what_cannot_be_done(page):
+    page.get_by_label("Prompt").first.fill(PROMPT)
+    page.locator("#draw").click()
+    page.wait_for_function("document.querySelector('#status textarea').value.startsWith('2 of 2')")
+    assert page.locator("#pictures img").count() >= 2
+    page.get_by_label("Prompt").first.fill("a photo of <cat>.")
+    page.locator("#draw").click()
+    page.get_by_text("<cat> is not a token of this model").wait_for()
+    page.get_by_role("tab", name="Ask").click()
+    picture = Path(__file__).parents[2] / "docs" / "images" / "toyworld_generations.png"
+    page.locator("#shown input[type=file]").set_input_files(str(picture))
+    page.locator("#shown img").wait_for()
+    page.locator("#question textarea").fill("What is in the image?")
+    page.locator("#ask").click()
+    assert filled(page, "#answer")
+
+
+@pytest.mark.browser
+def test_rate_saves_which_is_better(page, address):
+    page.get_by_role("tab", name="Rate").click()
+    page.locator("#rate-prompt textarea").fill(PROMPT)
+    page.locator("#draw-two").click()
+    file = address[1] / "choices" / "preferences.jsonl"
+    page.wait_for_function("document.querySelectorAll('[role=tabpanel] img').length >= 2")
+    for _ in range(60):
+        page.locator("#better-left").click()
+        page.wait_for_timeout(500)
+        if file.is_file():
+            break
+    line = json.loads(file.read_text().splitlines()[0])
+    assert line["prompt"] == PROMPT and line["chosen"].endswith("-0.png")
+    assert "choices" in filled(page, "#saved")
+
+
+@pytest.mark.browser
+def test_it_fits_a_phone_and_speaks_to_a_screen_reader(page):
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll('button, input:not([type=file]), textarea, select')]
+            .filter(e => e.offsetParent !== null)
+            .filter(e => !(e.innerText || '').trim() && !e.getAttribute('aria-label') && !e.title
+                && !(e.labels && e.labels.length) && !e.closest('label'))
+            .map(e => e.outerHTML.slice(0, 120))"""
+    )
+    assert not unnamed
+    page.get_by_label("Prompt").first.focus()
+    page.keyboard.type(PROMPT)
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id || document.activeElement.closest('[id]').id") == "draw":
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#status textarea').value.startsWith('2 of 2')")
