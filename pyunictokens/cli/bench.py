@@ -20,6 +20,7 @@ SUITES = {
     "memory": "benchmarks.update_memory",
     "ops": "benchmarks.ops",
     "rewards": "benchmarks.rewards_batch",
+    "models": "benchmarks.models",
 }
 """What can be measured, and the module that does it."""
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -40,7 +41,7 @@ def source_tree() -> Path:
 def bench(
     context: typer.Context,
     suite: Annotated[
-        str | None, typer.Argument(help="rollout, memory, ops or rewards (all when left out), compare or plan.")
+        str | None, typer.Argument(help="rollout, memory, ops, rewards or models (all when left out), compare or plan.")
     ] = None,
 ) -> None:
     """Measure this library against its peers. Takes minutes; leave the machine alone.
@@ -51,8 +52,9 @@ def bench(
     What stands behind the suite's name goes to it: for rollout --only, --rounds, --steps, --tokens, --threads, --out;
     for memory --timesteps, --width, --device, --out; for ops --device, --smoke, --operations, --peers, --skip-peers,
     --shape, --rounds, --share, --budget, --threads, --no-memory, --resume, --tables, --out; for rewards --device,
-    --rows, --rounds, --threads, --table, --out. Peers of ops that are not installed are listed as such:
-    pip install -e '.[bench]' brings them. `pyunictokens bench SUITE --help` tells all of a suite's own.
+    --rows, --rounds, --threads, --table, --out; for models --only, --rounds, --threads, --smoke, --out. Peers of ops
+    that are not installed are listed as such: pip install -e '.[bench]' brings them. `pyunictokens bench SUITE --help`
+    tells all of a suite's own.
 
     Examples:
 

@@ -10,8 +10,17 @@ WORDS = ["a</w>", "photo</w>", "of</w>", "dog</w>", "red</w>", "cat</w>", "in</w
 CODES, SIDE, PLACES = 24, 4, 12
 
 
-def write_pipeline(place: Path, seed: int = 0, halved: bool = True) -> Path:
-    """The folder of a pipeline; `halved`: the transformer works on a quarter of the positions, as in the 512² model."""
+def write_pipeline(
+    place: Path,
+    seed: int = 0,
+    halved: bool = True,
+    codes: int = CODES,
+    side: int = SIDE,
+    places: int = PLACES,
+    **other: int,
+) -> Path:
+    """The folder of a pipeline; `halved`: the transformer works on a quarter of the positions, as in the 512² model.
+    `other`: sizes of the transformer that are not to be tiny, by the names of its config."""
     import diffusers
     from diffusers.pipelines.deprecated.amused.pipeline_amused import AmusedPipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -22,7 +31,7 @@ def write_pipeline(place: Path, seed: int = 0, halved: bool = True) -> Path:
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters), *WORDS]
     tokens += ["".join(pair) for pair in _merges()]
     vocabulary = {token: place for place, token in enumerate(dict.fromkeys(tokens))}
-    words = CLIPTokenizer(vocab=vocabulary, merges=_merges(), model_max_length=PLACES, pad_token="!")
+    words = CLIPTokenizer(vocab=vocabulary, merges=_merges(), model_max_length=places, pad_token="!")
     text = CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(vocabulary),
@@ -31,30 +40,29 @@ def write_pipeline(place: Path, seed: int = 0, halved: bool = True) -> Path:
             intermediate_size=20,
             num_hidden_layers=3,
             num_attention_heads=2,
-            max_position_embeddings=PLACES,
+            max_position_embeddings=places,
             bos_token_id=0,
             eos_token_id=1,
         )
     )
-    net = diffusers.UVit2DModel(
-        hidden_size=24,
-        cond_embed_dim=12,
-        micro_cond_encode_dim=8,
-        micro_cond_embed_dim=40,
-        encoder_hidden_size=16,
-        vocab_size=CODES + 8,
-        codebook_size=CODES,
-        in_channels=20,
-        block_out_channels=16,
-        num_res_blocks=2,
-        downsample=halved,
-        upsample=halved,
-        block_num_heads=2,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=28,
-        sample_size=SIDE,
-    )
+    sizes = {
+        "hidden_size": 24,
+        "cond_embed_dim": 12,
+        "micro_cond_encode_dim": 8,
+        "micro_cond_embed_dim": 40,
+        "encoder_hidden_size": 16,
+        "vocab_size": codes + 8,
+        "codebook_size": codes,
+        "in_channels": 20,
+        "block_out_channels": 16,
+        "num_res_blocks": 2,
+        "block_num_heads": 2,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 28,
+        "sample_size": side,
+    }
+    net = diffusers.UVit2DModel(downsample=halved, upsample=halved, **sizes | other)
     with torch.no_grad():  # weights of the usual size would give flat distributions, which prove little
         for name, parameter in net.named_parameters():
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
@@ -66,12 +74,12 @@ def write_pipeline(place: Path, seed: int = 0, halved: bool = True) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         latent_channels=6,
-        num_vq_embeddings=CODES,
+        num_vq_embeddings=codes,
         norm_num_groups=4,
         mid_block_add_attention=False,
         lookup_from_codebook=True,
     )
-    pipe = AmusedPipeline(vq, words, text, net, diffusers.AmusedScheduler(mask_token_id=CODES + 3))
+    pipe = AmusedPipeline(vq, words, text, net, diffusers.AmusedScheduler(mask_token_id=codes + 3))
     pipe.save_pretrained(place / "pipe")
     return place / "pipe"
 
