@@ -45,3 +45,12 @@ def test_shapes_above_the_limit_on_the_meta_device() -> None:
     assert logp.shape == (1, TOKENS) and logp.dtype == torch.float32
     assert hidden.grad is not None and hidden.grad.shape == hidden.shape
     assert weight.grad is not None and weight.grad.numel() == 1 << 32
+
+
+def test_a_step_above_the_limit_on_the_meta_device() -> None:
+    rows, codes, entries = 2, 1 << 11, 1 << 20  # 2³² logits
+    logits = torch.empty(1, 1, 1, device=META).expand(rows, codes, entries)
+    known = torch.empty(rows, codes, dtype=torch.int64, device=META)
+    ids = torch.empty(rows, dtype=torch.int64, device=META)
+    out = uct.ops.maskgit_step(logits, known, mask_len=5, temperature=1.0, seed=0, sample_ids=ids, step=0)
+    assert out.codes.shape == out.logp.shape == (rows, codes) and logits.numel() > 1 << 31
