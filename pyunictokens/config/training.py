@@ -116,6 +116,8 @@ class StageConfig:
     blanked (published: step 35 of 50)."""
     cache_mb: int = 512
     """Memory for keys and values of images, which never change while only concept rows are trained."""
+    max_bad_steps: int = 3
+    """Steps in a row without a finite loss or gradient before a stage ends with an error."""
     save_every: int = 50
     """Steps between checkpoints inside a stage; 0 writes one only where the run is asked to stop."""
     seed: int = 0
@@ -126,7 +128,7 @@ class StageConfig:
             raise UserError("stages=[]: name at least one of understanding, generation, deepening, joint")
         if len(set(self.stages)) != len(self.stages):
             raise UserError(f"stages={list(self.stages)}: each stage runs once")
-        _at_least(1, num_understanding=self.num_understanding, epochs=self.epochs)
+        _at_least(1, num_understanding=self.num_understanding, epochs=self.epochs, max_bad_steps=self.max_bad_steps)
         _at_least(0, num_generation=self.num_generation, num_extra=self.num_extra, max_steps=self.max_steps)
         _at_least(1, batch_understanding=self.batch_understanding, batch_generation=self.batch_generation)
         _at_least(1, batch_mixed=self.batch_mixed, crop=self.crop, generated_images=self.generated_images)
@@ -225,8 +227,10 @@ class GrpoConfig:
     """Optimizer steps."""
     group_size: int = 9
     """G: rollouts of one question."""
-    groups: int = 1
-    """Questions in one optimizer step; each has its group of G rollouts, and the gradient is their mean."""
+    groups: int = 0
+    """Questions in one optimizer step; each has its group of G rollouts, and the gradient is their mean. 0: one, or
+    with several ranks the fewest with which at most an eighth of their time is idle (four of nine rollouts on eight); a
+    run keeps the number that it began with."""
     groups_kept: float = 1.0
     """Part of a step's groups that the update learns from: those whose rewards differ most. A group whose rollouts are
     all equally good teaches nothing and costs an update as dear as any (dynamic sampling, as in DAPO)."""
@@ -354,7 +358,8 @@ class GrpoConfig:
             raise UserError(f"group_size={self.group_size}: must be ≥ 2: an advantage needs a group")
         if not self.guidance_scale >= 0:
             raise UserError(f"guidance_scale={self.guidance_scale}: must be ≥ 0 (0 turns guidance off)")
-        _at_least(1, groups=self.groups, steps=self.steps, timesteps=self.timesteps, inner_epochs=self.inner_epochs)
+        _at_least(0, groups=self.groups)
+        _at_least(1, steps=self.steps, timesteps=self.timesteps, inner_epochs=self.inner_epochs)
         _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
         _at_least(0, block_length=self.block_length, text_steps=self.text_steps)
         _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
@@ -384,7 +389,7 @@ class GrpoConfig:
         _within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
         _at_least(0, clip_high=self.clip_high)
         _within(0, MAX_SEED, seed=self.seed)
-        _within(1, MOST, group_size=self.group_size, groups=self.groups, timesteps=self.timesteps)
+        _within(1, MOST, group_size=self.group_size, groups=self.groups or 1, timesteps=self.timesteps)
         _within(1, MOST, max_new_tokens=self.max_new_tokens)
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")

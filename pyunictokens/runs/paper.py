@@ -234,7 +234,7 @@ def sizes_of(model: str | None) -> ShowoCosts:
 
 def training_flops(costs: ShowoCosts, grpo: GrpoConfig) -> float:
     """Operations of one run's reinforcement; of each accepted preview, those that failed go along."""
-    rows, count = grpo.group_size * grpo.groups, costs.count
+    rows, count = grpo.group_size * (grpo.groups or 1), costs.count
     prompt, guided = _PROMPT, grpo.guidance_scale > 0
     refused = 1 / max(grpo.dsog.target_pass_rate, 1 / grpo.dsog.max_candidates) - 1 if grpo.dsog.enabled else 0.0
     steps = grpo.timesteps + refused * max(1, grpo.timesteps // 5)

@@ -28,6 +28,7 @@ from ..rollout.types import ImageRollout, TextRollout
 from ..utils import profiling
 from ..utils.errors import NotFinite
 from ..utils.timeout import NoAnswer, ask
+from .distributed.dealing import deal
 from .distributed.ranks import Ranks
 from .objective import Objective
 from .tasks import Task, TaskSource
@@ -141,6 +142,8 @@ class Collector:
         self.threshold, self.objective, self.config = threshold, objective, config
         self.ranks = ranks or Ranks()
         self._hung: NoAnswer | None = None
+        self._lost_steps: dict[str, float] = {}
+        """Steps that candidates of a rollout took which previews rejected, by the kind of task: a running mean."""
 
     def collect(self, step: int, with_codes: bool = False) -> list[Group]:
         """The groups of step `step`: all noise follows from the seed and the step, whatever the ranks.
@@ -152,7 +155,8 @@ class Collector:
         """
         size, count, before = self.config.group_size, self.config.groups, self.threshold.value
         tasks = [self.tasks.draw(step * count + group) for group in range(count)]
-        mine = self.ranks.share(count * size)
+        costs = [self._cost_of_row(task) for task in tasks for _ in range(size)]
+        mine = deal(costs, self.ranks.world)[self.ranks.rank]
         local: dict[int, LocalRollouts] = {}
         pending: list[tuple[int, Callable[[], RolloutSummary]]] = []
         problem = ""
@@ -172,11 +176,27 @@ class Collector:
         groups = []
         for group, task in enumerate(tasks):
             summary = RolloutSummary.merged([part for place, part in everything if place == group])
+            self._note_cost(task, summary, size)
             if summary.previewed:
                 self.threshold.update(summary.accepted / summary.previewed)
             advantages = self.objective.advantages(summary.rewards, torch.zeros(size, dtype=torch.int64))
             groups.append(Group(task, summary, advantages, before, local.get(group)))
         return groups
+
+    def _cost_of_row(self, task: Task) -> float:
+        """What a rollout of such a task is expected to cost, in steps of an image: its steps, those of the update, and
+        those of candidates that earlier rollouts of its kind lost to previews."""
+        config = self.config
+        if config.shard == "full":  # all ranks have as many rows: each layer's weights come together for all at once
+            return 1.0
+        passes = 3 * config.inner_epochs + (1 if config.beta > 0 else 0)
+        return config.timesteps * (1 + passes * config.timestep_fraction) + self._lost_steps.get(task.mode, 0.0)
+
+    def _note_cost(self, task: Task, summary: RolloutSummary, size: int) -> None:
+        at = self.config.dsog.preview_step or max(1, self.config.timesteps // 5)
+        lost = at * max(0, summary.previewed - size) / size
+        before = self._lost_steps.get(task.mode, lost)
+        self._lost_steps[task.mode] = 0.7 * before + 0.3 * lost
 
     def calibrate(self) -> None:
         """Start DSOG's threshold where the wanted part of previews passes: it looks at previews of the first tasks'

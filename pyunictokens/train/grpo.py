@@ -2,9 +2,9 @@
 
     for each step:  tasks → answers → images (previews judged) → rewards → reference log-probs → streamed update
 
-tasks.py says what is asked, collector.py samples and rewards, objective.py says what is maximised, update.py forms the
-gradient, policy.py what learns. Here are their order, the random keys, and what happens when a number is not finite
-(paper, section 3.2, equation 7; appendix F). With several ranks (distributed/) each runs this loop on its share of the
+tasks.py says what is asked, collector.py samples and rewards, objective.py says what is maximised, learner.py takes the
+gradient steps, policy.py says what learns, bad_steps.py what happens when a number is not finite. Here is their order
+(paper, section 3.2; appendix F). With several ranks (distributed/) each runs this loop on its share of the
 rollouts; all take the same decisions, and rank 0 alone writes.
 """
 
@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,32 +25,34 @@ import torch
 
 from ..config.settings import save_yaml, to_mapping
 from ..config.training import GrpoConfig
-from ..models import ImageTokenizer, MaskedModel, TextTokenizer, WritingModel, answering
+from ..models import ImageTokenizer, MaskedModel, TextTokenizer, WritingModel
 from ..rewards.base import PreviewJudge, Rewards
 from ..rollout.dsog import DsogThreshold
 from ..rollout.engine import RolloutEngine
 from ..utils import profiling
 from ..utils.devices import check_training_dtype
 from ..utils.errors import NotFinite, UserError
+from ..utils.files import read_json
 from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
+from .bad_steps import BadSteps, invalid_rewards
 from .checkpoint.run_state import RunFolder, identity, random_state, restore_random_state
 from .checkpoint.writer import Saver, on_host
-from .collector import ByReward, Collector, Group, LocalRollouts, RolloutSummary, summary
+from .collector import ByReward, Collector, Group, RolloutSummary, summary
+from .distributed.dealing import IDLE, questions_a_step
 from .distributed.ranks import Ranks
 from .headroom import FirstGroups, Headroom
 from .held_out import LOG as HELD_OUT_LOG
 from .held_out import HeldOut, Measurement, save_best
+from .learner import Learner
 from .metrics import MetricsLog, read_metrics, save_samples, save_texts
 from .objective import objective_of
-from .optimizer import learning_rate, make_optimizer
+from .optimizer import learning_rate
 from .policy import Policy
 from .spread import SpreadWatch
 from .statistics import UpdateStats
 from .tasks import TaskSource
 from .text_collector import TextCollector
-from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
-from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 
 if TYPE_CHECKING:
     from .distributed.sharded_layers import ShardedLayers
@@ -115,6 +117,7 @@ def run_grpo(
     """
     out, ranks = Path(out_dir), ranks or Ranks()
     check_training_dtype(model.dtype, resume)
+    config = _settled(config, out, resume, ranks)
     who = {**identity(model), **tasks.identity(), **(held_out.identity() if held_out else {})}
     settings = to_mapping(config)
     about = (who, settings, resume)
@@ -134,6 +137,20 @@ def run_grpo(
             return result
         finally:
             run.optimizer.release()
+
+
+def _settled(config: GrpoConfig, out: Path, resume: bool, ranks: Ranks) -> GrpoConfig:
+    """`config` with the number of questions a step: as the run in `out` began, else by the ranks."""
+    if config.groups:
+        return config
+    begun = read_json(out / "run.json") if resume and (out / "run.json").is_file() else None
+    settings = begun.get("settings") if isinstance(begun, dict) else None
+    kept = settings.get("groups") if isinstance(settings, dict) else None
+    idle = 0.0 if config.shard == "full" else IDLE
+    groups = kept if isinstance(kept, int) and kept > 0 else questions_a_step(config.group_size, ranks.world, idle)
+    if ranks.first and groups > 1:
+        log.info("%d questions a step: %d rollouts for %d ranks", groups, groups * config.group_size, ranks.world)
+    return replace(config, groups=groups)
 
 
 class _Run:
@@ -170,22 +187,12 @@ class _Run:
             )
         self.policy = self._make_policy()
         self.layers = self._spread_layers()
-        model.checkpoint_layers = config.checkpoint_layers
-        self.optimizer = make_optimizer(config, self.policy.named_parameters(), ranks)
+        self.learner = Learner(model, self.policy, self.objective, config, ranks)
+        self.optimizer = self.learner.optimizer
         self.saver = Saver(config.save_in_background)
         self.aside = ranks.aside() if config.save_in_background else ranks
-        self.settings = LossSettings(
-            config.beta,
-            config.clip_low,
-            config.clip_high,
-            config.alpha_answer,
-            config.alpha_image,
-            config.micro_rows,
-            config.micro_timesteps,
-            self.objective,
-        )
-        self.sizes = MicrobatchSizes()
-        self.step = self.skipped = self.bad = 0
+        self.step = 0
+        self.bad = BadSteps(config.max_bad_steps, log, ranks.first)
         self.recent: list[float] = []
         self.rewards, self.held_out = rewards, held_out
         self.training: dict[int, float] = {}
@@ -256,7 +263,7 @@ class _Run:
                 self.step += 1
                 profiling.step_done()
                 self.recent.append(reward)
-                given_up = self.bad >= config.max_bad_steps
+                given_up = self.bad.too_many
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
                 stopping = self.ranks.any(stop()) and self.step < config.steps
                 self.saver.check()
@@ -282,7 +289,7 @@ class _Run:
             self.policy.export(self.folder.path / "final")
         self.policy.merge().requires_grad_(False)
         history = self.held_out.history if self.held_out is not None else []
-        return RunResult(self.folder.path, self.step, self.skipped, values, history, self.best, why)
+        return RunResult(self.folder.path, self.step, self.bad.total, values, history, self.best, why)
 
     def _measure(self, measured: MetricsLog | None) -> str:
         """Measure on the held-out prompts, where there are any; returns why the run should end here, "" to go on."""
@@ -339,10 +346,10 @@ class _Run:
         rate = learning_rate(
             self.step, lr=config.lr, steps=config.steps, warmup=config.warmup, schedule=config.schedule
         )
-        problem = problem or _invalid(groups)
+        problem = problem or invalid_rewards(groups)
         if not problem:
-            problem, stats, norm = self._update(groups, rate)
-        self._count(problem)
+            problem, stats, norm = self.learner.update(groups, self.step, rate)
+        self.bad.count(f"step {self.step}", problem)
         if (said := self.spread.see(groups)) and self.ranks.first:
             log.warning("step %d: %s", self.step, said)
         if shown and groups and self.ranks.first:
@@ -399,101 +406,13 @@ class _Run:
         previews = None if shown.preview_codes is None else vq.decode(shown.preview_codes.to(device).long())
         save_samples(self.folder.path, self.step, shown, vq.decode(shown.codes.to(device)), previews)
 
-    def _count(self, problem: str) -> None:
-        if not problem:
-            self.bad = 0
-            return
-        self.skipped, self.bad = self.skipped + 1, self.bad + 1
-        if self.ranks.first:
-            log.warning("step %d is left out: %s", self.step, problem)
-
     def _diagnosis(self, problem: str) -> str:
-        """Why a run ends that left out too many steps in a row."""
-        return (
-            f"{self.config.max_bad_steps} steps in a row, the last of them step {self.step - 1}, are not finite: "
-            f"{problem}. Nothing was learned from them, and the checkpoint of step {self.step} stands behind them: "
-            "--resume goes on with other draws. If it comes again, look at the reward models, lower lr, or use "
-            "dtype=float32"
+        return self.bad.diagnosis(
+            f"step {self.step - 1}",
+            f"step {self.step}",
+            problem,
+            "look at the reward models, lower lr, or use dtype=float32",
         )
-
-    # --- one update ------------------------------------------------------------------------------------------------
-
-    def _update(self, groups: Sequence[Group], rate: float) -> tuple[str, UpdateStats, float]:
-        """Optimizer steps on the groups of a step: (what was not finite, statistics of the first, gradient's length).
-
-        Each rank takes its own rollouts; the loss is divided by all, so the sum over ranks is the whole objective.
-        """
-        config = self.config
-        chosen = most_different(groups, config.groups_kept)
-        rows = len(chosen) * config.group_size
-        parts = [
-            (group.advantages[group.local.rows.start : group.local.rows.stop], *self._prepared(group.local, number))
-            for place, group in chosen
-            if group.local is not None
-            for number in (self.step * config.groups + place,)
-        ]
-        first, norm = UpdateStats(), math.nan
-        for epoch in range(config.inner_epochs):
-            self.optimizer.zero_grad()
-            own = []
-            for advantages, views, answers in parts:
-                images = views[min(epoch, len(views) - 1)]
-                with profiling.phase("update"):
-                    own.append(
-                        streamed_backward(self.model, advantages, self.settings, images, answers, self.sizes, rows)
-                    )
-                profiling.count("update", partial(self._image_flops, images, update=True))
-            stats = UpdateStats.merged([each for part in self.ranks.gather(own) for each in part])
-            first = stats if epoch == 0 else first
-            problem = "" if math.isfinite(stats.loss) else f"loss {stats.loss}"
-            if not problem:
-                with profiling.phase("optimizer"):
-                    norm = self.optimizer.step(rate)
-                problem = "" if math.isfinite(norm) else f"gradient of length {norm}"
-            self.optimizer.zero_grad()
-            if problem:
-                return problem, stats, norm
-        return "", first, norm
-
-    def _prepared(self, local: LocalRollouts, number: int) -> tuple[list[ImageTrajectories], AnswerTrajectories | None]:
-        """What the update takes of this rank's rollouts of group `number`: the timesteps it looks at, what the
-        objective makes of them (for each inner epoch, or once for all), and the reference's log-probs."""
-        config, answers = self.config, local.answers
-        by_change = config.timestep_choice == "largest_change"
-        images = choose_timesteps(
-            local.images,
-            config.timestep_choice,
-            config.timestep_fraction,
-            seed=(config.seed << 32) + number,
-            embedding_KD=self.model.image_head()[0].detach() if by_change else None,
-        )
-        keys = [(config.seed, 3, number, row) for row in local.rows]
-        views = self.objective.views(images, local.images.chosen_RTN[:, -1], keys, config.inner_epochs)
-        for images in views if config.alpha_image > 0 else ():
-            self.objective.check(images)
-            if not len(images.old_logp_RTN):
-                with profiling.phase("reference"):
-                    images.old_logp_RTN = self._logprobs(images)
-        if config.beta > 0:
-            with profiling.phase("reference"), self.policy.reference():
-                for images in views if config.alpha_image > 0 else ():
-                    images.ref_logp_RTN = self._logprobs(images)
-                if config.alpha_answer > 0 and answers is not None:
-                    answers.ref_logp_RL = answer_logprobs(answering(self.model), answers)
-            profiling.count("reference", lambda: sum(self._image_flops(each, update=False) for each in views))
-        return views, answers
-
-    def _logprobs(self, images: ImageTrajectories) -> torch.Tensor:
-        return image_logprobs(self.model, images, self.config.micro_rows, self.config.micro_timesteps, self.sizes)
-
-    def _image_flops(self, images: ImageTrajectories, update: bool) -> float:
-        """Operations of the image tokens' part, beside which answers hardly count; recomputed layers left out."""
-        if self.config.alpha_image == 0:
-            return 0.0
-        rows, steps, count = images.inputs_RTN.shape
-        longest = max(len(prompt) for prompt in images.prompts)
-        sizes, costs = (rows, steps, longest, count, images.guidance_scale > 0), self.model.costs
-        return (costs.update(*sizes, self.config.trainable) if update else costs.reference(*sizes)).flops
 
     # --- stopping and going on -------------------------------------------------------------------------------------
 
@@ -505,8 +424,8 @@ class _Run:
         good = [reward for reward in self.recent if math.isfinite(reward)]
         state = {
             "threshold": self.threshold.state_dict(),
-            "skipped": self.skipped,
-            "bad": self.bad if self.bad < self.config.max_bad_steps else 0,  # who resumes it has as many tries again
+            "skipped": self.bad.total,
+            "bad": self.bad.carried,
             "reward": sum(good) / len(good) if good else None,
         }
         self.recent.clear()
@@ -543,27 +462,10 @@ class _Run:
         self.optimizer.restore(checkpoint.tensors, checkpoint.shards, checkpoint.folder)
         restore_random_state(checkpoint.tensors)
         self.threshold.load_state_dict(checkpoint.state["threshold"])
-        self.step, self.skipped, self.bad = (int(checkpoint.state[key]) for key in ("step", "skipped", "bad"))
+        self.step, self.bad.total, self.bad.row = (int(checkpoint.state[key]) for key in ("step", "skipped", "bad"))
         if self.held_out is None:
             return
         lines = read_metrics(self.folder.path) if self.ranks.first else []
         rewards = {line["step"]: line["reward_mean"] for line in lines if line["step"] < self.step}
         self.training = self.ranks.broadcast({step: value for step, value in rewards.items() if value is not None})
         self.held_out.restore(self.folder.path, self.step, self.ranks)
-
-
-def most_different(groups: Sequence[Group], part: float) -> list[tuple[int, Group]]:
-    """(place, group) of the part of the groups whose rewards differ most, at least one, in the order given. Every rank
-    sees the rewards of whole groups, so all choose the same."""
-    spread = [float(group.summary.rewards.std()) for group in groups]
-    first = sorted(range(len(groups)), key=lambda place: -spread[place])[: max(1, round(part * len(groups)))]
-    return [(place, groups[place]) for place in sorted(first)]
-
-
-def _invalid(groups: Sequence[Group]) -> str:
-    """Which rewards are not finite, and which reward model gave them for what; "" where all are."""
-    rewards = torch.cat([group.summary.rewards for group in groups])
-    if torch.isfinite(rewards).all():
-        return ""
-    words = [words for group in groups for words in group.summary.invalid]
-    return f"rewards {[round(value, 4) for value in rewards.tolist()]}" + (f" ({words[0]})" if words else "")

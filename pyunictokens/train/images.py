@@ -68,20 +68,25 @@ class ReferenceImages:
         return self._features[path]
 
     @torch.no_grad()
-    def augmented(self, paths: list[Path], generator: torch.Generator) -> Tensor:
-        """int64 [B, N] of the images, cropped and mirrored at random."""
+    def augmented(self, paths: list[Path], generator: torch.Generator, rows: range | None = None) -> Tensor:
+        """int64 [B, N] of the images, cropped and mirrored at random; of `rows` alone, where those of others draw from
+        the generator all the same."""
+        rows = range(len(paths)) if rows is None else rows
+        nothing = torch.empty(0, self.model.grid[0] * self.model.grid[1], dtype=torch.int64)
         if self.crop == 1.0 and not self.flip:
-            return torch.stack([self.codes(path) for path in paths])
+            return torch.stack([self.codes(paths[row]) for row in rows]) if rows else nothing
         large = round(self.size * self.crop)
         images = []
-        for path in paths:
+        for row, path in enumerate(paths):
+            top, left = torch.randint(0, large - self.size + 1, (2,), generator=generator).tolist()
+            mirror = self.flip and bool(torch.rand((), generator=generator) < 0.5)
+            if row not in rows:
+                continue
             if path not in self._pixels:
                 self._pixels[path] = load_pixels(path, large)
-            top, left = torch.randint(0, large - self.size + 1, (2,), generator=generator).tolist()
             image = self._pixels[path][:, top : top + self.size, left : left + self.size]
-            mirror = self.flip and bool(torch.rand((), generator=generator) < 0.5)
             images.append(image.flip(-1) if mirror else image)
-        return self._encode(torch.stack(images))
+        return self._encode(torch.stack(images)) if images else nothing
 
     def _encode(self, pixels: Tensor) -> Tensor:
         weight = next(self.vq.parameters())

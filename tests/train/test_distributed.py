@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from pyunictokens.cli.train import train
 from pyunictokens.rollout.engine import RolloutEngine
-from pyunictokens.train import grpo, read_metrics, train_grpo
+from pyunictokens.train import learner, read_metrics, train_grpo
 from pyunictokens.train.checkpoint import run_state as state
 from pyunictokens.train.checkpoint.writer import Saver
 from pyunictokens.train.distributed import heartbeat as watch
@@ -184,7 +184,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(here: World, tmp_path
             return found
 
     def work(ranks: Ranks) -> Any:
-        calls, real = [], grpo.streamed_backward
+        calls, real = [], learner.streamed_backward
 
         def broken(*arguments: Any) -> Any:
             stats = real(*arguments)
@@ -195,7 +195,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(here: World, tmp_path
                 stats.loss = float("inf")
             return stats
 
-        grpo.streamed_backward = broken  # type: ignore[assignment]
+        learner.streamed_backward = broken  # type: ignore[assignment]
         arguments = {**here.fresh(), "rewards": Broken(ranks.rank)}
         config = grpo_config(steps=4, max_bad_steps=4)
         result = train_grpo(**arguments, config=config, out_dir=tmp_path / "run", ranks=ranks)

@@ -16,7 +16,7 @@ from pyunictokens.data import wording
 from pyunictokens.models import ConceptTokens
 from pyunictokens.rewards import Ensemble
 from pyunictokens.rollout.engine import RolloutEngine
-from pyunictokens.train import grpo, read_metrics, train_grpo
+from pyunictokens.train import grpo, learner, read_metrics, train_grpo
 from pyunictokens.train.checkpoint import run_state as state
 from pyunictokens.train.collector import Collector
 from pyunictokens.train.images import ReferenceImages
@@ -277,7 +277,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = iter([True])
-    real = grpo.streamed_backward
+    real = learner.streamed_backward
 
     def broken(*arguments: Any) -> Any:
         stats = real(*arguments)
@@ -286,7 +286,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
                 parameter.grad.fill_(float("nan"))
         return stats
 
-    monkeypatch.setattr(grpo, "streamed_backward", broken)
+    monkeypatch.setattr(learner, "streamed_backward", broken)
     result = train_grpo(**here.fresh(), config=grpo_config(steps=3), out_dir=tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert result.skipped == 1 and [bool(line["skipped"]) for line in lines] == [True, False, False]

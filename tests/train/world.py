@@ -139,6 +139,7 @@ def grpo_config(**changes: Any) -> GrpoConfig:
     settings: dict[str, Any] = {
         "steps": 4,
         "group_size": 3,
+        "groups": 1,
         "lr": 1e-3,
         "timesteps": 4,
         "guidance_scale": 2.0,

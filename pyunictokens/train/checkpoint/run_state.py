@@ -138,7 +138,7 @@ class RunFolder:
     def _compare(self, found: object, identity: Mapping[str, object], settings: Mapping[str, object]) -> None:
         if not isinstance(found, dict) or not {"identity", "settings"} <= found.keys():
             raise UserError(f"{self.path / 'run.json'}: is not the description of a run")
-        defaults = to_mapping(GrpoConfig())
+        defaults = to_mapping(GrpoConfig()) | {"groups": 1}  # what stood for one before it could be left open
         stored = found["settings"] if isinstance(found["settings"], Mapping) else {}
         there, here = (filled(renamed(GrpoConfig, each), defaults) for each in (stored, settings))
         then = found["identity"]

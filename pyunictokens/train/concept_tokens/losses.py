@@ -40,8 +40,11 @@ def text_row(tokenizer: TextTokenizer, model: AnsweringModel, wrapped: str, answ
     )
 
 
-def understanding_loss(model: AnsweringModel, prefixes: Prefix, rows: Sequence[TextRow]) -> Tensor:
-    """Mean cross-entropy of all answer tokens; row b follows image prefix b."""
+def understanding_loss(
+    model: AnsweringModel, prefixes: Prefix, rows: Sequence[TextRow], total: int | None = None
+) -> Tensor:
+    """Mean cross-entropy of all answer tokens; row b follows image prefix b. `total`: the number of answer tokens where
+    these rows are a part of a batch."""
     length = max(len(row.question) + len(row.answer) for row in rows) - 1
     ids_BL = torch.zeros(len(rows), length, dtype=torch.int64)
     target_BL = torch.full((len(rows), length), -1)
@@ -52,13 +55,13 @@ def understanding_loss(model: AnsweringModel, prefixes: Prefix, rows: Sequence[T
     ids_BL, target_BL = ids_BL.to(model.device), target_BL.to(model.device)
     hidden = model.text_hidden(ids_BL, prefixes, range(len(rows)))
     counted = target_BL >= 0
-    return -model.text_logprob(hidden[counted], target_BL[counted]).mean()
+    logp = model.text_logprob(hidden[counted], target_BL[counted])
+    return -logp.mean() if total is None else -logp.sum() / total
 
 
-def random_mask(codes_BN: Tensor, schedule: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def random_mask(batch: int, count: int, schedule: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(which codes are masked, bool [B, N]: max(1, round(N·schedule(u))) random positions of each image; the timesteps
     u, float32 [B]), on the CPU."""
-    batch, count = codes_BN.shape
     draws = torch.rand(batch, generator=generator)
     wanted = torch.tensor([max(1, round(count * ops.mask_rate(schedule, u))) for u in draws.tolist()])
     order = torch.rand(batch, count, generator=generator).argsort(-1).argsort(-1)
@@ -66,14 +69,20 @@ def random_mask(codes_BN: Tensor, schedule: str, generator: torch.Generator) -> 
 
 
 def generation_loss(
-    model: MaskedModel, codes_BN: Tensor, mask_BN: Tensor, prompts: Sequence[Sequence[int]], timestep_B: Tensor
+    model: MaskedModel,
+    codes_BN: Tensor,
+    mask_BN: Tensor,
+    prompts: Sequence[Sequence[int]],
+    timestep_B: Tensor,
+    total: int | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the masked codes; prompts are those of `MaskedModel.prompt_ids`, one a row, and mask and
-    timesteps those of :func:`random_mask`."""
+    timesteps those of :func:`random_mask`. `total`: how many codes are masked where these rows are part of a batch."""
     mask_BN = mask_BN.to(model.device)
     shown = codes_BN.to(model.device).masked_fill(mask_BN, MASK)
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     of_row = [distinct.index(tuple(prompt)) for prompt in prompts]
     hidden = model.image_hidden(shown, model.prefill(distinct), of_row, timestep_B.to(model.device))
     weight, bias = model.image_head()
-    return -ops.selected_logprob(hidden[mask_BN], weight, codes_BN.to(model.device)[mask_BN], bias).mean()
+    logp = ops.selected_logprob(hidden[mask_BN], weight, codes_BN.to(model.device)[mask_BN], bias)
+    return -logp.mean() if total is None else -logp.sum() / total

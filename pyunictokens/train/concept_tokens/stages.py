@@ -12,7 +12,10 @@ starting rows in token_init.py, images in train/images.py.
 from __future__ import annotations
 
 import logging
+import math
 import os
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -34,6 +37,9 @@ from ...utils.errors import UserError
 from ...utils.files import folder_lock, read_json, write_json
 from ...utils.progress import Progress
 from ...utils.signals import Stop, Stopped, never
+from ..bad_steps import BadSteps
+from ..distributed.dealing import deal
+from ..distributed.ranks import Ranks
 from ..images import ReferenceImages
 from ..metrics import MetricsLog, read_metrics
 from ..optimizer import Optimizer, learning_rate
@@ -44,6 +50,16 @@ from .checkpoint import StageCheckpoint
 from .losses import generation_loss, random_mask, text_row, understanding_loss
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a step asks and draws, and which of it is this rank's."""
+
+    questions: list[UnderstandingItem]
+    images: list[GenerationItem]
+    asked: range
+    drawn: range
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,7 @@ def train_concept_tokens(
     resume: bool = False,
     progress: Progress | None = None,
     stop: Stop = never,
+    ranks: Ranks | None = None,
 ) -> ConceptTokens:
     """Learn the tokens of a concept from its folder; returns them attached to `model`.
 
@@ -108,19 +125,23 @@ def train_concept_tokens(
         face_embedding: for humans, pixels [M, 3, H, W] to face embeddings; starts the generation rows.
         resume: take finished stages from `out_dir` instead of running them again, and go on inside the one that was cut
             off, from its last checkpoint (`save_every`), as if it had never stopped.
-        stop: asked after every step; where it says so, a checkpoint is written and Stopped raised.
+        stop: asked after every step; where it says so (on any rank), a checkpoint is written and Stopped raised.
+        ranks: the processes that learn together, each of which calls this with the same arguments: the questions and
+            images of a step are dealt among them. All must see `out_dir`, which rank 0 alone writes.
 
     Raises:
-        UserError: for data that cannot be learned from, for a model in float16, when a loss is not finite, and where
-            a checkpoint cannot be written.
+        UserError: for data that cannot be learned from, for a model in float16, when `max_bad_steps` steps in a row
+            have a loss or gradient that is not finite, and where a checkpoint cannot be written.
         Stopped: `stop` said so.
     """
     config = config or StageConfig()
     check_training_dtype(model.dtype, resume)
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    with folder_lock(out):
-        trainer = _Stages(model, vq, tokenizer, concept_data, config, out, face_embedding, progress, stop)
+    out, ranks = Path(out_dir), ranks or Ranks()
+    with ExitStack() as held:
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(folder_lock(out))
+        trainer = _Stages(model, vq, tokenizer, concept_data, config, out, face_embedding, progress, stop, ranks)
         return trainer.run(start, resume)
 
 
@@ -136,8 +157,10 @@ class _Stages:
         face_embedding: rows.FaceEmbedding | None,
         progress: Progress | None,
         stop: Stop,
+        ranks: Ranks,
     ):
-        self.stop = stop
+        self.stop, self.ranks = stop, ranks
+        self.bad = BadSteps(config.max_bad_steps, log, ranks.first)
         self.model, self.answering = owning_rows(model), answering(model)
         self.vq, self.plain, self.data, self.config = vq, tokenizer, concept_data, config
         self.out, self.face_embedding, self.progress = out, face_embedding, progress
@@ -148,6 +171,44 @@ class _Stages:
 
     def run(self, start: ConceptTokens | None, resume: bool) -> ConceptTokens:
         about = self.out / "stages.json"
+        self.model.requires_grad_(False)
+        if self.ranks.first:
+            self._describe(about, resume)
+        self.ranks.barrier()
+        finished = self._finished() if resume else []
+        begun = self._begun(finished) if resume else None
+        self.ranks.barrier()
+        if begun is not None:
+            concept = begun.concept.to(self.model.device)
+            self.steps_done = begun.steps_done
+        elif finished:
+            concept = ConceptTokens.load(self.out / finished[-1]).to(self.model.device)
+            self.steps_done = sum(line.get("stage") in finished for line in read_metrics(self.out, "stages.jsonl"))
+        else:
+            concept = self._same(start or self._new())
+        with ExitStack() as undo:
+            metrics = None
+            if self.ranks.first:
+                metrics = undo.enter_context(MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl"))
+            for number, stage in enumerate(self.config.stages):
+                if stage in finished:
+                    continue
+                if begun is None:
+                    concept = self._same(self._prepare(stage, concept))
+                self.model.attach(concept.requires_grad_(True))
+                self._learn(stage, number, concept, metrics, begun)
+                if self.ranks.first:
+                    concept.save(self.out / stage)
+                    checkpoint.remove(self.out)
+                begun = None
+            self.model.attach(concept.requires_grad_(False))
+            if self.ranks.first:
+                concept.save(self.out / "concept")
+            self.ranks.barrier()
+        return concept
+
+    def _describe(self, about: Path, resume: bool) -> None:
+        """Write down of what the stages are, or compare it with what is there."""
         own = {"concept": self.data.name, "width": self.model.width, "max_text": self.model.max_text}
         settings = {**own, **to_mapping(self.config)}
         if about.exists() and not resume:
@@ -158,36 +219,12 @@ class _Stages:
         if not isinstance(found, dict):
             raise UserError(f"{about}: must be a table of settings, is {type(found).__name__}")
         found = {**to_mapping(StageConfig()), **found} if about.exists() else settings
-        known = {"max_text": found.get("max_text") or own["max_text"], "save_every": self.config.save_every}
+        known = {"max_text": found.get("max_text") or own["max_text"]}
+        known |= {name: settings[name] for name in ("save_every", "max_bad_steps")}  # they alter no number
         if {**found, **known} != settings:
             raise UserError(f"{self.out}: its stages were run with other settings ({about}): choose another folder")
         write_json(about, settings)
         save_yaml(self.out / "stages.yaml", self.config)
-        self.model.requires_grad_(False)
-        finished = self._finished() if resume else []
-        begun = self._begun(finished) if resume else None
-        if begun is not None:
-            concept = begun.concept.to(self.model.device)
-            self.steps_done = begun.steps_done
-        elif finished:
-            concept = ConceptTokens.load(self.out / finished[-1]).to(self.model.device)
-            self.steps_done = sum(line.get("stage") in finished for line in read_metrics(self.out, "stages.jsonl"))
-        else:
-            concept = start or self._new()
-        with MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl") as metrics:
-            for number, stage in enumerate(self.config.stages):
-                if stage in finished:
-                    continue
-                if begun is None:
-                    concept = self._prepare(stage, concept)
-                self.model.attach(concept.requires_grad_(True))
-                self._learn(stage, number, concept, metrics, begun)
-                concept.save(self.out / stage)
-                checkpoint.remove(self.out)
-                begun = None
-        self.model.attach(concept.requires_grad_(False))
-        concept.save(self.out / "concept")
-        return concept
 
     def _finished(self) -> list[str]:
         """The stages whose rows are on disk, up to the first that is not."""
@@ -202,7 +239,9 @@ class _Stages:
             return None
         left = self.config.stages[len(finished) :]
         if not left or found.stage != left[0]:  # a kill came between the stage's end and the removing of this
-            checkpoint.remove(self.out)
+            self.ranks.barrier()  # all have read it
+            if self.ranks.first:
+                checkpoint.remove(self.out)
             return None
         there = found.questions.get("items"), found.prompts.get("items")
         here = len(questions_of(self.data, self.config)), len(generation_items(self.data))
@@ -210,6 +249,12 @@ class _Stages:
             log.warning("stage %s is begun anew: the concept's folder has changed since it was cut off", found.stage)
             return None
         return found
+
+    def _same(self, concept: ConceptTokens) -> ConceptTokens:
+        """The rows of rank 0 on all ranks: k-means of other devices may round otherwise."""
+        if self.ranks.world == 1:
+            return concept
+        return self.ranks.broadcast(deepcopy(concept).to("cpu")).to(self.model.device)
 
     # --- starting rows ---------------------------------------------------------------------------------------------
 
@@ -244,9 +289,11 @@ class _Stages:
         config = self.config
         self.model.attach(concept)
         engine = RolloutEngine(self.model, None, self.plain.with_concept(concept.tokens))
+        mine = self.ranks.share(config.generated_images)
         drawn = engine.generate_images(
             [as_prompt(concept, wording.base_prompt(concept.sks))],
-            samples=config.generated_images,
+            samples=max(1, len(mine)),
+            sample_ids=list(mine) or [0],
             steps=config.generated_timesteps,
             guidance_scale=config.generated_guidance,
             seed=config.seed,
@@ -254,14 +301,20 @@ class _Stages:
         )
         assert drawn.chosen is not None
         at = min(config.generated_timesteps - 1, max(0, round(config.compare_step * config.generated_timesteps) - 1))
-        final = drawn.codes.long().cpu()
-        still = drawn.chosen[:, at].long().cpu() == final
+        parts = self.ranks.gather((drawn.codes.long().cpu()[: len(mine)], drawn.chosen[: len(mine), at].long().cpu()))
+        final = torch.cat([codes for codes, _ in parts])
+        still = torch.cat([chosen for _, chosen in parts]) == final
         return final[still] if bool(still.any()) else final.flatten()
 
     # --- learning --------------------------------------------------------------------------------------------------
 
     def _learn(
-        self, stage: str, number: int, concept: ConceptTokens, metrics: MetricsLog, begun: StageCheckpoint | None
+        self,
+        stage: str,
+        number: int,
+        concept: ConceptTokens,
+        metrics: MetricsLog | None,
+        begun: StageCheckpoint | None,
     ) -> None:
         config, plan = self.config, PLANS[stage]
         batch = config.batch_mixed if plan.mixed else config.batch_understanding
@@ -284,55 +337,101 @@ class _Stages:
             prompts.load_state_dict(begun.prompts)
 
         def save(step: int) -> None:
-            metrics.sync()
+            if metrics is not None:
+                metrics.sync()
             states = questions.state_dict(), prompts.state_dict()
             rows = concept, begin, optimizer.state_dict(), generator.get_state()
             StageCheckpoint(stage, step, self.steps_done, *rows, *states).save(self.out)
 
         for step in range(begun.step if begun is not None else 0, steps):
             optimizer.zero_grad()
-            losses = {"understanding": self._understanding(questions.next(), concept, tokenizer, plan, generator)}
-            weight = 1.0
-            if plan.mixed:
-                losses["generation"] = self._generation(prompts.next(), concept, tokenizer, generator)
-                weight = 1.0 - config.weight_generation
-            loss = weight * losses["understanding"] + (1.0 - weight) * losses.get("generation", 0.0)
-            pulled = loss + self._pull(stage, concept, begin)
-            if not bool(torch.isfinite(pulled)):
-                raise UserError(
-                    f"stage {stage}, step {step}: the loss is {float(pulled.detach())}: lower lr, or use float32"
-                )
-            pulled.backward()
+            work = self._dealt(questions.next(), prompts.next() if plan.mixed else [], plan)
+            norm = math.nan
             rate = learning_rate(step, lr=lr, steps=steps, warmup=config.warmup, schedule=config.schedule)
-            norm = optimizer.step(rate)
+            losses = self._losses(work, concept, tokenizer, plan, generator, begin, stage)
+            if not all(map(math.isfinite, losses.values())):
+                problem = f"loss {losses['loss']:g}"
+            else:
+                self.ranks.sum_gradients(named)
+                norm = optimizer.step(rate)
+                problem = "" if math.isfinite(norm) else f"gradient of length {norm:g}"
             with torch.no_grad():
                 for name, value in named.items():
                     value[frozen] = begin[name][frozen]
-            values: dict[str, object] = {"step": self.steps_done, "stage": stage, "loss": float(loss.detach())}
-            values.update({f"loss_{name}": float(value.detach()) for name, value in losses.items()})
-            values.update(grad_norm=norm, lr=rate)
-            metrics.write(values)
+            self.bad.count(f"stage {stage}, step {step}", problem)
+            values: dict[str, object] = {
+                "step": self.steps_done,
+                "stage": stage,
+                **losses,
+                "grad_norm": norm,
+                "lr": rate,
+            }
+            values.update({"skipped": problem} if problem else {})
+            if metrics is not None:
+                metrics.write(values)
             self.steps_done += 1
-            if self.progress is not None:
+            if self.progress is not None and self.ranks.first:
                 self.progress(stage, step + 1, steps, values)
+            if self.bad.too_many:
+                if metrics is not None:
+                    save(step + 1)
+                last, after = f"step {step} of stage {stage}", f"step {step + 1}"
+                raise UserError(self.bad.diagnosis(last, after, problem, "lower stages.lr, or use dtype=float32"))
             if step + 1 == steps:  # its rows are written now
                 continue
-            stopping = self.stop()
-            if stopping or (config.save_every and (step + 1) % config.save_every == 0):
+            stopping = self.ranks.any(self.stop())
+            if metrics is not None and (stopping or (config.save_every and (step + 1) % config.save_every == 0)):
                 save(step + 1)
             if stopping:
                 raise Stopped(f"stopped in stage {stage} at step {step + 1} of {steps}, its checkpoint is written")
 
-    def _understanding(
+    def _dealt(self, questions: list[UnderstandingItem], prompts: list[GenerationItem], plan: StagePlan) -> _Work:
+        """Which questions and images of a step are this rank's. An image costs as much as several questions."""
+        costs = [1.0] * len(questions) + [4.0] * len(prompts)
+        rows, count = deal(costs, self.ranks.world)[self.ranks.rank], len(questions)
+        mine = range(min(rows.start, count), min(rows.stop, count))
+        drawn = range(max(rows.start, count) - count, max(rows.stop, count) - count)
+        return _Work(questions, prompts, mine, drawn)
+
+    def _losses(
         self,
-        items: list[UnderstandingItem],
+        work: _Work,
         concept: ConceptTokens,
         tokenizer: TextTokenizer,
         plan: StagePlan,
         generator: torch.Generator,
-    ) -> Tensor:
-        asked, prefixes = [], []
-        for item in items:
+        begin: dict[str, Tensor],
+        stage: str,
+    ) -> dict[str, float]:
+        """The losses of a step over all ranks; the gradients of this rank's part are added to the rows'."""
+        weight = 1.0 - self.config.weight_generation if plan.mixed else 1.0
+        asked = self._understanding(work, concept, tokenizer, plan, generator)
+        drawn = self._generation(work, concept, tokenizer, generator) if plan.mixed else None
+        pulled = self._pull(stage, concept, begin) if self.ranks.first else 0.0
+        total = pulled + sum(
+            (factor * part for factor, part in ((weight, asked), (1.0 - weight, drawn)) if part is not None), 0.0
+        )
+        if isinstance(total, Tensor) and bool(torch.isfinite(total)):
+            total.backward()
+        own = [float(part.detach()) if part is not None else 0.0 for part in (asked, drawn)]
+        own.append(float(pulled.detach()) if isinstance(pulled, Tensor) else pulled)
+        understanding, generation, pull = (sum(column) for column in zip(*self.ranks.gather(own), strict=True))
+        found = {"loss": weight * understanding + (1.0 - weight) * generation, "loss_understanding": understanding}
+        if plan.mixed:
+            found["loss_generation"] = generation
+        return found if math.isfinite(pull) else {**found, "loss": math.nan}
+
+    def _understanding(
+        self,
+        work: _Work,
+        concept: ConceptTokens,
+        tokenizer: TextTokenizer,
+        plan: StagePlan,
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """This rank's part of the mean over all answer tokens of the step; None where it has no question."""
+        rows = []
+        for item in work.questions:
             form = self.config.question_form
             if form == "both":
                 form = "prefix" if bool(torch.rand((), generator=generator) < 0.5) else "expand"
@@ -341,21 +440,30 @@ class _Stages:
             else:
                 question = as_question(concept, item.question, plan.question_groups, form)
                 wrapped = self.answering.question_text(question)
-            asked.append(text_row(tokenizer, self.answering, wrapped, item.answer))
-            prefixes.append(self.images.prefix(item.image))
-        return understanding_loss(self.answering, reduce(add, prefixes), asked)
+            rows.append(text_row(tokenizer, self.answering, wrapped, item.answer))
+        if not work.asked:
+            return None
+        prefixes = [self.images.prefix(work.questions[row].image) for row in work.asked]
+        total = sum(len(row.answer) for row in rows) if self.ranks.world > 1 else None
+        return understanding_loss(self.answering, reduce(add, prefixes), [rows[row] for row in work.asked], total)
 
     def _generation(
-        self, items: list[GenerationItem], concept: ConceptTokens, tokenizer: TextTokenizer, generator: torch.Generator
-    ) -> Tensor:
+        self, work: _Work, concept: ConceptTokens, tokenizer: TextTokenizer, generator: torch.Generator
+    ) -> Tensor | None:
+        """This rank's part of the mean over all masked codes of the step; None where it has no image."""
         prompts = []
-        for item in items:
+        for item in work.images:
             dropped = bool(torch.rand((), generator=generator) < self.config.condition_dropout)
             text = [] if dropped else tokenizer.encode(as_prompt(concept, item.prompt))
             prompts.append(self.model.prompt_ids(text))
-        codes = self.images.augmented([item.image for item in items], generator)
-        mask, timestep = random_mask(codes, self.config.mask_schedule, generator)
-        return generation_loss(self.model, codes, mask, prompts, timestep)
+        codes = self.images.augmented([item.image for item in work.images], generator, work.drawn)
+        count = math.prod(self.model.grid)
+        mask, timestep = random_mask(len(work.images), count, self.config.mask_schedule, generator)
+        if not work.drawn:
+            return None
+        rows = slice(work.drawn.start, work.drawn.stop)
+        total = int(mask.sum()) if self.ranks.world > 1 else None
+        return generation_loss(self.model, codes, mask[rows], prompts[rows], timestep[rows], total)
 
     def _pull(self, stage: str, concept: ConceptTokens, begin: dict[str, Tensor]) -> Tensor | float:
         """L2 distance of the rows of `<name>` from where the stage found them, in stages that draw."""

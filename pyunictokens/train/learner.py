@@ -1,0 +1,130 @@
+"""Optimizer steps on the groups of a step: the reference's log-probs, the streamed gradient, its sum over ranks, AdamW.
+
+Each rank takes its own rollouts; the loss is divided by all, so the sum over ranks is the whole objective (paper,
+equation 7). What groups are is the collector's business, the gradient that of update.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from ..config.training import GrpoConfig
+from ..models import MaskedModel, answering
+from ..utils import profiling
+from .collector import Group, LocalRollouts
+from .distributed.ranks import Ranks
+from .objective import Objective
+from .optimizer import make_optimizer
+from .policy import Policy
+from .statistics import UpdateStats
+from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
+from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
+
+
+class Learner:
+    """The policy's gradient steps."""
+
+    def __init__(self, model: MaskedModel, policy: Policy, objective: Objective, config: GrpoConfig, ranks: Ranks):
+        self.model, self.policy, self.objective, self.config, self.ranks = model, policy, objective, config, ranks
+        model.checkpoint_layers = config.checkpoint_layers
+        self.optimizer = make_optimizer(config, policy.named_parameters(), ranks)
+        self.settings = LossSettings(
+            config.beta,
+            config.clip_low,
+            config.clip_high,
+            config.alpha_answer,
+            config.alpha_image,
+            config.micro_rows,
+            config.micro_timesteps,
+            objective,
+        )
+        self.sizes = MicrobatchSizes()
+
+    def update(self, groups: Sequence[Group], step: int, rate: float) -> tuple[str, UpdateStats, float]:
+        """Optimizer steps on the groups of a step: (what was not finite, statistics of the first, gradient's length).
+
+        Each rank takes its own rollouts; the loss is divided by all, so the sum over ranks is the whole objective.
+        """
+        config = self.config
+        chosen = most_different(groups, config.groups_kept)
+        rows = len(chosen) * config.group_size
+        parts = [
+            (group.advantages[group.local.rows.start : group.local.rows.stop], *self._prepared(group.local, number))
+            for place, group in chosen
+            if group.local is not None
+            for number in (step * config.groups + place,)
+        ]
+        first, norm = UpdateStats(), math.nan
+        for epoch in range(config.inner_epochs):
+            self.optimizer.zero_grad()
+            own = []
+            for advantages, views, answers in parts:
+                images = views[min(epoch, len(views) - 1)]
+                with profiling.phase("update"):
+                    own.append(
+                        streamed_backward(self.model, advantages, self.settings, images, answers, self.sizes, rows)
+                    )
+                profiling.count("update", partial(self._image_flops, images, update=True))
+            stats = UpdateStats.merged([each for part in self.ranks.gather(own) for each in part])
+            first = stats if epoch == 0 else first
+            problem = "" if math.isfinite(stats.loss) else f"loss {stats.loss}"
+            if not problem:
+                with profiling.phase("optimizer"):
+                    norm = self.optimizer.step(rate)
+                problem = "" if math.isfinite(norm) else f"gradient of length {norm}"
+            self.optimizer.zero_grad()
+            if problem:
+                return problem, stats, norm
+        return "", first, norm
+
+    def _prepared(self, local: LocalRollouts, number: int) -> tuple[list[ImageTrajectories], AnswerTrajectories | None]:
+        """What the update takes of this rank's rollouts of group `number`: the timesteps it looks at, what the
+        objective makes of them (for each inner epoch, or once for all), and the reference's log-probs."""
+        config, answers = self.config, local.answers
+        by_change = config.timestep_choice == "largest_change"
+        images = choose_timesteps(
+            local.images,
+            config.timestep_choice,
+            config.timestep_fraction,
+            seed=(config.seed << 32) + number,
+            embedding_KD=self.model.image_head()[0].detach() if by_change else None,
+        )
+        keys = [(config.seed, 3, number, row) for row in local.rows]
+        views = self.objective.views(images, local.images.chosen_RTN[:, -1], keys, config.inner_epochs)
+        for images in views if config.alpha_image > 0 else ():
+            self.objective.check(images)
+            if not len(images.old_logp_RTN):
+                with profiling.phase("reference"):
+                    images.old_logp_RTN = self._logprobs(images)
+        if config.beta > 0:
+            with profiling.phase("reference"), self.policy.reference():
+                for images in views if config.alpha_image > 0 else ():
+                    images.ref_logp_RTN = self._logprobs(images)
+                if config.alpha_answer > 0 and answers is not None:
+                    answers.ref_logp_RL = answer_logprobs(answering(self.model), answers)
+            profiling.count("reference", lambda: sum(self._image_flops(each, update=False) for each in views))
+        return views, answers
+
+    def _logprobs(self, images: ImageTrajectories) -> torch.Tensor:
+        return image_logprobs(self.model, images, self.config.micro_rows, self.config.micro_timesteps, self.sizes)
+
+    def _image_flops(self, images: ImageTrajectories, update: bool) -> float:
+        """Operations of the image tokens' part, beside which answers hardly count; recomputed layers left out."""
+        if self.config.alpha_image == 0:
+            return 0.0
+        rows, steps, count = images.inputs_RTN.shape
+        longest = max(len(prompt) for prompt in images.prompts)
+        sizes, costs = (rows, steps, longest, count, images.guidance_scale > 0), self.model.costs
+        return (costs.update(*sizes, self.config.trainable) if update else costs.reference(*sizes)).flops
+
+
+def most_different(groups: Sequence[Group], part: float) -> list[tuple[int, Group]]:
+    """(place, group) of the part of the groups whose rewards differ most, at least one, in the order given. Every rank
+    sees the rewards of whole groups, so all choose the same."""
+    spread = [float(group.summary.rewards.std()) for group in groups]
+    first = sorted(range(len(groups)), key=lambda place: -spread[place])[: max(1, round(part * len(groups)))]
+    return [(place, groups[place]) for place in sorted(first)]
