@@ -59,6 +59,7 @@ def unifybench(
     splits: Sequence[str] = SPLITS,
     size: int | None = None,
     batch: int = 16,
+    share: tuple[int, int] = (0, 1),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> EvalResult:
     """Measure what a model knows of `concept` and how it generates it. The training half of the facts is not touched.
@@ -76,6 +77,8 @@ def unifybench(
         splits: the tasks that are measured.
         size: side of the images in pixels; by default the engine's own.
         batch: questions answered at once.
+        share: (n, of): only item n, n + of, n + 2·of, … of each task, where several processes measure one model;
+            `EvalResult.merged` makes the whole of their results.
         progress: called with (task, items done, items wanted).
 
     Raises:
@@ -118,12 +121,14 @@ def unifybench(
         if there is None
     ] + subject.notes
 
-    bench = _Bench(subject, asker, scorer, model, result, reading, samples, seed, batch, progress or (lambda *_: None))
+    bench = _Bench(
+        subject, asker, scorer, model, result, reading, samples, seed, batch, share, progress or (lambda *_: None)
+    )
     for task in tasks:
         records = bench.generated(task) if TASKS[task].images else bench.answered(task)
         if records:
             result.records[task] = records
-    if not result.records:
+    if not any(subject.of(task) for task in tasks):
         where = f"{', '.join(splits)}: see {concept.test_folder}"
         raise UserError(f"concept {concept.name!r} has nothing to measure in {where}")
     result.seconds = time.perf_counter() - start
@@ -143,11 +148,12 @@ class _Bench:
     samples: int
     seed: int
     batch: int
+    share: tuple[int, int]
     progress: Callable[[str, int, int], None]
 
     def answered(self, task: str) -> list[ItemRecord]:
         """Ask all questions of a task."""
-        items = self.subject.of(task)
+        items = self.subject.of(task)[self.share[0] :: self.share[1]]
         made: list[ItemRecord] = []
         for first in range(0, len(items), self.batch):
             part = items[first : first + self.batch]
@@ -164,7 +170,7 @@ class _Bench:
 
     def generated(self, task: str) -> list[ItemRecord]:
         """Generate images of all prompts of a task; they go into the result as well."""
-        items = self.subject.of(task)
+        items = self.subject.of(task)[self.share[0] :: self.share[1]]
         samples = self.samples or self.protocol.samples.get(task, DEFAULT_SAMPLES)
         for first in range(0, len(items), self.batch):
             self.asker.facts(items[first : first + self.batch])
@@ -172,7 +178,8 @@ class _Bench:
         for index, item in enumerate(items):
             record = Record.of("", self.subject, item)
             record.drawn, record.answer = self.asker.prompt(item)
-            first_id = TASKS[task].noise * _TASK_IDS + index * _ITEM_IDS
+            place = self.share[0] + index * self.share[1]
+            first_id = TASKS[task].noise * _TASK_IDS + place * _ITEM_IDS
             pixels = checked(self.model.generate(record.drawn, samples, self.seed, first_id), samples, "the model")
             record.pixels = pixels
             self.scorer.measure(record, item, self.subject)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from ..utils.errors import UserError, needs
 from ..utils.files import read_json, sealed, unsealed, write_json
 from ..utils.json import Json
 from .tasks import ALL_SAMPLES, measure_named, task_named
+
+Item = TypeVar("Item")
 
 FORMAT = 1
 POOLED = ("attributes", "subject", "prompted", "clip_t", "clip_i")
@@ -106,6 +108,18 @@ class EvalResult:
     """What was not measured, and why."""
     seconds: float = 0.0
 
+    @classmethod
+    def merged(cls, parts: Sequence[EvalResult]) -> EvalResult:
+        """The whole of results of every len(parts)-th item, each from another first one (`unifybench`'s `share`)."""
+        first = parts[0]
+        whole = cls(first.concept, first.settings, notes=first.notes, seconds=max(part.seconds for part in parts))
+        for task in dict.fromkeys(task for part in parts for task in part.records):
+            whole.records[task] = _interleaved([part.records.get(task, []) for part in parts])
+        for task in dict.fromkeys(task for part in parts for task in part.images):
+            own = [part.images.get(task, []) for part in parts]
+            whole.images[task] = own[0] if task == REFERENCES else _interleaved(own)
+        return whole
+
     @property
     def metrics(self) -> dict[str, Metric]:
         """``{"task.measure": Metric}``, computed from the records."""
@@ -189,6 +203,12 @@ def read_means(path: str | os.PathLike[str]) -> dict[str, float]:
         raise
     except Exception as error:
         raise UserError(f"{path}: not a whole evaluation result ({type(error).__name__}: {error})") from None
+
+
+def _interleaved(parts: Sequence[list[Item]]) -> list[Item]:
+    """The first of each list, the second of each, and so on."""
+    longest = max(map(len, parts))
+    return [part[place] for place in range(longest) for part in parts if place < len(part)]
 
 
 def _gather(records: Records) -> dict[str, dict[str, list[float]]]:

@@ -1,16 +1,18 @@
 """One concept through everything: measure, learn its tokens, measure, reinforce, measure, report, in one run folder.
 
 Every part is finished or resumed on its own: a part whose result is on disk is not done again with `resume`. With
-several ranks the first does everything, and the others wait for it and take part in reinforcement.
+several ranks the first says what is next, and all do it together: stages, measuring, reinforcement.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..config.settings import renamed, to_mapping
 from ..data.concept import Concept
@@ -37,14 +39,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Turn:
-    """What rank 0 tells the others when it is their turn."""
+    """What rank 0 tells the others to do next, together with it."""
 
+    what: Literal["measure", "stages", "grpo", "end"] = "end"
     concept: ConceptTokens | None = None
     """The tokens as they are."""
-    config: GrpoConfig | None = None
-    """Of the reinforcement that begins with them; None where there is none."""
     resume: bool = False
+    """Of stages and reinforcement: whether they go on."""
     stopped: str = ""
+    """Of an end: why the run stopped; empty where it did not."""
 
 
 @dataclass
@@ -91,7 +94,8 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
         try:
             return run.do(parts)
         except Stopped as stopped:
-            run.tell(_Turn(stopped=str(stopped)))
+            if not run.together:  # else the others have stopped as well
+                run.tell("end", stopped=str(stopped))
             raise
 
 
@@ -110,15 +114,25 @@ def _markers(file: Path) -> dict[str, AnyJson]:
 
 
 def _follow(context: RunContext) -> Outcome:
-    """The part of every rank but the first: wait for it, then reinforce with it."""
-    turn = context.ranks.broadcast(_Turn())
-    if turn.concept is None:
-        raise Stopped(turn.stopped)
-    owning_rows(context.bundle.model).attach(turn.concept.to(context.bundle.device))
-    if turn.config is None:
-        return Outcome(context.folder, turn.concept)
-    run = _Run(replace(context, progress=silent), turn.resume)
-    return Outcome(context.folder, run.train(turn.config, turn.resume))
+    """The part of every rank but the first: to do with it what it says, until the end."""
+    run, model = _Run(replace(context, progress=silent), False), owning_rows(context.bundle.model)
+    while True:
+        turn = context.ranks.broadcast(_Turn())
+        if turn.stopped:
+            raise Stopped(turn.stopped)
+        if turn.concept is not None:
+            model.attach(turn.concept.to(context.bundle.device))
+        else:
+            model.detach()
+        if turn.what == "measure":
+            run.share_of_measuring("")
+        elif turn.what == "stages":
+            run.stages(model.concept, turn.resume)
+        elif turn.what == "grpo":
+            run.train(context.settings.grpo, turn.resume)
+        else:
+            assert model.concept is not None
+            return Outcome(context.folder, model.concept)
 
 
 def measure(
@@ -129,9 +143,10 @@ def measure(
     progress: Progress = silent,
     name: str = "measuring",
     published: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> EvalResult:
     """UnifyBench++ of the model as it is, on the held-out half of the concept's folder. `published`: its tokens are
-    asked in UniCTokens' form."""
+    asked in UniCTokens' form. `share`: a part of it, as `unifybench` takes it."""
     from ..evaluate.benchmark import SPLITS, unifybench
     from ..models.published_form import PublishedForm
     from ..rollout.engine import RolloutEngine
@@ -156,6 +171,7 @@ def measure(
         judged_as=config.judged_as,
         splits=config.tasks or SPLITS,
         size=bundle.size,
+        share=share,
         progress=step,
     )
 
@@ -165,7 +181,8 @@ class _Run:
 
     def __init__(self, context: RunContext, resume: bool):
         self.context, self.bundle, self.out = context, context.bundle, context.folder
-        self.resume, self.told = resume, False
+        self.resume, self.together = resume, False
+        """`together`: whether all ranks are at work on one thing, which ends for all alike."""
 
     def do(self, parts: Parts) -> Outcome:
         """The parts in their order."""
@@ -182,44 +199,57 @@ class _Run:
             if parts.evaluate:
                 results["before"] = self.measure("before")
             self.reinforce().save(self.out / CONCEPT)
-        self.tell(_Turn(self.bundle.concept))
         if parts.evaluate:
             results["after"] = self.measure("after")
+        self.tell("end")
         assert self.bundle.concept is not None
         return Outcome(self.out, self.bundle.concept, results, self.report() if parts.evaluate else None)
 
     def learn(self, start: ConceptTokens | None) -> ConceptTokens:
-        """The concept stages."""
+        """The concept stages, together with the other ranks."""
+        resume = self.resume and (self.out / STAGES / "stages.json").exists()
+        with self.all_ranks("stages", resume):
+            return self.stages(start, resume)
+
+    def stages(self, start: ConceptTokens | None, resume: bool) -> ConceptTokens:
+        """The concept stages, on every rank alike."""
         from ..train.concept_tokens.stages import train_concept_tokens
 
-        context, folder = self.context, self.out / STAGES
+        context = self.context
         return train_concept_tokens(
             self.bundle.model,
             self.bundle.vq,
             self.bundle.tokenizer,
             context.concept,
             context.settings.stages,
-            folder,
+            self.out / STAGES,
             start=start,
             face_embedding=context.rewards.face_embedding if context.rewards else None,
-            resume=self.resume and (folder / "stages.json").exists(),
+            resume=resume,
             progress=context.progress,
             stop=context.stop,
+            ranks=context.ranks,
         )
 
     def reinforce(self) -> ConceptTokens:
         """UniCTask-GRPO, from the tokens attached, together with the other ranks."""
         resume = self.resume and (self.out / "run.json").exists()
-        config = self.context.settings.grpo
-        self.tell(_Turn(self.bundle.concept, config, resume))
-        return self.train(config, resume)
+        with self.all_ranks("grpo", resume):
+            return self.train(self.context.settings.grpo, resume)
 
-    def tell(self, turn: _Turn) -> None:
-        """Let the other ranks go on; once."""
-        ranks = self.context.ranks
-        if not self.told and ranks.world > 1:
-            self.told = True
-            ranks.broadcast(replace(turn, concept=deepcopy(turn.concept).to("cpu") if turn.concept else None))
+    def tell(self, what: Literal["measure", "stages", "grpo", "end"], resume: bool = False, stopped: str = "") -> None:
+        """Say to the other ranks what is next."""
+        ranks, concept = self.context.ranks, self.bundle.concept
+        if ranks.world > 1:
+            ranks.broadcast(_Turn(what, deepcopy(concept).to("cpu") if concept else None, resume, stopped))
+
+    @contextmanager
+    def all_ranks(self, what: Literal["measure", "stages", "grpo"], resume: bool = False) -> Iterator[None]:
+        """Around what all ranks do together."""
+        self.tell(what, resume)
+        self.together = self.context.ranks.world > 1
+        yield
+        self.together = False
 
     def train(self, config: GrpoConfig, resume: bool) -> ConceptTokens:
         """Reinforcement, from the tokens attached, on every rank alike."""
@@ -258,18 +288,34 @@ class _Run:
             return EvalResult.load(file)
         if context.stop():
             raise Stopped(f"stopped ahead of the measuring that is kept in {file}")
-        result = measure(
-            self.bundle,
-            context.concept,
-            context.settings.evaluation,
-            context.rewards,
-            self._measuring,
-            name,
-            context.settings.grpo.question_form == "unictokens",
-        )
+        with self.all_ranks("measure"):
+            result = self.share_of_measuring(name)
         result.save(file)
         write_json(about, {**known, name: subject})
         return result
+
+    def share_of_measuring(self, name: str) -> EvalResult:
+        """This rank's items of an evaluation, and then the whole of it. A rank that is asked to stop stops all."""
+        context, ranks = self.context, self.context.ranks
+        part: EvalResult | None = None
+        stopped = ""
+        try:
+            part = measure(
+                self.bundle,
+                context.concept,
+                context.settings.evaluation,
+                context.rewards,
+                self._measuring,
+                name,
+                context.settings.grpo.question_form == "unictokens",
+                (ranks.rank, ranks.world),
+            )
+        except Stopped as error:
+            stopped = str(error)
+        told = ranks.gather((part, stopped))
+        if stopped := next((why for _, why in told if why), ""):
+            raise Stopped(stopped)
+        return EvalResult.merged([each for each, _ in told if each is not None])
 
     def _subject(self) -> dict[str, object]:
         """What an evaluation is of: weights and rows by fingerprint, and its settings. No clock has a part in it."""
