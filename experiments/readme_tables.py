@@ -98,7 +98,7 @@ def numbers(folder: Path) -> str:
     """All tables of workloads. Without any result, the sentence that says so."""
     parts = []
     for file in sorted(folder.glob("*.json")):
-        if file.name.startswith(("ops-", "engine-", "rewards-")):  # shown elsewhere
+        if file.name.startswith(("ops-", "engine-", "rewards-", "models-")):  # shown elsewhere
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name.startswith("ranks-"):
