@@ -37,12 +37,12 @@ RUN, TRAIN, HELD_OUT, CURVE, PICTURES = "run", "train.jsonl", "held_out.jsonl", 
 
 SETTINGS = GrpoConfig(
     trainable="full",
-    steps=40,
+    steps=120,
     groups=6,
     group_size=8,
-    lr=5e-5,
-    schedule="constant",
-    warmup=0,
+    lr=6e-5,
+    schedule="cosine",
+    warmup=3,
     temperature=1.0,
     beta=0.0,
     guidance_scale=0.0,
@@ -50,10 +50,10 @@ SETTINGS = GrpoConfig(
     token_scope="newly_unmasked",
     micro_rows=0,
     micro_timesteps=0,
-    checkpoint_every=20,
-    sample_every=20,
+    checkpoint_every=40,
+    sample_every=40,
     dsog=DsogConfig(enabled=False),
-    held_out=HeldOutConfig(every=10, images=2, by="wholly_right", patience=0),
+    held_out=HeldOutConfig(every=30, images=2, by="wholly_right", patience=0),
 )
 """What was found to learn fastest on two cores: no guidance and few timesteps, many images a step, all weights."""
 
@@ -87,8 +87,8 @@ def run_prompt_demo(
     words: Iterable[str] = (),
     device: str = "auto",
     dtype: str = "float32",
-    prompts: int = 480,
-    held_out: int = 96,
+    prompts: int = 960,
+    held_out: int = 192,
     world: Path | None = None,
     progress: Progress = silent,
 ) -> DemoResult:

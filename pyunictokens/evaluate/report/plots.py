@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -118,13 +119,15 @@ def rewards(rows: Rows, theme: Theme) -> bytes:
 
 
 def held_out(rows: Rows, training: Rows, theme: Theme) -> bytes:
-    """What was measured on held-out prompts, a line a value, over the steps; the reward of training behind it.
+    """What was measured on held-out prompts, a line a value over the steps with its 95 % interval over prompts, and behind
+    it the reward of training.
 
     rows: of held_out.jsonl. training: of metrics.jsonl.
     """
     means = [row["means"] for row in rows if isinstance(row.get("means"), Mapping)]
+    reward = numbers(rows, "means", "reward")
     names = [name for name in (means[0] if means and isinstance(means[0], Mapping) else {}) if name != "reward"]
-    panels = ["reward", *names]
+    panels = ["reward", *(name for name in names if numbers(rows, "means", name) != reward)]  # one reward is one panel
     figure, axes = _figure(len(panels), theme, height=2.8)
     steps = numbers(rows, "step")
     for axis, name, colour in zip(axes, panels, theme.lines * len(panels), strict=False):
@@ -133,9 +136,20 @@ def held_out(rows: Rows, training: Rows, theme: Theme) -> bytes:
             axis.plot(numbers(training, "step"), behind, color=theme.faint, linewidth=0.8, alpha=0.5, label="training")
         values = numbers(rows, "means", name)
         axis.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=3.5, label="held-out prompts")
+        errors = [1.96 * _error(row, name) for row in rows]
+        low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         _title(axis, theme, name.replace("_", " "))
         axis.legend(loc="lower right", frameon=False, labelcolor=theme.ink, fontsize=8)
     return _png(figure)
+
+
+def _error(row: Mapping[str, Json], name: str) -> float:
+    """Standard error of a mean over held-out prompts; 0 where the prompts' values are not there."""
+    each = row.get("prompts")
+    values = each.get(name) if isinstance(each, Mapping) else None
+    finite = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)] if isinstance(values, list) else []
+    return statistics.stdev(finite) / len(finite) ** 0.5 if len(finite) > 1 else 0.0
 
 
 def _parts(row: Mapping[str, Json]) -> list[str]:
