@@ -119,8 +119,8 @@ def rewards(rows: Rows, theme: Theme) -> bytes:
 
 
 def held_out(rows: Rows, training: Rows, theme: Theme) -> bytes:
-    """What was measured on held-out prompts, a line a value over the steps with its 95 % interval over prompts, and behind
-    it the reward of training.
+    """What was measured on held-out prompts, a line a value with its 95 % interval over prompts; behind it the reward
+    of training.
 
     rows: of held_out.jsonl. training: of metrics.jsonl.
     """
