@@ -40,7 +40,8 @@ class Metrics:
 
     def text(self) -> tuple[bytes, str]:
         """(what Prometheus reads, its media type)."""
-        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+        with needs("web"):
+            from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 

@@ -101,7 +101,7 @@ def call(*words: object) -> str:
 
 def test_a_table_gives_the_same_samples_and_scores(stored: Any, data: Path, tmp_path: Path) -> None:
     models = ("-m", "ours:base", "-m", "showo-tp", "-m", "showo-ip", "-m", "real")
-    sizes = ("samples=2", "limit=1", "seeds=[3]", "timesteps=2", "max_new_tokens=12")
+    sizes = ("samples=2", "limit=1", "seeds=[3]", "timesteps=2", "guidance_scale=3", "max_new_tokens=12")
     call("evaluate", "table", data, *models, "--out", tmp_path, *sizes, "--device", "cpu", "--no-pages")
     found = {(r.model, r.item, r.seed): r for r in Table.load(tmp_path).records}
     assert len(found) == len(stored["table"])

@@ -50,6 +50,7 @@ class Rule:
 
     model = SimpleNamespace(grid=(8, 8), device="cpu")
     vq = Vq()
+    features_side = None
 
     def __init__(self, concept: Concept, truth: dict[str, Any], knows: bool = True):
         self.concept, self.truth, self.knows = concept, truth, knows
@@ -66,6 +67,9 @@ class Rule:
             self.answers[wording.text_only_question(facts, long), black] = facts[index]
         for qa in concept.vqa:
             self.answers[qa.query, tuple(self.vq.encode(load_batch([qa.image], 64))[0].tolist())] = qa.answer
+
+    def look(self, pixels: Tensor) -> Tensor:
+        return self.vq.encode(pixels)
 
     def generate_text(self, images: Tensor, questions: list[str], **settings: Any) -> Any:
         assert len(images) == len(questions) and settings["temperature"] == 0

@@ -52,7 +52,7 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "measure", measured)
         patch.setattr(pipeline._Run, "report", lambda self: self.out / "report.html")
-        pipeline.run_concept(context, Parts(evaluate_base=True, resume=resume))
+        pipeline.run_concept(context, Parts(resume=resume))
     return shares
 
 

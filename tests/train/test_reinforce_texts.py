@@ -83,7 +83,7 @@ def test_the_reward_rises(folder: Path, tmp_path: Path) -> None:
 
 
 def test_resumed_and_on_two_ranks(folder: Path, tmp_path: Path) -> None:
-    settings = config(steps=4, group_size=3, checkpoint_every=1, objective="unigrpo", inner_epochs=2, lr=1e-3)
+    settings = config(steps=4, groups=1, group_size=3, checkpoint_every=1, objective="unigrpo", inner_epochs=2, lr=1e-3)
     straight = uct.models.load(folder)
     reinforce(straight, PROMPTS, letters, settings, tmp_path / "straight")
 

@@ -17,11 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from ...data.images import save_image, to_pil
 from ...rollout.serving import AsyncEngine, Drawn, ServingEngine
-from ...utils.errors import UserError
+from ...utils.errors import UserError, needs
 from ..answering import Answering
 from ..catalog import Catalog
 from ..drawing import Asked, Drawing
@@ -30,6 +28,9 @@ from ..gate import About
 from ..keys import Client, KeySettings
 from ..metrics import Metrics
 from ..pictures import Pictures
+
+with needs("studio"):
+    from PIL import Image
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

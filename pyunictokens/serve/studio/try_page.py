@@ -8,13 +8,14 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
-import gradio as gr
-from PIL.Image import Image as Picture
-from pydantic import ValidationError
-
-from ...utils.errors import UserError
+from ...utils.errors import UserError, needs
 from ..errors import Refused
 from .backend import Sheet, Studio, Wish, painted_mask
+
+with needs("studio"):
+    import gradio as gr
+    from PIL.Image import Image as Picture
+    from pydantic import ValidationError
 
 log = logging.getLogger(__name__)
 
