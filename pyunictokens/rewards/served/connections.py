@@ -34,6 +34,7 @@ class Connections:
         self.unproven: dict[object, _Open] = {}
         """By the client's address, the oldest first."""
         self.all: set[_Open] = set()
+        self._timers: dict[_Open, asyncio.TimerHandle] = {}
 
     def proven(self, client: object) -> None:
         """The connection of this address has shown the key."""
@@ -42,13 +43,15 @@ class Connections:
     def opened(self, client: object, connection: _Open) -> None:
         self.all.add(connection)
         self.unproven[client] = connection
-        asyncio.get_running_loop().call_later(self.patience, self._late, client, connection)
+        self._timers[connection] = asyncio.get_running_loop().call_later(self.patience, self._late, client, connection)
         if len(self.all) > self.most:
             oldest = next(iter(self.unproven))
             self._drop(oldest, self.unproven[oldest])
 
     def closed(self, client: object, connection: _Open) -> None:
         self.all.discard(connection)
+        if timer := self._timers.pop(connection, None):
+            timer.cancel()  # it would keep what the connection has read until then
         if self.unproven.get(client) is connection:
             del self.unproven[client]
 
