@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -339,3 +340,12 @@ def test_the_page_of_the_demo_says_what_its_json_says() -> None:
     for kind in kinds:
         for line in script.table([run for run in runs if run["kind"] == kind]):
             assert line in page
+
+
+def test_gains_of_reinforcement_are_those_of_the_runs() -> None:
+    """The table of docs/toyworld.md says what docs/reinforce.json holds."""
+    page = (ROOT / "docs" / "toyworld.md").read_text(encoding="utf-8")
+    for run in json.loads((ROOT / "docs" / "reinforce.json").read_text(encoding="utf-8")):
+        first, last = run["curve"][0]["wholly_right"], run["curve"][-1]["wholly_right"]
+        cells = f"| {first:.3f} | {last:.3f} | {run['gain']:+.2f} [{run['low']:+.2f}, {run['high']:+.2f}] |"
+        assert cells in page, f"{run['command']}: {cells}"
