@@ -77,9 +77,8 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
     out.mkdir(parents=True, exist_ok=True)
     with folder_lock(out, ".pipeline.lock"):
         parts.check(out, context.rewards)
-        if parts.resume:
-            sweep(out)
-        else:
+        sweep(out, inside=parts.resume)  # a run may have been killed while its first files were written
+        if not parts.resume:
             write_description(
                 out,
                 context.bundle.sources,

@@ -159,12 +159,15 @@ def verify_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, torch
         raise UserError(f"{path}: is damaged (its checksum does not fit): take a copy, or make it again")
 
 
-def sweep(folder: str | os.PathLike[str]) -> None:
-    """Delete what killed processes were writing aside under `folder`. Hold its lock, or files at work are lost.
+def sweep(folder: str | os.PathLike[str], *, inside: bool = True) -> None:
+    """Delete what killed processes were writing aside in `folder`, and `inside` its folders. Hold its lock, or files at
+    work are lost.
 
     A folder inside that somebody else holds (another run, in the folder of many) is left as it is.
     """
     for place, folders, files in os.walk(folder):
+        if not inside:
+            folders.clear()
         for name in list(folders):
             path = Path(place, name)
             if _PART.fullmatch(name):

@@ -66,6 +66,23 @@ def test_a_kill_between_the_first_files_leaves_a_folder_that_can_be_gone_on_with
     assert {"config.yaml", "about.json", "after.json", "final"} <= {path.name for path in out.iterdir()}
 
 
+def test_a_kill_at_its_first_file_leaves_nothing_of_it(here: World, tmp_path: Path) -> None:
+    """Such a folder holds no run yet: the next life begins it, and resumes nothing."""
+    out = tmp_path / "run"
+    assert chaos.live(here, chaos.settings(steps=2), out, at_call=1) == -signal.SIGKILL
+    assert chaos.leftovers(out)
+    chaos.run(here, chaos.settings(steps=2), out)
+    assert not chaos.leftovers(out)
+    with RunFolder(tmp_path / "other", {}, {}):
+        pass
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / ".run.json.abcdefgh.part").write_text("{")
+    with RunFolder(begun, {}, {}):
+        pass
+    assert {path.name for path in begun.iterdir()} == {path.name for path in (tmp_path / "other").iterdir()}
+
+
 def test_a_kill_inside_a_stage_costs_the_steps_since_its_checkpoint(here: World, tmp_path: Path) -> None:
     config = stage_config(stages=("understanding", "deepening"), epochs=9, max_steps=6, save_every=2)
 

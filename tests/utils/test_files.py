@@ -226,3 +226,11 @@ def test_user_errors_are_value_errors_and_extras_are_named() -> None:
     assert require("math", "dev").sqrt(4) == 2
     with pytest.raises(MissingExtra, match=r"no_such_module is needed here.*pip install 'pyunictokens\[rewards\]'"):
         require("no_such_module.part", "rewards")
+
+
+def test_a_sweep_of_the_folder_alone_goes_into_no_other(tmp_path: Path) -> None:
+    for place in ("", "mine"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / ".x.json.abc.part").write_text("")
+    io.sweep(tmp_path, inside=False)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.part")] == ["mine/.x.json.abc.part"]

@@ -118,8 +118,8 @@ class RunFolder:
         try:
             if resume:
                 self._compare(read_json(about), identity, settings)
-                sweep(self.path)
-            else:
+            sweep(self.path, inside=resume)
+            if not resume:
                 write_json(about, {"identity": dict(identity), "settings": dict(settings)})
         except BaseException:
             self.close()
