@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import UserError
+from . import data_negatives
 from .shell import USER_ERROR, Bars, SeedOption, command, console, guarded
 
 app = typer.Typer(
@@ -218,3 +219,4 @@ app.command("list")(guarded(list_))
 app.command("check")(guarded(check))
 app.command("new")(guarded(new))
 app.command("toy")(guarded(toy))
+app.command("negatives")(guarded(data_negatives.negatives))

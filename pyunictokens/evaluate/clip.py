@@ -224,8 +224,23 @@ class Embeddings:
         """bool [S, M]: sample s shows reference m itself, told by the pixels."""
         self.references(paths)
         looks_S = torch.stack([_small(one, self.size) for one in pixels]).flatten(1)
-        looks_M = torch.stack([self._references[path][1] for path in paths]).flatten(1)
-        return torch.cdist(looks_S, looks_M, p=1) / looks_S.shape[1] < _SAME
+        return _alike(looks_S, self._looks(paths).flatten(1))
+
+    def same_files(self, paths: Sequence[Path], others: Sequence[Path], mirrored: bool = True) -> Tensor:
+        """bool [A, B]: file a shows the same as file b, told by the pixels; with `mirrored` also left to right."""
+        self.references([*paths, *others])
+        looks_A, looks_B = self._looks(paths), self._looks(others).flatten(1)
+        same_AB = _alike(looks_A.flatten(1), looks_B)
+        return same_AB | _alike(looks_A.flip(-1).flatten(1), looks_B) if mirrored else same_AB
+
+    def _looks(self, paths: Sequence[Path]) -> Tensor:
+        """[M, 3, 8, 8] of files that were read."""
+        return torch.stack([self._references[path][1] for path in paths])
+
+
+def _alike(looks_A: Tensor, looks_B: Tensor) -> Tensor:
+    """bool [A, B] of flat looks."""
+    return torch.cdist(looks_A, looks_B, p=1) / looks_A.shape[1] < _SAME
 
 
 def _normal(rows: Tensor) -> Tensor:

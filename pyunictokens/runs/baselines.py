@@ -148,13 +148,7 @@ def make_scorer(
 ) -> Scorer:
     """A scorer from a CLIP model ("toy", or what `OpenClip` takes) and a judge; None leaves either out. `judged_as`:
     what the judge of images reads for the concept's token."""
-    place = pick_device(device)
-    embeddings = None
-    if clip == TOY_CLIP:
-        embeddings = Embeddings(lambda: _toy_encoder(place), "toy", 64, place)
-    elif clip is not None:
-        weights = fingerprint.of_files(clip.partition("=")[2] or clip)
-        embeddings = Embeddings(OpenClip(clip, place), f"open_clip {clip} {weights}".strip(), device=place)
+    embeddings = None if clip is None else embeddings_of(clip, device)
     if judge_url is None and judge_model is None:
         return Scorer(embeddings, protocol=protocol)
     from ..rewards.judge import Judge, JudgeConfig
@@ -170,6 +164,15 @@ def make_scorer(
         config = replace(config, temperature=protocol.temperature)
     name = f"{judge_model} at {judge_url or 'the default endpoint'}"
     return Scorer(embeddings, Judge(config), name, protocol=protocol, judged_as=judged_as)
+
+
+def embeddings_of(clip: str, device: str = "auto") -> Embeddings:
+    """Embeddings by a CLIP model: "toy", or what `OpenClip` takes. Its weights are read when they are first needed."""
+    place = pick_device(device)
+    if clip == TOY_CLIP:
+        return Embeddings(lambda: _toy_encoder(place), "toy", 64, place)
+    weights = fingerprint.of_files(clip.partition("=")[2] or clip)
+    return Embeddings(OpenClip(clip, place), f"open_clip {clip} {weights}".strip(), device=place)
 
 
 def _toy_encoder(device: torch.device) -> ImageTextEncoder:

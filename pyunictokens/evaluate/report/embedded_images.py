@@ -29,9 +29,9 @@ def each(images: Tensor) -> list[str]:
     return [_uri(fit_within(Image.fromarray(one.permute(1, 2, 0).contiguous().numpy()), _TILE)) for one in images]
 
 
-def file_uri(path: str | os.PathLike[str]) -> str:
-    """An image file, shrunk where it is larger than a page shows. Raises UserError when it cannot be read."""
-    return _uri(fit_within(read_image(path), _SHEET))
+def file_uri(path: str | os.PathLike[str], longest: int = _SHEET) -> str:
+    """An image file, shrunk to `longest` pixels where it is larger. Raises UserError when it cannot be read."""
+    return _uri(fit_within(read_image(path, at_least=longest), longest))
 
 
 def png_uri(data: bytes) -> str:
