@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -23,6 +23,9 @@ from .shell import (
     console,
     quiet,
 )
+
+if TYPE_CHECKING:
+    from ..config.training import GrpoConfig
 
 
 def reinforce(
@@ -77,7 +80,8 @@ def reinforce(
     want weights (NAME=WEIGHTS), ocr a package; maths verifies answers of models that write (docs/rewards.md). A reward
     of your own is imported from MODULE, in the current folder or installed: only name code that you trust. A --config
     file may hold `rewards:` in place of --reward. Settings are those of the section grpo (docs/training.md): `groups`
-    prompts a step, `group_size` images of each; by default adapters learn (trainable=lora).
+    prompts a step, `group_size` images of each. By default adapters learn (trainable=lora) at lr=1e-4; of the toy, as
+    in its preset, all weights.
 
     Examples:
 
@@ -94,7 +98,7 @@ def reinforce(
         pyunictokens reinforce prompts.txt --reward my_rewards:red steps=20 groups=6 group_size=8 trainable=full
     """
     from ..config.settings import from_mapping, load_yaml, with_overrides
-    from ..config.training import PRESETS, GrpoConfig
+    from ..config.training import GrpoConfig
     from ..models import ConceptTokens
     from ..models.base import owning_rows
     from ..models.bundle import Sources
@@ -114,14 +118,18 @@ def reinforce(
         raise UserError(f"{len(weight)} --weight for {len(reward or ())} --reward: give one for each, or none")
     sys.path.insert(0, os.getcwd())
     sources = Sources.choose(Sources(model, vq, tokenizer))
-    settings = replace(PRESETS["toy"].grpo if sources.is_toy else GrpoConfig(), trainable="lora")
+    section: object = {}
     if config is not None:
         section = values.get("grpo", {key: value for key, value in values.items() if key != "rewards"})
         if not isinstance(section, Mapping):
             raise UserError(f"{config}: grpo: must be a table of settings")
-        settings = from_mapping(GrpoConfig, section, base=settings, origin=str(config))
     words = [*([f"seed={seed}"] if seed is not None else []), *(overrides or [])]
-    settings = with_overrides(settings, [word.removeprefix("grpo.") for word in words])
+
+    def asked(trainable: str) -> GrpoConfig:
+        base = from_mapping(GrpoConfig, section, base=_start(sources.is_toy, trainable), origin=str(config))
+        return with_overrides(base, [word.removeprefix("grpo.") for word in words])
+
+    settings = asked(asked("full" if sources.is_toy else "lora").trainable)
     check_objective(settings.objective, words, out, trust=trust)
     with Ranks.open(device) as ranks:
         if not ranks.first:
@@ -170,3 +178,12 @@ def reinforce(
                 markup=False,
                 soft_wrap=True,
             )
+
+
+def _start(toy: bool, trainable: str) -> GrpoConfig:
+    """The settings that --config and KEY=VALUE change. Adapters begin with a higher rate: at that of the weights (1e-6)
+    they would not move in a day."""
+    from ..config.training import PRESETS, GrpoConfig
+
+    base = PRESETS["toy"].grpo if toy else GrpoConfig()
+    return replace(base, trainable="lora", lr=1e-3 if toy else 1e-4) if trainable == "lora" else base

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pyunictokens.config.training import OBJECTIVES
+from pyunictokens.cli.reinforce import _start
+from pyunictokens.config.settings import from_mapping, load_yaml
+from pyunictokens.config.training import OBJECTIVES, GrpoConfig
 from pyunictokens.train import read_metrics
 from tests.cli.test_cli import call, only_error
 from tests.tiny import tiny_toy
 
 SHORT = ("steps=1", "group_size=2", "timesteps=4", "timestep_fraction=0.5", "timestep_choice=largest_change")
+
+ADAPTERS = ("trainable=lora", *SHORT)
 
 REWARD = """
 def red(prompts, images, **columns):
@@ -38,7 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_by_one_word(objective: str) -> None:
-    words = (f"grpo.objective={objective}", "inner_epochs=2", *SHORT)
+    words = (f"grpo.objective={objective}", "inner_epochs=2", *ADAPTERS)
     said = call("reinforce", "prompts.txt", "--reward", "toy_rewards_here:red", "--out", "run", *words)
     assert "run: 1 steps, mean reward of the last" in " ".join(said.split())
     (line,) = read_metrics("run")
@@ -60,7 +64,7 @@ def test_several_rewards_and_going_on() -> None:
 def test_held_out_prompts_metrics_and_built_in_rewards() -> None:
     Path("test.txt").write_text("a green cat\na pink mug\n")
     given = ("--reward", "jpeg_size", "--held-out", "test.txt", "--metric", "toy_rewards_here:red")
-    words = ("held_out.every=1", "held_out.by=red", "steps=2", *SHORT[1:])
+    words = ("held_out.every=1", "held_out.by=red", "trainable=lora", "steps=2", *SHORT[1:])
     said = " ".join(call("reinforce", "prompts.txt", *given, "--out", "run", *words).split())
     lines = [json.loads(line) for line in Path("run/held_out.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -76,6 +80,25 @@ def test_rewards_from_a_config() -> None:
     call("reinforce", "prompts.txt", "--config", "run.yaml", "--out", "run", *SHORT)
     (line,) = read_metrics("run")
     assert line["parts"].keys() == {"colour"} and 0 < line["reward_mean"] < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ((), {"trainable": "full", "lr": 5e-5}),
+        (("trainable=lora",), {"trainable": "lora", "lr": 1e-3}),
+        (("trainable=lora", "lr=2e-4"), {"trainable": "lora", "lr": 2e-4}),
+    ],
+)
+def test_adapters_learn_at_a_rate_of_their_own(words: tuple[str, ...], wanted: dict[str, object]) -> None:
+    call("reinforce", "prompts.txt", "--reward", "toy_rewards_here:red", "--out", "run", *words, *SHORT)
+    found = from_mapping(GrpoConfig, load_yaml(Path("run/grpo.yaml")))
+    assert {key: getattr(found, key) for key in wanted} == wanted
+
+
+def test_a_real_model_learns_by_adapters_unless_all_weights_are_asked_for() -> None:
+    assert (_start(False, "lora").trainable, _start(False, "lora").lr) == ("lora", 1e-4)
+    assert _start(False, "full").lr == GrpoConfig().lr == 1e-6
 
 
 def test_what_cannot_be_used() -> None:
