@@ -77,7 +77,8 @@ def reinforce(
     """Improve a model's images of a list of prompts by a reward of your own. Nothing is needed but the prompts.
 
     Built-in rewards: jpeg_size and colour need nothing; clip, blip2, hpsv2, pickscore, aesthetic, dino and objects
-    want weights (NAME=WEIGHTS), ocr a package; maths verifies answers of models that write (docs/rewards.md). A reward
+    want weights (NAME=WEIGHTS), ocr a package; preference=FILE learns from the studio's file of choices; maths verifies
+    answers of models that write (docs/rewards.md). A reward
     of your own is imported from MODULE, in the current folder or installed: only name code that you trust. A --config
     file may hold `rewards:` in place of --reward. Settings are those of the section grpo (docs/training.md): `groups`
     prompts a step, `group_size` images of each. By default adapters learn (trainable=lora) at lr=1e-4; of the toy, as
@@ -91,6 +92,8 @@ def reinforce(
 
         pyunictokens reinforce prompts.jsonl --reward my_rewards:red --reward my_rewards:sharp --weight 1 --weight 0.5
 
+        pyunictokens reinforce prompts.txt --reward preference=choices/preferences.jsonl --out runs/mine
+
         pyunictokens reinforce prompts.txt --reward my_rewards:red --out runs/red --resume
 
         pyunictokens reinforce gsm8k.jsonl --reward maths --model llada-8b objective=diffu_grpo max_new_tokens=256
@@ -103,6 +106,7 @@ def reinforce(
     from ..models.base import owning_rows
     from ..models.bundle import Sources
     from ..rewards.ensemble import as_model
+    from ..rewards.experts.preference import Preference
     from ..rewards.load import RewardConfig, load_rewards
     from ..rewards.names import named, short_name
     from ..runs.bundle import check_objective, open_bundle
@@ -139,12 +143,21 @@ def reinforce(
             bundle = bundle.as_text()
         if concept is not None:
             owning_rows(bundle.model).attach(ConceptTokens.load(concept).to(bundle.device))
-        judges: object = [named(word, ranks.device, "--reward") for word in reward or ()]
+        looks: dict[str, dict[str, object]] = {}
+        if sources.is_toy:
+            from ..toy.rewards import offer_features
+
+            offer_features()
+            looks = {"preference": {"features": "toy"}}
+        judges: object = [named(word, ranks.device, "--reward", looks) for word in reward or ()]
+        for judge in judges if isinstance(judges, list) and ranks.first else ():
+            if isinstance(judge, Preference):
+                console().print(str(judge), markup=False)
         if not reward:
             own = values["rewards"]
             chosen = RewardConfig.from_mapping(cast("Mapping[str, object]", settled(own)), f"{config}: rewards")
             judges = load_rewards(chosen, ranks.device, trust=True)
-        measured = {short_name(word): as_model(named(word, ranks.device, "--metric")) for word in metric or ()}
+        measured = {short_name(word): as_model(named(word, ranks.device, "--metric", looks)) for word in metric or ()}
         try:
             with Bars(quiet=not ranks.first) as bars, stop_on_signals(bars.say, patient=ranks.world > 1) as stop:
                 result = run(

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 
 from ..utils.errors import UserError
 from .base import Device
@@ -24,8 +25,16 @@ def short_name(word: str) -> str:
     return word.partition("=")[0].rpartition(":")[2].lower()
 
 
-def named(word: str, device: Device = "cpu", origin: str = "reward") -> object:
-    """The reward model or function that `word` names, ready to be asked. Raises UserError where it names none."""
+def named(
+    word: str,
+    device: Device = "cpu",
+    origin: str = "reward",
+    settings: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+) -> object:
+    """The reward model or function that `word` names, ready to be asked. Raises UserError where it names none.
+
+    settings: more than its path, by registered name.
+    """
     name, equals, path = word.partition("=")
     kinds = registered()
     entry = kinds.get(ALSO.get(name, name))
@@ -37,13 +46,13 @@ def named(word: str, device: Device = "cpu", origin: str = "reward") -> object:
             )
         found = imported(word, origin, trust=True)
         return found() if isinstance(found, type) else found
-    options: dict[str, object] = {"path": path} if equals else {}
+    options: dict[str, object] = {**settings.get(entry.name, {}), **({"path": path} if equals else {})}
     takes_path = entry.settings is not None and "path" in {each.name for each in fields(entry.settings)}
     if equals and not takes_path:
         raise UserError(f"{origin}={word!r}: {name} takes no weights: say {name} alone")
     if not equals and takes_path:
         if entry.files is None:
-            raise UserError(f"{origin}={word!r}: say where its weights are: {name}=FILE")
+            raise UserError(f"{origin}={word!r}: say where its file is: {name}=FILE")
         options["path"] = entry.files.home if Path(entry.files.home).exists() else entry.files.source
     return entry.build(options, device, f"{origin} {name}")
 

@@ -35,6 +35,7 @@ _MODULES = (
     "experts.ocr",
     "experts.plain",
     "experts.maths",
+    "experts.preference",
 )
 """Files that register reward models, in the order in which reports show them."""
 

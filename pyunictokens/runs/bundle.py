@@ -66,6 +66,10 @@ def load_scorers(
     if isinstance(own, Mapping):
         from ..rewards.load import load_rewards
 
+        if sources.is_toy:
+            from ..toy.rewards import offer_features
+
+            offer_features()
         rewards = load_rewards(own, device, trust=trust)
         return Scorers(rewards, rewards.preview_scorer, face_embedding=rewards.face_embedding)
     if own is not None and not trust:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..rewards.base import Device, PreviewJudge, RewardModel
+from ..rewards.base import Device, ImageEncoder, PreviewJudge, RewardModel
 from ..rewards.ensemble import Ensemble
 from ..rewards.experts.ber import Ber
 from ..rewards.experts.der import Der
 from ..rewards.experts.fer import Fer
+from ..rewards.experts.preference import FEATURES
 from ..rewards.experts.tier import Tier
 from .networks import FaceNet, TextEncoder, ToyNetworks
 
@@ -89,3 +90,12 @@ def load_toy_rewards(
     weights: as for :class:`~pyunictokens.rewards.ensemble.Ensemble`; by default the paper's.
     """
     return toy_rewards(ToyNetworks.from_pretrained(assets).to(device), weights)
+
+
+def offer_features() -> None:
+    """From here on, `features: toy` of the reward model `preference` means the toy's network of images and texts."""
+    FEATURES["toy"] = _image_features
+
+
+def _image_features(weights: str | None, device: Device) -> ImageEncoder:
+    return ToyNetworks.from_pretrained(weights).image_text.to(device)

@@ -376,7 +376,7 @@ def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for word, said in [
         ("jpeg", "'jpeg': must be MODULE:FUNCTION of your own, NAME or NAME=WEIGHTS; names are tier"),
         ("jpeg_size=x", "jpeg_size takes no weights"),
-        ("objects", "say where its weights are: objects=FILE"),
+        ("objects", "say where its file is: objects=FILE"),
         ("hpsv2=none.pt", r"none\.pt: no such file"),
         ("no.such:thing", "No module named"),
     ]:

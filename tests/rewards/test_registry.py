@@ -53,7 +53,7 @@ def pixels(rows: int) -> Tensor:
 
 def test_one_registration_is_read_everywhere(tmp_path: Any) -> None:
     of_the_paper, of_prompts = ["tier", "ber", "der", "fer", "judge"], ["clip", "hpsv2", "aesthetic", "pickscore"]
-    of_prompts += ["dino", "objects", "ocr", "jpeg_size", "colour", "maths"]
+    of_prompts += ["dino", "objects", "ocr", "jpeg_size", "colour", "maths", "preference"]
     assert list(registered()) == [*of_the_paper, *of_prompts] and labels()["ber"] == "BER: the prompt"
     make()
     assert labels()["contrast"] == "Contrast: light and dark"
