@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "evaluate": {"utils", "config", "models", "data", "rollout", "rewards"},
     "train": {"utils", "config", "ops", "models", "data", "rollout", "rewards"},
     "toy": {"utils", "config", "models", "data", "rewards"},
-    "runs": {"utils", "config", "ops", "models", "data", "rollout", "rewards", "evaluate", "train", "toy"},
+    "baselines": {"utils", "config", "ops", "models", "data", "rollout", "rewards", "evaluate", "train"},
+    "runs": {"utils", "config", "ops", "models", "data", "rollout", "rewards", "evaluate", "train", "toy", "baselines"},
     "serve": {"utils", "config", "models", "data", "rollout", "rewards", "runs"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -12,7 +12,21 @@ import sys
 import typer
 
 from ..utils.signals import ENDS_WITH_STDIN, end_with_parent
-from . import bench, data, demo, doctor, evaluate, evaluate_table, generate, publish, reinforce, serve, studio, train
+from . import (
+    baseline,
+    bench,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    evaluate_table,
+    generate,
+    publish,
+    reinforce,
+    serve,
+    studio,
+    train,
+)
 from . import rewards_server as rewards
 from .shell import guarded, nobody_reads, print_anything, show_warnings_briefly
 
@@ -34,6 +48,7 @@ app.command("publish")(guarded(publish.publish))
 app.command("serve")(guarded(serve.serve))
 app.command("studio")(guarded(studio.studio))
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(baseline.app, name="baseline")
 app.command("compare")(guarded(evaluate_table.compare))
 app.command("bench", context_settings=bench.CONTEXT)(guarded(bench.bench))
 app.add_typer(data.app, name="data")

@@ -108,6 +108,7 @@ def paper(
     from ..runs.baselines import TOY_CLIP, Place, TableConfig, make_scorer
     from ..runs.run_dir import Run, RunConfig
     from ..runs.sweep import run_local
+    from ..train.costs import sizes_of
     from ..utils.signals import stop_on_signals
     from .sweep import _gpus
 
@@ -142,7 +143,7 @@ def paper(
         todo.cells += work.cells_of(
             table, rows[table], subjects[table], out / table, ours(table), judged=judge_model is not None
         )
-    costs = work.sizes_of(sources.model)
+    costs = sizes_of(sources.model)
     for variant in variants:
         open_names = [one for one in names if not work.is_done(out, variant, one)]
         todo.add_runs(variant, costs, settings.stages, settings.grpo, [load_concept(root, one) for one in open_names])

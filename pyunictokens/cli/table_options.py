@@ -8,8 +8,8 @@ import typer
 
 MODELS_HELP = (
     "A row of the table; give it once a model: ours[:RUN], showo-tp, showo-ip, transformers:PATH[+ip], "
-    "diffusers:PATH[,lora=…|,embedding=…], endpoint:URL,model=NAME[,draw=NAME][+ip], real. "
-    "{name} in RUN is the concept."
+    "diffusers:PATH[,lora=…|,embedding=…], endpoint:URL,model=NAME[,draw=NAME][+ip], real, or METHOD:DIR of "
+    "`baseline train`. {name} in RUN and DIR is the concept."
 )
 
 ProtocolOption = Annotated[
@@ -45,3 +45,15 @@ JUDGE_KEY = "OPENAI_API_KEY"
 def key_variable(given: str) -> str | None:
     """The environment variable that :data:`JudgeKeyOption` names; None where the judge wants no key."""
     return None if given == "none" else given
+
+
+RATE = 300.0
+"""TFLOP/s of useful work that plans count with."""
+RateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rate",
+        min=0.001,
+        help=f"Useful TFLOP/s of one device, for the plan's times. Default: {RATE:g}, or what a CPU is measured at.",
+    ),
+]

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from ..baselines.base import FILE, Reading, Trained
+from ..baselines.registry import METHODS, method
 from ..evaluate.baselines import Spec, baseline, parse
 from ..evaluate.baselines.ours import Sampling
 from ..evaluate.clip import Embeddings, ImageTextEncoder, OpenClip
@@ -76,9 +78,11 @@ class Place:
 
     def baselines(self, texts: Sequence[str]) -> list[Baseline]:
         """One row a text, as `evaluate.baselines` reads them. Raises UserError for one that is no model."""
-        return [self._baseline(parse(text)) for text in texts]
+        return [self._baseline(parse(text, METHODS)) for text in texts]
 
     def _baseline(self, spec: Spec) -> Baseline:
+        if spec.trained:
+            return self._trained(spec)
         if spec.kind not in ("ours", "showo-tp", "showo-ip"):
             return baseline(spec, pick_device(self.device), pick_dtype(self.dtype), self.config.max_new_tokens)
         settings = f"{self.config.timesteps} {self.config.guidance_scale} {self.config.max_new_tokens} {self.dtype}"
@@ -118,9 +122,42 @@ class Place:
             tokens = PublishedForm(bench.concept)
         return EngineModel(RolloutEngine.of(bench), tokens, subject, self._sampling())
 
+    def _trained(self, spec: Spec) -> Baseline:
+        """A baseline that `baseline train` left, once for each concept where {name} is in its folder."""
+        kind, where = method(spec.kind), spec.where
+        there = [Path(each) for each in sorted(glob.glob(glob.escape(where).replace("{name}", "*")))]
+        found = [Trained.read(folder) for folder in there if (folder / FILE).is_file()]
+        first = found[0] if found else None
+        if first is not None:
+            first.refuse_other(there[0], kind.name)
+        digests = " ".join(fingerprint.of_files(folder) for folder in there)
+        settings = f"{self.config.timesteps} {self.config.guidance_scale} {self.config.max_new_tokens} {self.dtype}"
+
+        def load(subject: Subject) -> Model:
+            folder = Path(where.replace("{name}", subject.name))
+            trained = Trained.ready(folder, kind.name, subject.name)
+            place = replace(self, sources=Sources.choose(self.sources, trained.sources) if kind.masked else Sources())
+            if words := kind.words(folder, trained):
+                return place._baseline(parse(words)).load(subject)
+            device, dtype = pick_device(self.device), pick_dtype(self.dtype)
+            reading = Reading(folder, trained, self._sampling(), place._open, device, dtype)
+            return kind.open(reading, subject)
+
+        return Baseline(
+            first.title if first else kind.title,
+            f"{kind.name} {fingerprint.digest(digests)[:16]} {settings}",
+            load,
+            reasons=kind.reasons,
+            answers=first.answers if first else kind.answers,
+            generates=first.generates if first else kind.generates,
+        )
+
+    def _open(self) -> ModelBundle:
+        return open_bundle(self.sources, self.device, self.dtype)
+
     def _bare_bundle(self) -> ModelBundle:
         if not self._bare:
-            self._bare.append(open_bundle(self.sources, self.device, self.dtype))
+            self._bare.append(self._open())
         return self._bare[0]
 
     def _sampling(self) -> Sampling:

@@ -19,6 +19,7 @@ from pyunictokens.models.showo.model import ShowoConfig
 from pyunictokens.runs import paper
 from pyunictokens.runs.sweep import Job, Status
 from pyunictokens.toy.concept import write_toy_concept
+from pyunictokens.train.costs import stages_flops, training_flops
 from pyunictokens.utils.errors import UserError
 from tests.evaluate.test_suites import write_dreambench, write_mcllava, write_yollava
 from tests.judge_server import JudgeServer
@@ -163,7 +164,7 @@ def test_the_hours_of_stages_are_near_the_operations_they_take(stage: str, tmp_p
     ]
     said = [tokenizer.encode(item.answer) for item in items]
     lengths = (sum(map(len, asked)) // len(asked) + 1, sum(map(len, said)) // len(said) + 1)
-    planned = paper.stages_flops(Costs(here.model.config, 4), config, here.data, question=lengths)
+    planned = stages_flops(Costs(here.model.config, 4), config, here.data, question=lengths)
     assert 0.75 < planned / (counter.get_total_flops() - of_images) < 1.3, lengths
 
 
@@ -189,7 +190,7 @@ def test_variants_stand_behind_what_they_begin_with() -> None:
 def test_the_hours_are_those_of_a_step_as_it_is_counted_elsewhere() -> None:
     """A rollout of nine images without previews costs about 2.4 PFLOP, the update over all timesteps about 7.2."""
     costs, grpo = ShowoCosts(ShowoConfig(), 2), TrainConfig.preset("paper").override(["dsog.enabled=false"]).grpo
-    step = paper.training_flops(costs, grpo) / grpo.steps
+    step = training_flops(costs, grpo) / grpo.steps
     assert 0.8 * (2.4 + 7.2 + 2.4) < step / 1e15 < 1.25 * (2.4 + 7.2 + 2.4)
-    with_previews = paper.training_flops(costs, TrainConfig.preset("paper").grpo) / grpo.steps
+    with_previews = training_flops(costs, TrainConfig.preset("paper").grpo) / grpo.steps
     assert with_previews - step == pytest.approx(costs.image_step(9, 64, 1024, True).flops * 30)

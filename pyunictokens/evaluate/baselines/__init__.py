@@ -6,6 +6,7 @@
     diffusers:PATH[,KEY=VALUE]…     a pipeline of diffusers with its DreamBooth or textual-inversion weights
     endpoint:URL,model=NAME[,KEY=VALUE]…[+ip]
     real                            real images
+    METHOD:DIR                      what `pyunictokens baseline train METHOD … --out DIR` left; {name} as above
 
 This file parses those words and makes the baselines that need no engine; those that do are made by whoever owns one.
 """
@@ -13,7 +14,7 @@ This file parses those words and makes the baselines that need no engine; those 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +38,8 @@ class Spec:
     options: dict[str, str] = field(default_factory=dict)
     image: bool = False
     """An image prompt instead of a text prompt."""
+    trained: bool = False
+    """A baseline that was trained here: `kind` is its method, `where` its folder."""
 
     @property
     def name(self) -> str:
@@ -51,16 +54,24 @@ class Spec:
                 f"{key} {value.rstrip('/').rpartition('/')[2]}" for key, value in self.options.items() if key != "token"
             ]
             return " ".join([last, *([f"({', '.join(more)})"] if more else [])])
+        if self.trained:
+            return f"{self.kind} ({self.where})"
         if self.kind in ("transformers", "endpoint"):
             return f"{last} + {'IP' if self.image else 'TP'}"
         return {"showo-tp": "Show-o + TP", "showo-ip": "Show-o + IP", "real": "Real images"}[self.kind]
 
 
-def parse(text: str) -> Spec:
-    """A model's name as it stands on a command line. Raises UserError naming what is wrong with it."""
+def parse(text: str, methods: Collection[str] = ()) -> Spec:
+    """A model's name as it stands on a command line; `methods` are the baselines that can be trained. Raises UserError
+    naming what is wrong with it."""
     kind, colon, rest = text.strip().partition(":")
+    if kind in methods and rest:
+        return Spec(kind, rest, trained=True)
     if kind not in KINDS:
-        raise UserError(f"model {text!r}: must begin with one of {', '.join(KINDS)}")
+        if kind in methods:
+            raise UserError(f"model {text!r}: needs the folder that it was trained in, as in {kind}:DIR")
+        known = [*KINDS, *(f"{method}:DIR" for method in methods if method not in KINDS)]
+        raise UserError(f"model {text!r}: must begin with one of {', '.join(known)}")
     if kind in _PLAIN and colon:
         raise UserError(f"model {text!r}: {kind} takes nothing after it")
     if kind in _NEED and not rest:
