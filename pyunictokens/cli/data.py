@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import UserError
-from . import data_negatives
+from . import data_negatives, data_plusplus
 from .shell import USER_ERROR, Bars, SeedOption, command, console, guarded
 
 app = typer.Typer(
@@ -220,3 +220,5 @@ app.command("check")(guarded(check))
 app.command("new")(guarded(new))
 app.command("toy")(guarded(toy))
 app.command("negatives")(guarded(data_negatives.negatives))
+app.command("propose")(guarded(data_plusplus.propose))
+app.command("accept")(guarded(data_plusplus.accept))

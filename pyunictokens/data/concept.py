@@ -7,6 +7,7 @@ second half tests (paper, Appendix C).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +96,13 @@ class Concept:
     @property
     def test_folder(self) -> Path:
         return spelled(self.root / "concept" / "test" / self.name)
+
+
+def held_out(info: Mapping[str, object], total: int) -> int:
+    """How many of `total` facts, the last ones, test: what `num_testing_info` of info.json says, else one half."""
+    wanted = str(info.get("num_testing_info", "")).strip()
+    usable = re.fullmatch(r"[0-9]{1,6}", wanted) is not None and 0 < int(wanted) < total
+    return int(wanted) if usable else total // 2
 
 
 def in_words(sks: str, class_word: str, info: str, judged_as: str) -> str:

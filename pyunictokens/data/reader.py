@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
-from .concept import FACT_PROMPTS, KINDS, PURE_PROMPTS, QA, Concept, Recognition
+from .concept import FACT_PROMPTS, KINDS, PURE_PROMPTS, QA, Concept, Recognition, held_out
 from .image_files import ImageFolder, is_file, look_into
 from .parse import (
     WARNING,
@@ -312,10 +312,7 @@ class ConceptReader:
             self.ledger.add(
                 path, FACT_PROMPTS, f"{message}: prompt r must ask for item r, so give both the same length"
             )
-        total = len(concept.fact_pairs)
-        wanted = str(concept.extra.get("num_testing_info", "")).strip()
-        usable = re.fullmatch(r"[0-9]{1,6}", wanted) is not None and 0 < int(wanted) < total
-        concept.num_test_facts = int(wanted) if usable else total // 2
+        concept.num_test_facts = held_out(concept.extra, len(concept.fact_pairs))
         return prompts
 
     def _text_answers(self) -> None:

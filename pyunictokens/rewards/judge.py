@@ -194,7 +194,7 @@ def parse_score(text: str, low: float, high: float, levels: Sequence[float] = ()
     Taken are a JSON object with a number under "score" (also inside a code fence), exactly one line "Score: 7" or
     "Score: 7/10", or an answer that is a number alone. Nothing is guessed from prose.
     """
-    body, reason = _unfenced(text.strip()), ""
+    body, reason = unfenced(text.strip()), ""
     if body.startswith("{"):
         try:
             made: dict[str, object] = json.loads(body)
@@ -222,7 +222,7 @@ def parse_score(text: str, low: float, high: float, levels: Sequence[float] = ()
     return float(score), reason
 
 
-def _unfenced(text: str) -> str:
+def unfenced(text: str) -> str:
     """The inside of a code fence, where the whole text is one."""
     first, _, rest = text.partition("\n")
     if first.strip() not in {"```", "```json"} or not rest.endswith("```"):

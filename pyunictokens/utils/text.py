@@ -14,6 +14,7 @@ from pathlib import Path
 from .errors import UserError
 from .spelling import on_disk
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -46,7 +47,12 @@ def printable(text: str) -> str:
 def spreadsheet_cell(text: str) -> str:
     """`text` as a cell of a CSV file that no spreadsheet takes for a formula: one that begins like a formula gets a '
     in front, as spreadsheets themselves write it."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return f"'{text}" if text[:1] in _FORMULA else text
+
+
+def plain_cell(text: str) -> str:
+    """What :func:`spreadsheet_cell` was given."""
+    return text[1:] if text[:1] == "'" and text[1:2] in _FORMULA else text
 
 
 def decode_text(data: bytes, origin: object) -> str:
