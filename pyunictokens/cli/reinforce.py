@@ -96,6 +96,8 @@ def reinforce(
 
         pyunictokens reinforce prompts.txt --reward my_rewards:red --out runs/red --resume
 
+        pyunictokens reinforce prompts.txt --reward jpeg_size --out runs/small steps=20 report_to=trackio
+
         pyunictokens reinforce gsm8k.jsonl --reward maths --model llada-8b objective=diffu_grpo max_new_tokens=256
 
         pyunictokens reinforce prompts.txt --reward my_rewards:red steps=20 groups=6 group_size=8 trainable=full
@@ -112,6 +114,7 @@ def reinforce(
     from ..runs.bundle import check_objective, open_bundle
     from ..train import reinforce as run
     from ..train.distributed.ranks import Ranks
+    from ..train.trackers import check_trackers
     from ..utils.signals import Stopped, stop_on_signals
     from ..utils.yaml_text import settled
 
@@ -135,6 +138,7 @@ def reinforce(
 
     settings = asked(asked("full" if sources.is_toy else "lora").trainable)
     check_objective(settings.objective, words, out, trust=trust)
+    check_trackers(settings.report_to)
     with Ranks.open(device) as ranks:
         if not ranks.first:
             quiet()

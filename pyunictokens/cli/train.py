@@ -147,6 +147,8 @@ def train(
 
         pyunictokens train toydata bo --out runs/short grpo.steps=5 grpo.group_size=4
 
+        pyunictokens train toydata bo --out runs/bo report_to=wandb,tensorboard
+
         pyunictokens train toydata bo --out runs/tokens --stages joint --no-grpo
 
         pyunictokens train --config runs/bo/config.yaml --out runs/again --seed 1
@@ -268,6 +270,7 @@ def _train_one(
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, PARTS, Origin, Run, RunConfig
     from ..train.grpo import PHASES
+    from ..train.trackers import check_trackers
     from ..utils.devices import check_training_dtype, pick_dtype
     from ..utils.profiling import PhaseReport, trace
     from ..utils.signals import Stopped, stop_on_signals
@@ -296,6 +299,7 @@ def _train_one(
     if start is None and origin.name == concept.name:
         start = origin.start
     check_training_dtype(pick_dtype(settings.grpo.dtype), resume)
+    check_trackers(settings.grpo.report_to)
     before = Run.find(start) if start is not None else None
     begin = before.concept_tokens(concept.name) if before is not None else None
     wanted = origin.parts or PARTS

@@ -19,6 +19,7 @@ from ..utils.errors import UserError
 from .settings import from_mapping, load_yaml, save_yaml, with_overrides
 
 Stage = Literal["understanding", "generation", "deepening", "joint"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "none"]
 
 
 def _at_least(low: float, **values: float) -> None:
@@ -339,6 +340,9 @@ class GrpoConfig:
     well (FSDP2; llada, mmada). auto shares the optimizer's state with trainable=full."""
     sample_every: int = 10
     """Steps between images in samples/; 0 turns them off."""
+    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    """Where numbers and images are reported to while stages and reinforcement run: tensorboard, wandb, trackio, mlflow,
+    several of these, or none."""
     max_bad_steps: int = 3
     """Steps in a row without a finite reward, loss or gradient before the run ends with an error."""
     reward_timeout: float = field(default=0.0, metadata={"was": "expert_timeout"})
@@ -391,6 +395,8 @@ class GrpoConfig:
         _within(0, MAX_SEED, seed=self.seed)
         _within(1, MOST, group_size=self.group_size, groups=self.groups or 1, timesteps=self.timesteps)
         _within(1, MOST, max_new_tokens=self.max_new_tokens)
+        if len(set(self.report_to)) != len(self.report_to) or ("none" in self.report_to and len(self.report_to) > 1):
+            raise UserError(f"report_to={','.join(self.report_to)}: name each tracker once, and none alone")
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")
 

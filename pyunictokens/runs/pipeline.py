@@ -228,6 +228,7 @@ class _Run:
             progress=context.progress,
             stop=context.stop,
             ranks=context.ranks,
+            report_to=context.settings.grpo.report_to,
         )
 
     def reinforce(self) -> ConceptTokens:

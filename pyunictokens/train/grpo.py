@@ -53,6 +53,7 @@ from .spread import SpreadWatch
 from .statistics import UpdateStats
 from .tasks import TaskSource
 from .text_collector import TextCollector
+from .trackers import check_trackers
 
 if TYPE_CHECKING:
     from .distributed.sharded_layers import ShardedLayers
@@ -110,6 +111,7 @@ def run_grpo(
     held_out: prompts to measure on every `held_out.every` steps, best policy and early end by them (held_out.py).
 
     Raises:
+        MissingExtra: for a tracker of `config.report_to` that is not installed.
         UserError: for settings, data or checkpoints that cannot be used, for a model in float16, and when
             `max_bad_steps` steps in a row have a rollout, reward, loss or gradient that is not finite; a checkpoint
             then stands behind them, so that `resume` goes on with other draws.
@@ -117,6 +119,7 @@ def run_grpo(
     """
     out, ranks = Path(out_dir), ranks or Ranks()
     check_training_dtype(model.dtype, resume)
+    check_trackers(config.report_to)
     config = _settled(config, out, resume, ranks)
     who = {**identity(model), **tasks.identity(), **(held_out.identity() if held_out else {})}
     settings = to_mapping(config)
@@ -199,6 +202,7 @@ class _Run:
         self.headroom = FirstGroups(tasks, rewards, folder.path, config.reward_timeout)
         self.best: Measurement | None = None
         self.spread = SpreadWatch()
+        self.metrics: MetricsLog | None = None
 
     def _make_policy(self) -> Policy:
         """What learns. The reference file is rank 0's to write, so the others come after it."""
@@ -239,9 +243,11 @@ class _Run:
         with ExitStack() as undo:
             metrics = measured = None
             if self.ranks.first:
-                metrics = undo.enter_context(MetricsLog(self.folder.path, from_step=self.step))
+                told, settings = config.report_to, to_mapping(config)
+                log_of = MetricsLog(self.folder.path, from_step=self.step, report_to=told, settings=settings)
+                metrics = self.metrics = undo.enter_context(log_of)
             if self.ranks.first and self.held_out is not None:
-                log_of = MetricsLog(self.folder.path, from_step=self.step + 1, name=HELD_OUT_LOG, events=False)
+                log_of = MetricsLog(self.folder.path, from_step=self.step + 1, name=HELD_OUT_LOG)
                 measured = undo.enter_context(log_of)
             undo.callback(self.saver.wait)
             if self.step == 0 and config.dsog.enabled and config.dsog.initial == "auto":
@@ -404,7 +410,10 @@ class _Run:
         assert vq is not None and shown.codes is not None
         device = next(vq.parameters()).device
         previews = None if shown.preview_codes is None else vq.decode(shown.preview_codes.to(device).long())
-        save_samples(self.folder.path, self.step, shown, vq.decode(shown.codes.to(device)), previews)
+        grids = save_samples(self.folder.path, self.step, shown, vq.decode(shown.codes.to(device)), previews)
+        if self.metrics is not None:
+            for name, grid in grids.items():
+                self.metrics.show(f"samples/{name}", grid, self.step)
 
     def _diagnosis(self, problem: str) -> str:
         return self.bad.diagnosis(

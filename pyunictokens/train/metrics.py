@@ -1,16 +1,15 @@
-"""What a run leaves to read: metrics.jsonl (one line a step), TensorBoard events, and images with their prompts.
+"""What a run leaves to read: metrics.jsonl (one line a step), and images with their prompts; trackers get both.
 
 A resumed run first takes back the lines after its checkpoint, so the log reads as if the run had never stopped. What
-they mean is told in docs/training.md.
+they mean is told in docs/training.md; where else they are reported to is the business of trackers.py.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -19,21 +18,27 @@ from torch import Tensor
 
 from ..utils.errors import UserError
 from ..utils.files import AnyJson, named_errors, parse_json, read_json_lines, write_json, write_text_atomic
+from .trackers import Trackers
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from PIL.Image import Image
 
     from .collector import RolloutSummary
 
-log = logging.getLogger(__name__)
-
 
 class MetricsLog:
-    """Lines of ``metrics.jsonl`` in a run's folder, and with `events` the same numbers for TensorBoard where it is
-    installed."""
+    """Lines of ``metrics.jsonl`` in a run's folder; the same numbers go to the trackers that `report_to` names, which
+    are told what the run is `called` and its `settings`."""
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, from_step: int = 0, name: str = "metrics.jsonl", events: bool = True
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        from_step: int = 0,
+        name: str = "metrics.jsonl",
+        report_to: Sequence[str] = (),
+        called: str = "",
+        settings: Mapping[str, object] | None = None,
     ):
         self.folder = Path(folder)
         self.file = self.folder / name
@@ -41,8 +46,8 @@ class MetricsLog:
         if self.file.exists():
             kept = [line for line in _lines(self.file) if _before(line, from_step)]
             write_text_atomic(self.file, "".join(line + "\n" for line in kept))
+        self._trackers = Trackers(report_to, self.folder, name=called, settings=settings, from_step=from_step)
         self._handle = self.file.open("ab", buffering=0)  # nothing waits in a buffer to fail once more on closing
-        self._events = _events(self.folder / "tensorboard", from_step) if events else None
 
     def write(self, values: Mapping[str, object]) -> None:
         """Add one line; `values` holds at least `step`. Numbers that are not finite become null."""
@@ -54,13 +59,12 @@ class MetricsLog:
             raise UserError(
                 f"{self.file}: cannot be written ({error.strerror}): make room and go on with --resume"
             ) from error
-        events = self._events
-        try:
-            for key, value in _flat(values) if events is not None else []:
-                if key != "step" and events is not None:
-                    events.add_scalar(key, value, values["step"])
-        except OSError as error:
-            self._without_events(error)
+        numbers = dict(_flat(values))
+        self._trackers.log(numbers, int(numbers.pop("step")))
+
+    def show(self, name: str, image: Image, step: int) -> None:
+        """Report an image to the trackers."""
+        self._trackers.show(name, image, step)
 
     def sync(self) -> None:
         """Have the lines on disk before a checkpoint counts on them."""
@@ -69,15 +73,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self._handle.close()
-        try:
-            if self._events is not None:
-                self._events.close()
-        except OSError as error:
-            self._without_events(error)
-
-    def _without_events(self, error: OSError) -> None:
-        log.warning("TensorBoard's events cannot be written (%s) and end here; %s goes on", error.strerror, self.file)
-        self._events = None
+        self._trackers.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -98,18 +94,22 @@ def read_metrics(folder: str | os.PathLike[str], name: str = "metrics.jsonl") ->
 
 def save_samples(
     folder: str | os.PathLike[str], step: int, rollouts: RolloutSummary, images: Tensor, previews: Tensor | None
-) -> None:
-    """Write samples/step_NNNN_final.png (and _preview.png) as grids and their texts as JSON. Pixels [R, 3, H, W]."""
+) -> dict[str, Image]:
+    """Write samples/step_NNNN_final.png (and _preview.png) as grids and their texts as JSON; returns the grids by these
+    names. Pixels [R, 3, H, W]."""
     from ..data.images import make_grid, save_image
 
     base, rewards = Path(folder) / "samples", rollouts.rewards.tolist()
     base.mkdir(parents=True, exist_ok=True)
     columns = math.ceil(math.sqrt(len(rewards)))
     captions = [f"{reward:.3f} {prompt}" for reward, prompt in zip(rewards, rollouts.prompts, strict=True)]
-    save_image(make_grid(images, columns, captions), base / f"step_{step:04d}_final.png")
+    grids = {"final": make_grid(images, columns, captions)}
     if previews is not None:
-        save_image(make_grid(previews, columns), base / f"step_{step:04d}_preview.png")
+        grids["preview"] = make_grid(previews, columns)
+    for name, grid in grids.items():
+        save_image(grid, base / f"step_{step:04d}_{name}.png")
     save_texts(folder, step, rollouts)
+    return grids
 
 
 def save_texts(folder: str | os.PathLike[str], step: int, rollouts: RolloutSummary) -> None:
@@ -123,14 +123,6 @@ def save_texts(folder: str | os.PathLike[str], step: int, rollouts: RolloutSumma
 def _lines(file: Path) -> list[str]:
     """Lines of a log; bytes that are no text, as damage leaves them, make a line that is no JSON."""
     return file.read_text(encoding="utf-8", errors="replace").split("\n")
-
-
-def _events(folder: Path, from_step: int) -> SummaryWriter | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=from_step or None)
 
 
 def _before(line: str, step: int) -> bool:

@@ -252,7 +252,7 @@ def log(data: bytes) -> None:
         (_room() / "log").mkdir()
         file = _put(data, "log", "metrics.jsonl")
     read_metrics(file.parent)
-    with MetricsLog(file.parent, from_step=1, events=False) as metrics:
+    with MetricsLog(file.parent, from_step=1) as metrics:
         metrics.write({"step": 1})
     assert all(line["step"] <= 1 for line in read_metrics(file.parent))
 

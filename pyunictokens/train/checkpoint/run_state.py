@@ -44,6 +44,7 @@ MAY_CHANGE = frozenset(
         "keep_best",
         "patience",
         "sample_every",
+        "report_to",
         "reward_timeout",
         "max_bad_steps",
         "micro_rows",

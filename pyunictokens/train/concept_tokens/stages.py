@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from ..images import ReferenceImages
 from ..metrics import MetricsLog, read_metrics
 from ..optimizer import Optimizer, learning_rate
 from ..prompts import as_prompt, as_question
+from ..trackers import check_trackers
 from . import checkpoint
 from . import token_init as rows
 from .checkpoint import StageCheckpoint
@@ -114,6 +116,7 @@ def train_concept_tokens(
     progress: Progress | None = None,
     stop: Stop = never,
     ranks: Ranks | None = None,
+    report_to: Sequence[str] = ("tensorboard",),
 ) -> ConceptTokens:
     """Learn the tokens of a concept from its folder; returns them attached to `model`.
 
@@ -128,20 +131,24 @@ def train_concept_tokens(
         stop: asked after every step; where it says so (on any rank), a checkpoint is written and Stopped raised.
         ranks: the processes that learn together, each of which calls this with the same arguments: the questions and
             images of a step are dealt among them. All must see `out_dir`, which rank 0 alone writes.
+        report_to: trackers of the numbers (train/trackers.py), as `GrpoConfig.report_to`.
 
     Raises:
+        MissingExtra: for a tracker that is not installed.
         UserError: for data that cannot be learned from, for a model in float16, when `max_bad_steps` steps in a row
             have a loss or gradient that is not finite, and where a checkpoint cannot be written.
         Stopped: `stop` said so.
     """
     config = config or StageConfig()
     check_training_dtype(model.dtype, resume)
+    check_trackers(report_to)
     out, ranks = Path(out_dir), ranks or Ranks()
     with ExitStack() as held:
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(folder_lock(out))
         trainer = _Stages(model, vq, tokenizer, concept_data, config, out, face_embedding, progress, stop, ranks)
+        trainer.report_to = report_to
         return trainer.run(start, resume)
 
 
@@ -168,6 +175,7 @@ class _Stages:
         if not concept_data.train_images:
             raise UserError(f"concept {concept_data.name!r} has no training images: add some to {concept_data.root}")
         self.steps_done = 0
+        self.report_to: Sequence[str] = ()
 
     def run(self, start: ConceptTokens | None, resume: bool) -> ConceptTokens:
         about = self.out / "stages.json"
@@ -189,7 +197,16 @@ class _Stages:
         with ExitStack() as undo:
             metrics = None
             if self.ranks.first:
-                metrics = undo.enter_context(MetricsLog(self.out, from_step=self.steps_done, name="stages.jsonl"))
+                metrics = undo.enter_context(
+                    MetricsLog(
+                        self.out,
+                        from_step=self.steps_done,
+                        name="stages.jsonl",
+                        report_to=self.report_to,
+                        called="-".join(self.out.resolve().parts[-2:]),
+                        settings=to_mapping(self.config),
+                    )
+                )
             for number, stage in enumerate(self.config.stages):
                 if stage in finished:
                     continue
