@@ -72,12 +72,13 @@ def test_its_commands_exist(recipe: Path, tmp_path: Path) -> None:
         settings = [word for word in rest if "=" in word and not word.startswith("-")]
         RunConfig.make("toy", words=settings)
         if words[1] == "train":
-            assert settings and context.params["out"] is not None
+            assert settings and (context.params["out"] is not None or context.params["plan"])
     assert found or recipe.name == "slurm_one.sbatch"
 
 
 def test_a_recipe_goes_on_with_a_run_that_is_there(tmp_path: Path) -> None:
-    first = dry(FOLDER / "one_gpu.sh", tmp_path)[-1]
+    check, plan, first = dry(FOLDER / "one_gpu.sh", tmp_path)
+    assert check[:3] == ["pyunictokens", "data", "check"] and "--plan" in plan and "--out" not in plan
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "config.yaml").write_text("")
     again = dry(FOLDER / "one_gpu.sh", tmp_path)[-1]
@@ -117,18 +118,26 @@ def test_what_is_missing_is_named() -> None:
     assert made.returncode != 0 and "DATA: the data folder" in made.stderr
 
 
-def test_the_shipped_rewards_are_the_papers_where_the_docs_put_them() -> None:
-    from pyunictokens.rewards.load import RewardConfig
-    from pyunictokens.rewards.registry import weight_status
-    from pyunictokens.runs.bundle import read_rewards
+def test_one_gpu_needs_no_more_than_data_and_a_name(tmp_path: Path) -> None:
+    told = {key: value for key, value in GIVEN.items() if key in {"DRY_RUN", "DATA", "CONCEPT"}}
+    plain = {key: value for key, value in os.environ.items() if key not in GIVEN}
+    made = subprocess.run(
+        ["bash", str(FOLDER / "one_gpu.sh")], capture_output=True, text=True, env={**plain, **told}, check=True
+    )
+    last = made.stdout.splitlines()[-1]
+    assert "--model show-o-512 --rewards paper --preset paper" in last and "--vq" not in last and "--dtype" not in last
 
-    chosen = read_rewards(str(FOLDER / "rewards.yaml"))
-    assert isinstance(chosen, dict)
-    paths = RewardConfig.from_mapping(chosen).paths()
-    assert set(paths) == {"tier", "ber", "der", "fer"}
-    homes = {status.name: status.get.rpartition(" ")[2] for status in weight_status() if status.name in paths}
+
+def test_the_shipped_rewards_are_the_papers_where_the_docs_put_them() -> None:
+    from pyunictokens.rewards.registry import weight_status
+    from pyunictokens.runs.bundle import paper_rewards
+
+    models = paper_rewards()["models"]
+    assert isinstance(models, dict) and list(models) == ["tier", "ber", "der", "fer"]
+    assert all(settings == {"path": "auto"} for settings in models.values())
+    homes = {status.looked_in[0] for status in weight_status(dict.fromkeys(models, "auto"))}
     docs = (FOLDER.parent.parent / "docs" / "real-weights.md").read_text(encoding="utf-8")
-    assert all(path in docs for path in paths.values()) and set(homes) == set(paths)
+    assert len(homes) == 4 and all(home in docs for home in homes)
     for recipe in RECIPES:
         text = recipe.read_text()
-        assert "--rewards" not in text or "rewards.yaml" in text or "REWARDS" not in text
+        assert "--rewards" not in text or "REWARDS:-paper" in text or "rewards serve" in text, recipe.name

@@ -8,7 +8,7 @@
 # REWARDS=http://a:7000,http://b:7000 to one_gpu.sh. DRY_RUN=1 prints the commands and runs none.
 set -euo pipefail
 
-REWARDS=${REWARDS:-experiments/recipes/rewards.yaml}
+REWARDS=${REWARDS:-paper}
 PORT=${PORT:-7000}
 EXPERTS_DEVICE=${EXPERTS_DEVICE:-cuda:1}
 : "${PYUNICTOKENS_REWARDS_KEY:=$(python3 -c 'import secrets; print(secrets.token_hex(32))')}"

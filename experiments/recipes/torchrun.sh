@@ -13,7 +13,7 @@ set -euo pipefail
 : "${SHOWO:?folder or hub id of the Show-o checkpoint}"
 : "${VQ:?folder or hub id of MAGVIT-v2}"
 : "${PHI:?folder with the tokenizer.json of Phi-1.5}"
-REWARDS=${REWARDS:-experiments/recipes/rewards.yaml}
+REWARDS=${REWARDS:-paper}
 OUT=${OUT:-runs/$CONCEPT}
 GPUS=${GPUS:-8}
 RESTARTS=${RESTARTS:-3}

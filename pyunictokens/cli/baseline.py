@@ -58,7 +58,7 @@ def train(
     vision: VisionOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
     rate: RateOption = None,
 ) -> None:
@@ -80,7 +80,7 @@ def train(
     from ..config.settings import from_mapping, load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..models.bundle import Sources
-    from ..runs.bundle import load_scorers, open_bundle
+    from ..runs.bundle import load_scorers, open_bundle, resolved_dtype
     from ..toy.model import toy_folder
     from ..train.costs import sizes_of
     from ..utils.devices import check_training_dtype, pick_device, pick_dtype
@@ -95,6 +95,7 @@ def train(
     if config is not None:
         settings = from_mapping(type(settings), load_yaml(config), base=settings, origin=str(config))
     settings = with_overrides(settings, [*([f"seed={seed}"] if seed is not None else []), *(overrides or [])])
+    dtype = resolved_dtype(sources, device, dtype)
     place, kind = pick_device(device), pick_dtype(dtype)
     check_training_dtype(kind, resume)
     data = load_concept(root, concept)

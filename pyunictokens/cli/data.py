@@ -119,6 +119,7 @@ def new(
     """
     from ..data.facts import facts_template
     from ..data.new import new_concept
+    from ..data.photographs import toy_on_photographs
 
     if template:
         typer.echo(facts_template(name, kind, class_word or "thing"), nl=False)
@@ -157,7 +158,9 @@ def new(
     )
     for note in made.notes:
         out.print(f"note: {note}", markup=False)
-    out.print(f"next: {command('train', root, name, '--out', f'runs/{name}')}", markup=False)
+    real = command("train", root, name, "--out", f"runs/{name}", "--model", "show-o-512")
+    out.print(f"next: {real} (with --plan first: download, memory, hours and cost)", markup=False)
+    out.print(f"without --model {toy_on_photographs(root, name)}", markup=False)
 
 
 def toy(

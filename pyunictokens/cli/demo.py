@@ -26,7 +26,7 @@ def demo(
         bool, typer.Option("--prompts", help="The other form of reinforcement: a list of prompts, no concept.")
     ] = False,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Teach the toy model one drawn concept, start to finish, and report what changed.

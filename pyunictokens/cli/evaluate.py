@@ -74,7 +74,7 @@ def evaluate(
     vision: VisionOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same images. Default: 1000.")] = None,
 ) -> None:
     """Measure a run: recognition, answers, reasoning, images. Writes JSON and prints before and after.

@@ -80,7 +80,7 @@ def paper(
         float, typer.Option("--rate", min=0.001, help="Useful TFLOP/s of one device, for the plan's hours.")
     ] = RATE,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Train what the paper's tables need, and fill them. Stop it and start it again: what is done is not done again.
 
@@ -89,9 +89,9 @@ def paper(
 
     Examples:
 
-        pyunictokens evaluate paper mydata --plan --model show-o-512 --rewards rewards.yaml
+        pyunictokens evaluate paper mydata --plan --model show-o-512
 
-        pyunictokens evaluate paper mydata --out paper --model show-o-512 --rewards rewards.yaml --workers 8
+        pyunictokens evaluate paper mydata --out paper --model show-o-512 --workers 8
 
         pyunictokens evaluate paper toydata --tables table1 --name bo grpo.steps=5 table.limit=2
     """
@@ -106,6 +106,7 @@ def paper(
     from ..models.bundle import Sources
     from ..runs import paper as work
     from ..runs.baselines import TOY_CLIP, Place, TableConfig, make_scorer
+    from ..runs.bundle import PAPER_REWARDS
     from ..runs.run_dir import Run, RunConfig
     from ..runs.sweep import run_local
     from ..train.costs import sizes_of
@@ -137,6 +138,8 @@ def paper(
     place = Place(Run(None), sources, asked, device, dtype)
     rows = {table: work.titled(table, place.baselines(work.models_of(out, table, model_row or ()))) for table in suites}
     subjects = {table: [suite.subject(one) for one in suite.names] for table, suite in suites.items()}
+    trains = any(work.VARIANTS[variant].grpo for variant in variants)
+    rewards = PAPER_REWARDS if rewards is None and trains and not sources.is_toy else rewards
     todo = work.Plan(missing=_missing(sources, clip, rewards))
     todo.runs = {variant: (sum(work.is_done(out, variant, one) for one in names), len(names)) for variant in variants}
     for table in suites:
@@ -152,8 +155,6 @@ def paper(
     _show_plan(todo, rate)
     if plan:
         return
-    if rewards is None and not sources.is_toy and any(work.VARIANTS[variant].grpo for variant in variants):
-        raise UserError("reinforcement needs reward models: give --rewards FILE.yaml (docs/rewards.md)")
     options = {"--model": model, "--vq": vq, "--tokenizer": tokenizer, "--vision": vision}
     options |= {"--rewards": rewards, "--preset": base, "--config": str(config.absolute()) if config else None}
     options |= {"--device": device, "--dtype": dtype}

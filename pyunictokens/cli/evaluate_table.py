@@ -73,7 +73,7 @@ def table(
     ] = True,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Fill the paper's table: every column, any models, with intervals, as JSON, CSV, Markdown, LaTeX and pages.
 

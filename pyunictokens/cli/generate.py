@@ -156,7 +156,7 @@ def generate(
     vision: VisionOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     profile: ProfileOption = None,
 ) -> None:
@@ -259,7 +259,7 @@ def understand(
     vision: VisionOption = None,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Ask a question about an image and print the answer.

@@ -111,7 +111,7 @@ def reinforce(
     from ..rewards.experts.preference import Preference
     from ..rewards.load import RewardConfig, load_rewards
     from ..rewards.names import named, short_name
-    from ..runs.bundle import check_objective, open_bundle
+    from ..runs.bundle import check_objective, open_bundle, resolved_dtype
     from ..train import reinforce as run
     from ..train.distributed.ranks import Ranks
     from ..train.trackers import check_trackers
@@ -142,6 +142,7 @@ def reinforce(
     with Ranks.open(device) as ranks:
         if not ranks.first:
             quiet()
+        settings = with_overrides(settings, [f"dtype={resolved_dtype(sources, ranks.device, settings.dtype)}"])
         bundle = open_bundle(sources, str(ranks.device), settings.dtype)
         if texts:
             bundle = bundle.as_text()

@@ -41,7 +41,7 @@ def serve(
     vq: VqOption = None,
     tokenizer: TokenizerOption = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Serve runs to OpenAI's clients until Ctrl-C or SIGTERM: draw, paint into pictures, ask about them.
 

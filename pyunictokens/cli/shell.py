@@ -47,7 +47,9 @@ _LONGEST = 10_000
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Folder, hub id or word (docs/models.md). Default: the embedded toy, or what the run used."
+        "--model",
+        help="Folder, hub id or word (docs/models.md); show-o-512 implies image tokenizer and text tokenizer. Default: "
+        "the embedded toy, or what the run used.",
     ),
 ]
 VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or hub id. Default: as for --model.")]
@@ -71,7 +73,13 @@ ClipOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="auto, float32, bfloat16 or float16; auto is bfloat16 on a GPU (the toy keeps float32), else float32.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
 TrustOption = Annotated[
     bool,

@@ -28,7 +28,7 @@ def studio(
     vq: VqOption = None,
     tokenizer: TokenizerOption = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Draw, paint over, ask, compare and choose in the browser, until Ctrl-C or SIGTERM.
 

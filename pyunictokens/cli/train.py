@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from ..utils.errors import UserError
 from .demo import show_results
+from .plan import show_plan
 from .shell import (
     Bars,
     ClipOption,
@@ -92,7 +94,7 @@ def train(
             "--rewards",
             metavar="FILE.yaml",
             help="Reward models (docs/rewards.md), http://HOST:PORT of served ones, or MODULE:FUNCTION that takes a "
-            "device and returns them.",
+            "device and returns them. Default: the toy's, or paper, the four of the paper.",
         ),
     ] = None,
     trust: TrustOption = False,
@@ -113,7 +115,9 @@ def train(
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", help="float32 or bfloat16 (gradients do not fit float16). Default: what grpo.dtype says."
+            "--dtype",
+            help="auto, float32 or bfloat16 (gradients do not fit float16). Default: what grpo.dtype says, "
+            "which is auto: bfloat16 on a GPU (the toy keeps float32), else float32.",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
@@ -133,6 +137,16 @@ def train(
         typer.Option("--ray", metavar="ADDRESS", help="Jobs on a Ray cluster: auto, local, ray://HOST:PORT."),
     ] = None,
     profile: ProfileOption = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be fetched, with memory, hours and cost; do nothing.")
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0.0, help="Of one hour of the machine, for the cost in the plan.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", min=0.001, help="Useful TFLOP/s of the machine, for the hours in the plan."),
+    ] = None,
 ) -> None:
     """Learn a concept's tokens from its folder, then improve answers and images by reinforcement.
 
@@ -153,6 +167,8 @@ def train(
 
         pyunictokens train --config runs/bo/config.yaml --out runs/again --seed 1
 
+        pyunictokens train mydata mug --model show-o-512 --plan --price 2.5
+
         pyunictokens train --concepts all --workers 2 toydata --out runs/all
 
         torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --out runs/bo
@@ -164,6 +180,8 @@ def train(
 
     words = list(overrides or [])
     root, name, words = _separate(root, name, words)
+    if plan and concepts is not None:
+        raise UserError("--plan is of one concept: name it in place of --concepts (`evaluate paper --plan` plans many)")
     if concepts is not None:
         if name is not None or start is not None or resume:
             raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
@@ -235,6 +253,7 @@ def train(
             dtype,
             seed,
             profile,
+            (price, rate) if plan else None,
         )
 
 
@@ -258,14 +277,24 @@ def _train_one(
     dtype: str | None,
     seed: int | None,
     profile: Path | None,
+    plan: tuple[float | None, float | None] | None,
 ) -> None:
     """One concept, by this process among its ranks."""
     from dataclasses import replace
 
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
+    from ..data.photographs import of_photographs, toy_on_photographs
     from ..models.bundle import Sources
-    from ..runs.bundle import check_objective, choose_rewards, load_scorers, open_bundle, with_clip
+    from ..runs.bundle import (
+        PAPER_REWARDS,
+        check_objective,
+        choose_rewards,
+        load_scorers,
+        open_bundle,
+        resolved_dtype,
+        with_clip,
+    )
     from ..runs.context import Parts, RunContext
     from ..runs.pipeline import run_concept
     from ..runs.run_dir import CONFIG, PARTS, Origin, Run, RunConfig
@@ -291,8 +320,11 @@ def _train_one(
     settings = RunConfig.make(base, values, str(config), words, seed)
     if stages is Stages.joint:
         settings = replace(settings, stages=replace(settings.stages, stages=("joint",)))
-    if dtype is not None:
-        settings = replace(settings, grpo=with_overrides(settings.grpo, [f"dtype={dtype}"]))
+    kept = dtype or settings.grpo.dtype
+    if plan is not None and kept == "auto" and not sources.is_toy:
+        kept = "bfloat16"  # a plan made on a laptop is of the GPU that will run it
+    kept = resolved_dtype(sources, ranks.device, kept)
+    settings = replace(settings, grpo=with_overrides(settings.grpo, [f"dtype={kept}"]))
     out = out or Path("runs") / concept.name
     if ranks.attempt and (out / CONFIG).is_file():
         resume = True  # torchrun starts anew what it has started before
@@ -310,7 +342,15 @@ def _train_one(
     grpo = "grpo" in wanted if grpo is None else grpo
     evaluate = "evaluation" in wanted if evaluate is None else evaluate
     check_objective(settings.grpo.objective, words, out, trust=trust)
-    chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust)
+    if grpo and rewards is None and origin.rewards is None and not sources.is_toy:
+        rewards = PAPER_REWARDS
+    chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust, kind=concept.kind)
+    if sources.is_toy and of_photographs(concept):
+        warnings.warn(toy_on_photographs(root, name), stacklevel=1)
+    if plan is not None:
+        price, rate = plan
+        given = {"stages": learn, "grpo": grpo, "evaluate": evaluate}
+        return show_plan(concept, settings, sources, chosen, str(ranks.device), price=price, rate=rate, **given)
     clip = clip or origin.clip
     scorers = with_clip(load_scorers(sources, ranks.device, chosen, trust=trusted), clip, ranks.device)
     parts = Parts(begin, learn, grpo, evaluate, resume=resume, start_from=start)

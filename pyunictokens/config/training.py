@@ -351,9 +351,10 @@ class GrpoConfig:
     """How image steps run: auto captures them on a GPU and lets the host run them elsewhere; loop, replay and eager
     choose by name; off lets the host run them always. Prompts are padded (and exactly masked), so that one capture
     serves all groups."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. float16 is refused for new runs:
-    its range is too small for gradients."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. auto is bfloat16 on a GPU that
+    computes in it (the toy keeps float32), else float32; a run's config.yaml holds what it came to. float16 is refused
+    for new runs: its range is too small for gradients."""
     seed: int = 0
     """Seed of every draw of the run: questions, answers, images."""
 

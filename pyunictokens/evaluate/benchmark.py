@@ -15,6 +15,7 @@ from typing import TypedDict
 
 from ..data.concept import Concept
 from ..data.images import load_batch, read_image
+from ..data.photographs import TRUTH
 from ..utils.errors import UserError
 from ..utils.files import read_json
 from ..utils.json import Json
@@ -91,7 +92,7 @@ def unifybench(
     wanted = wanted_tasks(splits, "splits")
     tasks = [task for task in TASKS if task in wanted]
     start = time.perf_counter()
-    file = concept.test_folder / "truth.json"
+    file = concept.test_folder / TRUTH
     if truth is None and reader is not None and file.exists():
         truth = read_json(file)
     subject = (sync_r1 if reading is SYNC_R1 else unify).subject_of(concept, tasks)

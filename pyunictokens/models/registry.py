@@ -18,6 +18,7 @@ from ..utils.errors import UserError
 from .base import AnsweringModel
 from .bundle import ModelBundle, Sources
 from .checkpoint import read_config, resolve
+from .weight_files import WeightFiles
 
 FAMILIES = {
     "show-o": "pyunictokens.models.showo.family",
@@ -40,6 +41,8 @@ class Family:
     """Loads what `sources` names. Raises UserError where a part is missing or does not fit."""
     words: Mapping[str, Sources] = field(default_factory=dict)
     """Short names of published checkpoints, each with the tokenizers it was trained with."""
+    files: tuple[WeightFiles, ...] = ()
+    """What the published checkpoints and tokenizers consist of, as far as it is known here."""
     holds: tuple[str, ...] = ()
     """Which of "vq" and "tokenizer" lie in the folder of such a checkpoint."""
 
@@ -50,11 +53,15 @@ def families() -> list[Family]:
 
 
 def implied(model: str) -> Sources:
-    """What a word such as show-o-512 stands for. A folder of a whole pipeline holds its tokenizers; any other name
-    stands for itself and implies none."""
+    """What a word such as show-o-512 stands for: hub ids, or the folders that the examples keep these files in, where
+    they are here. A folder of a whole pipeline holds its tokenizers; any other name stands for itself and implies
+    none."""
     for family in families():
         if model in family.words:
-            return family.words[model]
+            named, homes = family.words[model], {files.source: files.home for files in family.files}
+            parts = {part: getattr(named, part) for part in ("model", "vq", "tokenizer")}
+            at_home = {part: home for part, id in parts.items() if (home := homes.get(id, "")) and Path(home).is_dir()}
+            return replace(named, **at_home)
     folder = Path(model).expanduser()
     if (folder / "model_index.json").is_file():
         return Sources(model, model, model)
@@ -64,6 +71,14 @@ def implied(model: str) -> Sources:
             if family.recognises(config):
                 return Sources(model, **dict.fromkeys(family.holds, model))
     return Sources(model)
+
+
+def known_files(source: str) -> WeightFiles | None:
+    """What the published files of a hub id (with or without `hub:`), or in the examples' folder of them, consist of.
+    None: nothing is known of them."""
+    wanted = source.removeprefix("hub:")
+    every = (files for family in families() for files in family.files)
+    return next((files for files in every if wanted in (files.source, files.home)), None)
 
 
 def family_of(path: str | os.PathLike[str]) -> Family:

@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..models.weight_files import WeightFiles
 from ..utils.errors import UserError, require
 from ..utils.files import unreadable
 from ..utils.loading import no_bars
 from .base import Device, check_pixels
-from .weights import WeightFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 from ..config.settings import from_mapping
+from ..models.weight_files import WeightFiles, WeightStatus, status_of
 from ..utils.errors import UserError
 from .base import Device, JudgesPreviews, PreviewJudge, PreviewScorer, RewardBatch, RewardModel
-from .weights import WeightFiles, WeightStatus, status_of
 
 _MODULES = (
     "experts.tier",

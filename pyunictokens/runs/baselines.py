@@ -28,7 +28,7 @@ from ..toy.model import toy_folder
 from ..utils import fingerprint
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
-from .bundle import open_bundle
+from .bundle import open_bundle, resolved_dtype
 from .run_dir import BASE, Run, RunConfig
 
 TOY_CLIP = "toy"
@@ -73,8 +73,11 @@ class Place:
     sources: Sources
     config: TableConfig
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: str = "auto"
     _bare: list[ModelBundle] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.dtype = resolved_dtype(self.sources, self.device, self.dtype)  # what is kept by name says which it was
 
     def baselines(self, texts: Sequence[str]) -> list[Baseline]:
         """One row a text, as `evaluate.baselines` reads them. Raises UserError for one that is no model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ..models.bundle import ModelBundle, Sources
@@ -19,13 +20,25 @@ if TYPE_CHECKING:
     from ..rewards.base import FaceEmbedding, PreviewJudge, Rewards
 
 
+PAPER_REWARDS = "paper"
+"""The word for the reward models of the paper, whose settings come with the package (assets/rewards.yaml)."""
+
+
+def resolved_dtype(sources: Sources, device: str | torch.device, dtype: str) -> str:
+    """The name of the precision that `dtype` asks for: auto is bfloat16 on a GPU that computes in it, and float32 for
+    the toy, whose numbers were all taken in it, and elsewhere. Raises UserError."""
+    if dtype == "auto" and sources.is_toy:
+        return "float32"
+    return str(pick_dtype(dtype, pick_device(str(device)))).removeprefix("torch.")
+
+
 def open_bundle(sources: Sources, device: str, dtype: str, max_text: int | None = None) -> ModelBundle:
     """The parts that `sources` names, or the embedded toy. `max_text` is given to the model, where a run or a config
     holds one."""
     from ..models import registry
     from ..toy.model import load_toy
 
-    place, kind = pick_device(device), pick_dtype(dtype)
+    place, kind = pick_device(device), pick_dtype(resolved_dtype(sources, device, dtype))
     if sources.is_toy:
         bundle = load_toy(kind, place)
     else:
@@ -123,11 +136,26 @@ def with_clip(scorers: Scorers | None, clip: str | None, device: torch.device) -
     return replace(scorers or Scorers(None), image_text=OpenClip(clip, device))
 
 
-def read_rewards(given: str | Mapping[str, object] | None) -> str | Mapping[str, object] | None:
-    """`given` as :func:`load_scorers` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all)."""
+def paper_rewards(kind: str | None = None) -> dict[str, object]:
+    """The settings of the paper's reward models, for concepts of `kind` (None: of any): faces are of people alone."""
+    file = Path(__file__).parent.parent / "assets" / "rewards.yaml"
+    settings = dict(cast("Mapping[str, object]", read_rewards(str(file))))
+    models = cast("Mapping[str, object]", settings["models"])
+    if kind not in (None, "human"):
+        settings["models"] = {name: its for name, its in models.items() if name != "fer"}
+    return settings
+
+
+def read_rewards(
+    given: str | Mapping[str, object] | None, kind: str | None = None
+) -> str | Mapping[str, object] | None:
+    """`given` as :func:`load_scorers` takes it: a FILE.yaml becomes the settings in it (under `rewards:`, or all), the
+    word `paper` those that come with the package, for concepts of `kind`."""
     from ..config.settings import load_yaml
     from ..utils.yaml_text import settled
 
+    if given == PAPER_REWARDS:
+        return paper_rewards(kind)
     if isinstance(given, str) and given.lower().endswith((".yaml", ".yml")):
         values = load_yaml(given)
         found = values.get("rewards", values)
@@ -138,18 +166,23 @@ def read_rewards(given: str | Mapping[str, object] | None) -> str | Mapping[str,
 
 
 def choose_rewards(
-    given: str | None, stored: str | Mapping[str, object] | None, folder: str | os.PathLike[str], *, trust: bool = False
+    given: str | None,
+    stored: str | Mapping[str, object] | None,
+    folder: str | os.PathLike[str],
+    *,
+    trust: bool = False,
+    kind: str | None = None,
 ) -> tuple[str | Mapping[str, object] | None, bool]:
     """(the rewards of a command, whether they may name code and servers): those `given` to it, else those `stored`.
 
     What was given on the command line is trusted. What a folder's settings hold is data: where it names code to import
-    or a server to ask, it is taken with `trust`, or where the same settings of this folder were trusted before. Raises
-    UserError that names what would be run.
+    or a server to ask, it is taken with `trust`, or where the same settings of this folder were trusted before. `kind`:
+    of the concept, for the word `paper`. Raises UserError that names what would be run.
     """
     from ..rewards.load import reaches_out
     from ..utils.trust import remember, trusted
 
-    chosen = read_rewards(given if given is not None else stored)
+    chosen = read_rewards(given if given is not None else stored, kind)
     named = reaches_out(chosen)
     if not named:
         return chosen, False

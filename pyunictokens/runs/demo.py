@@ -51,7 +51,7 @@ def run_demo(
     seed: int = 0,
     words: Iterable[str] = (),
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: str = "auto",
     replace: bool = True,
     progress: Progress = silent,
 ) -> Outcome:

@@ -22,7 +22,7 @@ from ..utils.files import AnyJson
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..rewards.weights import WeightStatus
+    from ..models.weight_files import WeightStatus
 
 Findings = dict[str, AnyJson]
 """What was found, by name; values that JSON can hold."""
@@ -309,17 +309,25 @@ def render(report: Findings, console: Console) -> None:
         console.print("The essential parts work.")
 
 
-def render_weights(findings: Sequence[WeightStatus], console: Console) -> None:
-    """Write what `rewards.registry.weight_status` found."""
+def render_weights(findings: Sequence[WeightStatus], console: Console, further: Sequence[WeightStatus] = ()) -> None:
+    """Write what was found of each part; `further` reward models in one line each."""
     for finding in findings:
         mark = "[green]here[/green]" if finding.ok else "[red]missing[/red]"
-        console.print(f"[bold]{_plain(finding.name)}[/bold]  {_plain(finding.network)}: {mark}")
+        size = "size not known" if finding.gigabytes is None else f"{finding.gigabytes:.3g} GB"
+        console.print(f"[bold]{_plain(finding.name)}[/bold]  {_plain(finding.network)}, {size}: {mark}")
         places = finding.found or " and ".join(finding.looked_in)
         console.print(f"  {'found in' if finding.found else 'looked in'} {_plain(places)}")
         if finding.missing:
             console.print(f"  wants {_plain(', '.join(finding.missing))} from {_plain(finding.source)}")
             console.print(f"  {_plain(finding.get)}", soft_wrap=True)
         console.print(f"  licence: {_plain(finding.licence)}")
+    absent = [finding for finding in findings if not finding.ok]
+    known = sum(finding.gigabytes or 0.0 for finding in absent)
+    here = len(findings) - len(absent)
+    console.print(f"{here} of {len(findings)} parts are here" + (f"; to fetch: {known:.3g} GB" if absent else ""))
+    if further:
+        named = (f"{each.name} ({'here' if each.ok else each.source})" for each in further)
+        console.print(f"further reward models: {_plain(', '.join(named))}")
 
 
 def _plain(text: str) -> str:

@@ -65,7 +65,7 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, where: str | os.PathLike[str], *, device: str = "auto", dtype: str = "float32", name: str | None = None
+        cls, where: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto", name: str | None = None
     ) -> Pipeline:
         """Open `where`; `name` is the concept's, where it holds published tokens. Raises UserError where it is neither
         a run nor a model."""
@@ -132,6 +132,38 @@ class Pipeline:
         from ..data.images import to_pil
 
         return PipelineOutput([to_pil(each) for each in pixels])
+
+    def ask(
+        self,
+        image: str | os.PathLike[str] | Image | None,
+        question: str,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> str:
+        """The answer to a question about an image (a file or a PIL image; None: about none, as facts are asked).
+
+        Greedy unless `temperature` is above 0. `max_new_tokens`: as long as `understand` lets answers be. Raises
+        UserError for a model that does not answer, an image that cannot be read, or a `<name>` it does not know.
+        """
+        from ..data.images import black_image, from_pil, load_pixels, square
+        from .asking import check_prompt, question_for, sampling
+
+        size, concept = self.engine.features_side or self.bundle.size, self.bundle.concept
+        if image is None:
+            pixels = black_image(size)
+        else:
+            named = isinstance(image, (str, os.PathLike))
+            pixels = load_pixels(image, size) if named else from_pil(square(image.convert("RGB"), size))
+        check_prompt(question, concept)
+        text, raw = question_for(question, concept, self.run is not None and self.run.published)
+        longest = sampling(self.bundle.sources.is_toy).max_new_tokens if max_new_tokens is None else max_new_tokens
+        told = self.engine.generate_text(
+            pixels[None], [text], raw=raw, max_new_tokens=longest, temperature=temperature, top_k=top_k, seed=seed
+        )
+        return told.texts[0]
 
     def _trained(self) -> tuple[int | None, float | None]:
         """Steps and guidance that the run was trained with; None: the model's own."""
@@ -222,7 +254,7 @@ class Pipeline:
 
 
 def pipeline(
-    where: str | os.PathLike[str], *, device: str = "auto", dtype: str = "float32", name: str | None = None
+    where: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto", name: str | None = None
 ) -> Pipeline:
     """:meth:`Pipeline.from_pretrained`."""
     return Pipeline.from_pretrained(where, device=device, dtype=dtype, name=name)
@@ -231,4 +263,5 @@ def pipeline(
 def _model(where: str, device: str, dtype: str) -> ModelBundle:
     from ..models import registry
 
-    return registry.load(where, pick_dtype(dtype), pick_device(device))
+    place = pick_device(device)
+    return registry.load(where, pick_dtype(dtype, place), place)

@@ -86,7 +86,7 @@ def run_prompt_demo(
     seed: int = 0,
     words: Iterable[str] = (),
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: str = "auto",
     prompts: int = 960,
     held_out: int = 192,
     world: Path | None = None,
@@ -99,13 +99,14 @@ def run_prompt_demo(
     """
     from ..toy.composed.model import composed_reward, load_composed, share_right, shipped, wholly_right
     from ..toy.composed.prompts import write_prompts
-    from .bundle import open_bundle
+    from .bundle import open_bundle, resolved_dtype
 
     if out.exists() and any(out.iterdir()):
         if not (out / TRAIN).exists():
             raise UserError(f"{out}: is not empty and holds no earlier demo: choose another folder")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    dtype = resolved_dtype(Sources(), device, dtype)
     settings = with_overrides(SETTINGS, [f"seed={seed}", f"dtype={dtype}", *(w.removeprefix("grpo.") for w in words)])
     if world is not None or shipped():
         bundle = load_composed(world, pick_dtype(dtype), pick_device(device))

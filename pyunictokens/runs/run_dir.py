@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import MAX_SEED, MOST, GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
+from ..data.photographs import of_photographs, toy_on_photographs
 from ..evaluate.protocol import protocol_named
 from ..evaluate.tasks import wanted_tasks
 from ..models.base import owning_rows
@@ -313,6 +314,9 @@ def write_description(
         "parts": [name for name, done in zip(PARTS, (parts.stages, parts.grpo, parts.evaluate), strict=True) if done],
     }
     words = ("name", "kind", "class_word", "info", "extra_info")
-    write_json(out / ABOUT, {word: getattr(concept, word) for word in words})
+    about = {word: getattr(concept, word) for word in words}
+    if sources.is_toy and of_photographs(concept):
+        about["caution"] = toy_on_photographs("DATA", concept.name)
+    write_json(out / ABOUT, about)
     # last: where config.yaml is, a run is, whenever it was cut off
     save_yaml(out / CONFIG, {**own, **to_mapping(config)})

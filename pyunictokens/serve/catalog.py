@@ -80,7 +80,7 @@ class Catalog:
         *,
         flags: Sources | None = None,
         device: str = "auto",
-        dtype: str = "float32",
+        dtype: str = "auto",
         limits: Limits | None = None,
         in_use: Callable[[RolloutEngine], set[str]] = lambda engine: set(),
     ):

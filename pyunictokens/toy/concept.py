@@ -18,6 +18,7 @@ from ..data import wording
 from ..data.concept import FACT_PROMPTS, concept_name
 from ..data.images import save_image
 from ..data.install import list_concept
+from ..data.photographs import TRUTH
 from ..utils.errors import UserError, needs
 from ..utils.files import write_json
 from .drawing import render
@@ -228,7 +229,7 @@ class _Writer:
             "prompts": self.expected,
             "images": {half: {f"{i}.png": s.words() for i, s in enumerate(scenes)} for half, scenes in shown.items()},
         }
-        write_json(self.test / "truth.json", truth)
+        write_json(self.test / TRUTH, truth)
 
     def _shared(self) -> None:
         """The files that all concepts of a data folder share."""

@@ -8,6 +8,7 @@ from ..config.training import GrpoConfig, StageConfig
 from ..data.concept import Concept
 from ..models.checkpoint import read_config
 from ..models.showo.costs import ShowoCosts
+from ..models.showo.family import published_config
 from ..models.showo.model import ShowoConfig
 from .concept_tokens.stages import PLANS, questions_of, stage_steps
 
@@ -19,7 +20,7 @@ QUESTION = (40, 16)
 
 def sizes_of(model: str | None) -> ShowoCosts:
     """What Show-o's parts cost by its sizes: those of config.json beside local weights, else of the published model."""
-    config, folder = ShowoConfig(), Path(model).expanduser() if model else None
+    config, folder = published_config(model), Path(model).expanduser() if model else None
     if folder is not None and (folder / "config.json").is_file():
         said = read_config(folder)
         known = {name: said[name] for name in vars(config) if isinstance(said.get(name), int)}

@@ -28,13 +28,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str) -> torch.dtype:
-    """A dtype by name. Raises UserError."""
+def pick_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
+    """A dtype by name; `auto` is bfloat16 on a GPU that computes in it, else float32. Raises UserError."""
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        on_gpu = device is not None and device.type == "cuda"
+        return torch.bfloat16 if on_gpu and torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     if name not in known:
-        raise UserError(f"dtype {name}: must be float32, bfloat16 or float16")
+        raise UserError(f"dtype {name}: must be auto, float32, bfloat16 or float16")
     return known[name]
 
 

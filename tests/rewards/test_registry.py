@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyunictokens.models.weight_files import WeightFiles
 from pyunictokens.rewards import Ensemble, RewardBatch, load_rewards, register, registry
 from pyunictokens.rewards.registry import labels, registered, weight_status
-from pyunictokens.rewards.weights import WeightFiles
 from pyunictokens.utils.errors import UserError
 
 

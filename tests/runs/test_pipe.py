@@ -180,3 +180,18 @@ def test_hub_ids_and_folders(to: str, found: str | None, tmp_path: Path, monkeyp
     assert hub_id("a/b") is None and hub_id("hub:a/b") == "a/b"
     with pytest.raises(UserError, match="must be hub:owner/name"):
         hub_id("hub:a")
+
+
+def test_a_run_is_asked_about_an_image(old: Path) -> None:
+    from PIL import Image
+
+    pipe = uct.pipeline("run")
+    image = pipe("A photo of <bo>.", seed=4).images[0]
+    assert isinstance(image, Image.Image)
+    image.save("bo.png")
+    told = [pipe.ask(about, "What colour is <bo>?", max_new_tokens=6) for about in (image, "bo.png", None)]
+    assert told[0] == told[1], "the file holds the same pixels"
+    asked = CliRunner().invoke(app, ["understand", "run", "bo.png", "What colour is <bo>?", "max_new_tokens=6"])
+    assert asked.exit_code == 0 and asked.output.strip() == told[0].strip()
+    with pytest.raises(UserError, match="<mug> is not a token of this model"):
+        pipe.ask("bo.png", "What colour is <mug>?")

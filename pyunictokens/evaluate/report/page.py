@@ -60,6 +60,7 @@ def _context(files: RunFiles) -> dict[str, object]:
     return {
         "name": files.about.get("name") or (some.concept if some else files.folder.name),
         "subtitle": " · ".join(filter(None, [files.about.get("class_word"), files.about.get("kind")])),
+        "caution": files.about.get("caution", ""),
         "outcome": result,
         "sentences": sentences,
         "tiles": _tiles(files),

@@ -13,7 +13,8 @@ from ..magvit import MagvitV2
 from ..registry import Family
 from ..tokenizer import TextTokenizer
 from ..vision import SYSTEM, ClipVision
-from .model import Showo
+from ..weight_files import WEIGHTS, WeightFiles
+from .model import Showo, ShowoConfig
 
 
 def _recognises(config: Mapping[str, object]) -> bool:
@@ -55,4 +56,27 @@ _WORDS = {
     "show-o-256": Sources("showlab/show-o", "showlab/magvitv2", "microsoft/phi-1_5"),
 }
 
-FAMILY = Family("show-o", _recognises, _load, _WORDS)
+_SHOWO = "Apache-2.0, as Show-o's code"
+_MODEL = (("config.json",), WEIGHTS)
+
+FILES = (
+    WeightFiles("Show-o, 512×512", "showlab/show-o-512x512", _MODEL, _SHOWO, gigabytes=5.79),
+    WeightFiles("Show-o, 256×256", "showlab/show-o", _MODEL, _SHOWO),
+    WeightFiles("MAGVIT-v2, the image tokenizer", "showlab/magvitv2", _MODEL, _SHOWO, gigabytes=0.38),
+    WeightFiles(
+        "the text tokenizer of Phi-1.5",
+        "microsoft/phi-1_5",
+        (("tokenizer.json",), ("tokenizer_config.json",)),
+        "MIT",
+        get="hf download microsoft/phi-1_5 tokenizer.json tokenizer_config.json --local-dir {folder}",
+        gigabytes=0.002,
+    ),
+)
+
+
+def published_config(source: str | None) -> ShowoConfig:
+    """The sizes of a published Show-o by its hub id, where they are known; else those of the 512×512 one."""
+    return ShowoConfig(num_vq_tokens=256) if (source or "").removeprefix("hub:") == "showlab/show-o" else ShowoConfig()
+
+
+FAMILY = Family("show-o", _recognises, _load, _WORDS, FILES)

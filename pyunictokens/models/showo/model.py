@@ -293,7 +293,7 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
     # --- images ----------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, text_ids: Sequence[int]) -> list[int]:
-        """[t2i] [sot] text [eot], at most max_text + 1 ids."""
+        """`[t2i] [sot] text [eot]`, at most max_text + 1 ids."""
         return prompting.t2i_text(text_ids, prompting.SpecialIds.of(self), self.max_text)
 
     def cut_ids(self, text_ids: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.weight_files import PROCESSOR, TOKENIZER, WEIGHTS, WeightFiles
 from ...utils.errors import UserError
 from ..base import (
     Device,
@@ -31,7 +32,6 @@ from ..base import (
 from ..cache import TextCache
 from ..networks import ImageNetwork, NetworkConfig, from_transformers, read_tokenizer
 from ..registry import register
-from ..weights import PROCESSOR, TOKENIZER, WEIGHTS, WeightFiles
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ FILES = WeightFiles(
     "Salesforce/blip2-itm-vit-g",
     (("config.json",), WEIGHTS, TOKENIZER, PROCESSOR),
     "MIT",
+    gigabytes=4.69,
 )
 
 

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.weight_files import WeightFiles
 from ...utils.errors import UserError, require
 from ..base import Device, RewardBatch, WithNetwork
 from ..cache import TextCache
 from ..networks import Network, NetworkConfig, resized_and_cropped
 from ..registry import register
-from ..weights import WeightFiles
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.weight_files import PROCESSOR, WEIGHTS, WeightFiles
 from ...utils.errors import UserError
 from ..base import Device, ImageEncoder, PatchEncoder, RewardBatch, WithNetwork, as_rows, cosine, shape_of
 from ..cache import ReferenceCache
 from ..networks import ImageNetwork, NetworkConfig, from_transformers
 from ..registry import register
-from ..weights import PROCESSOR, WEIGHTS, WeightFiles
 
 
 def best_match(a_APD: Tensor, b_BPD: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ class DerConfig(NetworkConfig):
         self.choose("match", "mean", "best")
 
 
-FILES = WeightFiles("DINOv2", "facebook/dinov2-base", (("config.json",), WEIGHTS, PROCESSOR), "Apache-2.0")
+_WANTED = (("config.json",), WEIGHTS, PROCESSOR)
+FILES = WeightFiles("DINOv2", "facebook/dinov2-base", _WANTED, "Apache-2.0", gigabytes=0.35)
 
 
 @register("der", label="DER: the subject", settings=DerConfig, files=FILES)

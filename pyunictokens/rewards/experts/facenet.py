@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.checkpoint import assign, load_tensors
+from ...models.weight_files import WeightFiles
 from ...utils.errors import UserError, require
 from ..base import Device
 from ..networks import Network, NetworkConfig, to_bytes
-from ..weights import WeightFiles
 
 FACENET_FILES = ("20180402-114759-vggface2.pt", "20180408-102900-casia-webface.pt")
 """Published InceptionResnetV1 weights, by the names they are published under."""
@@ -35,6 +35,7 @@ FILES = WeightFiles(
     f"curl -L --create-dirs -o {{folder}}/{FACENET_FILES[0]} "
     f"https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/{FACENET_FILES[0]}",
     also=("*.pt",),
+    gigabytes=0.11,
 )
 SIDE = 160
 """Pixels along a side of the faces InceptionResnetV1 was trained on."""

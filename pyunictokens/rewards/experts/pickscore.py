@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.weight_files import PROCESSOR, TOKENIZER, WEIGHTS, WeightFiles
 from ..base import Device, RewardBatch, WithNetwork
 from ..cache import TextCache
 from ..networks import ImageNetwork, NetworkConfig, from_transformers, read_tokenizer
 from ..registry import register
-from ..weights import PROCESSOR, TOKENIZER, WEIGHTS, WeightFiles
 
 BEST = 26.0
 

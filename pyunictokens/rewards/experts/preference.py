@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.weight_files import WeightFiles
 from ...utils.errors import UserError
 from ...utils.files import parse_json, safe_name
 from ...utils.text import read_text
 from ..base import Device, ImageEncoder, RewardBatch, WithNetwork, as_rows
 from ..registry import register
-from ..weights import WeightFiles
 from .clip import ClipConfig, OpenClip
 from .der import DerConfig, Dinov2
 

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...models.weight_files import TOKENIZER, WEIGHTS, WeightFiles
 from ...utils.errors import UserError
 from ..base import Device, RewardBatch, TextEncoder, WithNetwork, cosine
 from ..cache import TextCache
 from ..networks import Network, NetworkConfig, from_transformers, read_tokenizer
 from ..registry import register
-from ..weights import TOKENIZER, WEIGHTS, WeightFiles
 
 
 def tier_score(similarity_RL: Tensor, correct: int) -> Tensor:
@@ -56,6 +56,7 @@ FILES = WeightFiles(
     "nghuyong/ernie-3.0-base-zh",
     (("config.json",), WEIGHTS, TOKENIZER),
     "none stated on its card; ERNIE 3.0 itself is Apache-2.0",
+    gigabytes=0.47,
 )
 
 

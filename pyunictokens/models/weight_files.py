@@ -1,7 +1,8 @@
-"""Which files a reward model's network wants, under which licence they stand, and the command that gets them.
+"""Which files a published network wants, under which licence they stand, how large they are, and how to get them.
 
-A reward model says it where it registers (registry.py); its loader asks here what is missing, and so does
-`pyunictokens doctor --weights`. It looks at folders and at the hub's local cache; it opens no file.
+A family of models says it beside its words (`Family.files`), a reward model where it registers. Loaders ask here what
+is missing, and so do `pyunictokens doctor --weights` and `train --plan`. It looks at folders and at the hub's local
+cache; it opens no file.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..models.checkpoint import WEIGHT_FILES, resolve
 from ..utils.errors import UserError
+from .checkpoint import WEIGHT_FILES, resolve
 
 WEIGHTS = (*WEIGHT_FILES, *(f"{name}.index.json" for name in WEIGHT_FILES))
 TOKENIZER = ("tokenizer.json", "vocab.txt")
+AUTO = "auto"
+"""As a path: the folder that the examples keep such files in (`WeightFiles.home`), or the hub where there is none."""
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files of one reward model's network."""
+    """The files of one network."""
 
     network: str
     source: str
@@ -34,6 +37,8 @@ class WeightFiles:
     """A command that puts them into `{folder}`; by default the hub's own."""
     also: tuple[str, ...] = ()
     """Patterns of files that are downloaded besides the usual ones."""
+    gigabytes: float | None = None
+    """Size of the published files, in 10⁹ bytes; a test compares it with the network's parameters. None: not known."""
 
     @property
     def home(self) -> str:
@@ -48,15 +53,23 @@ class WeightFiles:
         get = self.get or f"hf download {self.source} --local-dir {{folder}}"
         return get.replace("{folder}", str(folder or self.home))
 
+    def place(self) -> str:
+        """What AUTO stands for: the examples' folder where it is there, else the hub id, or of files that are on no hub
+        that folder's name."""
+        on_hub = self.source.count("/") == 1 and " " not in self.source
+        return self.home if Path(self.home).is_dir() or not on_hub else f"hub:{self.source}"
+
     def find(self, path: str | os.PathLike[str], *, offline: bool) -> Path:
         """The folder of the network, whole. Raises UserError naming what is missing and where it comes from."""
+        path = self.place() if str(path) == AUTO else path
         try:
             folder = resolve(path, offline=offline, also=self.also)
         except UserError as error:
             raise UserError(f"{error}; wanted is {self.network}: {self.command()}") from error
         missing = self.missing(folder)
         if missing:
-            raise UserError(f"{folder}: {', '.join(missing)} missing; get them with: {self.command(path)}")
+            target = None if str(path).startswith("hub:") else path
+            raise UserError(f"{folder}: {', '.join(missing)} missing; get them with: {self.command(target)}")
         return folder
 
 
@@ -67,7 +80,7 @@ def _either(names: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class WeightStatus:
-    """What was found of one reward model's weights."""
+    """What was found of one network's weights."""
 
     name: str
     network: str
@@ -79,12 +92,14 @@ class WeightStatus:
     ok: bool
     licence: str
     get: str
+    gigabytes: float | None = None
+    """Of the files that are here; else of the published ones, where that is known."""
 
 
 def status_of(name: str, wanted: WeightFiles, given: str | None) -> WeightStatus:
-    """The weights of the model `name`, looked for in `given`, else in the examples' folder and the hub's cache."""
-    places = [given] if given else [wanted.home, wanted.source]
-    found = next((path for place in places if (path := _local(place)) is not None), None)
+    """The weights of the network `name`, looked for in `given`, else in the examples' folder and the hub's cache."""
+    places = [given] if given and given != AUTO else [wanted.home, wanted.source]
+    found = next((path for place in places if (path := local_place(place)) is not None), None)
     lacking = [_either(names) for names in wanted.files] if found is None else wanted.missing(found)
     missing = [] if found is not None and found.is_file() else lacking
     return WeightStatus(
@@ -97,10 +112,17 @@ def status_of(name: str, wanted: WeightFiles, given: str | None) -> WeightStatus
         not missing,
         wanted.licence,
         wanted.command(found),
+        wanted.gigabytes if missing or found is None else size_of(found) / 1e9,
     )
 
 
-def _local(place: str) -> Path | None:
+def size_of(place: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    files = [place] if place.is_file() else [each for each in place.rglob("*") if each.is_file()]
+    return sum(each.stat().st_size for each in files)
+
+
+def local_place(place: str) -> Path | None:
     """The folder (or file) of that name, or of a hub id that was downloaded before; None where there is none."""
     path = Path(place).expanduser()
     if path.exists():
