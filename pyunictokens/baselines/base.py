@@ -23,6 +23,7 @@ from ..config.settings import from_mapping, to_mapping
 from ..config.training import MAX_SEED, MOST
 from ..data.concept import Concept
 from ..evaluate.baselines.ours import Sampling
+from ..evaluate.clip import Embeddings
 from ..evaluate.core import Model
 from ..evaluate.tasks import Subject
 from ..models.bundle import ModelBundle, Sources
@@ -85,8 +86,11 @@ class Job(Generic[S]):
     """Opens the masked model of `sources` on `device`, for the methods that train one."""
     costs: ShowoCosts | None = None
     """What that masked model's parts cost, for a plan."""
-    face_embedding: Callable[[Tensor], Tensor] | None = None
-    """Pixels [M, 3, H, W] in [-1, 1] to face embeddings, where there is one: a person's tokens may start from it."""
+    find_faces: Callable[[], Callable[[Tensor], Tensor] | None] = lambda: None
+    """Gives what makes face embeddings of pixels [M, 3, H, W] in [-1, 1], or None: a person's tokens may start from
+    them."""
+    embeddings: Callable[[], Embeddings] | None = None
+    """Makes the CLIP model that pictures are ranked with, where one was named; the toy has its own."""
     resume: bool = False
     progress: Progress = silent
     stop: Stop = never
@@ -199,6 +203,8 @@ class Method(ABC, Generic[S]):
     """What its publication trained, where it is none of ours: the default of --model."""
     answers: ClassVar[bool] = True
     generates: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    """Whether anything is learned; a model that is only told about the concept learns nothing."""
     reasons: ClassVar[bool] = False
     """Whether a table lets it answer first which fact a prompt means (`evaluate.core.Baseline.reasons`)."""
 

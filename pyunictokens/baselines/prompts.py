@@ -32,6 +32,7 @@ class _Prompted(Method[BaselineSettings]):
     """What they share: nothing is trained."""
 
     settings: ClassVar[type[BaselineSettings]] = BaselineSettings
+    trains = False
     asks: ClassVar[str] = ""
     """The model in the words of `evaluate.baselines`; {model} is the one named."""
     shows: ClassVar[bool] = False

@@ -11,6 +11,9 @@ from .base import Method
 
 METHODS = {
     "unictokens": "unictokens:UniCTokens",
+    "showo-textual-inversion": "showo_inversion:ShowoInversion",
+    "showo-dreambooth": "showo_dreambooth:ShowoDreamBooth",
+    "showo-yochameleon": "showo_yochameleon:ShowoYoChameleon",
     "showo-tp": "prompts:ShowoText",
     "showo-ip": "prompts:ShowoImage",
     "chameleon-tp": "prompts:ChameleonText",

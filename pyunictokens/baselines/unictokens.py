@@ -55,7 +55,7 @@ class UniCTokens(Method[StageConfig]):
             job.concept,
             job.settings,
             stages,
-            face_embedding=job.face_embedding,
+            face_embedding=job.find_faces() if job.concept.kind == "human" else None,
             resume=job.resume and (stages / "stages.json").is_file(),
             progress=job.progress,
             stop=job.stop,

@@ -10,26 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..utils.errors import UserError
-from .shell import (
-    Bars,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    OverridesArgument,
-    TokenizerOption,
-    VisionOption,
-    VqOption,
-    command,
-    console,
-    guarded,
-)
-from .table_options import RATE, RateOption
+from .groups import MACHINE, MODELS, Machine, Models, spread, useful_rate
+from .shell import Bars, ConfigOption, OverridesArgument, command, console, guarded
+from .table_options import RateOption, TableClipOption
 
 if TYPE_CHECKING:
-    import torch
-
     from ..baselines.base import Method, Plan
 
 app = typer.Typer(
@@ -40,6 +25,7 @@ app = typer.Typer(
 )
 
 
+@spread
 def train(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The method; `baseline list` names all.")],
     root: Annotated[Path, typer.Argument(help="The data folder, in the layout of UnifyBench++.")],
@@ -52,13 +38,10 @@ def train(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what it takes (minutes, memory, downloads, what is needed); do nothing.")
     ] = False,
-    model: ModelOption = None,
-    vq: VqOption = None,
-    tokenizer: TokenizerOption = None,
-    vision: VisionOption = None,
+    models: Models = MODELS,
+    clip: TableClipOption = None,
     config: ConfigOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    machine: Machine = MACHINE,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
     rate: RateOption = None,
 ) -> None:
@@ -75,41 +58,24 @@ def train(
 
         pyunictokens evaluate table toydata --name bo -m unictokens:baselines/unictokens/{name} -m showo-tp
     """
-    from ..baselines.base import Job, run
+    from ..baselines.base import run
     from ..baselines.registry import method
-    from ..config.settings import from_mapping, load_yaml, with_overrides
+    from ..config.settings import load_yaml
     from ..data.folder import load_concept
-    from ..models.bundle import Sources
-    from ..runs.bundle import load_scorers, open_bundle, resolved_dtype
-    from ..toy.model import toy_folder
-    from ..train.costs import sizes_of
-    from ..utils.devices import check_training_dtype, pick_device, pick_dtype
+    from ..runs.baseline_jobs import make_job, settings_of
     from ..utils.signals import Stopped, stop_on_signals
 
-    chosen = method(name)
-    if not chosen.masked and (given := [flag for flag, part in (("--vq", vq), ("--tokenizer", tokenizer)) if part]):
-        raise UserError(f"{' and '.join(given)}: {name} trains no masked model, it takes --model alone")
-    named = Sources(model, vq, tokenizer, vision)
-    sources = Sources.choose(named) if chosen.masked else named
-    settings = chosen.defaults(chosen.masked and sources.is_toy)
-    if config is not None:
-        settings = from_mapping(type(settings), load_yaml(config), base=settings, origin=str(config))
-    settings = with_overrides(settings, [*([f"seed={seed}"] if seed is not None else []), *(overrides or [])])
-    dtype = resolved_dtype(sources, device, dtype)
-    place, kind = pick_device(device), pick_dtype(dtype)
-    check_training_dtype(kind, resume)
+    chosen, named = method(name), models.sources
+    words = [*([f"seed={seed}"] if seed is not None else []), *(overrides or [])]
+    settings = settings_of(chosen, named, words, load_yaml(config) if config else None, str(config))
     data = load_concept(root, concept)
     out = out or Path("baselines") / name / data.name
-    weights = str(toy_folder() / "showo") if sources.is_toy else sources.model
-    job = Job(data, out, settings, sources, place, kind, lambda: open_bundle(sources, str(place), dtype), resume=resume)
-    if chosen.masked:
-        job.costs = sizes_of(weights)
+    job = make_job(
+        chosen, data, out, named, settings, device=machine.device, dtype=machine.dtype, clip=clip, resume=resume
+    )
     if plan:
-        _show_plan(chosen, job.settings, chosen.plan(job), place, kind, rate)
+        _show_plan(chosen, job.settings, chosen.plan(job), machine, rate)
         return
-    if chosen.masked:
-        scorers = load_scorers(sources, place) if data.kind == "human" else None
-        job.face_embedding = scorers.face_embedding if scorers is not None else None
     try:
         with Bars() as bars, stop_on_signals(bars.say) as stop:
             job.progress, job.stop = bars, stop
@@ -143,25 +109,11 @@ def methods() -> None:
     console().print(grid)
 
 
-def _show_plan(
-    method: Method[Any],
-    settings: object,
-    plan: Plan,
-    device: torch.device,
-    dtype: torch.dtype,
-    rate: float | None,
-) -> None:
+def _show_plan(method: Method[Any], settings: object, plan: Plan, machine: Machine, rate: float | None) -> None:
     """What a training takes, in lines."""
-    from ..utils.profiling import matrix_rate
-
     lines = [f"{method.row(settings)}: {method.about}", f"steps      {plan.steps}"]
     if plan.flops:
-        useful, where = RATE * 1e12, f"at {RATE:g} TFLOP/s"
-        if rate is not None:
-            useful, where = rate * 1e12, f"at {rate:g} TFLOP/s"
-        elif device.type == "cpu":
-            useful = matrix_rate(device, dtype) / 4
-            where = f"on this CPU at a quarter of its matrix rate, {useful / 1e12:.2g} TFLOP/s"
+        useful, where = useful_rate(rate, machine)
         lines.append(f"minutes    about {plan.flops / useful / 60:.2g} ({plan.flops / 1e12:.3g} TFLOP {where})")
     elif plan.steps:
         lines.append("minutes    not known before the model is here")

@@ -16,18 +16,13 @@ from ..utils.errors import UserError
 from . import evaluate_paper, evaluate_table
 from .demo import show_results
 from .generate import ConceptOption, NameOption, RunArgument
+from .groups import MACHINE, MODELS, Machine, Models, spread
 from .shell import (
     Bars,
     ClipOption,
     ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
     OverridesArgument,
-    TokenizerOption,
     TrustOption,
-    VisionOption,
-    VqOption,
     console,
     guarded,
 )
@@ -49,6 +44,7 @@ class DefaultGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+@spread
 def evaluate(
     run: RunArgument,
     overrides: OverridesArgument = None,
@@ -68,13 +64,9 @@ def evaluate(
     trust: TrustOption = False,
     clip: ClipOption = None,
     name: NameOption = None,
-    model: ModelOption = None,
-    vq: VqOption = None,
-    tokenizer: TokenizerOption = None,
-    vision: VisionOption = None,
+    models: Models = MODELS,
     config: ConfigOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    machine: Machine = MACHINE,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same images. Default: 1000.")] = None,
 ) -> None:
     """Measure a run: recognition, answers, reasoning, images. Writes JSON and prints before and after.
@@ -98,13 +90,12 @@ def evaluate(
     from ..data.folder import load_concept
     from ..evaluate.protocol import protocol_named
     from ..evaluate.result import EvalResult
-    from ..models.bundle import Sources
     from ..runs.bundle import choose_rewards, load_scorers, with_clip
     from ..runs.pipeline import measure
     from ..runs.run_dir import EvaluationConfig, Run, RunConfig
     from ..utils.files import refuse_unwritable
 
-    place, flags = Run.find(run), Sources(model, vq, tokenizer, vision)
+    place, flags = Run.find(run), models.sources
     root, concept_name = place.concept_folder(concept)
     data = load_concept(root, concept_name)
     preset = "toy" if place.sources(flags).is_toy else "paper"
@@ -122,7 +113,7 @@ def evaluate(
         out = place.path / "evaluation.json" if place.path is not None else Path("evaluation.json")
     refuse_unwritable(out)
     chosen, trusted = choose_rewards(rewards, place.origin.rewards, place.path or out, trust=trust)
-    bench = place.open(flags, device, dtype, name)
+    bench = place.open(flags, machine.device, machine.dtype, name)
     scorers = load_scorers(bench.sources, bench.device, chosen, trust=trusted)
     scorers = with_clip(scorers, clip or place.origin.clip, bench.device)
     with Bars() as bars:

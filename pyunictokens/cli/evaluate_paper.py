@@ -13,196 +13,170 @@ import typer
 
 from ..utils.errors import UserError
 from .evaluate_table import show
-from .shell import (
-    Bars,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    OverridesArgument,
-    TokenizerOption,
-    VisionOption,
-    VqOption,
-    console,
-)
-from .table_options import (
-    JUDGE_KEY,
-    MODELS_HELP,
-    JudgeKeyOption,
-    JudgeModelOption,
-    JudgeUrlOption,
-    ProtocolOption,
-    TableClipOption,
-    key_variable,
-)
+from .groups import MACHINE, MODELS, SCORING, Machine, Models, Scoring, spread, useful_rate
+from .shell import Bars, ConfigOption, OverridesArgument, console
+from .table_options import MODELS_HELP, RateOption
 from .train import Preset
 
 if TYPE_CHECKING:
     from ..models.bundle import Sources
     from ..runs.paper import Plan
 
-RATE = 300.0
+BY_NUMBER = {"1": ("table1",), "2": ("table2",), "3": ("table3",), "5": ()}
+"""Tables of the paper by number; the parts of Table 5 are named by their folders."""
 
 
+@spread
 def paper(
-    root: Annotated[Path, typer.Argument(help="The data folder, in the layout of UnifyBench++.")],
+    root: Annotated[
+        Path | None, typer.Argument(help="The data folder, in the layout of UnifyBench++. With --toy: drawn here.")
+    ] = None,
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of all runs and tables.")] = Path("paper"),
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done and how long it takes; do nothing.")] = (
         False
     ),
+    table: Annotated[
+        list[str] | None, typer.Option("--table", metavar="1|2|3|5", help="A table by its number; once for each.")
+    ] = None,
     tables: Annotated[
-        str, typer.Option("--tables", metavar="table1,…", help="Some of table1, table2, table3. Default: all.")
-    ] = "table1,table2,table3",
+        str | None, typer.Option("--tables", metavar="table1,…", help="Some of table1, table2, table3. Default: all.")
+    ] = None,
+    toy: Annotated[
+        bool, typer.Option("--toy", help="Everything on the embedded toy, on an animal and an object drawn for it.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A trial: a few steps of everything, one item of each task.")
+    ] = False,
     name: Annotated[list[str] | None, typer.Option("--name", help="A concept; once for each. Default: all.")] = None,
     model_row: Annotated[list[str] | None, typer.Option("--row", "-m", help=f"One more row. {MODELS_HELP}")] = None,
+    rivals: Annotated[
+        bool, typer.Option("--rivals/--no-rivals", help="Whether the tables' baselines are trained as well.")
+    ] = True,
     yollava: Annotated[Path | None, typer.Option("--yollava", help="Folder of Yo'LLaVA, for Table 5.")] = None,
     mcllava: Annotated[Path | None, typer.Option("--mcllava", help="Folder of MC-LLaVA, for Table 5.")] = None,
     dreambench: Annotated[Path | None, typer.Option("--dreambench", help="Folder of DreamBench, for Table 5.")] = None,
     rewards: Annotated[
         str | None, typer.Option("--rewards", metavar="FILE.yaml", help="Reward models of the runs, as for train.")
     ] = None,
-    clip: TableClipOption = None,
-    protocol: ProtocolOption = None,
-    judge_url: JudgeUrlOption = None,
-    judge_model: JudgeModelOption = None,
-    judge_key: JudgeKeyOption = JUDGE_KEY,
+    scoring: Scoring = SCORING,
     preset: Annotated[
         Preset | None, typer.Option("--preset", help="Settings of the runs. Default: toy or paper.")
     ] = None,
-    model: ModelOption = None,
-    vq: VqOption = None,
-    tokenizer: TokenizerOption = None,
-    vision: VisionOption = None,
+    models: Models = MODELS,
     config: ConfigOption = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Runs trained at a time.")] = 1,
-    rate: Annotated[
-        float, typer.Option("--rate", min=0.001, help="Useful TFLOP/s of one device, for the plan's hours.")
-    ] = RATE,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    rate: RateOption = None,
+    machine: Machine = MACHINE,
 ) -> None:
-    """Train what the paper's tables need, and fill them. Stop it and start it again: what is done is not done again.
+    """Train what the paper's tables need, and fill them beside the paper's numbers.
+
+    Ours, the ablations and the rivals (baselines) are trained where their models are on this machine; what cannot be is
+    left out with the reason. Stop it and start it again: what is done is not done again.
 
     Settings of `train` (grpo.steps=20) go to the runs, those of `evaluate table` with `table.` before them
-    (table.samples=2) to the tables.
+    (table.samples=2) to the tables, those of a rival with its name (yochameleon.steps=100) to it.
 
     Examples:
+
+        pyunictokens evaluate paper --table 1 --toy
 
         pyunictokens evaluate paper mydata --plan --model show-o-512
 
         pyunictokens evaluate paper mydata --out paper --model show-o-512 --workers 8
 
-        pyunictokens evaluate paper toydata --tables table1 --name bo grpo.steps=5 table.limit=2
+        pyunictokens evaluate paper toydata --table 1 --name bo grpo.steps=5 table.limit=2
     """
-    from dataclasses import replace
-
-    from ..config.settings import load_yaml, to_mapping, with_overrides
-    from ..data.folder import load_concept
-    from ..evaluate.protocol import DEFAULT_SAMPLES, OURS, protocol_named
-    from ..evaluate.runner import fill
-    from ..evaluate.suites import open_suite
-    from ..evaluate.table_files import Table, told
+    from ..config.settings import load_yaml
+    from ..evaluate.table_files import told as failures_told
     from ..models.bundle import Sources
     from ..runs import paper as work
-    from ..runs.baselines import TOY_CLIP, Place, TableConfig, make_scorer
+    from ..runs.baselines import TableConfig
     from ..runs.bundle import PAPER_REWARDS
+    from ..runs.paper_run import PaperRun, Told, draw_concepts, with_words
+    from ..runs.rivals import PAPER, TOY
     from ..runs.run_dir import Run, RunConfig
-    from ..runs.sweep import run_local
-    from ..train.costs import sizes_of
-    from ..utils.signals import stop_on_signals
+    from ..utils.signals import Stopped, stop_on_signals
     from .sweep import _gpus
 
-    wanted = [table.strip() for table in tables.split(",") if table.strip()]
-    variants = work.wanted_variants(wanted)
-    sources = Sources.choose(Sources(model, vq, tokenizer, vision))
-    words = [word for word in overrides or [] if not word.startswith("table.")]
-    values = load_yaml(config) if config is not None else {}
+    if root is not None and "=" in str(root) and not root.exists():  # ROOT may be left out with --toy
+        overrides, root = [str(root), *(overrides or [])], None
+    others = {"yollava": yollava, "mcllava": mcllava, "dreambench": dreambench}
+    wanted = _wanted(table, tables, any(others.values()))
+    if toy and models != MODELS:
+        raise UserError("--toy is the embedded toy: leave --model and its parts out")
+    sources = Sources.choose(models.sources)
+    told = Told.of(overrides or [], {rival.key for rival in (*TOY, *PAPER)}, quick)
     base = preset.value if preset else "toy" if sources.is_toy else "paper"
-    settings = RunConfig.make(base, values, str(config), words)
-    asked = TableConfig.of(Run(None), sources.is_toy)
-    asked = replace(asked, protocol=protocol, samples=0, seeds=()) if protocol is not None else asked
-    asked = with_overrides(asked, [w.removeprefix("table.") for w in overrides or [] if w.startswith("table.")])
-    reading = protocol_named(asked.protocol)
-    folders = {"yollava": yollava, "mcllava": mcllava, "dreambench": dreambench}
-    given = {table: (f"{root}", list(name or []), reading) for table in wanted}
-    given |= {table: (f"{table}:{folder}", [], OURS) for table, folder in folders.items() if folder is not None}
-    suites = {table: open_suite(*three) for table, three in given.items()}
-
-    def ours(table: str) -> TableConfig:
-        """The settings of a table; those of Table 5 have no other protocol."""
-        own = suites[table].protocol
-        return asked if own is reading else replace(asked, protocol=own.name, samples=asked.samples or DEFAULT_SAMPLES)
-
-    names = list(suites[wanted[0]].names) if wanted else []
-    place = Place(Run(None), sources, asked, device, dtype)
-    rows = {table: work.titled(table, place.baselines(work.models_of(out, table, model_row or ()))) for table in suites}
-    subjects = {table: [suite.subject(one) for one in suite.names] for table, suite in suites.items()}
-    trains = any(work.VARIANTS[variant].grpo for variant in variants)
+    settings = RunConfig.make(base, load_yaml(config) if config is not None else {}, str(config), told.runs)
+    asked = with_words(TableConfig.of(Run(None), sources.is_toy), scoring.protocol, told.tables)
+    if root is None and not toy:
+        raise UserError("which data folder? Give ROOT, or --toy for concepts that are drawn")
+    clip = scoring.clip_for(sources)
+    work_here = PaperRun(
+        root or draw_concepts(out),
+        out,
+        wanted,
+        {name: folder for name, folder in others.items() if folder is not None},
+        list(name or []),
+        models.sources,
+        settings,
+        asked,
+        told,
+        lambda protocol: scoring.scorer(clip, out / "judge", machine, asked.judged_as, protocol),
+        clip,
+        scoring.judge_model,
+        model_row or (),
+        machine.device,
+        machine.dtype,
+        rivals,
+        quick,
+    )
+    trains = any(work.VARIANTS[variant].grpo for variant in work_here.variants)
     rewards = PAPER_REWARDS if rewards is None and trains and not sources.is_toy else rewards
-    todo = work.Plan(missing=_missing(sources, clip, rewards))
-    todo.runs = {variant: (sum(work.is_done(out, variant, one) for one in names), len(names)) for variant in variants}
-    for table in suites:
-        todo.cells += work.cells_of(
-            table, rows[table], subjects[table], out / table, ours(table), judged=judge_model is not None
-        )
-    costs = sizes_of(sources.model)
-    for variant in variants:
-        open_names = [one for one in names if not work.is_done(out, variant, one)]
-        todo.add_runs(variant, costs, settings.stages, settings.grpo, [load_concept(root, one) for one in open_names])
-    guided = asked.guidance_scale > 0
-    todo.measure_flops = work.measuring_flops(costs, todo.cells, asked.timesteps, guided, asked.max_new_tokens)
-    _show_plan(todo, rate)
+    todo = work_here.plan()
+    todo.missing = _missing(sources, scoring.clip, rewards)
+    _show_plan(todo, rate, machine)
     if plan:
         return
-    options = {"--model": model, "--vq": vq, "--tokenizer": tokenizer, "--vision": vision}
+    options = {"--model": models.model, "--vq": models.vq, "--tokenizer": models.tokenizer, "--vision": models.vision}
     options |= {"--rewards": rewards, "--preset": base, "--config": str(config.absolute()) if config else None}
-    options |= {"--device": device, "--dtype": dtype}
+    options |= {"--device": machine.device, "--dtype": machine.dtype}
     arguments = [text for key, value in options.items() if value is not None for text in (key, str(value))]
-    failed: list[str] = []
     with Bars() as bars, stop_on_signals(bars.say) as stop:
-        for variant in variants:
-            open_jobs = [
-                job
-                for job in work.jobs(out, root, names, variant, arguments, words)
-                if not work.is_done(out, variant, job.name)
-            ]
-            for number, status in enumerate(run_local(open_jobs, workers, gpus=_gpus(device), stop=stop), start=1):
-                bars(f"runs: {variant}", number, len(open_jobs), {"note": f"{status.name} {status.state}"})
-                if status.state != "done":
-                    failed.append(f"{variant}/{status.name}")
-                    bars.say(f"{variant}/{status.name}: {status.state}: {status.message}")
-            if stop():
-                raise UserError("stopped; the same command goes on")
-        if clip is None and sources.is_toy:
-            clip = TOY_CLIP
-        for table in suites:
-            scorer = make_scorer(
-                clip,
-                judge_url,
-                judge_model,
-                key_variable(judge_key),
-                out / "judge",
-                device,
-                judged_as=asked.judged_as,
-                protocol=suites[table].protocol,
-            )
-            mine = ours(table)
-            ready = work.titled(table, place.baselines(work.models_of(out, table, model_row or ())))
-            filled = fill(ready, subjects[table], scorer, out / table, mine, bars)
-            said = {**to_mapping(mine), "suite": str(root), "clip": clip, "judge": judge_model}
-            made = Table(suites[table].layout, filled.records, filled.failures, filled.notes, said)
-            if made.records:
-                made.save(out / table)
-                console().print(f"{work.TABLES[table].title}: {out / table / 'table.md'}", markup=False)
-                show(made)
-            for line in told(filled.failures, 5):
+        try:
+            failed = work_here.train(arguments, workers, _gpus(machine.device), bars, stop, bars.say)
+        except Stopped as stopped:
+            raise UserError(f"{stopped}; the same command goes on") from None
+        for each in work_here.suites:
+            made = work_here.fill(each, bars)
+            if made is None:
+                continue
+            console().print(f"{work.TABLES[each].title}: {out / each / 'table.md'}", markup=False)
+            show(made[0])
+            for line in failures_told(made[0].failures, 5):
                 console().print(f"not judged: {line}", markup=False)
+            console().print(f"beside the paper: {out / each / 'paper.html'}", markup=False)
     if failed:
         raise UserError(
-            f"{len(failed)} runs are not done ({', '.join(failed[:5])}): see {out}/runs/VARIANT/.jobs/NAME.log; the "
-            "same command takes them up again"
+            f"{len(failed)} trainings are not done ({'; '.join(failed[:5])}): see {out}/runs/VARIANT/.jobs/NAME.log; "
+            "the same command takes them up again"
         )
+
+
+def _wanted(numbers: list[str] | None, names: str | None, others: bool) -> list[str]:
+    """Names of the tables over the data folder. Raises UserError for a number that is none."""
+    if numbers and names is not None:
+        raise UserError("--table and --tables say the same: give one of the two")
+    if names is not None or not numbers:
+        names = "table1,table2,table3" if names is None else names
+        return [table.strip() for table in names.split(",") if table.strip()]
+    for number in numbers:
+        if number not in BY_NUMBER:
+            raise UserError(f"--table {number}: must be one of {', '.join(BY_NUMBER)}")
+    if "5" in numbers and not others:
+        raise UserError("--table 5: give the folders of its data sets: --yollava, --mcllava, --dreambench")
+    return [table for number in dict.fromkeys(numbers) for table in BY_NUMBER[number]]
 
 
 def _missing(sources: Sources, clip: str | None, rewards: str | None) -> list[str]:
@@ -229,25 +203,28 @@ def _missing(sources: Sources, clip: str | None, rewards: str | None) -> list[st
     return found
 
 
-def _show_plan(todo: Plan, rate: float) -> None:
+def _show_plan(todo: Plan, rate: float | None, machine: Machine) -> None:
     from rich.table import Table as Grid
 
     grid = Grid(box=None, padding=(0, 2, 0, 0))
     for title in ("", "", "done", "wanted", "answers to ask", "images to draw", "calls of the judge"):
-        grid.add_column(title, justify="left" if not title else "right")
+        grid.add_column(title, justify="left" if not title else "right", no_wrap=not title)
     for variant, (done, wanted) in todo.runs.items():
         grid.add_row("runs", variant, str(done), str(wanted), "", "", "")
     for cell in todo.cells:
         numbers = (cell.there, cell.records, cell.open_answers, cell.open_images, cell.judge_calls)
         grid.add_row(cell.table, cell.model, *map(str, numbers))
     console().print(grid)
-    stages, grpo, measuring = todo.hours(rate * 1e12)
+    useful, where = useful_rate(rate, machine)
+    stages, grpo, measuring, rivals = todo.hours(useful)
     calls = sum(cell.judge_calls for cell in todo.cells)
     console().print(
-        f"about {stages:.3g} hours of stages, {grpo:.3g} of reinforcement and {measuring:.3g} of measuring on one "
-        f"device at {rate:g} TFLOP/s, and {calls} calls of the judge; previews' scores and the judge's own time are "
-        "not in the hours",
+        f"about {stages:.3g} hours of stages, {grpo:.3g} of reinforcement and {measuring:.3g} of measuring, "
+        f"{rivals:.3g} of rivals {where}, and {calls} calls of the judge; "
+        "previews' scores and the judge's own time are not in the hours",
         markup=False,
     )
+    for line in todo.left_out:
+        console().print(f"left out: {line}", markup=False)
     for line in todo.missing:
         console().print(f"to fetch first: {line}", markup=False)

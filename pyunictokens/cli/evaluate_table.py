@@ -12,33 +12,16 @@ import typer
 
 from ..utils.errors import UserError
 from .generate import ConceptOption
-from .shell import (
-    Bars,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    OverridesArgument,
-    TokenizerOption,
-    VisionOption,
-    VqOption,
-    console,
-)
-from .table_options import (
-    JUDGE_KEY,
-    MODELS_HELP,
-    JudgeKeyOption,
-    JudgeModelOption,
-    JudgeUrlOption,
-    ProtocolOption,
-    TableClipOption,
-    key_variable,
-)
+from .groups import MACHINE, SCORING, Machine, Scoring, spread
+from .shell import Bars, ConfigOption, OverridesArgument, TokenizerOption, VisionOption, VqOption, console
+from .table_options import MODELS_HELP
 
 if TYPE_CHECKING:
     from ..evaluate.result import Metric
     from ..evaluate.table_files import Table
 
 
+@spread
 def table(
     suite: Annotated[
         str,
@@ -53,15 +36,11 @@ def table(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="A concept of SUITE; give it once a concept. Default: all.")
     ] = None,
-    protocol: ProtocolOption = None,
+    scoring: Scoring = SCORING,
     concept: ConceptOption = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the table; what is there already is not done again.")
     ] = Path("table"),
-    clip: TableClipOption = None,
-    judge_url: JudgeUrlOption = None,
-    judge_model: JudgeModelOption = None,
-    judge_key: JudgeKeyOption = JUDGE_KEY,
     showo: Annotated[
         str | None, typer.Option("--showo", help="Show-o folder or hub id. Default: the embedded toy, or the run's.")
     ] = None,
@@ -72,8 +51,7 @@ def table(
         bool, typer.Option("--pages/--no-pages", help="Write a page a prompt, models side by side.")
     ] = True,
     config: ConfigOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    machine: Machine = MACHINE,
 ) -> None:
     """Fill the paper's table: every column, any models, with intervals, as JSON, CSV, Markdown, LaTeX and pages.
 
@@ -99,7 +77,7 @@ def table(
     from ..evaluate.suites import open_suite
     from ..evaluate.table_files import RESULTS, Table, told
     from ..models.bundle import Sources
-    from ..runs.baselines import TOY_CLIP, Place, TableConfig, make_scorer
+    from ..runs.baselines import Place, TableConfig
     from ..runs.run_dir import CONFIG, Run
     from ..utils.files import refuse_unwritable
 
@@ -114,8 +92,8 @@ def table(
     settings = TableConfig.of(run, sources.is_toy)
     if config is not None:
         settings = from_mapping(TableConfig, load_yaml(config), base=settings, origin=str(config))
-    if protocol is not None:
-        settings = replace(settings, protocol=protocol, samples=0, seeds=())
+    if scoring.protocol is not None:
+        settings = replace(settings, protocol=scoring.protocol, samples=0, seeds=())
     settings = with_overrides(settings, overrides or [])
     reading = protocol_named(settings.protocol)
     opened = open_suite(suite, names, reading)
@@ -123,23 +101,13 @@ def table(
     if not models:
         raise UserError("which models? Give --model, once for each row of the table")
     refuse_unwritable(out / RESULTS)
-    place = Place(run, sources, settings, device, dtype)
-    if clip is None and sources.is_toy:
-        clip = TOY_CLIP
-    scorer = make_scorer(
-        clip,
-        judge_url,
-        judge_model,
-        key_variable(judge_key),
-        out / "judge",
-        device,
-        judged_as=settings.judged_as,
-        protocol=reading,
-    )
+    place = Place(run, sources, settings, machine.device, machine.dtype)
+    clip = scoring.clip_for(sources)
+    scorer = scoring.scorer(clip, out / "judge", machine, settings.judged_as, reading)
     subjects = [opened.subject(one) for one in opened.names]
     with Bars() as bars:
         filled = fill(place.baselines(models), subjects, scorer, out, settings, bars)
-    words = {**to_mapping(settings), "suite": suite, "models": models, "clip": clip, "judge": judge_model}
+    words = {**to_mapping(settings), "suite": suite, "models": models, "clip": clip, "judge": scoring.judge_model}
     made = Table(opened.layout, filled.records, filled.failures, filled.notes, words)
     if not made.records:
         reasons = "; ".join(told(filled.failures, 3)) or "nothing was asked"

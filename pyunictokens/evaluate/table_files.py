@@ -138,13 +138,13 @@ class Table:
             [f"{column.heading} {column.label}", *(_interval(row.metrics.get(column.key)) for row in lines)]
             for column in self.columns
         ]
-        parts = {"": self._means(lines), "With 95 % intervals": _grid(["", *(row.model for row in lines)], intervals)}
+        parts = {"": self._means(lines), "With 95 % intervals": grid(["", *(row.model for row in lines)], intervals)}
         if len({record.concept for record in self.records}) > 1:
             parts["By concept"] = self._means(self.rows["by_concept"])
         if "by_kind" in self.rows:
             parts["By kind"] = self._means(self.rows["by_kind"])
         how = [[f"{column.heading} {column.label}", self.protocol.name, self._how(column)] for column in self.columns]
-        parts["How each column was measured"] = _grid(["", "Protocol", "How"], how) if self.layout == "unify" else ""
+        parts["How each column was measured"] = grid(["", "Protocol", "How"], how) if self.layout == "unify" else ""
         parts["What could not be judged"] = "".join(f"- {line}\n" for line in told(self.failures))
         parts["Notes"] = "".join(f"- {note}\n" for note in dict.fromkeys(self.notes))
         return "\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts.items() if text)
@@ -159,7 +159,7 @@ class Table:
             [row.model, *([row.part] if parted else []), *(_mean(row.metrics.get(c.key)) for c in self.columns)]
             for row in lines
         ]
-        return _grid(head, body)
+        return grid(head, body)
 
     def latex(self) -> str:
         """A booktabs table of the paper's columns; the best of each column in bold."""
@@ -223,7 +223,8 @@ def _interval(metric: Metric | None) -> str:
     return "–" if metric is None else f"{metric} ({metric.n})"
 
 
-def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [[text.replace("|", r"\|") for text in line] for line in (head, *body)]
     return "".join("| " + " | ".join(line) + " |\n" for line in (lines[0], ["---"] * len(head), *lines[1:]))
 

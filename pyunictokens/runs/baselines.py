@@ -142,7 +142,8 @@ class Place:
             place = replace(self, sources=Sources.choose(self.sources, trained.sources) if kind.masked else Sources())
             if words := kind.words(folder, trained):
                 return place._baseline(parse(words)).load(subject)
-            device, dtype = pick_device(self.device), pick_dtype(self.dtype)
+            device = pick_device(self.device)
+            dtype = pick_dtype(self.dtype, device)
             reading = Reading(folder, trained, self._sampling(), place._open, device, dtype)
             return kind.open(reading, subject)
 

@@ -1,7 +1,9 @@
 """The paper's Tables 1, 2, 3 and 5 as one piece of work: which runs they need, what is asked of each, what is there.
 
     OUT/runs/VARIANT/NAME/     a run a concept for each variant below, as `train` leaves it
-    OUT/TABLE/                 a table, as `evaluate table` leaves it: table1, table2, table3, yollava, mcllava, …
+    OUT/rivals/KEY/NAME/       a baseline a concept for each rival of rivals.py, as `baseline train` leaves it
+    OUT/TABLE/                 a table, as `evaluate table` leaves it: table1, table2, table3, yollava, mcllava, …;
+                               paper.html, paper.md, paper.json: the same beside the paper's numbers
 
 Reinforcement begins with the tokens of the variant it continues, so the stages are learned once. Nothing that is done
 is done again. How runs are trained is sweep.py's business, how tables are filled that of `evaluate`.
@@ -18,13 +20,17 @@ from ..config.training import GrpoConfig, StageConfig
 from ..data.concept import Concept
 from ..evaluate.core import Baseline
 from ..evaluate.protocol import protocol_named
+from ..evaluate.report.beside import Beside, beside
 from ..evaluate.runner import TableSettings, first_of_each_group
 from ..evaluate.sample_cache import SampleCache
 from ..evaluate.scoring import judge_calls
+from ..evaluate.table_files import Table
 from ..evaluate.tasks import TASKS, Subject
 from ..models.showo.costs import ShowoCosts
 from ..train.costs import PROMPT, stages_flops, training_flops
 from ..utils.errors import UserError
+from .paper_numbers import NUMBERS, number
+from .rivals import Entry, folder_of
 from .run_dir import CONCEPT, FINAL
 from .sweep import Job, plan
 
@@ -113,17 +119,65 @@ def jobs(
     return plan(out / "runs" / variant, names, told, grpo=about.grpo, evaluate=False, retries=1)
 
 
-def models_of(out: Path, table: str, more: Sequence[str] = ()) -> list[str]:
-    """The rows of a table in the words of `evaluate table`."""
-    about = TABLES[table]
-    return [*(f"ours:{run_of(out, name)}" for name in about.variants), *about.models, *more]
+PRINTED = {"showo-tp": "Show-o+TP", "real": "Real Images"}
+"""The paper's rows of models that tables name by a word."""
 
 
-def titled(table: str, baselines: Sequence[Baseline]) -> list[Baseline]:
-    """The rows of :func:`models_of`, ours called as in the paper."""
-    ours = [VARIANTS[name].title for name in TABLES[table].variants]
-    named = [replace(row, name=title) for row, title in zip(baselines, ours, strict=False)]
-    return [*named, *baselines[len(ours) :]]
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a table of the paper."""
+
+    words: str
+    """The model as `evaluate table` names it."""
+    title: str = ""
+    """What the row is called; "" leaves it to the model."""
+    printed: str = ""
+    """The paper's row that it stands beside."""
+    trained: bool = False
+
+
+def rows_of(out: Path, table: str, entries: Sequence[Entry] = (), more: Sequence[str] = ()) -> list[TableRow]:
+    """The rows of a table: rivals, models that are told, ours, and `more` models of the user."""
+    about, found = TABLES[table], []
+    for entry in entries:
+        where = f"{entry.rival.method}:{folder_of(out, entry.rival)}"
+        found.append(TableRow(where, entry.title, entry.rival.paper, trained=entry.method.trains))
+    found += [TableRow(words, printed=PRINTED.get(words, "")) for words in about.models]
+    for name in about.variants:
+        title = VARIANTS[name].title
+        found.append(TableRow(f"ours:{run_of(out, name)}", title, title, trained=True))
+    return [*found, *(TableRow(words) for words in more)]
+
+
+def titled(rows: Sequence[TableRow], baselines: Sequence[Baseline]) -> list[Baseline]:
+    """The models of `rows`, called as the rows are."""
+    return [replace(each, name=row.title or each.name) for row, each in zip(rows, baselines, strict=True)]
+
+
+def beside_paper(
+    name: str, table: Table, rows: Sequence[TableRow], baselines: Sequence[Baseline], left_out: list[str], toy: bool
+) -> Beside:
+    """A table that was filled, beside the paper's."""
+    layout = table.layout if table.layout != "unify" else name
+    printed = {each.name: row.printed for row, each in zip(rows, baselines, strict=True)}
+    trained = {each.name: row.trained for row, each in zip(rows, baselines, strict=True)}
+    notes = [TOY_NOTE] if toy else []
+    return beside(
+        table,
+        TABLES[name].title,
+        printed,
+        trained,
+        NUMBERS[layout],
+        lambda row, key: number(layout, row, key),
+        left_out,
+        notes,
+    )
+
+
+TOY_NOTE = (
+    "The toy is another world: drawn subjects, a model of a few million weights, encoders of its own. "
+    "Its values cannot be compared with the paper's one by one; the order of the rows can."
+)
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
@@ -156,18 +210,28 @@ class Plan:
     cells: list[Cell] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """Files that have to be fetched first, each with what it is for."""
+    left_out: list[str] = field(default_factory=list)
+    """Rivals that cannot be trained here, each with the reason."""
+    rival_flops: float = 0.0
     stage_flops: float = 0.0
     grpo_flops: float = 0.0
     measure_flops: float = 0.0
     """Operations of what is not done yet."""
 
-    def hours(self, rate: float) -> tuple[float, float, float]:
-        """(stages, reinforcement, measuring) in hours on one device that does `rate` operations a second of useful
-        work."""
-        stages, grpo, measuring = (
-            each / rate / 3600 for each in (self.stage_flops, self.grpo_flops, self.measure_flops)
-        )
-        return stages, grpo, measuring
+    def hours(self, rate: float) -> tuple[float, float, float, float]:
+        """(stages, reinforcement, measuring, rivals) in hours on one device that does `rate` operations a second of
+        useful work."""
+        all_of_it = (self.stage_flops, self.grpo_flops, self.measure_flops, self.rival_flops)
+        stages, grpo, measuring, rivals = (each / rate / 3600 for each in all_of_it)
+        return stages, grpo, measuring, rivals
+
+    def add_rivals(self, entries: Iterable[Entry]) -> None:
+        """What the rivals still cost, and which of them cannot be trained here."""
+        for entry in entries:
+            self.runs[f"rival {entry.rival.key}"] = (len(entry.done), len(entry.jobs))
+            self.rival_flops += 0.0 if entry.refused else entry.flops
+            if entry.refused:
+                self.left_out.append(f"{entry.title} ({entry.rival.method}): {entry.refused}")
 
     def add_runs(
         self, variant: str, costs: ShowoCosts, stages: StageConfig, grpo: GrpoConfig, concepts: Iterable[Concept]

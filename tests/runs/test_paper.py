@@ -59,7 +59,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_tables_from_nothing_and_nothing_twice(here: list[str], tmp_path: Path) -> None:
     for name in ("bo", "mi"):
         write_toy_concept(tmp_path / "data", seed=len(name + name[0]), kind="animal", name=name)
-    out, words = tmp_path / "paper", ("--tables", "table1,table3", *WORDS, "--device", "cpu")
+    out, words = tmp_path / "paper", ("--tables", "table1,table3", "--no-rivals", *WORDS, "--device", "cpu")
     planned = call("evaluate", "paper", tmp_path / "data", "--out", out, *words, "--plan")
     assert "unictokens-r1" in planned and "joint-grpo" in planned and "no-dsog" not in planned
     assert "of reinforcement" in planned and here == [] and not out.exists()
@@ -127,6 +127,51 @@ def test_the_ablations_and_the_other_data_sets_with_a_judge(here: list[str], tmp
     assert planned["judge"] > 0 and planned["judge"] - planned["answers"] <= asked <= planned["judge"]
     assert planned["stages"] > 0 and planned["grpo"] > 0 and planned["measuring"] > 0
     assert again == {**dict.fromkeys(again, 0.0)}
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_a_trial_on_the_toy_fills_six_trained_rows_beside_the_papers(here: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "paper"
+    base = ("evaluate", "paper", "--table", "1", "--toy", "--quick", "--out", out, "--device", "cpu")
+    base = (*base, "stages.num_understanding=2", "stages.num_generation=2", "yochameleon.generation=3")
+    said = call(*base, "yochameleon.soft_positives=4", "yochameleon.understanding=2")
+    assert here == [f"{variant}/{name}" for variant in ("unictokens", "unictokens-r1") for name in ("bo", "cup")]
+    found = json.loads((out / "table1" / "paper.json").read_text())
+    trained = {row["model"]: row["paper"] for row in found["rows"] if row["trained"]}
+    assert trained == {
+        "Textual inversion (Show-o)": "Text inversion",
+        "DreamBooth (Show-o)": "DreamBooth (SD)",
+        "DreamBooth (Show-o, LoRA)": "DreamBooth (SD)",
+        "Yo'Chameleon's recipe (Show-o)": "Yo'Chameleon",
+        "UniCTokens": "UniCTokens",
+        "UniCTokens-R1": "UniCTokens-R1",
+    }
+    assert [row["model"] for row in found["rows"] if not row["trained"]] == [
+        "Show-o + TP",
+        "Show-o + IP",
+        "Real images",
+    ]
+    drawn = found["rows"][1]["cells"]
+    assert drawn["pure.clip_i"]["difference"] == pytest.approx(drawn["pure.clip_i"]["mean"] - 0.645)
+    assert drawn["vqa.bleu"]["mean"] is None  # DreamBooth is not asked
+    assert found["rows"][3]["cells"]["vqa.bleu"]["paper"] == 0.470
+    page = (out / "table1" / "paper.html").read_text()
+    assert "paper 0.645" in page and "6 trained rows and 3 others on" in page and "paper.html" in said
+    here.clear()
+    again = call(*base, "yochameleon.soft_positives=4", "yochameleon.understanding=2")
+    lines = [line.split() for line in again.splitlines() if line.startswith("runs ")]
+    assert here == [] and len(lines) == 6 and all(line[-2:] == ["2", "2"] for line in lines)
+
+
+def test_what_the_tables_are_called(here: list[str], tmp_path: Path) -> None:
+    base = ("evaluate", "paper", "--out", tmp_path / "paper", "--plan")
+    assert "--table 4: must be one of 1, 2, 3, 5" in call(*base, "--toy", "--table", "4", code=2)
+    assert "give the folders of its data sets" in call(*base, "--toy", "--table", "5", code=2)
+    assert "which data folder" in call(*base, "--table", "1", code=2)
+    assert "leave --model" in call(*base, "--toy", "--model", "show-o-512", code=2)
+    assert "did you mean 'steps'" in call(*base, "--toy", "--table", "1", "dreambooth.stepz=1", code=2)
+    planned = call(*base, "--toy", "--table", "1", "--no-rivals")
+    assert "rival " not in planned
 
 
 def numbers_of(plan: str) -> dict[str, float]:
