@@ -125,30 +125,33 @@ def table(
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A table's folder or results.json.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another, or the same with other models.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run, a JSON of evaluate, or a table's folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another; of a table also the same with other models.")],
     model_a: Annotated[str | None, typer.Option("--model-a", help="Which row of A. Default: its first.")] = None,
     model_b: Annotated[
         str | None, typer.Option("--model-b", help="Which row of B. Default: the row of A's name.")
     ] = None,
 ) -> None:
-    """Compare two tables, or two rows of one: differences on the items both have, with 95 % intervals.
+    """Compare two runs, two results or two tables: differences on the items both have, with 95 % intervals.
 
-    Also takes two JSON files of `pyunictokens evaluate RUN`.
+    Of a run its last evaluation is taken (after.json). Of a table two rows may be compared as well.
 
     Examples:
 
+        pyunictokens compare runs/bo/base.json runs/bo/after.json
+
+        pyunictokens compare runs/bo runs/again
+
         pyunictokens compare tables/before tables/after
 
-        pyunictokens evaluate compare tables/bo tables/bo --model-a "Show-o + TP" --model-b ours
-
-        pyunictokens evaluate compare runs/bo/before.json runs/bo/after.json
+        pyunictokens compare tables/bo tables/bo --model-a "Show-o + TP" --model-b ours
     """
     from ..evaluate import tables
     from ..evaluate.result import EvalResult
     from ..evaluate.table_files import Table
     from ..utils.files import read_json
 
+    first, second = _measured(first), _measured(second)
     content = read_json(first) if first.is_file() else None
     if isinstance(content, dict) and "records" in content:
         before, after = EvalResult.load(first), EvalResult.load(second)
@@ -170,6 +173,18 @@ def compare(
         for records in (records_a, records_b)
     ]
     _differences(changes, *means)
+
+
+def _measured(place: Path) -> Path:
+    """The last evaluation of a run's folder; anything else as it is. Raises UserError for a run without one."""
+    from ..runs.run_dir import CONFIG
+
+    if not place.exists():
+        raise UserError(f"{place}: no such file or folder")
+    last = place / "after.json"
+    if (place / CONFIG).is_file() and not last.is_file():
+        raise UserError(f"{place}: holds no after.json: measure it (pyunictokens evaluate {place}) and name the JSON")
+    return last if last.is_file() else place
 
 
 def show(table: Table) -> None:

@@ -122,6 +122,20 @@ def test_two_evaluations_of_a_run_can_be_compared(tmp_path: Path) -> None:
     assert "reasoning_generation.reward" in text and "+0.1" in text
 
 
+def test_two_runs_are_compared_by_their_last_evaluation(tmp_path: Path) -> None:
+    from tests.evaluate.synthetic import result
+
+    for name, shift in (("one", 0.0), ("two", 0.1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("name: bo\n")
+        result(shift).save(tmp_path / name / "after.json")
+    text = call("compare", tmp_path / "one", tmp_path / "two")
+    assert "reasoning_generation.reward" in text and "+0.1" in text
+    (tmp_path / "two" / "after.json").unlink()
+    assert "holds no after.json: measure it" in call("compare", tmp_path / "one", tmp_path / "two", code=2)
+    assert "no such file or folder" in call("compare", tmp_path / "one", tmp_path / "three", code=2)
+
+
 def test_the_page_shows_the_table_that_was_measured() -> None:
     module = script("toy_table")
     content = json.loads((ROOT / "docs" / "toy_table.json").read_text(encoding="utf-8"))
