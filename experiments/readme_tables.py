@@ -1,10 +1,12 @@
-"""Write the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json, between their markers.
+"""Write the tables of README.md, docs/numbers.md and docs/benchmarks.md from committed results, between their markers.
 
-    python experiments/readme_tables.py            # rewrite both
+    python experiments/readme_tables.py            # rewrite all
     python experiments/readme_tables.py --check    # exit 1 when one of them is not what the results say
 
-One table for each machine. Ratios are quoted, with the ratios of single rounds as their spread; absolute times are left
-out where no GPU was measured, because they say more about the machine than about the code.
+Results are benchmarks/results/*.json, docs/demo.json and docs/install.json; what a GPU needs comes from the arithmetic
+of `train --plan` and says that it is predicted. One table for each machine. Ratios are quoted, with the ratios of
+single rounds as their spread; absolute times are left out where no GPU was measured, because they say more about the
+machine than about the code.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +117,93 @@ def numbers(folder: Path) -> str:
     return "\n\n".join(parts) or "Nothing was measured yet."
 
 
-def between(text: str, new: str, name: str) -> str:
+def between(text: str, new: str, name: str, first: str = BEGIN, last: str = END) -> str:
     """`text` with what stands between the markers replaced by `new`."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"{name}: the markers {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+        raise SystemExit(f"{name}: the markers {first} and {last} are missing")
+    return f"{before}{first}\n\n{new}\n\n{last}{after}"
 
 
-def rewritten(text: str, folder: Path) -> str:
-    """The README's text with its tables replaced."""
+def rewritten_numbers(text: str, folder: Path) -> str:
+    """The text of docs/numbers.md with its tables replaced."""
     parts = (numbers(folder), tables.summary(folder), engine_report.summary(folder))
-    return between(text, "\n\n".join(parts), "README.md")
+    return between(text, "\n\n".join(parts), "docs/numbers.md")
+
+
+# --- the README's own -------------------------------------------------------------------------------------------------
+
+
+def headline(folder: Path) -> str:
+    """The figures that the README shows: workloads against the published loop, and the update's memory."""
+    parts = []
+    for file in sorted(folder.glob("cpu-*.json")):
+        parts.append(table(json.loads(file.read_text(encoding="utf-8"))["results"]))
+    for file in sorted(folder.glob("update-memory-*.json")):
+        points = json.loads(file.read_text(encoding="utf-8"))["points"]
+        most = max(point["timesteps"] for point in points)
+        held = {p["side"]: p["bytes"] / 2**20 for p in points if p["timesteps"] == most}
+        parts.append(
+            f"Peak memory of one update over T = {most} timesteps: **{held['streamed']:.0f} MiB** here, "
+            f"{held['plain']:.0f} MiB where every graph is kept alive; here it does not grow with T."
+        )
+    return "\n\n".join(parts) or "Nothing was measured yet."
+
+
+def install(sizes: dict[str, Any]) -> str:
+    """What an installation takes (experiments/install_sizes.py), as a sentence."""
+    gpu = sizes["gpu_libraries_bytes"] / 1e9
+    return (
+        f"The wheel has {sizes['wheel_bytes'] / 1e6:.0f} MB, a shallow clone {sizes['clone_bytes'] / 1e6:.0f} MB. With "
+        f"all that `cli` needs, torch {sizes['torch'].partition('+')[0]} included, "
+        f"{sizes['packages_bytes'] / 1e9:.1f} GB are installed, {gpu:.1f} GB of them torch's libraries for a GPU."
+    )
+
+
+def hardware(demo: dict[str, Any]) -> str:
+    """What the toy took (docs/demo.json), and what the real Show-o is predicted to need."""
+    from pyunictokens.data.folder import load_concept
+    from pyunictokens.models.bundle import Sources
+    from pyunictokens.runs.bundle import paper_rewards
+    from pyunictokens.runs.plan import GPU_RATE, plan_run, published_gigabytes
+    from pyunictokens.runs.run_dir import RunConfig
+    from pyunictokens.toy.concept import write_toy_concept
+
+    minutes = sorted(run["seconds"] / 60 for run in demo["runs"])
+    peak = max(run["peak_gib"] for run in demo["runs"])
+    threads = max(run["threads"] for run in demo["runs"])
+    lines = [
+        "| to | machine | time | download |",
+        "|---|---|---|---|",
+        f"| teach the toy one concept (`pyunictokens demo`) | {threads} CPU core, {peak:.1f} GiB of memory | "
+        f"{minutes[0]:.0f} to {minutes[-1]:.0f} min, measured over {len(minutes)} concepts | none |",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        write_toy_concept(Path(folder), seed=0, kind="animal", name="bo")
+        concept = load_concept(folder, "bo")
+        sources = Sources("showlab/show-o-512x512", "showlab/magvitv2", "microsoft/phi-1_5")
+        for learns, what in (("full", "all weights, as the paper"), ("lora", "LoRA"), ("concept", "its tokens alone")):
+            words = ["grpo.dtype=bfloat16", f"grpo.trainable={learns}"]
+            plan = plan_run(sources, concept, RunConfig.make("paper", words=words), paper_rewards("animal"))
+            assert plan.memory is not None
+            lines.append(
+                f"| teach the real Show-o one concept: {what} | one GPU, {plan.memory.least / 1e9:.0f} GB at least, "
+                f"{plan.memory.peak / 1e9:.0f} with the preset's microbatches | {sum(plan.hours.values()):.1f} h | "
+                f"{sum(map(published_gigabytes, plan.parts)):.1f} GB |"
+            )
+    rate = f"{GPU_RATE / 1e12:.0f} TFLOP/s of useful work in bfloat16"
+    return "\n".join(lines) + f"\n\nThe GPU's numbers are predicted, at {rate}; `train --plan` says yours."
+
+
+def rewritten(text: str, folder: Path, docs: Path = ROOT / "docs") -> str:
+    """The README's text with its tables replaced."""
+    text = between(text, headline(folder), "README.md")
+    for name, make in (("install", install), ("hardware", hardware)):
+        file = docs / ("demo.json" if name == "hardware" else "install.json")
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        text = between(text, make(json.loads(file.read_text(encoding="utf-8"))), "README.md", begin, end)
+    return text
 
 
 def rewritten_page(text: str, folder: Path) -> str:
@@ -140,7 +217,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a page is out of date")
     options = parser.parse_args()
     stale = []
-    for file, make in ((ROOT / "README.md", rewritten), (ROOT / "docs" / "benchmarks.md", rewritten_page)):
+    pages = (
+        (ROOT / "README.md", rewritten),
+        (ROOT / "docs" / "numbers.md", rewritten_numbers),
+        (ROOT / "docs" / "benchmarks.md", rewritten_page),
+    )
+    for file, make in pages:
         text = file.read_text(encoding="utf-8")
         new = make(text, ROOT / "benchmarks" / "results")
         if new != text:

@@ -244,7 +244,7 @@ def test_hooks_and_workflow_run_what_the_command_runs() -> None:
     for step in set(steps) - {"lint", "test", "slow", "shared"}:
         assert (ROOT / ".ci" / f"{step}.sh").is_file()
     readme = (ROOT / "README.md").read_text()
-    assert "    make test\n" in readme and 'lint | test | slow) make "$step"' in script
+    assert "\nmake test\n" in readme and 'lint | test | slow) make "$step"' in script
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["step"]
     assert job["strategy"]["matrix"]["step"] == [step for step in steps if step != "shared"]
     assert job["steps"][-1]["run"] == ".ci/run ${{ matrix.step }}"

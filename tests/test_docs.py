@@ -97,7 +97,7 @@ def test_the_table_of_commands_names_them_all() -> None:
 
     from pyunictokens.cli import app
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     table = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert table == {name for name, command in commands.items() if not command.hidden}
@@ -143,22 +143,6 @@ def test_python_blocks_compile_and_import(path: Path) -> None:
                 target = getattr(target, part)
 
 
-def test_the_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer steps where they train."""
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [body for language, body in _FENCE.findall(text) if language == "python"]
-    reinforced, fused = blocks
-    assert len(reinforced.strip().splitlines()) < 25
-    scope: dict[str, Any] = {}
-    exec(compile(reinforced.replace("steps=20", "steps=1"), "README.md", "exec"), scope)
-    assert [each.step for each in scope["result"].held_out] == [0, 1]
-    assert scope["result"].best.means().keys() == {"reward", "tinted", "jpeg_size"}
-    scope = {}
-    exec(compile(fused, "README.md", "exec"), scope)
-    assert scope["hidden"].grad.abs().sum() > 0
-
-
 def test_the_version_is_in_the_changelog() -> None:
     import pyunictokens
 
@@ -192,6 +176,7 @@ def test_every_file_that_is_named_exists() -> None:
         pytest.skip("not a git checkout")
     ends = {"/".join(name.split("/")[i:]) for name in TRACKED for i in range(name.count("/") + 1)}
     written = {"table.md", "paper.md", "run_cpu.py", "sanitized_core.py"}  # by commands and scripts
+    written |= {"contributing.md", "changelog.md", "reporting.md"}  # pages of the site
     named = re.compile(r"(?<![\w./<{*-])((?:[\w.-]+/)*[\w-]+\.(?:py|md|cu|cpp|h|sh))\b")
     for name, text in _sources(".py", ".md", ".cu", ".cpp", ".h", ".sh", ".toml", ".txt", "Makefile").items():
         inside = name.startswith(("pyunictokens/", "kernels/"))
@@ -283,10 +268,12 @@ def _script(name: str) -> Any:
     return module
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
+def test_the_numbers_of_the_pages_are_those_of_the_results() -> None:
     script = _script("readme_tables")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert script.rewritten(text, ROOT / "benchmarks" / "results") == text, "run python experiments/readme_tables.py"
+    results = ROOT / "benchmarks" / "results"
+    for name, make in (("README.md", script.rewritten), ("docs/numbers.md", script.rewritten_numbers)):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert make(text, results) == text, f"{name}: run python experiments/readme_tables.py"
 
 
 def test_tables_are_made_from_results(tmp_path: Path) -> None:
@@ -315,7 +302,7 @@ def test_tables_are_made_from_results(tmp_path: Path) -> None:
     ]
     memory = {"device": "cpu", "torch": "2.11.0", "settings": {"width": 256}, "points": points}
     (tmp_path / "update-memory.json").write_text(json.dumps(memory))
-    text = script.rewritten(f"a\n{script.BEGIN}old{script.END}\nb\n", tmp_path)
+    text = script.rewritten_numbers(f"a\n{script.BEGIN}old{script.END}\nb\n", tmp_path)
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nb\n")
     row = "| 4 answers of 50 tokens after a context of 290, a vocabulary of 50 295 text ids | the plain loop "
     assert row + "| **21.5** (20.25 to 23, n = 5) |" in text
@@ -323,7 +310,7 @@ def test_tables_are_made_from_results(tmp_path: Path) -> None:
     assert "| this library, streamed | 90 |  |" in text and "| published, every graph alive |  | 999 |" in text
     assert "Nothing was measured yet" in script.numbers(tmp_path / "none")
     with pytest.raises(SystemExit, match="markers"):
-        script.rewritten("no markers", tmp_path)
+        script.rewritten_numbers("no markers", tmp_path)
 
 
 def test_the_page_of_the_demo_says_what_its_json_says() -> None:

@@ -7,7 +7,7 @@
     python -m benchmarks.ops --shape maskgit_step:B=18,N=1024,K=8192 --shape grpo_loss:R=9,T=50,N=1024
     python -m benchmarks.ops --shape maskgit_grpo_loss:R=9,T=50,N=1024,D=2048,K=8192,scope=masked,guidance=5
 
-    python -m benchmarks.ops --tables              # then draw the pictures and write the tables of README and docs
+    python -m benchmarks.ops --tables              # then draw the pictures and write the tables of docs/
 
 Leave the machine alone meanwhile. Shapes of one's own go to `ops-own.json`, apart from the suite. `--tables` runs
 `python -m benchmarks.ops.plot` and then `python experiments/readme_tables.py`.

@@ -1,4 +1,4 @@
-"""Reports as Markdown: a summary for the README, everything for docs/benchmarks.md. Reads JSON only, never torch.
+"""Reports as Markdown: a summary for docs/numbers.md, everything for docs/benchmarks.md. Reads JSON only, never torch.
 
 What was not measured says so; a missing number names its reason.
 """
@@ -122,7 +122,7 @@ def summary_of(report: Report) -> str:
 
 
 def summary(folder: Path) -> str:
-    """The README's part: every report, and a sentence for each kind of device that has none."""
+    """The part of docs/numbers.md: every report, and a sentence for each kind of device that has none."""
     reports = load(folder)
     parts = []
     for report in reports:
@@ -130,7 +130,7 @@ def summary(folder: Path) -> str:
             f"The operations on {where(report.machine)} (torch {report.versions['torch']}, {report.date[:10]}): how "
             "many times as long as this library an alternative takes, forward and backward (`maskgit_step`: forward). "
             "Below 1 the alternative is faster. Every phase, quartiles and versions: "
-            "[docs/benchmarks.md](docs/benchmarks.md)."
+            "[benchmarks.md](benchmarks.md)."
         )
         parts.append(summary_of(report))
     for device, name in DEVICES.items():
