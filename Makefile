@@ -15,7 +15,7 @@ CODE := $(shell find csrc -type f 2>/dev/null)
 CORE := CMakeLists.txt $(CODE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reinforce test browser soak fuzz tables lint format bench clean
+.PHONY: help install demo reinforce test slow browser docs soak fuzz tables lint format bench wheels clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ slow: $(STAMP) ## the tests that take minutes: kernels under the interpreter, a 
 browser: $(STAMP) ## the studio's pages in Chromium (CHROMIUM=/usr/bin/chromium)
 	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -q -m browser tests/serve $(ARGS)
 
+docs: $(STAMP) ## the documentation site in build/site, strict, its links checked, the notebook run
+	bash .ci/docs.sh $(ARGS)
+
 soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliability.md promises, for minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray>=2.40'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m soak tests/soak $(ARGS)
@@ -69,6 +72,9 @@ format: $(STAMP) ## rewrite the sources in the one format
 
 bench: $(STAMP) ## the benchmark suite; results go to benchmarks/results/
 	$(BIN)/pyunictokens bench $(ARGS)
+
+wheels: $(STAMP) ## a wheel for each CPython from 3.10 to 3.13 that is here, in dist/, below 20 MB and checked
+	bash .ci/wheels.sh
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info pyunictokens/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,7 +41,7 @@ def selected_logprob(
         bias: [K] or None.
         hidden_uncond: [..., D], dtype of `hidden`; needed where guidance_scale > 0, without effect where it is 0.
         guidance_scale: ≥ 0.
-        temperature: > 0.
+        temperature: above 0.
         backend: None (the best that can run), "reference", "cpu" or "triton".
 
     Returns:
