@@ -72,7 +72,7 @@ def learn(
         tensors |= {f"optimizer.{name}": value for name, value in optimizer.state_dict().items()}
         save_safetensors_atomic(file, {**tensors, "state": torch.frombuffer(bytearray(state), dtype=torch.uint8)})
 
-    with MetricsLog(job.folder, from_step=first, name=f"{what}.jsonl", events=False) as metrics:
+    with MetricsLog(job.folder, from_step=first, name=f"{what}.jsonl") as metrics:
         for step in range(first, steps):
             optimizer.zero_grad()
             total, problem, norm = 0.0, "", math.nan

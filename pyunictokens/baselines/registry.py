@@ -11,6 +11,8 @@ from .base import Method
 
 METHODS = {
     "unictokens": "unictokens:UniCTokens",
+    "textual-inversion": "textual_inversion:TextualInversion",
+    "dreambooth": "dreambooth:DreamBooth",
     "showo-textual-inversion": "showo_inversion:ShowoInversion",
     "showo-dreambooth": "showo_dreambooth:ShowoDreamBooth",
     "showo-yochameleon": "showo_yochameleon:ShowoYoChameleon",

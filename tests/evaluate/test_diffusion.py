@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +13,14 @@ from pyunictokens.evaluate.baselines.diffusion import Diffusion, DiffusionSource
 from pyunictokens.evaluate.core import Unsupported
 from pyunictokens.evaluate.tasks import Subject
 from pyunictokens.utils.errors import UserError
+from tests.tiny_diffusion import tiny_pipeline
 
 BO = Subject("bo", "dog")
-WORDS = ["a</w>", "photo</w>", "of</w>", "dog</w>", "sks</w>", "snow</w>", "in</w>", "the</w>"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("sd")
-    pieces = [chr(33 + i) for i in range(94)]
-    vocab = {
-        token: i
-        for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *pieces, *(p + "</w>" for p in pieces), *WORDS])
-    }
-    (place / "vocab.json").write_text(json.dumps(vocab))
-    (place / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(vocab=str(place / "vocab.json"), merges=str(place / "merges.txt"), model_max_length=32)
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocab),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            eos_token_id=1,
-            bos_token_id=0,
-        )
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        sample_size=16,
-    )
-    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
-    pipe = diffusers.StableDiffusionPipeline(
-        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
-    pipe.save_pretrained(place / "pipe")
-    return place / "pipe"
+    return tiny_pipeline(tmp_path_factory.mktemp("sd"))
 
 
 def drawn(source: DiffusionSource, prompt: str = "a photo of <bo> in the snow", n: int = 2, seed: int = 3) -> Any:

@@ -1,0 +1,180 @@
+"""DreamBooth (Ruiz et al., 2023) on Stable Diffusion: the denoiser learns "a photo of sks CLASS" from the photos.
+
+    DIR/prior/           images of the class, drawn by the pipeline before it learned (prior preservation)
+    DIR/pipeline/        the whole pipeline (trainable=full), or
+    DIR/lora/            adapters, as diffusers' `load_lora_weights` reads them (trainable=lora)
+
+With `photos=10` the first ten photos are learned from, with `pictures=DIR` many more pictures beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..data.image_files import list_images
+from ..data.images import save_image
+from ..utils.errors import UserError, needs
+from .base import BaselineSettings, Job, Method, Plan, Trained
+from .loop import batch_of, finished, learn
+from .masked import at_least_one, positive
+from .planning import lacking
+from .stable_diffusion import Parts, costs_of, photos
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class StableDreamBoothSettings(BaselineSettings):
+    """How the denoiser learns."""
+
+    trainable: Literal["full", "lora"] = "full"
+    """All weights of the denoiser, or adapters on its attention."""
+    lora_rank: int = 4
+    """Width of the adapters."""
+    photos: int = 0
+    """Photos of the concept that are learned from, the first ones; 0 takes all."""
+    pictures: str = ""
+    """A folder of further pictures of the concept, learned beside its photos."""
+    steps: int = 800
+    """Optimizer steps."""
+    batch: int = 1
+    """Photos a step, and as many images of the class."""
+    lr: float = 0.0
+    """AdamW's learning rate; 0 takes 5e-6 for all weights, 1e-4 for adapters."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    prior_images: int = 100
+    """Images of the class that the pipeline draws first; 0 turns prior preservation off."""
+    prior_weight: float = 1.0
+    """Weight of their loss."""
+    prior_steps: int = 50
+    """Denoising steps of those images."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this length."""
+    size: int = 0
+    """Pixels along one side of the photos; 0 takes the pipeline's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(steps=self.steps, batch=self.batch, lora_rank=self.lora_rank, prior_steps=self.prior_steps)
+        positive(max_grad_norm=self.max_grad_norm)
+        least = {"photos": self.photos, "prior_images": self.prior_images, "size": self.size}
+        for name, value in {**least, "lr": self.lr, "prior_weight": self.prior_weight}.items():
+            if value < 0:
+                raise UserError(f"{name}={value}: must be ≥ 0")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is meant."""
+        return self.lr or (5e-6 if self.trainable == "full" else 1e-4)
+
+
+class DreamBooth(Method[StableDreamBoothSettings]):
+    """The denoiser of Stable Diffusion."""
+
+    name, title, answers = "dreambooth", "DreamBooth (SD)", False
+    about = "Stable Diffusion's denoiser or adapters on it, from the photos and its own images of the class; it draws"
+    model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    settings = StableDreamBoothSettings
+
+    def row(self, settings: StableDreamBoothSettings) -> str:
+        many = f"{settings.photos or 'all'} photos" if settings.photos or settings.pictures else ""
+        many += " and more" if settings.pictures else ""
+        said = ", ".join(["SD", *filter(None, ("LoRA" if settings.trainable == "lora" else "", many))])
+        return f"DreamBooth ({said})"
+
+    def plan(self, job: Job[StableDreamBoothSettings]) -> Plan:
+        settings, model = job.settings, job.sources.model or self.model
+        images = settings.batch * (2 if settings.prior_images else 1)
+        one, memory = costs_of(model, images, job.dtype, -1 if settings.trainable == "full" else 0, 2.0)
+        drawn = one / 3 / images * 2 * settings.prior_steps * settings.prior_images
+        return Plan(settings.steps, one * settings.steps + drawn, memory, lacking([model]))
+
+    def train(self, job: Job[StableDreamBoothSettings]) -> Mapping[str, object]:
+        """Draw images of the class, then learn photos and class images together."""
+        settings, data, model = job.settings, job.concept, job.sources.model or self.model
+        own = data.train_images[: settings.photos or None]
+        paths = [*own, *(list_images(Path(settings.pictures)) if settings.pictures else [])]
+        if not paths:
+            raise UserError(f"{data.name}: has no photos to learn from: see {data.train_folder}")
+        parts = Parts(model, job.device, job.dtype)
+        prior = self._prior(job, parts) if settings.prior_images else []
+        size = settings.size or parts.size
+        with torch.no_grad():
+            mine, other = parts.states([f"a photo of sks {data.class_word}", f"a photo of {data.class_word}"]).split(1)
+        if settings.trainable == "lora":
+            with needs("diffusers"):
+                from peft import LoraConfig
+
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(settings.seed)
+                parts.unet.add_adapter(
+                    LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=list(TARGETS))
+                )
+        else:
+            parts.unet.requires_grad_(True)
+        named = {name: value for name, value in parts.unet.named_parameters() if value.requires_grad}
+
+        def losses(step: int, generator: torch.Generator) -> Iterable[Tensor]:
+            for files, states, weight, seed in ((paths, mine, 1.0, 0), (prior, other, settings.prior_weight, 1)):
+                if files:
+                    places = batch_of(len(files), settings.batch, settings.seed + seed, step)
+                    pixels = photos([files[place] for place in places], size, False, generator)
+                    latents = parts.latents(pixels, generator)
+                    yield weight * parts.loss(latents, states.expand(len(places), -1, -1), generator)
+
+        learn(
+            job,
+            "denoiser",
+            named,
+            losses,
+            steps=settings.steps,
+            lr=settings.rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+        )
+        self._save(job.folder, parts, settings)
+        finished(job)
+        learned = sum(value.numel() for value in named.values())
+        return {"steps": settings.steps, "learned": learned, "photos": len(paths)}
+
+    def _prior(self, job: Job[StableDreamBoothSettings], parts: Parts) -> list[Path]:
+        """Files of images of the class; those that are there are not drawn again."""
+        settings, folder = job.settings, job.folder / "prior"
+        files = [folder / f"{number:04d}.png" for number in range(settings.prior_images)]
+        for number, file in enumerate(files):
+            if not file.is_file():
+                generator = torch.Generator("cpu").manual_seed(settings.seed * 100_000 + number)
+                made = parts.pipe(
+                    f"a photo of {job.concept.class_word}",
+                    num_inference_steps=settings.prior_steps,
+                    generator=generator,
+                ).images[0]
+                folder.mkdir(exist_ok=True)
+                save_image(made, file)
+            job.progress("images of the class", number + 1, len(files))
+        return files
+
+    def _save(self, folder: Path, parts: Parts, settings: StableDreamBoothSettings) -> None:
+        """The whole pipeline, or its adapters, as the library writes them."""
+        if settings.trainable == "full":
+            parts.unet.requires_grad_(False)
+            parts.pipe.save_pretrained(folder / "pipeline")
+            return
+        with needs("diffusers"):
+            from diffusers.utils import convert_state_dict_to_diffusers
+            from peft.utils import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(parts.unet))
+        type(parts.pipe).save_lora_weights(folder / "lora", unet_lora_layers=layers)
+
+    def words(self, folder: Path, trained: Trained) -> str:
+        if trained.settings["trainable"] == "full":
+            return f"diffusers:{folder / 'pipeline'}"
+        return f"diffusers:{trained.model or self.model},lora={folder / 'lora'}"
