@@ -58,7 +58,8 @@ def tokenizer(*special: str) -> Any:
     return fast
 
 
-def llava(place: Path) -> None:
+def llava(place: Path, text: Any = None) -> None:
+    """A LLaVA; `text` is the config of its language model, a Llama by default."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -72,7 +73,7 @@ def llava(place: Path) -> None:
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
-    text = LlamaConfig(
+    text = text or LlamaConfig(
         vocab_size=len(words),
         hidden_size=16,
         intermediate_size=16,

@@ -44,14 +44,19 @@ class Backbone:
     @torch.no_grad()
     def answer(self, images: Sequence[Image], question: str, max_new_tokens: int) -> str:
         """The likeliest continuation after the images and the question."""
+        inputs = self.inputs(images, question)
+        made = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = made[:, inputs["input_ids"].shape[1] :]
+        return str(self.processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
+
+    def inputs(self, images: Sequence[Image], question: str) -> Any:
+        """What the model is given for the images and the question, by the checkpoint's processor."""
         text = self._prompt(len(images), question)
         inputs = self.processor(text=[text], images=list(images) or None, return_tensors="pt").to(self.device)
         for name, value in inputs.items():
             if torch.is_tensor(value) and value.is_floating_point():
                 inputs[name] = value.to(self.model.dtype)
-        made = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = made[:, inputs["input_ids"].shape[1] :]
-        return str(self.processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
+        return inputs
 
     def _prompt(self, images: int, question: str) -> str:
         """By the checkpoint's chat template, else images first and the question after them."""
