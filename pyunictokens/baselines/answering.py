@@ -108,12 +108,17 @@ def answer_ids(backbone: Backbone, answer: str) -> Tensor:
     return torch.tensor([*ids, *end], device=backbone.device)
 
 
-def losses(backbone: Backbone, batch: Sequence[tuple[Sequence[Image], str, str]]) -> Iterator[Tensor]:
-    """The mean cross-entropy over the answers' tokens of a batch of (images, question, answer), a part a sample."""
+def losses(
+    backbone: Backbone, batch: Sequence[tuple[Sequence[Image], str, str]], placed: bool = False
+) -> Iterator[Tensor]:
+    """The mean cross-entropy over the answers' tokens of a batch of (images, question, answer), a part a sample.
+
+    placed: whether the questions have placed their images themselves (`Backbone.inputs`).
+    """
     targets = [answer_ids(backbone, answer) for _, _, answer in batch]
     total = sum(len(each) for each in targets)
     for (images, question, _), target_A in zip(batch, targets, strict=True):
-        inputs = dict(backbone.inputs(images, question))
+        inputs = dict(backbone.inputs(images, question, placed))
         prompt = inputs.pop("input_ids")
         ids = torch.cat([prompt, target_A[None]], dim=1)
         inputs["attention_mask"] = torch.ones_like(ids)

@@ -19,6 +19,8 @@ METHODS = {
     "yollava": "yollava:YoLlava",
     "yollava-phi": "yollava:YoLlavaPhi",
     "mcllava": "mcllava:McLlava",
+    "rap": "rap:Rap",
+    "yochameleon": "yochameleon:YoChameleon",
     "showo-tp": "prompts:ShowoText",
     "showo-ip": "prompts:ShowoImage",
     "chameleon-tp": "prompts:ChameleonText",

@@ -18,6 +18,7 @@ from torch import Tensor
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt"})
 _BESIDE = frozenset(
     {"config.json", "tokenizer.json", "tokenizer_config.json", "concept.json", "policy.json", "adapter_config.json"}
+    | {"database.json"}
 )
 """What stands beside weights and decides what they say."""
 

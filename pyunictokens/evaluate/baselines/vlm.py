@@ -42,16 +42,17 @@ class Backbone:
         self.token = str(getattr(self.processor, "image_token", "<image>"))
 
     @torch.no_grad()
-    def answer(self, images: Sequence[Image], question: str, max_new_tokens: int) -> str:
-        """The likeliest continuation after the images and the question."""
-        inputs = self.inputs(images, question)
+    def answer(self, images: Sequence[Image], question: str, max_new_tokens: int, placed: bool = False) -> str:
+        """The likeliest continuation after the images and the question (:meth:`inputs`)."""
+        inputs = self.inputs(images, question, placed)
         made = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = made[:, inputs["input_ids"].shape[1] :]
         return str(self.processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
 
-    def inputs(self, images: Sequence[Image], question: str) -> Any:
-        """What the model is given for the images and the question, by the checkpoint's processor."""
-        text = self._prompt(len(images), question)
+    def inputs(self, images: Sequence[Image], question: str, placed: bool = False) -> Any:
+        """What the model is given for the images and the question, by the checkpoint's processor. The images come
+        first, unless the question has placed them: by :attr:`token`, in their order."""
+        text = self._prompt(0 if placed else len(images), question)
         inputs = self.processor(text=[text], images=list(images) or None, return_tensors="pt").to(self.device)
         for name, value in inputs.items():
             if torch.is_tensor(value) and value.is_floating_point():
