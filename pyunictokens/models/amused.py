@@ -7,9 +7,9 @@
     vqvae/             VQModel: pixels to codes and back
     scheduler/         the id of an unknown code
 
-A prompt is padded to CLIP's 77 positions and read once; its states serve all rows and steps. The network is diffusers'
-own, run up to the input of its last convolution, which is a product of one position and therefore the image head. The
-size of the image is part of the condition, so square grids alone can be drawn.
+A prompt is padded to CLIP's 77 positions and read once; its keys and values serve all rows and steps. The network is
+diffusers' own (uvit.py), run up to the input of its last convolution, which is a product of one position and therefore
+the image head. The size of the image is part of the condition, so square grids alone can be drawn.
 
 Source: Patil, Berman, Rombach, von Platen, "aMUSEd: An open MUSE reproduction", 2024.
 
@@ -21,17 +21,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..utils.errors import UserError, needs
 from ..utils.files import write_json
 from ..utils.loading import no_bars
+from . import uvit
 from .base import ImageTokenizer, MaskedModel
 from .bundle import ModelBundle, Sources
 from .checkpoint import read_config, resolve
@@ -101,11 +100,12 @@ class Amused(MaskedModel):
         return Prefix([known[tuple(prompt)] for prompt in prompts], [self.places] * len(prompts))
 
     def _read(self, prompt: tuple[int, ...]) -> list[Tensor]:
-        """(states [L, E], pooled text [F]) of one prompt."""
+        """(pooled text [F], keys and values of each attention over it) of one prompt."""
         with torch.no_grad():
             read = self.text_encoder(torch.tensor([prompt], device=self.device), output_hidden_states=True)
         net, states_LC = self.transformer, read.hidden_states[-2][0].to(self.dtype)
-        return [net.encoder_proj_layer_norm(net.encoder_proj(states_LC)), read.text_embeds[0].to(self.dtype)]
+        states_LD = net.encoder_proj_layer_norm(net.encoder_proj(states_LC))
+        return [read.text_embeds[0].to(self.dtype), *uvit.keys_and_values(net, states_LD)]
 
     # --- images ----------------------------------------------------------------------------------------------------
 
@@ -122,25 +122,14 @@ class Amused(MaskedModel):
     ) -> Tensor:
         net, (rows, count) = self.transformer, codes_BN.shape
         side = math.isqrt(count)
-        of_row = torch.tensor(list(prefix_of_row), device=codes_BN.device)
-        states_BLE, pooled_BF = (torch.stack(part)[of_row] for part in zip(*prefix.parts, strict=True))
-        size_BC = self._size(side).expand(rows, -1)
-        condition_BE = net.cond_embed(torch.cat([pooled_BF, size_BC.to(pooled_BF.dtype)], dim=1))
-        ids = torch.where(codes_BN < 0, self.mask_id, codes_BN).long()
-        x = net.embed(ids.view(rows, side, side))
-        x = net.down_block(x, condition_BE, states_BLE, None)
-        high, wide = x.shape[-2:]
-        x = net.project_to_hidden(net.project_to_hidden_norm(x.flatten(2).transpose(1, 2)))
-        recomputed = self.checkpoint_layers if torch.is_grad_enabled() else 0
-        for place, layer in enumerate(net.transformer_layers):
-            condition = {"pooled_text_emb": condition_BE}
-            run = partial(layer, encoder_hidden_states=states_BLE, added_cond_kwargs=condition)
-            again = recomputed is True or place < recomputed
-            x = checkpoint(run, x, use_reentrant=False) if again else run(x)
-        x = net.project_from_hidden(net.project_from_hidden_norm(x))
-        x = x.transpose(1, 2).unflatten(2, (high, wide))
-        x = net.mlm_layer.conv1(net.up_block(x, condition_BE, states_BLE, None))
-        return net.mlm_layer.layer_norm(x.flatten(2).transpose(1, 2))
+        used = sorted(set(prefix_of_row))
+        place_of_row = torch.tensor([used.index(prompt) for prompt in prefix_of_row], device=codes_BN.device)
+        pooled_PF = torch.stack([prefix.parts[prompt][0] for prompt in used])
+        size_PC = self._size(side).expand(len(used), -1)
+        condition_PD = net.cond_embed(torch.cat([pooled_PF, size_PC.to(pooled_PF.dtype)], dim=1))
+        ids = torch.where(codes_BN < 0, self.mask_id, codes_BN).long().view(rows, side, side)
+        texts = uvit.Texts([part[1:] for part in prefix.parts], self.places, prefix_of_row)
+        return uvit.hidden(net, ids, condition_PD, place_of_row, texts, self.checkpoint_layers)
 
     def _size(self, side: int) -> Tensor:
         """[1, C], float32: width, height, crop and aesthetic score, each in waves."""

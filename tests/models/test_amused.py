@@ -160,6 +160,36 @@ def test_the_streamed_update_is_the_gradient_of_the_plain_network(bundle: uct.mo
         assert (parameter.grad - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, name
 
 
+def test_any_order_of_rows_gives_the_plain_networks_logits(bundle: uct.models.ModelBundle) -> None:
+    model = bundle.model
+    assert isinstance(model, Amused)
+    prompts = [model.prompt_ids(ids) for ids in ([5, 9], [], [7, 8, 11])]
+    of_row = [2, 0, 0, 1, 1, 1, 1, 0]  # runs of 1, 2, 4 and 1 rows
+    codes = torch.randint(-1, CODES, (len(of_row), N), generator=torch.Generator().manual_seed(2))
+    weight, bias = model.image_head()
+    wanted = torch.stack([plain_logits(model, prompts[p], its) for p, its in zip(of_row, codes, strict=True)])
+    for order in (list(range(8)), [1, 2, 7], [3, 4, 5, 6]):  # 8 pieces of one row, then one piece of all rows
+        for grad in (False, True):  # without gradients results are overwritten where nobody needs them
+            with torch.set_grad_enabled(grad):
+                rows = [of_row[row] for row in order]
+                hidden = model.image_hidden(codes[order], model.prefill(prompts), rows, torch.zeros(len(order)))
+            logits = torch.nn.functional.linear(hidden, weight, bias)
+            # the network takes its root mean squares in float32
+            assert (logits - wanted[order]).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_a_prompts_keys_are_computed_once(bundle: uct.models.ModelBundle) -> None:
+    net, called = bundle.model.transformer, []
+    readers = [layer.attn2 for layer in net.transformer_layers]
+    for block in (net.down_block, net.up_block):
+        readers += [each for skip in block.attention_blocks for each in (skip.attn1, skip.attn2)]
+    hooks = [each.to_k.register_forward_hook(lambda *seen: called.append(len(seen[1][0]))) for each in readers]
+    RolloutEngine.of(bundle).generate_images(PROMPTS[:1], samples=3, steps=4, guidance_scale=3.0)
+    for hook in hooks:
+        hook.remove()
+    assert called == [bundle.model.places] * 2 * len(readers), "one prompt and the unconditional one, and no rows"
+
+
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_reinforcement_runs(folder: Path, tmp_path: Path, trainable: str) -> None:
     def bright(prompts: list[str], images: Tensor) -> Tensor:
