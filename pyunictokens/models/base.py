@@ -345,6 +345,10 @@ class WritingModel(MaskedModel):
     def asked(self, text: str) -> str:
         """A question or task in the wording the model was trained with."""
 
+    @abstractmethod
+    def block_hidden(self, codes_BN: Tensor, prefix: Prefix, prefix_of_row: Sequence[int], place: slice) -> Tensor:
+        """`image_hidden` at the positions `place` alone, [B, b, D], where the time is of no account. Differentiable."""
+
 
 class BlockAnsweringModel(MaskedModel):
     """A model that draws, and answers questions about an image by unmasking blocks of text."""

@@ -116,7 +116,7 @@ class Dimoo(MaskedModel):
         lines = torch.cat([ids, ids.new_full((rows, side, 1), self.ids.newline)], dim=2).flatten(1)
         ends = ids.new_tensor([self.ids.eoi, self.ids.answer_end]).expand(rows, 2)
         own_BS = torch.cat([lines, ends], dim=1)
-        hidden = self.model.after(prefix, prefix_of_row, own_BS, self.checkpoint_layers)[:, :-2]
+        hidden = self.model.after(prefix, prefix_of_row, own_BS, self.checkpoint_layers, slice(0, -2))
         return hidden.unflatten(1, (side, side + 1))[:, :, :-1].flatten(1, 2)
 
     def image_head(self) -> tuple[Tensor, None]:

@@ -74,8 +74,11 @@ class LlamaWriter(WritingModel):
         self, codes_BN: Tensor, prefix: Prefix, prefix_of_row: Sequence[int], timestep_B: Tensor | None = None
     ) -> Tensor:
         """[B, L, D] at tokens int [B, L] (−1 unknown) after the prompts."""
+        return self.block_hidden(codes_BN, prefix, prefix_of_row, slice(None))
+
+    def block_hidden(self, codes_BN: Tensor, prefix: Prefix, prefix_of_row: Sequence[int], place: slice) -> Tensor:
         ids = torch.where(codes_BN < 0, self.mask_id, codes_BN).long()
-        return self.model.after(prefix, prefix_of_row, ids, self.checkpoint_layers)
+        return self.model.after(prefix, prefix_of_row, ids, self.checkpoint_layers, place)
 
     def image_head(self) -> tuple[Tensor, None]:
         return self.model.head(), None

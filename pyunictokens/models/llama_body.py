@@ -120,19 +120,26 @@ class Block(nn.Module):
         self.ff_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
         self.ff_out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor | None, wanted: slice | None = None
+    ) -> Tensor:
+        """Of the positions `wanted`, all of them where it is None; every position is attended to in either case."""
+        own = slice(None) if wanted is None else wanted
         h = self.attn_norm(x_BLD)
         q, k, v = (
-            proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(its).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj, its in ((self.q_proj, h[:, own]), (self.k_proj, h), (self.v_proj, h))
         )
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k = _rotate(q, cos[own], sin[own]), _rotate(k, cos, sin)
         if self.groups > 1:
             k, v = (each.repeat_interleave(self.groups, dim=1) for each in (k, v))
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        x = x_BLD + self.attn_out(seen.transpose(1, 2).flatten(2))
+        x = x_BLD[:, own] + self.attn_out(seen.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        gate, up = self.ff_proj(h), self.up_proj(h)
+        if torch.is_grad_enabled():
+            return x + self.ff_out(F.silu(gate) * up)
+        return self.ff_out(F.silu(gate, inplace=True).mul_(up)).add_(x)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -164,9 +171,16 @@ class Body(nn.Module):
         layer = self.transformer.wte if self.config.weight_tying else self.transformer.ff_out
         return layer.weight
 
-    def encode(self, ids_BL: Tensor, hidden_BL: Tensor | None = None, recomputed: bool | int = 0) -> Tensor:
+    def encode(
+        self,
+        ids_BL: Tensor,
+        hidden_BL: Tensor | None = None,
+        recomputed: bool | int = 0,
+        wanted: slice | None = None,
+    ) -> Tensor:
         """Final hidden states [B, L, D] of ids int64 [B, L]. `hidden_BL` bool: padding that nobody sees. `recomputed`:
-        how many layers are computed again in the backward pass, True for all."""
+        how many layers are computed again in the backward pass, True for all. `wanted`: the positions to give, all
+        where it is None; the last layer computes no others."""
         length, config = ids_BL.shape[1], self.config
         if length > config.max_sequence_length:
             raise UserError(
@@ -178,27 +192,36 @@ class Body(nn.Module):
         allowed = None if hidden_BL is None else ~hidden_BL[:, None, None, :]
         again = config.n_layers if recomputed is True else int(recomputed)
         for place, block in enumerate(self.transformer.blocks):
+            own = wanted if place == config.n_layers - 1 else None
             if place < again and torch.is_grad_enabled():
-                x = checkpoint(block, x, *rotation, allowed, use_reentrant=False)
+                x = checkpoint(block, x, *rotation, allowed, own, use_reentrant=False)
             else:
-                x = block(x, *rotation, allowed)
+                x = block(x, *rotation, allowed, own)
         return self.transformer.ln_f(x)
 
     def after(
-        self, prompts: Prefix, prompt_of_row: Sequence[int], own_BL: Tensor, recomputed: bool | int = 0
+        self,
+        prompts: Prefix,
+        prompt_of_row: Sequence[int],
+        own_BL: Tensor,
+        recomputed: bool | int = 0,
+        place: slice | None = None,
     ) -> Tensor:
-        """Hidden states [B, L, D] at ids int64 [B, L] that follow each row's prompt of :func:`id_prefix`."""
+        """Hidden states [B, L, D] at ids int64 [B, L] that follow each row's prompt of :func:`id_prefix`; of those in
+        `place` alone where one is given."""
         device, rows = own_BL.device, [prompts.parts[prompt][0] for prompt in prompt_of_row]
         longest = max(len(row) for row in rows)
+        first, end, _ = (place or slice(None)).indices(own_BL.shape[1])
+        wanted = slice(longest + first, longest + end)
         if all(len(row) == longest for row in rows):
             ids = torch.cat([torch.stack(rows).to(device), own_BL], dim=1)
-            return self.encode(ids, None, recomputed)[:, longest:]
+            return self.encode(ids, None, recomputed, wanted)
         before = torch.zeros(len(rows), longest, dtype=torch.int64, device=device)
         hidden = torch.zeros(len(rows), longest + own_BL.shape[1], dtype=torch.bool, device=device)
-        for place, row in enumerate(rows):
-            before[place, longest - len(row) :] = row
-            hidden[place, : longest - len(row)] = True
-        return self.encode(torch.cat([before, own_BL], dim=1), hidden, recomputed)[:, longest:]
+        for number, row in enumerate(rows):
+            before[number, longest - len(row) :] = row
+            hidden[number, : longest - len(row)] = True
+        return self.encode(torch.cat([before, own_BL], dim=1), hidden, recomputed, wanted)
 
     def costs(self, codebook: int, count: int) -> WholeSequenceCosts:
         """A guess by the number of parameters, with the body's own depth. The embedding multiplies nothing."""

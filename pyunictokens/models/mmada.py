@@ -161,7 +161,7 @@ class Mmada(BlockAnsweringModel):
         codes = torch.where(codes_BN < 0, self.mask_id, codes_BN + self.ids.first_code).long()
         ends = torch.tensor([self.ids.soi, self.ids.eoi], device=codes.device).expand(len(codes), 2)
         own = torch.cat([ends[:, :1], codes, ends[:, 1:]], dim=1)
-        return self.model.after(prefix, prefix_of_row, own, self.checkpoint_layers)[:, 1:-1]
+        return self.model.after(prefix, prefix_of_row, own, self.checkpoint_layers, slice(1, -1))
 
     def image_head(self) -> tuple[Tensor, None]:
         """The rows of the codes alone, as a view of the published head."""

@@ -76,7 +76,7 @@ class Texts:
         q = attention.to_q(x_BND)
         long = q.view(len(self._pieces), -1, q.shape[-1]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         seen = F.scaled_dot_product_attention(long, pairs[:, 0], pairs[:, 1], attn_mask=self._seen)
-        return attention.to_out[0](seen.transpose(1, 2).reshape(q.shape))  # type: ignore[no-any-return]
+        return attention.to_out[0](seen.transpose(1, 2).reshape(q.shape))
 
 
 def hidden(
@@ -100,7 +100,7 @@ def hidden(
     x = net.project_from_hidden(net.project_from_hidden_norm(x)).transpose(1, 2).unflatten(2, (high, wide))
     x = _block(net.up_block, x, active_PD, place_of_row, texts, first + len(net.transformer_layers))
     x = net.mlm_layer.conv1(x)
-    return net.mlm_layer.layer_norm(x.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+    return net.mlm_layer.layer_norm(x.flatten(2).transpose(1, 2))
 
 
 def _block(block: Any, x: Tensor, active_PD: Tensor, of_row: Tensor, texts: Texts, number: int) -> Tensor:
@@ -115,7 +115,7 @@ def _block(block: Any, x: Tensor, active_PD: Tensor, of_row: Tensor, texts: Text
             flat = _added(flat, texts.attended(attention, number, norm(flat)))
             number += 1
         x = flat.transpose(1, 2).unflatten(2, (high, wide))
-    return x if block.upsample is None else block.upsample(x)  # type: ignore[no-any-return]
+    return x if block.upsample is None else block.upsample(x)
 
 
 def _mixed(block: Any, x: Tensor, active_PD: Tensor, of_row: Tensor) -> Tensor:

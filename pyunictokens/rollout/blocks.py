@@ -4,9 +4,10 @@
 
     token = argmax(logits + temperature·Gumbel)      confidence = softmax(logits)[token]
 
-Only the block's positions go through the head. What stands in a finished block never changes, so a row whose text has
-ended leaves after that block: what would follow is not part of it. Noise is keyed by (seed, sample id, step, position
-in the block), so a text is the same in any batch.
+Only the block's positions go through the last layer and the head. Before the first step rows of one prompt are equal,
+and one is computed for all. What stands in a finished block never changes, so a row whose text has ended leaves after
+that block: what would follow is not part of it. Noise is keyed by (seed, sample id, step, position in the block), so a
+text is the same in any batch.
 
 Shape suffixes: B rows, R all rows, T steps, L tokens, b tokens of a block, V vocabulary.
 """
@@ -150,15 +151,14 @@ class _Writer:
 
     def _step(self, going: Tensor, place: slice, step: int, unknown: int) -> None:
         """One step of the rows `going` in one block, after which `unknown` of its tokens are unknown."""
-        settings, tokens = self.settings, self.tokens[going]
+        tokens = self.tokens[going]
         rows = [self.prompt_of_row[row] for row in going.tolist()]
-        at = torch.full((len(going),), step / settings.steps, device=tokens.device)
-        hidden = self._limit.split(
-            len(going),
-            self._row_bytes,
-            tokens.device,
-            lambda part: exact(self.model.image_hidden(tokens[part], self.prompts, rows[part], at[part])[:, place]),
-        )
+        if step == 0:  # nothing is known: rows of one prompt are equal
+            distinct, of_row = torch.unique(torch.tensor(rows), return_inverse=True)
+            first = tokens[:1].expand(len(distinct), -1)
+            hidden = self._hidden(first, distinct.tolist(), place)[of_row.to(tokens.device)]
+        else:
+            hidden = self._hidden(tokens, rows, place)
         for start in range(0, len(going), self._chunk):
             part = slice(start, start + self._chunk)
             own, codes = going[part], tokens[part, place]
@@ -176,6 +176,15 @@ class _Writer:
                 chances[own, step, place] = torch.where(missing, logp, 0.0).to(chances.dtype)
             self.tokens[own, place] = torch.where(kept, chosen, codes)
             self.logp[own, place] = torch.where(kept, logp.to(self.logp.dtype), self.logp[own, place])
+
+    def _hidden(self, tokens: Tensor, prompts: list[int], place: slice) -> Tensor:
+        """Hidden states [B, b, D] of one block, ready for the head, of rows with these prompts."""
+        return self._limit.split(
+            len(tokens),
+            self._row_bytes,
+            tokens.device,
+            lambda part: exact(self.model.block_hidden(tokens[part], self.prompts, prompts[part], place)),
+        )
 
     def _sampled(self, logits: Tensor, codes: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, log-probs at the temperature, log of the confidence), each [B, b]. Greedy tokens have log-probs at

@@ -87,7 +87,8 @@ def test_a_text_is_the_same_in_any_batch(bundle: ModelBundle) -> None:
 def test_the_end_of_a_text_ends_its_row(bundle: ModelBundle) -> None:
     """What would follow an end token is neither computed nor part of the text."""
     model, calls = bundle.model, []
-    hidden = model.image_hidden
+    assert isinstance(model, LlamaWriter)
+    hidden = model.block_hidden
 
     def counted(codes: Tensor, *rest: object) -> Tensor:
         calls.append(len(codes))
@@ -99,14 +100,32 @@ def test_the_end_of_a_text_ends_its_row(bundle: ModelBundle) -> None:
     ends = model.end_ids
     try:
         model.end_ids = (second,)
-        model.image_hidden = counted  # type: ignore[method-assign]
+        model.block_hidden = counted  # type: ignore[method-assign]
         ended = engine.write(PROMPTS[:1], max_new_tokens=8, block_length=4, steps=4, seed=0, record=True)
     finally:
         model.end_ids = ends
-        del model.__dict__["image_hidden"]
+        del model.__dict__["block_hidden"]
     size = int(ended.lengths[0])
     assert size <= 2 and calls == [1, 1], "one block of two steps"
     assert ended.steps is not None and bool((ended.steps.inputs[0, 2:] >= 0).all())
+
+
+def test_a_group_begins_with_one_row_a_prompt(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = bundle.model, []
+    assert isinstance(model, LlamaWriter)
+    hidden, last, seen = model.block_hidden, model.model.transformer.blocks[-1], []
+
+    def counted(codes: Tensor, *rest: object) -> Tensor:
+        calls.append(len(codes))
+        return hidden(codes, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "block_hidden", counted)
+    hook = last.register_forward_hook(lambda *of: seen.append(of[2].shape[1]))
+    monkeypatch.setattr(model, "end_ids", (-2,))
+    RolloutEngine.of(bundle).write(PROMPTS, samples=3, max_new_tokens=8, block_length=4, steps=4, temperature=1.0)
+    hook.remove()
+    assert calls == [2, 6, 6, 6], "before the first step rows of one prompt are equal"
+    assert seen == [4] * 4, "the last layer computes the block alone"
 
 
 def test_blocks_and_steps() -> None:
