@@ -1,9 +1,11 @@
 """Measure the choices that the fast paths make on a CPU, each side against the other on one thread.
 
-    python -m benchmarks.choices
+    python -m benchmarks.choices                 # --only uvit: some of them
 
     attention   prompt and own keys put together, or attended apart and joined (models/showo/shared_prefix.py)
     head        a few rows through a large head as W·xᵀ, or as x·Wᵀ (models/showo/vocabulary.py)
+    uvit        attention over 80 keys or 77, a gate copied before its GELU or not, squares summed or torch's norm
+                (models/uvit.py)
     products    the core's product with all that goes with it, or torch's product alone (csrc/cpu/head_products.h)
 
 Processor time is compared, so that a busy machine matters less; what is printed goes into docs/measured-facts.md.
@@ -11,6 +13,7 @@ Processor time is compared, so that a busy machine matters less; what is printed
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -111,15 +114,58 @@ def products(tokens: int, width: int, entries: int) -> None:
     )
 
 
+def uvit(rows: int, codes: int, width: int, keys: int, heads: int) -> None:
+    """Parts of aMUSEd's layers for a guided group: `rows` rows, half of which read either of two texts."""
+    q = torch.randn(2, heads, rows // 2 * codes, width // heads)
+    padded = torch.randn(2, heads, -(-keys // 16) * 16, width // heads)
+    bare = padded[:, :, :keys].contiguous()
+    seen = torch.zeros(1, 1, 1, padded.shape[2])
+    seen[..., keys:] = -torch.inf
+    compare(
+        f"attention, {rows} rows of {codes} codes over {keys} keys of 2 texts",
+        f"padded to {padded.shape[2]}",
+        lambda: F.scaled_dot_product_attention(q, padded, padded, attn_mask=seen),
+        "as they are",
+        lambda: F.scaled_dot_product_attention(q, bare, bare),
+    )
+    both = torch.randn(rows * codes, 6 * width)
+
+    def copied() -> torch.Tensor:
+        value, gate = both.chunk(2, dim=-1)
+        return torch.ops.aten.gelu_(gate.contiguous()).mul_(value)
+
+    def where_it_lies() -> torch.Tensor:
+        value, gate = both.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    compare(f"gated GELU, {rows * codes} rows of {3 * width}", "copied", copied, "where it lies", where_it_lies)
+    x = torch.randn(rows, codes, 4 * width)
+    compare(
+        f"norm over positions, {rows} rows of {codes} codes, width {4 * width}",
+        "squares summed",
+        lambda: x.square().sum(1, keepdim=True).sqrt_(),
+        "torch.norm",
+        lambda: torch.norm(x, p=2, dim=1, keepdim=True),
+    )
+
+
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["attention", "head", "uvit", "products"], help="one kind instead of all")
+    only = parser.parse_args().only
     torch.set_num_threads(1)
-    attention(4, 256, 8, 64, [27])
-    attention(9, 64, 4, 32, [20, 31, 40])
-    for rows in (1, 4, 8, 9, 16):
-        head(rows, 54402, 512)
-    products(1024, 512, 1024)
-    products(512, 2048, 1024)
+    if only in (None, "attention"):
+        attention(4, 256, 8, 64, [27])
+        attention(9, 64, 4, 32, [20, 31, 40])
+    if only in (None, "head"):
+        for rows in (1, 4, 8, 9, 16):
+            head(rows, 54402, 512)
+    if only in (None, "uvit"):
+        uvit(16, 64, 128, 77, 4)
+    if only in (None, "products"):
+        products(1024, 512, 1024)
+        products(512, 2048, 1024)
 
 
 if __name__ == "__main__":

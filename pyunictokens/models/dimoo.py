@@ -137,7 +137,7 @@ class Dimoo(MaskedModel):
         cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> Dimoo:
         """Load a published checkpoint with its tokenizer: a folder or hub id, whole or sharded."""
-        folder, config, sizes, weights = read_body(path)
+        folder, config, sizes, weights = read_body(path, "lumina-dimoo")
         usual = Ids()
         ids = Ids(
             whole_number(config, "newline_id", usual.newline, folder),

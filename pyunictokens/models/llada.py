@@ -98,7 +98,7 @@ class LlamaWriter(WritingModel):
         cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> LlamaWriter:
         """Load a published checkpoint with its tokenizer: a folder or hub id, whole or sharded."""
-        folder, _, sizes, weights = read_body(path)
+        folder, _, sizes, weights = read_body(path, "llada")
         words = read_words(folder)
         with torch.device("meta"):
             model = cls(Body(sizes), words)

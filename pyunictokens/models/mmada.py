@@ -195,7 +195,7 @@ class Mmada(BlockAnsweringModel):
         cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> Mmada:
         """Load a published checkpoint with its tokenizer: a folder or hub id, whole or sharded."""
-        folder, config, sizes, weights = read_body(path)
+        folder, config, sizes, weights = read_body(path, "mmada")
         words = read_words(folder)
         if words.bos_token_id is None:
             raise UserError(f"{folder}: its tokenizer names no bos_token: name it in tokenizer_config.json")

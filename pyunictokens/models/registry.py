@@ -81,6 +81,11 @@ def known_files(source: str) -> WeightFiles | None:
     return next((files for files in every if wanted in (files.source, files.home)), None)
 
 
+def named_family(config: Mapping[str, object]) -> str | None:
+    """The family that a config.json belongs to, None where it is of none known here."""
+    return next((family.name for family in families() if family.recognises(config)), None)
+
+
 def family_of(path: str | os.PathLike[str]) -> Family:
     """The family of the checkpoint in a folder or hub id. Raises UserError that names the families."""
     folder = resolve(path)

@@ -140,6 +140,14 @@ def test_models_and_tokens_to_a_folder(tmp_path: Path) -> None:
     there = tokens.push_to_hub(tmp_path / "tokens", base_model="showlab/show-o-512x512")
     again = ConceptTokens.from_pretrained(there)
     assert torch.equal(again.embed, tokens.embed) and again.name == "bo"
+    code = (
+        "import json, sys, pyunictokens as uct\n"
+        "said = uct.pipeline(sys.argv[1])('a cat', max_new_tokens=8).texts\n"
+        "print(json.dumps([said, uct.ConceptTokens.from_pretrained(sys.argv[2]).embed.tolist()]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(place), str(there)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [said.texts, tokens.embed.tolist()], "a fresh process reads both"
     assert "base_model: showlab/show-o-512x512" in (Path(there) / "README.md").read_text()
 
 
