@@ -65,6 +65,10 @@ def reinforce(
         bool, typer.Option("--texts", help="Reinforce what the model writes; llada always does, mmada may.")
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")] = Path("runs/reinforce"),
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="GPUSxGB", help="Say which grpo.shard fits so many GPUs, as 8x80; do nothing."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
     model: ModelOption = None,
     vq: VqOption = None,
@@ -113,11 +117,14 @@ def reinforce(
     from ..rewards.names import named, short_name
     from ..runs.bundle import check_objective, open_bundle, resolved_dtype
     from ..train import reinforce as run
+    from ..train.distributed.plan import Devices, Sizes
+    from ..train.distributed.plan import plan as plan_lines
     from ..train.distributed.ranks import Ranks
     from ..train.trackers import check_trackers
     from ..utils.signals import Stopped, stop_on_signals
     from ..utils.yaml_text import settled
 
+    devices = None if plan is None else Devices.read(plan)
     values = load_yaml(config) if config is not None else {}
     if not reward and "rewards" not in values:
         raise UserError("which reward? Give --reward NAME or MODULE:FUNCTION, as in --reward my_rewards:red")
@@ -146,6 +153,10 @@ def reinforce(
         bundle = open_bundle(sources, str(ranks.device), settings.dtype)
         if texts:
             bundle = bundle.as_text()
+        if devices is not None:
+            sizes = Sizes.of(bundle.model, settings.trainable, bundle.model.dtype)
+            console().print("\n".join(plan_lines(sizes, devices)), markup=False, highlight=False, soft_wrap=True)
+            return
         if concept is not None:
             owning_rows(bundle.model).attach(ConceptTokens.load(concept).to(bundle.device))
         looks: dict[str, dict[str, object]] = {}
