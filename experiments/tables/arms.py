@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyunictokens.runs.paper_numbers import number
+
 KINDS = ("animal", "human", "object")
 
 
@@ -232,17 +234,24 @@ _PAPER_COLUMNS = (
     "reasoning_generation.clip_i",
     "dense_reasoning_generation.clip_i",
 )
-_PAPER = {  # tables 1 to 3 of the paper, the columns above
-    "text": (0.562, 0.217, 0.462, 0.507, 0.263, 0.663, 0.558, 0.235, 0.679, 0.660),
-    "joint": (0.712, 0.224, 0.489, 0.529, 0.264, 0.680, 0.607, 0.266, 0.724, 0.653),
-    "unic": (0.792, 0.238, 0.505, 0.546, 0.280, 0.750, 0.639, 0.282, 0.762, 0.712),
-    "staged": (0.792, 0.238, 0.505, 0.546, 0.280, 0.750, 0.639, 0.282, 0.762, 0.712),
-    "joint_grpo": (0.789, 0.231, 0.548, 0.581, 0.287, 0.695, 0.616, 0.303, 0.757, 0.689),
-    "ours": (0.859, 0.250, 0.592, 0.604, 0.308, 0.765, 0.645, 0.324, 0.801, 0.756),
-    "no_reasoning": (0.808, 0.224, 0.511, 0.549, 0.301, 0.762, 0.637, 0.289, 0.765, 0.727),
-    "no_visual": (0.823, 0.239, 0.587, 0.571, 0.299, 0.759, 0.641, 0.301, 0.799, 0.741),
-    "no_text_only": (0.855, 0.222, 0.572, 0.597, 0.305, 0.757, 0.639, 0.291, 0.773, 0.728),
-    "no_dsog": (0.848, 0.243, 0.590, 0.607, 0.305, 0.766, 0.632, 0.307, 0.796, 0.738),
+_PAPER_ROWS = {
+    "text": ("table1", "Show-o+TP"),
+    "joint": ("table3", "joint"),
+    "unic": ("table1", "UniCTokens"),
+    "staged": ("table1", "UniCTokens"),
+    "joint_grpo": ("table3", "joint + UniCTask-GRPO"),
+    "ours": ("table1", "UniCTokens-R1"),
+    "no_reasoning": ("table2", "w/o Und. Rea."),
+    "no_visual": ("table2", "w/o VIA"),
+    "no_text_only": ("table2", "w/o TIA"),
+    "no_dsog": ("table2", "w/o DSOG"),
 }
-PAPER = {arm: dict(zip(_PAPER_COLUMNS, values, strict=True)) for arm, values in _PAPER.items()}
+
+
+def _printed(table: str, row: str) -> dict[str, float]:
+    found = {key: number(table, row, key) for key in _PAPER_COLUMNS}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+PAPER = {arm: _printed(*place) for arm, place in _PAPER_ROWS.items()}
 """The paper's values by arm and column; what it measured with GPT-4o has no counterpart here."""

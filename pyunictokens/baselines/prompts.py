@@ -6,6 +6,7 @@ asks it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,12 @@ class GptText(_Prompted):
     def abilities(self, settings: BaselineSettings) -> tuple[bool, bool]:
         assert isinstance(settings, EndpointSettings)
         return True, bool(settings.draw)
+
+    def _problems(self, job: Job[BaselineSettings]) -> list[str]:
+        assert isinstance(job.settings, EndpointSettings)
+        key = job.settings.key_env
+        wanted = [] if key == "none" or os.environ.get(key) else [f"the endpoint's key: set {key}, or key_env=none"]
+        return [*super()._problems(job), *wanted]
 
     def _lacking(self, job: Job[BaselineSettings]) -> tuple[str, ...]:
         return ()

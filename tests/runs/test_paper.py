@@ -4,6 +4,7 @@ are filled, and a second call has nothing left to do."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -220,7 +221,8 @@ def test_what_cannot_be_done_is_said_first(here: list[str], tmp_path: Path) -> N
     flags = ("--model", "someone/show-o", "--vq", "someone/vq", "--tokenizer", "someone/phi")
     planned = call(*base, *flags, "--plan")
     assert "to fetch first: model: someone/show-o" in planned and "to fetch first: tokenizer" in planned
-    assert "give --rewards FILE.yaml" in call(*base, *flags, code=2)
+    assert "left out: Qwen2.5-VL + TP (qwen-tp): to fetch first: Qwen/Qwen2.5-VL-7B-Instruct" in planned
+    assert "GPT-4o + TP (gpt-tp): the endpoint's key: set OPENAI_API_KEY" in planned or "OPENAI_API_KEY" in os.environ
 
 
 def test_variants_stand_behind_what_they_begin_with() -> None:
