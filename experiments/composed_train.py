@@ -23,8 +23,9 @@ from toy_showo import Masked, noisy
 from toy_vq import degrade, entropy_loss, log_line, to_pixels
 
 from pyunictokens.models.magvit import MagvitConfig, MagvitV2
-from pyunictokens.models.showo.model import Showo, ShowoConfig
+from pyunictokens.models.showo.model import Showo
 from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, t2i_text
+from pyunictokens.models.showo.sizes import ShowoConfig
 from pyunictokens.toy.composed.prompts import caption, words
 from pyunictokens.toy.composed.scene import (
     NOUNS,

@@ -20,8 +20,9 @@ from toy_cache import HOLD
 from toy_corpus import CAPTIONS, CODE, MAX_TEXT, QUESTIONS
 from toy_vq import load_vq, log_line
 
-from pyunictokens.models.showo.model import Showo, ShowoConfig
+from pyunictokens.models.showo.model import Showo
 from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, t2i_text
+from pyunictokens.models.showo.sizes import ShowoConfig
 from pyunictokens.toy.words import words
 
 N = 64

@@ -23,7 +23,8 @@ from .registry import load
 from .sampling_rule import BlockRule, SamplingRule
 from .showo import prompting
 from .showo.attention import PromptKV
-from .showo.model import Showo, ShowoConfig
+from .showo.model import Showo
+from .showo.sizes import ShowoConfig
 from .tokenizer import TextTokenizer
 
 __all__ = [

@@ -9,7 +9,7 @@ from ..data.concept import Concept
 from ..models.checkpoint import read_config
 from ..models.showo.costs import ShowoCosts
 from ..models.showo.family import published_config
-from ..models.showo.model import ShowoConfig
+from ..models.showo.sizes import ShowoConfig
 from .concept_tokens.stages import PLANS, questions_of, stage_steps
 
 PROMPT = 64

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunictokens.models.showo import prompting
-from pyunictokens.models.showo.model import ShowoConfig
 from pyunictokens.models.showo.prompting import SpecialIds, attention_allowed, mmu, t2i, t2i_text
+from pyunictokens.models.showo.sizes import ShowoConfig
 from pyunictokens.utils.errors import UserError
 
 IDS = SpecialIds.from_config(ShowoConfig(), num_new=25)

@@ -95,3 +95,8 @@ def test_the_table_of_models_tells_the_size_of_their_files() -> None:
     for name, lines in told:
         true = len((root / "pyunictokens" / "models" / name).read_text().splitlines())
         assert abs(int(lines) - true) <= 0.1 * true and true < 400, f"{name}: {lines} told, {true} found"
+    several = re.search(r"`showo/`, (\d+) files of at most (\d+)", (root / "docs" / "models.md").read_text())
+    own = [file for file in (root / "pyunictokens" / "models" / "showo").glob("*.py") if file.stem != "__init__"]
+    longest = max(len(file.read_text().splitlines()) for file in own)
+    assert several is not None and int(several[1]) == len(own)
+    assert longest < 400 and abs(int(several[2]) - longest) <= 0.1 * longest

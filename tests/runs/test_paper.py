@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pyunictokens.cli import app
 from pyunictokens.config.training import TrainConfig
 from pyunictokens.models.showo.costs import ShowoCosts
-from pyunictokens.models.showo.model import ShowoConfig
+from pyunictokens.models.showo.sizes import ShowoConfig
 from pyunictokens.runs import paper
 from pyunictokens.runs.sweep import Job, Status
 from pyunictokens.toy.concept import write_toy_concept

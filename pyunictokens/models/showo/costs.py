@@ -18,7 +18,7 @@ from ..costs import ModelCosts
 from ..costs import decode_pixels as decode_pixels
 
 if TYPE_CHECKING:
-    from .model import ShowoConfig
+    from .sizes import ShowoConfig
 
 BLOCK_LAUNCHES = 31
 """Kernels of one block without attention's own: two norms' worth of rotary, seven products, a cache to glue."""

@@ -14,7 +14,8 @@ from ..registry import Family
 from ..tokenizer import TextTokenizer
 from ..vision import SYSTEM, ClipVision
 from ..weight_files import WEIGHTS, WeightFiles
-from .model import Showo, ShowoConfig
+from .model import Showo
+from .sizes import ShowoConfig
 
 
 def _recognises(config: Mapping[str, object]) -> bool:

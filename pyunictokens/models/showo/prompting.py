@@ -18,7 +18,8 @@ from torch import Tensor
 from ...utils.errors import UserError
 
 if TYPE_CHECKING:
-    from .model import Showo, ShowoConfig
+    from .model import Showo
+    from .sizes import ShowoConfig
 
 SPECIAL_TOKENS = (
     "[PAD]",

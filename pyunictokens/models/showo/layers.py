@@ -1,0 +1,79 @@
+"""Show-o's layers: Phi's, with layer norm on q and k, partial rotary, attention beside the MLP, tanh-GELU.
+
+Module names are those of the published checkpoint. Who sees what is decided by a strategy of attention.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention
+from .sizes import ShowoConfig
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        width, head = config.hidden_size, config.head_dim
+        self.heads, self.rotary_dim = config.num_attention_heads, config.rotary_dim
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width)
+        if config.qk_layernorm:
+            self.q_layernorm = nn.LayerNorm(head, eps=config.layer_norm_eps)
+            self.k_layernorm = nn.LayerNorm(head, eps=config.layer_norm_eps)
+        self.normalise = config.qk_layernorm
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attention) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.normalise:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        return self.dense(attend(layer, q, k, v).transpose(1, 2).flatten(2))
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        first, second = turned.chunk(2, dim=-1)
+        return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attention) -> Tensor:
+        h = self.input_layernorm(x)
+        return self.self_attn(h, cos, sin, layer, attend) + self.mlp(h) + x
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class CausalLM(nn.Module):
+    def __init__(self, config: ShowoConfig):
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
