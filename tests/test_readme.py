@@ -26,7 +26,8 @@ SHORT += ["evaluation.max_new_tokens=4", "evaluation.tasks=[pure]"]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    every = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [body for kind, body in every if kind == language]
 
 
 def commands() -> list[list[str]]:
@@ -96,6 +97,7 @@ def served(words: list[str], folder: Path, path: str) -> str:
 @pytest.mark.slow
 def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of the README, on the toy, with fewer steps; those of real weights up to their plan."""
+    assert len(commands()) == 14
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
