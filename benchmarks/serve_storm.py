@@ -25,6 +25,7 @@ from pyunictokens.utils.errors import UserError
 
 CONNECTIONS = 16
 FAULTS = 0.05
+"""The share of requests that is faulty."""
 KINDS = ("no JSON", "unknown field", "unknown model", "bad size", "aborted", "half a body", "half a head")
 """What a faulty request is; the first four are answered with an error, the others leave."""
 
@@ -125,14 +126,14 @@ async def _fault(client: _Client, kind: str, seed: int, seen: Seen, dice: random
     seen.left += 1
 
 
-async def _storm(port: int, seeds: list[int], seen: Seen) -> None:
+async def _storm(port: int, seeds: list[int], seen: Seen, faults: float) -> None:
     waiting = iter(seeds)
 
     async def worker(number: int) -> None:
         client, dice = _Client(port), random.Random(number)
         for seed in waiting:
             try:
-                if dice.random() < FAULTS:
+                if dice.random() < faults:
                     await _fault(client, dice.choice(KINDS), seed, seen, dice)
                 else:
                     await _ask(client, seed, seen)
@@ -159,12 +160,12 @@ def resident_bytes(process: int) -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-async def _measure(port: int, process: int, requests: int, seen: Seen) -> dict[str, Any]:
+async def _measure(port: int, process: int, requests: int, seen: Seen, faults: float) -> dict[str, Any]:
     first = max(1, requests // 10)
     started = time.perf_counter()
-    await _storm(port, list(range(first)), seen)
+    await _storm(port, list(range(first)), seen, faults)
     early = resident_bytes(process)
-    await _storm(port, list(range(first, requests)), seen)
+    await _storm(port, list(range(first, requests)), seen, faults)
     late, seconds = resident_bytes(process), time.perf_counter() - started
     lost = requests - seen.answered - seen.refused - seen.left - len(seen.wrong)
     again = Seen()
@@ -197,7 +198,7 @@ async def _measure(port: int, process: int, requests: int, seen: Seen) -> dict[s
     }
 
 
-def run(runs: Path, requests: int) -> dict[str, Any]:
+def run(runs: Path, requests: int, faults: float = FAULTS) -> dict[str, Any]:
     """A storm on a server of the runs c0 to c3 in `runs`."""
     command = [sys.executable, "-m", "pyunictokens", "serve", *(str(runs / f"c{each}") for each in range(4))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -210,7 +211,7 @@ def run(runs: Path, requests: int) -> dict[str, Any]:
             address = re.search(r"http://127\.0\.0\.1:(\d+)", line)
             if address is None:
                 raise UserError(f"the server did not begin: {line}{log.read_text(errors='replace')[-2000:]}")
-            found = asyncio.run(_measure(int(address[1]), server.pid, requests, Seen()))
+            found = asyncio.run(_measure(int(address[1]), server.pid, requests, Seen(), faults))
         finally:
             server.terminate()
             server.wait(120)

@@ -9,6 +9,7 @@ A name that a client sends is looked up among the names that were found, and nev
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -118,7 +119,7 @@ class Catalog:
             return {}
         found = {}
         for path in sorted(self._folder.iterdir()):
-            if path.name != BASE and path.is_dir() and Run.learned_at(path) is not None and _is_name(path.name):
+            if _is_name(path.name) and _is_run(path):
                 found[path.name] = _listed(path.name, path)
         return found
 
@@ -129,8 +130,9 @@ class Catalog:
     def find(self, name: str) -> Listed:
         """The model of a name. Raises UnknownModel with the names there are."""
         found = self._named.get(name)
-        if found is None and self._folder is not None and _is_name(name):
-            found = self._in_folder().get(name)
+        folder = self._folder
+        if found is None and folder is not None and _is_name(name) and name in os.listdir(folder):
+            found = _listed(name, folder / name) if _is_run(folder / name) else None
         if found is None:
             names = [each.name for each in self.list()]
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -236,6 +238,10 @@ def _is_name(name: str) -> bool:
     except UserError:
         return False
     return True
+
+
+def _is_run(path: Path) -> bool:
+    return path.name != BASE and path.is_dir() and Run.learned_at(path) is not None
 
 
 def _listed(name: str, path: Path) -> Listed:

@@ -19,6 +19,7 @@ from pyunictokens.rollout.serving import (
     ServingEngine,
     Written,
 )
+from pyunictokens.toy.model import load_toy
 from pyunictokens.utils.errors import NotFinite, UserError
 
 from .test_resident_concepts import concept, resident_engine, worded_model, words
@@ -144,6 +145,23 @@ def run(serving):
     while serving.busy:
         events += serving.step()
     return events
+
+
+def test_a_picture_is_the_same_to_the_last_bit_whatever_is_decoded_beside_it():
+    engine = RolloutEngine.of(load_toy())
+    requests = [ImageRequest("a red star", steps=1, grid=(1, 2), previews=0, seed=seed) for seed in range(7)]
+
+    def pictures(some):
+        serving = ServingEngine()
+        numbers = [serving.add_request(engine, request) for request in some]
+        drawn = {event.ticket: event.pixels for event in run(serving) if isinstance(event, Drawn)}
+        return [drawn[number] for number in numbers]
+
+    together = pictures(requests)
+    for request, picture in zip(requests, together, strict=True):
+        assert torch.equal(picture, pictures([request])[0])
+    plain = engine.generate_images(["a red star"], steps=1, grid=(1, 2), seed=3, record=False)
+    assert torch.equal(together[3], plain.pixels[0])
 
 
 def test_a_mixed_batch_shares_its_steps():

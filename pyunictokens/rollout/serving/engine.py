@@ -297,21 +297,18 @@ class ServingEngine:
         if done and not lane.slots.finite:
             raise NotFinite(NO_NUMBERS)
         events: list[Event] = []
-        by_grid: dict[tuple[int, int], list[_Running]] = {}
-        for row in done + shown:
-            by_grid.setdefault(row.job.grid, []).append(row)
-        for grid, rows in by_grid.items():
-            codes = lane.slots.look([row.candidate for row in rows])
-            pixels = bench.engine.pixels(codes, grid, of="decode").float().cpu()
-            for row, its_codes, its_pixels in zip(rows, codes.cpu(), pixels, strict=True):
-                number = row.job.ticket.number
-                if row in done:
-                    events.append(Drawn(number, row.sample, its_codes, its_pixels))
-                else:
-                    assert isinstance(row.job.request, ImageRequest)
-                    row.shows.pop(0)
-                    shows = row.job.request.previews - len(row.shows) - 1
-                    events.append(Preview(number, row.sample, shows, its_pixels))
+        for row in (
+            done + shown
+        ):  # each alone: a decoder rounds otherwise in other batches, and the picture would differ
+            codes, request = lane.slots.look([row.candidate]), row.job.request
+            pixels = bench.engine.pixels(codes, row.job.grid, of="decode").float().cpu()[0]
+            number = row.job.ticket.number
+            if row in done:
+                events.append(Drawn(number, row.sample, codes.cpu()[0], pixels))
+            else:
+                assert isinstance(request, ImageRequest)
+                row.shows.pop(0)
+                events.append(Preview(number, row.sample, request.previews - len(row.shows) - 1, pixels))
         self._leave(lane, done)
         for row in done:
             self._row_ended(row.job, events)

@@ -1,0 +1,71 @@
+"""`python -m benchmarks.serve`: every piece in small, and the page that says what its results say."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import serve, serve_storm
+from pyunictokens.rollout.engine import RolloutEngine
+from pyunictokens.toy.model import load_toy
+from pyunictokens.utils.files import read_json
+
+
+def test_every_piece_in_small(tmp_path: Path) -> None:
+    out = tmp_path / "serve.json"
+    serve.main(["--quick", "--out", str(out)])
+    report = read_json(out)
+    assert report["quick"] and all(report[piece]["wall_seconds"] > 0 for piece in serve.PIECES)
+    assert report["throughput"]["rows"] == serve.CLIENTS and report["throughput"]["ratio"] > 0.3
+    assert report["latency"]["requests"] == serve.QUICK["requests"]
+    assert report["cold"]["resident"] == serve.QUICK["resident"] < report["cold"]["on_disk"]
+    storm = report["storm"]
+    assert (
+        storm["wrong"] == [] and storm["lost_or_mixed_up"] == storm["rows_held_in_the_end"] == storm["exit_code"] == 0
+    )
+    assert storm["answered"] + storm["refused"] + storm["left"] == storm["requests"] == serve.QUICK["storm"]
+    assert storm["faulty"] == sum(storm["faults"].values()) > 5 and storm["refused"] and storm["left"]
+    assert "| lost or mixed-up answers of 40 requests" in serve.table(report)
+
+
+def test_the_clock_counts_work_and_jumps_to_the_next_arrival() -> None:
+    engine = RolloutEngine.of(load_toy())
+    requests = [serve._request("a red star", seed, steps=1) for seed in range(3)]
+    seconds, took = serve.play(engine, [(1000.0 * place, request) for place, request in enumerate(requests)])
+    assert 2000 < seconds < 2100 and len(took) == 3 and max(took) < 50
+
+
+def test_an_answer_with_another_seed_is_noticed() -> None:
+    seen = serve_storm.Seen()
+
+    class Mixed:
+        async def send(self, data: bytes) -> None:
+            assert data.endswith(serve_storm._body(3))
+
+        async def answer(self) -> tuple[int, bytes]:
+            return 200, b'{"seed": 4, "data": [{"b64_json": ""}]}'
+
+    import asyncio
+
+    asyncio.run(serve_storm._ask(Mixed(), 3, seen))  # type: ignore[arg-type]
+    assert seen.answered == 0 and "seed 3: 200" in seen.wrong[0]
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    report = read_json(serve.ROOT / "benchmarks" / "results" / serve.NAME)
+    page = serve.PAGE.read_text(encoding="utf-8")
+    assert serve.updated(page, report) == page, "run: python -m benchmarks.serve --table"
+    assert not report["quick"] and report["settings"] | serve.LONG == report["settings"]
+
+
+@pytest.mark.parametrize("piece", serve.GOALS)
+def test_a_goal_that_is_missed_is_said(piece: str) -> None:
+    report: dict[str, Any] = copy.deepcopy(read_json(serve.ROOT / "benchmarks" / "results" / serve.NAME))
+    _, key, way, goal = serve.GOALS[piece]
+    report[piece][key] = goal + (0.01 if way == "at most" else -0.01)
+    report["storm"]["lost_or_mixed_up"] = 1
+    assert not serve.met(piece, report)
+    assert serve.table(report).count("missed") >= 2
