@@ -268,6 +268,13 @@ def table(report: dict[str, Any]) -> str:
         said.append(f"{report['cold']['resident']} concepts at hand, {report['cold']['on_disk']:,} on disk.")
     if "latency" in report:
         said.append(f"The median at half load is {report['latency']['p50_ratio']:g} × an idle server's.")
+    if {"latency", "throughput"} <= report.keys() and not met("latency", report):
+        batched = report["throughput"]["served_seconds"] / report["throughput"]["rows"]
+        share = batched / report["latency"]["idle_seconds"]["p50"]
+        said.append(
+            f"Why p95 is missed: on one core an image in a full batch costs {share:.2f} of one alone, so images under "
+            "way at once mostly share the core, and some arrive close together."
+        )
     said.append("Ratios of processor time, both sides in turn; memory and answers are those of a server over HTTP.")
     if report["machine"]["loaded"]:
         said.append(f"The machine was loaded (load average {load:g}).")
