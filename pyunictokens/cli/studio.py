@@ -15,8 +15,16 @@ def studio(
         list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs of `train`; `base` is always there.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--runs", metavar="FOLDER", help="Every run in this folder, later ones too.")
+        Path | None,
+        typer.Option(
+            "--runs",
+            metavar="FOLDER",
+            help="Every run in this folder, later ones too; training writes here. Default: runs.",
+        ),
     ] = None,
+    data: Annotated[
+        Path, typer.Option("--data", metavar="FOLDER", help="The data folder that concepts are written into.")
+    ] = Path("data"),
     choices: Annotated[
         Path, typer.Option("--choices", metavar="FOLDER", help="Where choices between pictures are saved.")
     ] = Path("choices"),
@@ -30,24 +38,35 @@ def studio(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Draw, paint over, ask, compare and choose in the browser, until Ctrl-C or SIGTERM.
+    """Make concepts from photos, train, draw, ask, compare and choose in the browser, until Ctrl-C or SIGTERM.
 
-    Choices are lines of `preferences.jsonl` with two pictures each. The page loads nothing from other places. With
+    A training goes on when the page is closed, and ends with the studio: it saves, and can be resumed. Choices are
+    lines of `preferences.jsonl` with two pictures each. The page loads nothing from other places. With
     PYUNICTOKENS_STUDIO_PASSWORD set, one signs in as `studio`.
 
     Examples:
 
+        pyunictokens studio
+
         pyunictokens studio runs/bo
 
-        pyunictokens studio --runs runs --port 8080
+        pyunictokens studio --runs runs --data mydata --port 8080
     """
     from ..models.bundle import Sources
     from ..rollout.serving import ServingEngine
     from ..serve.catalog import Catalog
     from ..serve.studio.backend import Studio
+    from ..serve.studio.concepts import Concepts
     from ..serve.studio.page import serve_studio
+    from ..serve.studio.training import Training
     from ..utils.signals import stop_on_signals
 
+    if folder is None and not runs:
+        folder = Path("runs")
+        folder.mkdir(exist_ok=True)
+    given = {"--model": model, "--vq": vq, "--tokenizer": tokenizer, "--device": device}
+    options = [word for key, value in given.items() if value is not None for word in (key, str(value))]
+    training = Training(folder or Path("runs"), data, options)
     serving = ServingEngine()
     catalog = Catalog(
         runs or (),
@@ -60,4 +79,4 @@ def studio(
     say = console()
     with stop_on_signals(lambda text: say.print("ending")) as stop:
         shown = lambda address: say.print(f"{address} shows {len(catalog.list())} models; Ctrl-C ends", markup=False)  # noqa: E731
-        serve_studio(Studio(catalog, serving, choices), host, port, shown, stop)
+        serve_studio(Studio(catalog, serving, choices), Concepts(data), training, host, port, shown, stop)

@@ -54,6 +54,13 @@ def check_folder(
     return sorted(ledger.problems, key=lambda problem: problem.severity != ERROR)
 
 
+def check_photo(path: Path) -> list[Problem]:
+    """What :func:`check_folder` would say of one image file, by its name; nothing where it is fine."""
+    ledger = Ledger(path.parent)
+    _image(ledger, path)
+    return ledger.problems
+
+
 def render_problems(problems: Iterable[Problem], root: str | os.PathLike[str] = "") -> str:
     """Problems as plain text, one a line with its severity, and a line that counts them."""
     problems = list(problems)

@@ -43,6 +43,12 @@ PARTS = ("stages", "grpo", "evaluation")
 """Parts of a run, as config.yaml names them."""
 
 
+def files_when_done(grpo: bool, evaluate: bool) -> tuple[str, ...]:
+    """Files that are in a run's folder when everything that was asked for is done."""
+    files = ("after.json", "report.html") if evaluate else ()
+    return (*files, f"{FINAL}/policy.json" if grpo else f"{CONCEPT}/concept.json")
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a config.yaml says beside the settings: of which model and which concept the run is."""

@@ -28,7 +28,7 @@ from ..utils.errors import UserError
 from ..utils.files import read_json, write_json
 from ..utils.signals import ENDS_WITH_STDIN, Stop, never
 from ..utils.text import read_text
-from .run_dir import CONCEPT, CONFIG, FINAL
+from .run_dir import CONFIG, files_when_done
 
 JOBS = ".jobs"  # no concept's name begins with a dot
 PLAN = "plan.yaml"
@@ -141,10 +141,9 @@ def plan(
             )
     else:
         save_yaml(file, wanted)
-    files = ["after.json", "report.html"] if evaluate else []
-    files += [f"{FINAL}/policy.json"] if grpo else [f"{CONCEPT}/concept.json"]
+    files = files_when_done(grpo, evaluate)
     return [
-        Job(name, str(runs), tuple(word.replace("{name}", name) for word in arguments), retries, tuple(files))
+        Job(name, str(runs), tuple(word.replace("{name}", name) for word in arguments), retries, files)
         for name in names
     ]
 

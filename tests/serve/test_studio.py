@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ import torch
 from PIL import Image
 
 from pyunictokens import RolloutEngine
+from pyunictokens.data.folder import load_concept
 from pyunictokens.data.images import to_pil
 from pyunictokens.rollout.serving import ServingEngine
 from pyunictokens.serve.catalog import Catalog
 from pyunictokens.serve.errors import Refused
 from pyunictokens.serve.studio.backend import Studio, Wish, painted_mask
+from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.toy.model import load_toy
 from pyunictokens.utils.errors import UserError
 
@@ -114,8 +117,9 @@ CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studio")
     concept_run(folder / "runs" / "bo", "bo", 1, ("<bo> likes a red ball.",))
+    write_toy_concept(folder / "toy", seed=3, kind="animal", name="mim")
     words = [sys.executable, "-m", "pyunictokens", "studio", "--runs", str(folder / "runs"), "--port", "0"]
-    words += ["--choices", str(folder / "choices")]
+    words += ["--choices", str(folder / "choices"), "--data", str(folder / "data")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as process:
         try:
@@ -138,8 +142,10 @@ def page(address):
         page.on("request", lambda request: elsewhere.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.set_default_timeout(120_000)
+        begun = time.monotonic()
         page.goto(address[0])
         page.locator("#prompt textarea").wait_for()
+        print(f"\nfirst page: {time.monotonic() - begun:.2f} s at load {os.getloadavg()[0]:.1f}")
         yield page
         assert not [url for url in elsewhere if not url.startswith((address[0], "data:", "blob:"))]
         assert not wrong
@@ -184,6 +190,124 @@ def test_rate_saves_which_is_better(page, address):
     line = json.loads(file.read_text().splitlines()[0])
     assert line["prompt"] == PROMPT and line["chosen"].endswith("-0.png")
     assert "choices" in filled(page, "#saved")
+
+
+SHORT = "stages.max_steps=2 grpo.group_size=2 grpo.timesteps=3 grpo.max_new_tokens=3 grpo.checkpoint_every=1"
+
+
+def box(page, place):
+    """The field of a text box, number or dropdown."""
+    return page.locator(f"{place} textarea, {place} input").first
+
+
+def reads(page, place, text):
+    """Wait until a text box says `text` somewhere."""
+    page.wait_for_function(
+        "([place, text]) => document.querySelector(`${place} textarea, ${place} input`).value.includes(text)",
+        arg=[place, text],
+    )
+
+
+@pytest.mark.browser
+def test_from_photos_to_a_trained_concept_that_is_drawn(page, address):
+    page.set_default_timeout(400_000)  # training on a busy machine
+    page.get_by_role("tab", name="Concept").click()
+    toys = sorted((address[1] / "toy" / "concept" / "train" / "mim").glob("*.png"))[:6]
+    torn = address[1] / "torn.png"
+    torn.write_bytes(toys[0].read_bytes()[:99])
+    page.locator("#photos input[type=file]").set_input_files([*map(str, toys), str(torn)])
+    page.get_by_text("5.png: good").first.wait_for()
+    reads(page, "#concept-said", "torn.png")
+    page.get_by_role("button", name="Cut a photo").click()
+    page.get_by_label("Photo", exact=True).click()
+    page.get_by_role("option", name="1: 0.png").click()
+    page.locator("#cut-shown img").wait_for()
+    page.get_by_label("Cut off left (%)").first.fill("25")
+    page.locator("#cut-do").click()
+    page.wait_for_function("document.querySelector('#cut-photo input').value === ''")
+    box(page, "#concept-name").fill("../mim")
+    box(page, "#concept-class").fill("cat")
+    box(page, "#concept-info").fill("<mim> is a cat.")
+    box(page, "#fact").fill("<mim> likes a red ball.")
+    box(page, "#hint").fill("a photo of <mim> with its toy.")
+    page.locator("#fact-add").click()
+    page.get_by_text("<mim> likes a red ball. (a photo").wait_for()
+    page.locator("#concept-check").click()
+    page.get_by_text("concept name '../mim'").wait_for()
+    box(page, "#concept-name").fill("mim")
+    page.locator("#concept-check").click()
+    reads(page, "#concept-said", "It can be saved")
+    assert not (address[1] / "data").exists()
+    page.locator("#concept-write").click()
+    reads(page, "#concept-said", "Saved in")
+    saved = load_concept(address[1] / "data", "mim")
+    assert len(saved.train_images) == 4 and saved.extra_info == ["<mim> likes a red ball."]
+    whole, cut = (Image.open(file).size for file in (toys[1], saved.train_images[0]))
+    assert cut == (round(0.75 * whole[0]), whole[1]), "the first photo was cut"
+
+    page.get_by_role("tab", name="Train").click()
+    reads(page, "#train-concept", "mim")
+    box(page, "#train-steps").fill("6")
+    box(page, "#train-words").fill(SHORT)
+    page.get_by_label("Measure before and after").uncheck()
+    page.locator("#train-start").click()
+    reads(page, "#train-state", "mim: is being trained")
+    page.reload()  # the run does not mind
+    page.get_by_role("tab", name="Train").click()
+    reads(page, "#train-run", "mim")
+    reads(page, "#train-state", "steps of reinforcement, mean reward")
+    page.locator("#train-stop").click()
+    page.wait_for_function("/stopped|is done/.test(document.querySelector('#train-state textarea').value)")
+    if "stopped" in page.locator("#train-state textarea").input_value():
+        page.locator("#train-resume").click()
+    reads(page, "#train-state", "mim: is done")
+    page.locator("#train-samples img").first.wait_for()
+
+    page.get_by_role("tab", name="Try").click()
+    page.get_by_label("Model", exact=True).first.click()
+    page.get_by_role("option", name="mim").click()
+    page.get_by_label("Prompt").first.fill("a photo of <mim>.")
+    page.locator("#draw").click()
+    reads(page, "#status", "2 of 2 drawn")
+
+
+@pytest.mark.browser
+def test_paint_over_compare_and_stop(page):
+    page.get_by_role("button", name="How it is drawn").click()
+    page.get_by_label("Prompt").first.fill(PROMPT)
+    page.get_by_label("Steps", exact=True).fill("400")
+    page.locator("#draw").click()
+    reads(page, "#status", "0 of 2 drawn")
+    page.locator("#stop").click()
+    page.get_by_label("Steps", exact=True).fill("2")
+    page.wait_for_timeout(3000)
+    assert "0 of 2 drawn" in page.locator("#status textarea").input_value()
+    page.locator("#draw").click()  # the slots are free again
+    reads(page, "#status", "2 of 2 drawn")
+
+    page.get_by_role("tab", name="Paint over").click()
+    picture = Path(__file__).parents[2] / "docs" / "images" / "toyworld_generations.png"
+    page.locator("#canvas input[type=file]").first.set_input_files(str(picture))
+    page.locator("#canvas canvas").first.wait_for()
+    page.wait_for_timeout(2000)
+    page.get_by_label("What is to be there").fill(PROMPT)
+    page.locator("#paint").click()
+    page.get_by_text("white all over").or_(page.get_by_text("paint over what is to change")).first.wait_for()
+    page.get_by_label("Brush").first.click()
+    box = page.locator("#canvas canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y - 20)
+    page.mouse.down()
+    page.mouse.move(x + 30, y + 20, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(1500)
+    page.locator("#paint").click()
+    page.locator("#before-after img").first.wait_for()
+
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#compare-prompt textarea").fill(PROMPT)
+    page.locator("#compare").click()
+    page.wait_for_function("document.querySelectorAll('#compared img').length >= 2")
 
 
 @pytest.mark.browser

@@ -6,27 +6,48 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ...utils.errors import UserError, needs
 from ..server import this_machine
 from .backend import Studio
+from .concepts import Concepts
+from .training import Training
 
 PASSWORD = "PYUNICTOKENS_STUDIO_PASSWORD"
 """The environment variable that holds the password; the name to sign in with is `studio`."""
 
 _STYLE = """
-.gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
-@media (max-width: 40rem) { .gradio-container { padding: 0.5rem !important; } }
+#photos-shown .grid-wrap, #train-samples .grid-wrap { max-height: none !important; }
+.gradio-container { max-width: 60rem !important; width: 100% !important; margin: 0 auto !important; }
+@media (max-width: 40rem) {
+  .gradio-container { padding: 0.5rem !important; }
+  .tab-container button { padding: 0 0.5rem !important; }
+}
 """
 
 
-def serve_studio(studio: Studio, host: str, port: int, say: Callable[[str], None], stop: Callable[[], bool]) -> None:
+GRACE = 60.0
+"""Seconds that a training has to end in when the studio does; after that it ends by itself."""
+
+
+def serve_studio(
+    studio: Studio,
+    concepts: Concepts,
+    training: Training,
+    host: str,
+    port: int,
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> None:
     """Show the pages until `stop` says so (asked ten times a second). Raises UserError for an address that other
     machines reach without a password."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     with needs("studio"):
         import gradio as gr
 
+        from .concept_page import concept_page
+        from .train_page import train_page
         from .try_page import compare_page, rate_page, try_page
 
     password = os.environ.get(PASSWORD, "")
@@ -34,17 +55,38 @@ def serve_studio(studio: Studio, host: str, port: int, say: Callable[[str], None
         raise UserError(f"--host {host} can be reached by other machines: set {PASSWORD} first, or use 127.0.0.1")
     with gr.Blocks(title="pyunictokens studio", analytics_enabled=False) as page:
         gr.Markdown("# pyunictokens studio")
-        with gr.Tab("Try"):
-            choices = [try_page(studio)]
-        with gr.Tab("Compare"):
-            choices += compare_page(studio)
-        with gr.Tab("Rate"):
-            choices.append(rate_page(studio))
+        with gr.Tabs(selected="try" if len(studio.models()) > 1 else "concept"):
+            with gr.Tab("Concept", id="concept"):
+                written = concept_page(concepts)
+            with gr.Tab("Train", id="train"):
+                learned, run, clock = train_page(training, concepts)
+            with gr.Tab("Try", id="try"):
+                choices = [try_page(studio)]
+            with gr.Tab("Compare", id="compare"):
+                choices += compare_page(studio)
+            with gr.Tab("Rate", id="rate"):
+                choices.append(rate_page(studio))
+        known = gr.State(studio.models())
 
-        def again() -> list[object]:
-            return [gr.update(choices=studio.models()) for _ in choices]
+        def again() -> tuple[object, ...]:
+            """What came since the page was built."""
+            names = studio.models()
+            return (
+                names,
+                *(gr.update(choices=names) for _ in choices),
+                _first(concepts.names()),
+                _first(training.names()),
+            )
 
-        page.load(again, outputs=choices)  # runs that came since
+        def newer(seen: list[str]) -> tuple[object, ...]:
+            """Models that came since the last look."""
+            names = studio.models()
+            same = names == seen
+            return names, *(gr.skip() if same else gr.update(choices=names) for _ in choices)
+
+        page.load(again, outputs=[known, *choices, learned, run], queue=False, show_progress="hidden")
+        clock.tick(newer, known, [known, *choices], show_progress="hidden")
+        written.change(lambda name: gr.update(choices=concepts.names(), value=name), written, learned)
     studio.engine.start()
     try:
         _, address, _ = page.launch(
@@ -57,7 +99,7 @@ def serve_studio(studio: Studio, host: str, port: int, say: Callable[[str], None
             share=False,
             ssr_mode=False,
             footer_links=[],
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            theme=_theme(),
             css=_STYLE,
             max_file_size=25 << 20,
             allowed_paths=[],
@@ -69,4 +111,21 @@ def serve_studio(studio: Studio, host: str, port: int, say: Callable[[str], None
         raise UserError(f"{host}:{port}: cannot listen there ({error}): choose another --port") from None
     finally:
         page.close()
+        training.close(GRACE)
+        concepts.close()
         asyncio.run(studio.engine.close(5.0))
+
+
+def _first(names: list[str]) -> Any:
+    """A dropdown of `names`, the first one chosen."""
+    import gradio as gr
+
+    return gr.update(choices=names, value=names[0] if names else None)
+
+
+def _theme() -> Any:
+    """Gradio's own with fonts of this machine, and hints dark enough to be read (WCAG: 4.5 to 1)."""
+    import gradio as gr
+
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return theme.set(block_info_text_color="*neutral_600", input_placeholder_color="*neutral_500")

@@ -43,10 +43,10 @@ def _cannot(message: str) -> gr.Error:
     return gr.Error(html.escape(message), duration=None, title="That cannot be done", print_exception=False)
 
 
-def model_choice(studio: Studio, label: str = "Model") -> gr.Dropdown:
-    """A dropdown of the models there are."""
+def model_choice(studio: Studio, label: str = "Model", place: int = 0) -> gr.Dropdown:
+    """A dropdown of the models there are; `place` of the one that is chosen at first."""
     names = studio.models()
-    return gr.Dropdown(names, value=names[0], label=label, info="A run by its name, or base: the model without one")
+    return gr.Dropdown(names, value=names[place], label=label, info="A run by its name, or base: the model without one")
 
 
 def seed_of(given: float | None) -> int | None:
@@ -67,9 +67,20 @@ def try_page(studio: Studio) -> gr.Dropdown:
     """Builds the page; returns its choice of models."""
     model = model_choice(studio)
     with gr.Accordion("How it is drawn", open=False), gr.Row():
-        seed = gr.Number(None, label="Seed", info="The same seed draws the same image; empty: a new one", precision=0)
-        steps = gr.Number(None, label="Steps", info="Timesteps of an image; empty: the model's own", precision=0)
-        guidance = gr.Number(None, label="Guidance", info="How closely the prompt is followed; empty: the model's own")
+        seed = gr.Number(
+            None,
+            label="Seed",
+            info="The same seed draws the same image; empty: a new one",
+            placeholder="new",
+            precision=0,
+        )
+        own = "the model's own"  # a number without a placeholder shows 0 where there is none
+        steps = gr.Number(
+            None, label="Steps", info=f"Timesteps of an image; empty: {own}", placeholder=own, precision=0
+        )
+        guidance = gr.Number(
+            None, label="Guidance", info=f"How closely the prompt is followed; empty: {own}", placeholder=own
+        )
     with gr.Tab("Draw"):
         prompt = gr.Textbox(label="Prompt", placeholder="A photo of <bo> on the beach.", lines=2, elem_id="prompt")
         with gr.Row():
@@ -80,7 +91,9 @@ def try_page(studio: Studio) -> gr.Dropdown:
         status = gr.Textbox(label="Status", interactive=False, elem_id="status")
         pictures = gr.Gallery(label="Images", columns=2, object_fit="contain", elem_id="pictures")
     with gr.Tab("Paint over"):
-        canvas = gr.ImageEditor(label="Picture: paint over what is to change", type="pil", image_mode="RGBA")
+        canvas = gr.ImageEditor(
+            label="Picture: paint over what is to change", type="pil", image_mode="RGBA", elem_id="canvas"
+        )
         words = gr.Textbox(label="What is to be there", placeholder="A photo of <bo> in a red hat.")
         paint = gr.Button("Paint", variant="primary", elem_id="paint")
         slider = gr.ImageSlider(label="Before and after", type="pil", elem_id="before-after")
@@ -135,13 +148,13 @@ def try_page(studio: Studio) -> gr.Dropdown:
 def compare_page(studio: Studio) -> list[gr.Dropdown]:
     """Two models draw one prompt with one seed."""
     with gr.Row():
-        models = [model_choice(studio, label) for label in ("First model", "Second model")]
+        models = [model_choice(studio, label, place) for label, place in (("First model", 0), ("Second model", -1))]
     prompt = gr.Textbox(label="Prompt", elem_id="compare-prompt")
     seed = gr.Number(1, label="Seed", precision=0)
     go = gr.Button("Compare", variant="primary", elem_id="compare")
     with gr.Row():
         pictures = [gr.Image(label=label, type="pil") for label in ("First", "Second")]
-    slider = gr.ImageSlider(label="First and second", type="pil")
+    slider = gr.ImageSlider(label="First and second", type="pil", elem_id="compared")
 
     async def compare(
         one: str, other: str, text: str, key: float | None

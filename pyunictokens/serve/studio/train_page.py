@@ -1,0 +1,158 @@
+"""The page *Train*: a plan, start, live curves and grids of samples, stop, resume. training.py does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...data.images import read_image
+from ...utils.errors import needs
+from .concepts import Concepts
+from .training import TrainForm, Training, View
+from .try_page import told
+
+with needs("studio"):
+    import gradio as gr
+    import pandas
+
+_EVERY = 2.0
+"""Seconds between two looks at the run's files."""
+_GRIDS = 4
+"""Grids of samples that are shown."""
+
+
+def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.Dropdown, gr.Timer]:
+    """Builds the page; returns its choice of concepts, that of runs, and the clock that looks at the run."""
+    with gr.Row():
+        there = concepts.names()
+        concept = gr.Dropdown(there, value=there[0] if there else None, label="Concept", elem_id="train-concept")
+        called = gr.Textbox(label="Name of the run", info="Empty: as the concept", elem_id="train-name")
+    with gr.Row():
+        steps = gr.Number(
+            None,
+            label="Steps of reinforcement",
+            info="Empty: as the preset has it; 0: none",
+            placeholder="as the preset",
+            precision=0,
+            elem_id="train-steps",
+        )
+        seed = gr.Number(0, label="Seed", info="The same seed, the same result", precision=0)
+    evaluate = gr.Checkbox(
+        True, label="Measure before and after", info="Takes longer, and writes a report", elem_id="train-measure"
+    )
+    words = gr.Textbox(
+        label="More settings",
+        placeholder="stages.epochs=8 grpo.group_size=6",
+        info="KEY=VALUE as `pyunictokens train` takes them, with spaces between",
+        elem_id="train-words",
+    )
+    with gr.Row():
+        plan = gr.Button("Plan", elem_id="train-plan")
+        start = gr.Button("Start", variant="primary", elem_id="train-start")
+    planned = gr.Textbox(label="What it takes", interactive=False, lines=1, max_lines=20, elem_id="train-planned")
+    runs = training.names()
+    run = gr.Dropdown(runs, value=runs[0] if runs else None, label="Run", elem_id="train-run")
+    with gr.Row():
+        stop, resume = gr.Button("Stop", elem_id="train-stop"), gr.Button("Resume", elem_id="train-resume")
+    state = gr.Textbox(label="State", interactive=False, elem_id="train-state")
+    with gr.Row():
+        learned = gr.LinePlot(
+            x="step", y="loss", color="stage", height=300, min_width=300, label="Stages: loss", visible=False
+        )
+        rewarded = gr.LinePlot(
+            x="step", y="reward", color="of", height=300, min_width=300, label="Mean reward", visible=False
+        )
+    grids = gr.Gallery(
+        label="Samples, the newest first",
+        columns=2,
+        object_fit="contain",
+        height="auto",
+        visible=False,
+        elem_id="train-samples",
+    )
+    with gr.Accordion("What the run says", open=False):
+        log = gr.Textbox(label="Log", interactive=False, lines=6, max_lines=16, elem_id="train-log")
+    clock = gr.Timer(_EVERY)
+    last: gr.State = gr.State(None)
+
+    def form(*given: Any) -> TrainForm:
+        which, label, count, measured, key, more = given
+        if not which:
+            raise gr.Error("Choose a concept first; the page Concept makes one.", print_exception=False)
+        return TrainForm(which, label, None if count is None else int(count), measured, int(key or 0), more)
+
+    def plan_it(*given: Any) -> str:
+        with told():
+            return training.plan(form(*given))
+
+    def start_it(*given: Any) -> Any:
+        with told():
+            name = training.start(form(*given))
+            return gr.update(choices=training.names(), value=name)
+
+    def resume_it(name: str | None) -> Any:
+        with told():
+            return gr.update(choices=training.names(), value=training.resume(name or ""))
+
+    def stop_it() -> None:
+        with told():
+            gr.Info(training.stop())
+
+    def look(name: str | None, seen: View | None) -> tuple[Any, ...]:
+        """What has changed since the last look."""
+        with told():
+            view = training.look(name) if name else View(said="", state="")
+            if view == seen:
+                return tuple(gr.skip() for _ in range(6))
+            grids_now: Any = gr.skip()
+            if seen is None or view.samples != seen.samples:
+                newest = [(read_image(file), _step(file)) for file in view.samples[:_GRIDS]]
+                grids_now = gr.update(value=newest, visible=bool(newest))
+            return (
+                view,
+                _state(name, view),
+                _curve(view.stages, "stage", "loss"),
+                _curve(view.rewards, "of", "reward"),
+                grids_now,
+                view.said,
+            )
+
+    asked = [concept, called, steps, evaluate, seed, words]
+    shown = [last, state, learned, rewarded, grids, log]
+    plan.click(plan_it, asked, planned)
+    start.click(start_it, asked, run)
+    resume.click(resume_it, run, run)
+    stop.click(stop_it)
+    gr.on([clock.tick, run.change], look, [run, last], shown, show_progress="hidden", concurrency_limit=None)
+    return concept, run, clock
+
+
+def _curve(points: list[tuple[int, str, float]], what: str, value: str) -> Any:
+    return gr.update(value=pandas.DataFrame(points, columns=["step", what, value]), visible=bool(points))
+
+
+def _step(file: Path) -> str:
+    return f"step {int(file.name.split('_')[1])}"
+
+
+_STATES = {
+    "waiting": "not begun, or begun elsewhere",
+    "running": "is being trained",
+    "stopping": "finishes its step and saves",
+    "done": "is done; the page Try can draw with it",
+    "failed": "failed; the log below says why",
+    "stopped": "stopped; Resume goes on",
+    "elsewhere": "another process trains it",
+}
+
+
+def _state(name: str | None, view: View) -> str:
+    if not name:
+        return "no run yet"
+    parts = [f"{name}: {_STATES.get(view.state, view.state)}"]
+    if view.stages:
+        parts.append(f"{len(view.stages)} steps of stages, loss {view.stages[-1][2]:.3f}")
+    total = [each for each in view.rewards if each[1] == "all"]
+    if total:
+        parts.append(f"{len(total)} steps of reinforcement, mean reward {total[-1][2]:.3f}")
+    return "; ".join(parts)
