@@ -110,7 +110,7 @@ def serve_studio(
     except OSError as error:
         raise UserError(f"{host}:{port}: cannot listen there ({error}): choose another --port") from None
     finally:
-        page.close()
+        page.close(verbose=False)
         training.close(GRACE)
         concepts.close()
         asyncio.run(studio.engine.close(5.0))

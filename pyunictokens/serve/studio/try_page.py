@@ -76,7 +76,12 @@ def try_page(studio: Studio) -> gr.Dropdown:
         )
         own = "the model's own"  # a number without a placeholder shows 0 where there is none
         steps = gr.Number(
-            None, label="Steps", info=f"Timesteps of an image; empty: {own}", placeholder=own, precision=0
+            None,
+            label="Steps",
+            info=f"Timesteps of an image; empty: {own}",
+            placeholder=own,
+            precision=0,
+            elem_id="steps",
         )
         guidance = gr.Number(
             None, label="Guidance", info=f"How closely the prompt is followed; empty: {own}", placeholder=own
@@ -94,7 +99,9 @@ def try_page(studio: Studio) -> gr.Dropdown:
         canvas = gr.ImageEditor(
             label="Picture: paint over what is to change", type="pil", image_mode="RGBA", elem_id="canvas"
         )
-        words = gr.Textbox(label="What is to be there", placeholder="A photo of <bo> in a red hat.")
+        words = gr.Textbox(
+            label="What is to be there", placeholder="A photo of <bo> in a red hat.", elem_id="paint-words"
+        )
         paint = gr.Button("Paint", variant="primary", elem_id="paint")
         slider = gr.ImageSlider(label="Before and after", type="pil", elem_id="before-after")
     with gr.Tab("Ask"):
