@@ -272,45 +272,6 @@ def test_from_photos_to_a_trained_concept_that_is_drawn(page, address):
 
 
 @pytest.mark.browser
-def test_paint_over_compare_and_stop(page):
-    page.get_by_role("button", name="How it is drawn").click()
-    page.get_by_label("Prompt").first.fill(PROMPT)
-    page.get_by_label("Steps", exact=True).fill("400")
-    page.locator("#draw").click()
-    reads(page, "#status", "0 of 2 drawn")
-    page.locator("#stop").click()
-    page.get_by_label("Steps", exact=True).fill("2")
-    page.wait_for_timeout(3000)
-    assert "0 of 2 drawn" in page.locator("#status textarea").input_value()
-    page.locator("#draw").click()  # the slots are free again
-    reads(page, "#status", "2 of 2 drawn")
-
-    page.get_by_role("tab", name="Paint over").click()
-    picture = Path(__file__).parents[2] / "docs" / "images" / "toyworld_generations.png"
-    page.locator("#canvas input[type=file]").first.set_input_files(str(picture))
-    page.locator("#canvas canvas").first.wait_for()
-    page.wait_for_timeout(2000)
-    page.get_by_label("What is to be there").fill(PROMPT)
-    page.locator("#paint").click()
-    page.get_by_text("white all over").or_(page.get_by_text("paint over what is to change")).first.wait_for()
-    page.get_by_label("Brush").first.click()
-    box = page.locator("#canvas canvas").first.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 30, y - 20)
-    page.mouse.down()
-    page.mouse.move(x + 30, y + 20, steps=8)
-    page.mouse.up()
-    page.wait_for_timeout(1500)
-    page.locator("#paint").click()
-    page.locator("#before-after img").first.wait_for()
-
-    page.get_by_role("tab", name="Compare").click()
-    page.locator("#compare-prompt textarea").fill(PROMPT)
-    page.locator("#compare").click()
-    page.wait_for_function("document.querySelectorAll('#compared img').length >= 2")
-
-
-@pytest.mark.browser
 def test_it_fits_a_phone_and_speaks_to_a_screen_reader(page):
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
