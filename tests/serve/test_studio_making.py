@@ -203,6 +203,8 @@ def test_a_form_names_settings_alone(training: Training) -> None:
     for words in ("--rewards=evil:run", "--out /etc", "extra", "grpo.objective=evil:Class"):
         with pytest.raises(UserError, match=r"KEY=VALUE|command line alone"):
             training.arguments(replace(form, words=words))
+    with pytest.raises(UserError, match="steps=-1"):
+        training.arguments(replace(form, steps=-1))
     for run in ("../up", "/abs", ".jobs"):
         with pytest.raises(UserError, match="run"):
             training.start(replace(form, run=run))
@@ -222,3 +224,13 @@ def test_runs_of_the_command_are_seen(training: Training, tmp_path: Path) -> Non
     view = training.look("byhand")
     assert view.state == "done" and view.rewards == [(1, "all", 0.5), (1, "ber", 0.4)]
     assert training.names() == ["byhand"]
+
+
+def test_an_empty_field_is_no_zero() -> None:
+    from pyunictokens.serve.studio.try_page import how_of
+
+    assert how_of("", " ", "") == (None, None, None)
+    assert how_of("0", "12", "0") == (0, 12, 0.0)
+    for seed, steps, guidance, what in (("x", "", "", "Seed"), ("", "2.5", "", "Steps"), ("", "", "much", "Guidance")):
+        with pytest.raises(UserError, match=what):
+            how_of(seed, steps, guidance)

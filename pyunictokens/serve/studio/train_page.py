@@ -9,7 +9,7 @@ from ...data.images import read_image
 from ...utils.errors import needs
 from .concepts import Concepts
 from .training import TrainForm, Training, View
-from .try_page import told
+from .try_page import optional, told, whole_of
 
 with needs("studio"):
     import gradio as gr
@@ -28,13 +28,8 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
         concept = gr.Dropdown(there, value=there[0] if there else None, label="Concept", elem_id="train-concept")
         called = gr.Textbox(label="Name of the run", info="Empty: as the concept", elem_id="train-name")
     with gr.Row():
-        steps = gr.Number(
-            None,
-            label="Steps of reinforcement",
-            info="Empty: as the preset has it; 0: none",
-            placeholder="as the preset",
-            precision=0,
-            elem_id="train-steps",
+        steps = optional(
+            "Steps of reinforcement", "Empty: as the preset has it; 0: none", "as the preset", "train-steps"
         )
         seed = gr.Number(0, label="Seed", info="The same seed, the same result", precision=0)
     evaluate = gr.Checkbox(
@@ -79,7 +74,7 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
         which, label, count, measured, key, more = given
         if not which:
             raise gr.Error("Choose a concept first; the page Concept makes one.", print_exception=False)
-        return TrainForm(which, label, None if count is None else int(count), measured, int(key or 0), more)
+        return TrainForm(which, label, whole_of(count, "Steps of reinforcement"), measured, int(key or 0), more)
 
     def plan_it(*given: Any) -> str:
         with told():

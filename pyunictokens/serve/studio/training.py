@@ -96,7 +96,9 @@ class Training:
                 raise UserError(f"{word!r}: settings are KEY=VALUE, as in grpo.group_size=4 (docs/training.md)")
             if word.partition("=")[0].endswith("objective") and ":" in word:
                 raise UserError(f"{word!r}: code of your own is named on the command line alone")
-        if form.steps is not None and form.steps > 0:
+        if form.steps is not None and form.steps < 0:
+            raise UserError(f"steps={form.steps}: must be ≥ 0 (0: no reinforcement), or stay empty")
+        if form.steps:
             words.append(f"grpo.steps={form.steps}")
         flags = ["--no-grpo"] if form.steps == 0 else []
         flags += [] if form.evaluate else ["--no-evaluate"]

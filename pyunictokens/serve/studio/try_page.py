@@ -50,8 +50,34 @@ def model_choice(studio: Studio, label: str = "Model", place: int = 0) -> gr.Dro
 
 
 def seed_of(given: float | None) -> int | None:
-    """A seed as it was typed; None draws one at random."""
+    """A seed as a number; None draws one at random."""
     return None if given is None or given < 0 else int(given)
+
+
+def optional(label: str, info: str, placeholder: str, elem_id: str) -> gr.Textbox:
+    """A field for a number that may stay empty: a gr.Number without a value turns into 0 as soon as it is shown."""
+    return gr.Textbox("", label=label, info=info, placeholder=placeholder, elem_id=elem_id)
+
+
+def number_of(text: str, what: str) -> float | None:
+    """What was written in such a field. Raises UserError where it is no number."""
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        raise UserError(f"{what}: {text!r}: must be a number, or stay empty") from None
+
+
+def whole_of(text: str, what: str) -> int | None:
+    """The same of a whole number."""
+    found = number_of(text, what)
+    if found is not None and not found.is_integer():
+        raise UserError(f"{what}: {text!r}: must be a whole number, or stay empty")
+    return None if found is None else int(found)
+
+
+def how_of(seed: str, steps: str, guidance: str) -> tuple[int | None, int | None, float | None]:
+    """Seed, steps and guidance as they were written."""
+    return seed_of(whole_of(seed, "Seed")), whole_of(steps, "Steps"), number_of(guidance, "Guidance")
 
 
 def _gallery(sheet: Sheet) -> Gallery:
@@ -67,25 +93,10 @@ def try_page(studio: Studio) -> gr.Dropdown:
     """Builds the page; returns its choice of models."""
     model = model_choice(studio)
     with gr.Accordion("How it is drawn", open=False), gr.Row():
-        seed = gr.Number(
-            None,
-            label="Seed",
-            info="The same seed draws the same image; empty: a new one",
-            placeholder="new",
-            precision=0,
-        )
-        own = "the model's own"  # a number without a placeholder shows 0 where there is none
-        steps = gr.Number(
-            None,
-            label="Steps",
-            info=f"Timesteps of an image; empty: {own}",
-            placeholder=own,
-            precision=0,
-            elem_id="steps",
-        )
-        guidance = gr.Number(
-            None, label="Guidance", info=f"How closely the prompt is followed; empty: {own}", placeholder=own
-        )
+        own = "the model's own"
+        seed = optional("Seed", "The same seed draws the same image; empty: a new one", "new", "seed")
+        steps = optional("Steps", f"Timesteps of an image; empty: {own}", own, "steps")
+        guidance = optional("Guidance", f"How closely the prompt is followed; empty: {own}", own, "guidance")
     with gr.Tab("Draw"):
         prompt = gr.Textbox(label="Prompt", placeholder="A photo of <bo> on the beach.", lines=2, elem_id="prompt")
         with gr.Row():
@@ -111,36 +122,36 @@ def try_page(studio: Studio) -> gr.Dropdown:
         answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
 
     async def draw(
-        name: str, text: str, count: float, first: bool, key: float | None, t: float | None, s: float | None
+        name: str, text: str, count: float, first: bool, key: str, t: str, s: str
     ) -> AsyncGenerator[tuple[Gallery, str], None]:
         with told():
             if not text.strip():
                 raise UserError("Say first what is to be drawn.")
-            wish = Wish(name, text, int(count), seed_of(key), None if t is None else int(t), s, first)
+            wish = Wish(name, text, int(count), *how_of(key, t, s), first)
             async with aclosing(studio.draw(wish)) as sheets:
                 async for sheet in sheets:
                     yield _gallery(sheet), _status(sheet, wish.number)
 
     async def over(
-        name: str, drawing: dict[str, Any] | None, text: str, key: float | None, t: float | None, s: float | None
+        name: str, drawing: dict[str, Any] | None, text: str, key: str, t: str, s: str
     ) -> AsyncGenerator[tuple[Picture, Picture], None]:
         with told():
             if drawing is None or drawing.get("background") is None:
                 raise UserError("Put a picture into the frame first, and paint over what is to change.")
             before: Picture = drawing["background"].convert("RGB")
             mask = painted_mask(drawing["layers"], before.size)
-            wish = Wish(name, text, 1, seed_of(key), None if t is None else int(t), s)
+            wish = Wish(name, text, 1, *how_of(key, t, s))
             async with aclosing(studio.paint(wish, before, mask)) as sheets:
                 async for sheet in sheets:
                     if sheet.pictures:
                         after = sheet.pictures[0]
                         yield before.resize(after.size), after
 
-    async def reply(name: str, image: Picture | None, text: str, key: float | None) -> AsyncGenerator[str, None]:
+    async def reply(name: str, image: Picture | None, text: str, key: str) -> AsyncGenerator[str, None]:
         with told():
             if not text.strip():
                 raise UserError("Ask something first.")
-            async with aclosing(studio.answer(name, image, text, seed_of(key) or 0)) as words_so_far:
+            async with aclosing(studio.answer(name, image, text, seed_of(whole_of(key, "Seed")) or 0)) as words_so_far:
                 async for so_far in words_so_far:
                     yield so_far
 
