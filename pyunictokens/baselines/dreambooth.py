@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.image_files import list_images
 from ..data.images import save_image
-from ..utils.errors import UserError, needs
+from ..utils.errors import UserError, needs, require
 from .base import BaselineSettings, Job, Method, Plan, Trained
 from .loop import batch_of, finished, learn
 from .masked import at_least_one, positive
@@ -168,10 +168,10 @@ class DreamBooth(Method[StableDreamBoothSettings]):
             parts.pipe.save_pretrained(folder / "pipeline")
             return
         with needs("diffusers"):
-            from diffusers.utils import convert_state_dict_to_diffusers
             from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(parts.unet))
+        convert = require("diffusers.utils", "diffusers").convert_state_dict_to_diffusers
+        layers = convert(get_peft_model_state_dict(parts.unet))
         type(parts.pipe).save_lora_weights(folder / "lora", unet_lora_layers=layers)
 
     def words(self, folder: Path, trained: Trained) -> str:

@@ -167,7 +167,7 @@ class PaperRun:
         self,
         arguments: Sequence[str],
         workers: int,
-        gpus: Sequence[str],
+        gpus: int,
         progress: Progress,
         stop: Stop,
         say: Callable[[str], None],

@@ -80,24 +80,17 @@ def beside(
         cells = {}
         for column in table.columns:
             metric, theirs = row.metrics.get(column.key), number(name, column.key) if name else None
+            mean, low, high = (None,) * 3 if metric is None else (metric.mean, metric.low, metric.high)
             cell = Cell(
-                mean=None,
-                low=None,
-                high=None,
-                n=0,
+                mean=mean,
+                low=low,
+                high=high,
+                n=0 if metric is None else metric.n,
                 paper=theirs,
-                difference=None,
-                difference_low=None,
-                difference_high=None,
+                difference=_minus(mean, theirs),
+                difference_low=_minus(low, theirs),
+                difference_high=_minus(high, theirs),
             )
-            if metric is not None:
-                cell.update(mean=metric.mean, low=metric.low, high=metric.high, n=metric.n)
-                if theirs is not None:
-                    cell.update(
-                        difference=metric.mean - theirs,
-                        difference_low=metric.low - theirs,
-                        difference_high=metric.high - theirs,
-                    )
             cells[column.key] = cell
         rows.append(Line(model=row.model, paper=name, trained=trained.get(row.model, False), cells=cells))
     taken = {row["paper"] for row in rows}
@@ -111,6 +104,10 @@ def beside(
         notes=[*(notes or []), *dict.fromkeys(table.notes), *(f"not judged: {line}" for line in told(table.failures))],
         settings=table.settings,
     )
+
+
+def _minus(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
 
 
 def save(found: Beside, folder: str | os.PathLike[str]) -> Path:
