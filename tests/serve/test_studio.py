@@ -159,11 +159,11 @@ def filled(page, place):
 
 @pytest.mark.browser
 def test_draw_ask_and_what_cannot_be_done(page):
-    page.get_by_label("Prompt").first.fill(PROMPT)
+    box(page, "#prompt").fill(PROMPT)
     page.locator("#draw").click()
     page.wait_for_function("document.querySelector('#status textarea').value.startsWith('2 of 2')")
     assert page.locator("#pictures img").count() >= 2
-    page.get_by_label("Prompt").first.fill("a photo of <cat>.")
+    box(page, "#prompt").fill("a photo of <cat>.")
     page.locator("#draw").click()
     page.get_by_text("<cat> is not a token of this model").wait_for()
     page.get_by_role("tab", name="Ask").click()
@@ -266,7 +266,7 @@ def test_from_photos_to_a_trained_concept_that_is_drawn(page, address):
     page.get_by_role("tab", name="Try").click()
     page.get_by_label("Model", exact=True).first.click()
     page.get_by_role("option", name="mim").click()
-    page.get_by_label("Prompt").first.fill("a photo of <mim>.")
+    box(page, "#prompt").fill("a photo of <mim>.")
     page.locator("#draw").click()
     reads(page, "#status", "2 of 2 drawn")
 
@@ -283,7 +283,7 @@ def test_it_fits_a_phone_and_speaks_to_a_screen_reader(page):
             .map(e => e.outerHTML.slice(0, 120))"""
     )
     assert not unnamed
-    page.get_by_label("Prompt").first.focus()
+    box(page, "#prompt").focus()
     page.keyboard.type(PROMPT)
     for _ in range(9):
         page.keyboard.press("Tab")
