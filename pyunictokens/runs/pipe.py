@@ -154,9 +154,10 @@ class Pipeline:
         size, concept = self.engine.features_side or self.bundle.size, self.bundle.concept
         if image is None:
             pixels = black_image(size)
+        elif isinstance(image, (str, os.PathLike)):
+            pixels = load_pixels(image, size)
         else:
-            named = isinstance(image, (str, os.PathLike))
-            pixels = load_pixels(image, size) if named else from_pil(square(image.convert("RGB"), size))
+            pixels = from_pil(square(image.convert("RGB"), size))
         check_prompt(question, concept)
         text, raw = question_for(question, concept, self.run is not None and self.run.published)
         longest = sampling(self.bundle.sources.is_toy).max_new_tokens if max_new_tokens is None else max_new_tokens

@@ -80,7 +80,8 @@ def test_nobody_outside_models_reaches_into_a_model() -> None:
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         name = str(file.relative_to(PACKAGE))
-        if not name.startswith("models/") and name != "__init__.py":
+        of_others = name.startswith("baselines/") and "showo" not in name  # transformers' models, by their own names
+        if not name.startswith("models/") and name != "__init__.py" and not of_others:
             lines = file.read_text(encoding="utf-8").splitlines()
             found += [f"{name}:{number}: {line}" for number, line in enumerate(lines, 1) if reaches.search(line)]
     assert not found, "\n".join(found)
