@@ -16,6 +16,7 @@ import torch
 from toy_vq import degrade, slot_loss, to_pixels
 
 from pyunictokens.models import MagvitV2
+from pyunictokens.models.packed import pack
 from pyunictokens.toy.drawing import render
 from pyunictokens.toy.model import toy_folder
 from pyunictokens.toy.networks import SECOND_WIDTH, AttributeReader
@@ -63,8 +64,7 @@ def main() -> None:
     with torch.no_grad():
         right = (net.read(to_pixels(drawn[kept:])) == labels[kept:]).float().mean(0)
     print("right of true drawings:", [round(each, 3) for each in right.tolist()])
-    state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    save_safetensors_atomic(args.into / "second_reader.safetensors", state)
+    save_safetensors_atomic(args.into / "second_reader.safetensors", pack(net.state_dict()))
 
 
 if __name__ == "__main__":

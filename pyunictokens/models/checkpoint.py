@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..utils.errors import UserError, needs
 from ..utils.files import AnyJson, read_json, refuse_lfs_pointer, unreadable, verify_safetensors
+from .packed import unpack
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -193,8 +194,8 @@ def _load_shards(index: Path, shards: list[str]) -> dict[str, Tensor]:
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one .safetensors, .bin or .pt file, on the CPU. Raises UserError naming the file, also where it
-    carries a checksum that does not fit."""
+    """The tensors of one .safetensors, .bin or .pt file, on the CPU; packed ones (packed.py) as float32. Raises
+    UserError naming the file, also where it carries a checksum that does not fit."""
     content = unpickle(file) if file.suffix != ".safetensors" else _read_safetensors(file)
     for key in _NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -204,7 +205,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: must hold a dict of tensors, bare or under one of {', '.join(_NESTED)}")
     for name, value in content.items():
         refuse_odd(value, f"{file}: {name!s:.80}")
-    return content
+    return unpack({str(name): value for name, value in content.items()}, file)
 
 
 def refuse_odd(value: Tensor, origin: object) -> None:

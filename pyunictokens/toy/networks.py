@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.checkpoint import load_tensors
-from ..utils.errors import UserError, needs
+from ..utils.errors import UserError
 from ..utils.files import read_json
 from .scene import SLOTS, SUBJECT_SLOTS
 
@@ -91,12 +91,11 @@ SECOND_WIDTH = 24
 
 def load_second_reader(folder: str | os.PathLike[str] | None = None) -> AttributeReader:
     """The attribute network that rewards may ask; it was trained apart from the reader, which measures."""
-    with needs("train"):
-        from safetensors.torch import load_file
+    from ..models.checkpoint import load_tensors
 
     net = AttributeReader(SECOND_WIDTH)
     home = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
-    weights = load_file(home / "second_reader.safetensors")
+    weights = load_tensors(home / "second_reader.safetensors")
     net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
     return net.requires_grad_(False).eval()
 
