@@ -33,18 +33,19 @@ from composed_train import (
 from toy_vq import log_line, to_pixels
 
 from pyunictokens.models import TextTokenizer
+from pyunictokens.models.packed import pack
 from pyunictokens.rewards.experts.objects import check
 from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.toy.composed.prompts import caption, prompt_list, words
 from pyunictokens.toy.composed.scene import KINDS
 from pyunictokens.toy.composed.spotter import Detector
 from pyunictokens.toy.words import build_tokenizer
-from pyunictokens.utils.files import save_safetensors_atomic, write_json, write_text_atomic
+from pyunictokens.utils.files import read_json, save_safetensors_atomic, write_json, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "pyunictokens" / "assets" / "composed"
-LIMIT = 12_000_000
-STEPS = {"vq": 5000, "reader": 3000, "spotter": 3000, "showo": 12_000}
+LIMIT = 5_000_000
+STEPS = {"vq": 2200, "reader": 2500, "spotter": 2200, "showo": 8200}
 STAGES = ("cache", *STEPS, "report", "export")
 
 
@@ -81,7 +82,7 @@ def report(work: Path, prompts: int = 20, images: int = 9) -> None:
     engine = RolloutEngine(load_showo(work), load_vq(work), tokenizer)
     rows = prompt_list(prompts * len(KINDS), seed=4242)
     texts = [str(row["prompt"]) for row in rows]
-    for name, steps, guidance in (("4 timesteps", 4, 0.0), ("12 timesteps, guidance 3", 12, 3.0)):
+    for name, steps, guidance in (("4 timesteps", 4, 0.0), ("12 timesteps", 12, 0.0)):
         drawn = engine.generate_images(
             texts, samples=images, steps=steps, guidance_scale=guidance, seed=1, record=False
         )
@@ -105,19 +106,18 @@ def report(work: Path, prompts: int = 20, images: int = 9) -> None:
 
 
 def export(work: Path, seed: int, into: Path) -> None:
-    """Half-precision weights with their provenance. Raises when they are larger than the package may carry."""
-    half = torch.float16
-    load_showo(work).save_pretrained(into / "showo", dtype=half)
-    load_vq(work).save_pretrained(into / "vq", dtype=half)
+    """Packed weights with their provenance. Raises when they are larger than the package may carry."""
+    for name, model in (("showo", load_showo(work)), ("vq", load_vq(work))):
+        model.save_pretrained(into / name)
+        save_safetensors_atomic(into / name / "model.safetensors", pack(model.state_dict()))
     write_text_atomic(into / "tokenizer" / "tokenizer.json", build_tokenizer(words()).to_str(pretty=False) + "\n")
     write_json(
         into / "tokenizer" / "tokenizer_config.json", {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     )
     for name, width in WIDTHS.items():
-        state = load_spotter(work, name).state_dict()
-        kept = {key: value.to(half) if value.is_floating_point() else value for key, value in state.items()}
-        save_safetensors_atomic(into / f"{name}.safetensors", kept)
+        save_safetensors_atomic(into / f"{name}.safetensors", pack(load_spotter(work, name).state_dict()))
         write_json(into / f"{name}.json", {"width": width})
+    write_json(into / "report.json", read_json(work / "report.json"))
     files = sorted(path for path in into.rglob("*") if path.is_file() and path.name != "provenance.json")
     size = sum(path.stat().st_size for path in files)
     if size > LIMIT:

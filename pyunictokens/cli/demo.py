@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..utils.errors import UserError
 from .shell import Bars, DeviceOption, DtypeOption, OverridesArgument, SeedOption, console
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def demo(
     kind: Annotated[str, typer.Option("--kind", help="human, animal or object.")] = "animal",
     prompts: Annotated[
         bool, typer.Option("--prompts", help="The other form of reinforcement: a list of prompts, no concept.")
+    ] = False,
+    composed: Annotated[
+        bool, typer.Option("--composed", help="With --prompts: scenes of up to four things in place of one subject.")
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -43,14 +47,22 @@ def demo(
         pyunictokens demo grpo.steps=10 evaluation.samples=2
 
         pyunictokens demo --prompts --out reinforce steps=80
+
+        pyunictokens demo --prompts --composed --out composed
     """
     from ..runs.demo import run_demo
     from ..runs.prompt_demo import run_prompt_demo
+    from ..toy.composed.model import composed_folder
 
+    if composed and not prompts:
+        raise UserError("--composed is a world of prompts: give --prompts as well")
     started = time.monotonic()
     if prompts:
+        world = composed_folder() if composed else None
         with Bars() as bars:
-            found = run_prompt_demo(out, seed=seed, words=overrides or [], device=device, dtype=dtype, progress=bars)
+            found = run_prompt_demo(
+                out, seed=seed, words=overrides or [], device=device, dtype=dtype, world=world, progress=bars
+            )
         console().print(found.sentence, markup=False)
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         console().print(

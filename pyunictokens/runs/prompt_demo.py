@@ -94,10 +94,9 @@ def run_prompt_demo(
 ) -> DemoResult:
     """All of it, in the folder `out`; a demo that is there already is made anew, another folder is refused.
 
-    world: a folder of the composed world's weights (experiments/build_composed.py); None: those in the package, or the
-    toy world where it holds none.
+    world: a folder of the composed world's weights (`composed_folder()`: those in the package); None: the toy world.
     """
-    from ..toy.composed.model import composed_reward, load_composed, share_right, shipped, wholly_right
+    from ..toy.composed.model import composed_reward, load_composed, share_right, wholly_right
     from ..toy.composed.prompts import write_prompts
     from .bundle import open_bundle, resolved_dtype
 
@@ -108,7 +107,7 @@ def run_prompt_demo(
     out.mkdir(parents=True, exist_ok=True)
     dtype = resolved_dtype(Sources(), device, dtype)
     settings = with_overrides(SETTINGS, [f"seed={seed}", f"dtype={dtype}", *(w.removeprefix("grpo.") for w in words)])
-    if world is not None or shipped():
+    if world is not None:
         bundle = load_composed(world, pick_dtype(dtype), pick_device(device))
         write_prompts(out, train=prompts, held_out=held_out, seed=seed)
         reward: Mapping[str, RewardModel] = {"objects": composed_reward(world)}

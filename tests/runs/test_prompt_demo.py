@@ -12,6 +12,7 @@ from PIL import Image
 from pyunictokens.data.prompts import read_prompts
 from pyunictokens.rewards.experts.objects import Objects
 from pyunictokens.runs.prompt_demo import SETTINGS, run_prompt_demo
+from pyunictokens.toy.composed.model import composed_folder, load_detector
 from pyunictokens.toy.networks import AttributeReader, ToyNetworks
 from pyunictokens.toy.prompts import dense_prompts, metrics, reward
 from pyunictokens.toy.scene import SLOTS
@@ -29,7 +30,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     nets = ToyNetworks(words()).requires_grad_(False).eval()
     monkeypatch.setattr(ToyNetworks, "from_pretrained", lambda folder=None: nets)
-    monkeypatch.setattr("pyunictokens.toy.composed.model.shipped", lambda: False)
 
 
 def test_all_of_it(tmp_path: Path) -> None:
@@ -58,6 +58,18 @@ def test_all_of_it(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="holds no earlier demo"):
         run_prompt_demo(tmp_path / "other", words=SHORT)
+
+
+def test_in_the_composed_world(tmp_path: Path) -> None:
+    """With the shipped model: its prompts name what must be seen, and what measures is not what is rewarded."""
+    words = [*SHORT, "steps=1"]
+    run_prompt_demo(tmp_path, words=words, prompts=12, held_out=13, device="cpu", world=composed_folder())
+    train, test = read_prompts(tmp_path / "train.jsonl"), read_prompts(tmp_path / "held_out.jsonl")
+    assert not {p.text for p in train} & {p.text for p in test}
+    assert all(each.columns["objects"] and each.columns["kind"] for each in (*train, *test))
+    first, last = [json.loads(line) for line in (tmp_path / "run" / "held_out.jsonl").read_text().splitlines()]
+    assert first["means"].keys() >= {"reward", "wholly_right", "share_right"} and last["step"] == 1
+    assert load_detector("spotter").net.width != load_detector("reader").net.width
 
 
 class Told(AttributeReader):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...rewards.experts.objects import Objects
-from ...utils.errors import UserError, needs
+from ...utils.errors import UserError
 from ...utils.files import read_json
 from .spotter import Detector, Spotter
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...models.bundle import ModelBundle
+    from ...rewards.base import RewardBatch
 
 Folder = str | os.PathLike[str] | None
 
@@ -25,11 +26,6 @@ Folder = str | os.PathLike[str] | None
 def composed_folder() -> Path:
     """Where the composed world's weights lie inside the package."""
     return Path(__file__).parents[2] / "assets" / "composed"
-
-
-def shipped() -> bool:
-    """Whether this installation holds them."""
-    return (composed_folder() / "showo" / "config.json").is_file()
 
 
 def load_composed(
@@ -49,22 +45,30 @@ def load_composed(
 
 def load_detector(name: str, folder: Folder = None) -> Detector:
     """The spotter `name` ("reader" or "spotter")."""
-    with needs("train"):
-        from safetensors.torch import load_file
+    from ...models.checkpoint import load_tensors
 
     home = Path(folder) if folder is not None else composed_folder()
     about = read_json(home / f"{name}.json")
     if not isinstance(about, dict) or not isinstance(about.get("width"), int):
         raise UserError(f"{home / name}.json: names no width of a spotter")
     net = Spotter(about["width"])
-    weights = load_file(home / f"{name}.safetensors")
+    weights = load_tensors(home / f"{name}.safetensors")
     net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
     return Detector(net.requires_grad_(False).eval())
 
 
-def composed_reward(folder: Folder = None) -> Objects:
-    """The share of what a prompt asks for that the rewards' spotter sees: prompts need the column `objects`."""
-    return Objects(load_detector("spotter", folder))
+class ComposedReward(Objects):
+    """One part the share of what a prompt asks for that is seen, two parts whether all of it is. The share alone is
+    learned at the price of the whole: more prompts are half right, fewer are right."""
+
+    def score(self, batch: RewardBatch) -> torch.Tensor:
+        share = super().score(batch)
+        return (share + 2 * (share == 1).to(share.dtype)) / 3
+
+
+def composed_reward(folder: Folder = None) -> ComposedReward:
+    """The reward, by the rewards' spotter: prompts need the column `objects`."""
+    return ComposedReward(load_detector("spotter", folder))
 
 
 def wholly_right(folder: Folder = None) -> Objects:

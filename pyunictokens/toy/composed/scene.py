@@ -1,5 +1,5 @@
-"""Scenes of the composed world: one to four things at free places and sizes, some of them patterned, one on or beside
-another; and how they look.
+"""Scenes of the composed world: one to four figures at places of a grid, some of them patterned, one on or
+beside another; and how they look.
 
 The figures are those of the toy world (toy/drawing.py): animals and objects are large and may be striped or dotted,
 things (ball, kite, boat, …) are small and may come several times. All is drawn by lot from a numpy Generator.
@@ -29,6 +29,10 @@ KINDS = ("single", "two", "counting", "colours", "position", "binding", "dense")
 """What a prompt is about; the first six are GenEval's."""
 MOST = 4
 """Things in one scene."""
+CELL = 16
+"""Pixels between two places; the image tokenizer covers it with two codes."""
+LOW, HIGH = 2 * CELL, 40
+"""Heights in pixels of animals and objects; the greater one only where there is no other figure."""
 
 _REACH = {
     "cat": (-14, -22, 18, 21),
@@ -140,22 +144,24 @@ def _groups(rng: np.random.Generator, kind: str) -> tuple[Group, ...]:
 
 
 def _placed(groups: Sequence[Group], relation: str, rng: np.random.Generator) -> tuple[Entity, ...] | None:
-    """The figures at places where none covers another; None where lots of tries found none."""
-    total, large = sum(group.count for group in groups), sum(group.noun in LARGE for group in groups)
+    """The figures at places where none covers another; None where lots of tries found none.
+
+    Figures stand in cells of a grid, so that they meet the image tokenizer's squares in the same way wherever they are:
+    at free places hardly two drawings share a code.
+    """
+    large = sum(group.noun in LARGE for group in groups)
     if large > 2 or (relation == "on" and large > 1):
         return None
-    narrow = 0.5 if relation == "on" or total > 3 else 0.56
-    wide = 0.62 if relation == "on" or total > 3 else 0.8 if total == 1 else 0.7
-    figures = []
+    heights = []
     for group in groups:
-        low, high = (narrow, wide) if group.noun in LARGE else (0.85, 1.1)
-        scale = float(rng.uniform(low, high))
-        figures += [Entity(group.noun, group.colour, group.pattern, scale=scale) for _ in range(group.count)]
+        large_height = (LOW, HIGH)[rng.integers(2)] if len(groups) == 1 else LOW
+        thing_height = CELL * 3 // 2 if group.noun == "kite" else CELL  # kites are thin
+        heights += [large_height if group.noun in LARGE else thing_height] * group.count
+    figures = [Entity(each.noun, each.colour, each.pattern) for each in groups for _ in range(each.count)]
     for _ in range(60):
         done: list[Entity] = []
-        for place, figure in enumerate(figures):
-            anchor = done[0] if relation and place == 1 else None
-            found = _somewhere(figure, done, anchor, relation, rng)
+        for place, (figure, height) in enumerate(zip(figures, heights, strict=True)):
+            found = _somewhere(figure, height, done, relation if place == 1 else "", rng)
             if found is None:
                 break
             done.append(found)
@@ -165,29 +171,31 @@ def _placed(groups: Sequence[Group], relation: str, rng: np.random.Generator) ->
 
 
 def _somewhere(
-    figure: Entity, done: list[Entity], anchor: Entity | None, relation: str, rng: np.random.Generator
+    figure: Entity, height: int, done: list[Entity], relation: str, rng: np.random.Generator
 ) -> Entity | None:
-    left, top, right, bottom = figure.box
-    left, top, right, bottom = left - 32, top - 32, right - 32, bottom - 32
-    for _ in range(25):
-        x = float(rng.uniform(1 - left, SIZE - 1 - right))
-        y = float(rng.uniform(1 - top, SIZE - 1 - bottom))
-        if anchor is not None:  # `anchor` has the relation to this one, so this one is right of it, or under it
-            box = anchor.box
-            if relation == "left of":
-                x = float(rng.uniform(box[2] - left + 1, box[2] - left + 8))
-                level = (box[1] + box[3]) / 2 - (top + bottom) / 2 + rng.uniform(-6, 6)
-                y = float(np.clip(level, 1 - top, SIZE - 1 - bottom))
-            else:
-                x = (box[0] + box[2]) / 2 - (left + right) / 2 + float(rng.uniform(-2, 2))
-                y = box[3] - top - float(rng.uniform(0.5, 1.5))
-            if not (x + left >= 1 and x + right <= 63 and y + bottom <= 63):
-                return None
-        made = replace(figure, x=x, y=y)
-        if all(other is anchor or not _touch(made.box, other.box) for other in done):
-            return made
-        if anchor is not None:
-            return None
+    """`figure`, `height` pixels high, where it covers nothing; with a relation, the first figure has it to this one."""
+    left, top, right, bottom = _REACH[figure.noun]
+    scale = (height - 1) / (bottom - top)
+    tall = -(-height // CELL) * CELL
+    half = CELL // 2 if figure.noun in SMALL else tall // 2
+    middles = list(range(half, SIZE - half + 1, CELL))
+    if relation == "on":
+        middles = [round((done[0].box[0] + done[0].box[2]) / 2)]
+    options = [(line, middle) for line in range(tall, SIZE + 1, CELL) for middle in middles]
+    for option in rng.permutation(len(options)):
+        line, middle = options[option]
+        x, y = middle - scale * (left + right) / 2, line - 0.5 - scale * bottom
+        made = replace(figure, x=x, y=y, scale=scale)
+        box = made.box
+        if box[0] < 0 or box[2] > SIZE or any(_touch(box, other.box) for other in done):
+            continue
+        if relation:
+            first = done[0].box
+            beside = first[2] <= box[0] <= first[2] + CELL and first[3] == box[3]
+            under = 0 < box[1] - first[3] < CELL / 2 + 2
+            if not (under if relation == "on" else beside):
+                continue
+        return made
     return None
 
 

@@ -1,0 +1,91 @@
+"""Both tables of docs/toyworld.md on the composed world, and docs/reinforce.json with its images.
+
+    python -m experiments.reinforce_page "make reinforce"=reinforce "… --seed 1"=reinforce1
+
+Each run is a folder as `pyunictokens demo --prompts` leaves it; the first one's curve and pictures are shown. How well
+the shipped model draws comes from assets/composed/report.json (experiments/build_composed.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from pyunictokens.runs.prompt_demo import CURVE, PICTURES, RUN
+from pyunictokens.train.held_out import Measurement, difference
+from pyunictokens.utils.files import read_json, read_json_lines, write_text_atomic
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+REPORT = DOCS.parent / "pyunictokens" / "assets" / "composed" / "report.json"
+BY = "wholly_right"
+
+
+def measured(command: str, folder: Path) -> dict[str, object]:
+    """What docs/reinforce.json says of a run."""
+    found = [Measurement.read(line) for line in read_json_lines(folder / RUN / "held_out.jsonl")]
+    seconds = sum(line["seconds"] for line in read_json_lines(folder / RUN / "metrics.jsonl"))
+    gain, error = difference(found[-1], found[0], BY)
+    curve = [{"step": each.step, **{key: round(value, 4) for key, value in each.means().items()}} for each in found]
+    low, high = round(gain - 1.96 * error, 4), round(gain + 1.96 * error, 4)
+    prompts = len(found[0].values[BY])
+    numbers = {"prompts": prompts, "seconds": round(seconds), "gain": round(gain, 4), "low": low, "high": high}
+    return {"command": command, **numbers, "curve": curve}
+
+
+def table(runs: list[dict[str, object]]) -> list[str]:
+    """The lines of the page's table."""
+    lines = [
+        "| run | steps | minutes of training | wholly right before | after | gain, 95 % interval over prompts |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        curve = run["curve"]
+        assert isinstance(curve, list)
+        first, last = curve[0], curve[-1]
+        lines.append(
+            f"| `{run['command']}` | {last['step']} | {float(str(run['seconds'])) / 60:.1f} | {first[BY]:.3f} "
+            f"| {last[BY]:.3f} | {run['gain']:+.2f} [{run['low']:+.2f}, {run['high']:+.2f}] |"
+        )
+    return lines
+
+
+def drawn(report: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """The lines of the table of what the shipped model draws."""
+    ways = [name for name in report if name != "spotters"]
+    lines = [
+        "| prompts | " + " | ".join(f"{way}: at once | one of nine" for way in ways) + " |",
+        "|---|" + "---|---|" * len(ways),
+    ]
+    for kind in report[ways[0]]:
+        cells = [f"{report[way][kind][key]:.2f}" for way in ways for key in ("once", "one of 9")]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    true = report["spotters"]["reader"]
+    said = f"The reader finds {true['drawn']:.2f} of true drawings wholly right"
+    return [*lines, "", f"{said}, {true['reconstructed']:.2f} of the same after the image tokenizer."]
+
+
+def put(text: str, name: str, lines: list[str]) -> str:
+    """`text` with `lines` between its marks of `name`."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    return before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="COMMAND=FOLDER")
+    pairs = [word.rpartition("=")[::2] for word in parser.parse_args().runs]
+    runs = [measured(command, Path(folder)) for command, folder in pairs]
+    write_text_atomic(DOCS / "reinforce.json", "[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    for name, image in ((CURVE, "reinforce_curve.png"), (PICTURES, "reinforce_before_after.png")):
+        shutil.copyfile(Path(pairs[0][1]) / name, DOCS / "images" / image)
+    page = DOCS / "toyworld.md"
+    text = page.read_text(encoding="utf-8")
+    text = put(put(text, "reinforce", table(runs)), "composed", drawn(read_json(REPORT)))
+    write_text_atomic(page, text)
+
+
+if __name__ == "__main__":
+    main()
