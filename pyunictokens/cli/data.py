@@ -159,7 +159,8 @@ def new(
     for note in made.notes:
         out.print(f"note: {note}", markup=False)
     real = command("train", root, name, "--out", f"runs/{name}", "--model", "show-o-512")
-    out.print(f"next: {real} (with --plan first: download, memory, hours and cost)", markup=False)
+    out.print(f"next: {real}", markup=False)
+    out.print("with --plan it says first what that takes: download, memory, hours and cost", markup=False)
     out.print(f"without --model {toy_on_photographs(root, name)}", markup=False)
 
 

@@ -94,7 +94,8 @@ def test_a_run_keeps_its_rewards(saved: Folders, tmp_path: Path) -> None:
     from pyunictokens.runs.context import Parts
     from pyunictokens.runs.run_dir import RunConfig, write_description
 
-    concept: Any = SimpleNamespace(root=tmp_path, name="bo", kind="animal", class_word="dog", info="", extra_info=[])
+    words = {"name": "bo", "kind": "animal", "class_word": "dog", "info": "", "extra_info": []}
+    concept: Any = SimpleNamespace(root=tmp_path, test_folder=tmp_path, **words)
     settings = {"experts": saved.settings("der"), "weights": {"der": 1.0}}
     write_description(tmp_path, Sources(), settings, 16, concept, RunConfig.make("toy"), Parts())
     assert read_rewards(str(tmp_path / "config.yaml")) == settings

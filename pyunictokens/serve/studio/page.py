@@ -118,14 +118,16 @@ def serve_studio(
 
 def _first(names: list[str]) -> Any:
     """A dropdown of `names`, the first one chosen."""
-    import gradio as gr
+    with needs("studio"):
+        import gradio as gr
 
     return gr.update(choices=names, value=names[0] if names else None)
 
 
 def _theme() -> Any:
     """Gradio's own with fonts of this machine, and hints dark enough to be read (WCAG: 4.5 to 1)."""
-    import gradio as gr
+    with needs("studio"):
+        import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return theme.set(block_info_text_color="*neutral_600", input_placeholder_color="*neutral_500")
