@@ -20,7 +20,7 @@ from ..data.batches import understanding_items
 from ..data.concept import Concept
 from ..data.images import read_image
 from ..evaluate.baselines.vlm import Backbone
-from ..utils.errors import UserError
+from ..utils.errors import UserError, needs
 from .base import BaselineSettings, Job, Plan
 from .loop import batch_of
 from .planning import bytes_of, lacking, numbers_of
@@ -95,7 +95,8 @@ def shown(path: Path | None, flip: float, generator: torch.Generator) -> list[Im
     image = read_image(path)
     if not mirrored:
         return [image]
-    from PIL import ImageOps
+    with needs("data"):
+        from PIL import ImageOps
 
     return [ImageOps.mirror(image)]
 
@@ -140,7 +141,6 @@ def vlm_plan(job: Job[Any], steps: int, samples: int, learned: Callable[[int], i
     if absent:
         return Plan(steps, downloads=absent, notes=(*notes, "its size is not known before it is here"))
     from ..models.checkpoint import resolve
-    from ..utils.errors import needs
 
     with needs("evaluate"):
         from transformers import AutoConfig, AutoModelForImageTextToText

@@ -109,7 +109,7 @@ class DreamBooth(Method[StableDreamBoothSettings]):
         with torch.no_grad():
             mine, other = parts.states([f"a photo of sks {data.class_word}", f"a photo of {data.class_word}"]).split(1)
         if settings.trainable == "lora":
-            with needs("diffusers"):
+            with needs("train"):
                 from peft import LoraConfig
 
             with torch.random.fork_rng(devices=[]):
@@ -167,7 +167,7 @@ class DreamBooth(Method[StableDreamBoothSettings]):
             parts.unet.requires_grad_(False)
             parts.pipe.save_pretrained(folder / "pipeline")
             return
-        with needs("diffusers"):
+        with needs("train"):
             from peft.utils import get_peft_model_state_dict
 
         convert = require("diffusers.utils", "diffusers").convert_state_dict_to_diffusers

@@ -107,7 +107,8 @@ class Database:
         self.entries, self.embed_ND = list(entries), embed_ND.float()
         self._faiss: Any = None
         if importlib.util.find_spec("faiss") is not None:
-            import faiss
+            with needs("faiss"):
+                import faiss
 
             self._faiss = faiss.IndexFlatL2(embed_ND.shape[1])
             self._faiss.add(self.embed_ND.numpy())
