@@ -157,7 +157,7 @@ def test_every_import_of_an_optional_package_names_an_extra_that_brings_it() -> 
     extras, package = _extras(), ROOT / "pyunictokens"
     assert extras["all"] >= extras["cli"] >= extras["train"] >= extras["data"]
     called = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "open_clip": "open-clip-torch"}
-    called["mlflow"] = "mlflow-skinny"
+    called |= {"mlflow": "mlflow-skinny", "faiss": "faiss-cpu"}
     free = {"torch", "numpy", "triton", "pyunictokens", *sys.stdlib_module_names}
 
     def check(module: str, extra: str | None, where: str) -> None:
