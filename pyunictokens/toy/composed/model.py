@@ -38,7 +38,9 @@ def load_composed(
 
     home = Path(folder) if folder is not None else composed_folder()
     if not (home / "showo").is_dir():
-        raise UserError(f"{home}: holds no model: make one with experiments/build_composed.py, or name its folder")
+        raise UserError(
+            f"{home}: holds no model: a wheel leaves out the composed world's, clone the repository or name a folder"
+        )
     parts = {"vq": home / "vq", "tokenizer": home / "tokenizer"}
     return registry.load(home / "showo", dtype or torch.float32, device, **parts)
 
