@@ -1,4 +1,4 @@
-"""Weights of six bits a number, with a scale a row: a third of half precision, for models that a package carries.
+"""Weights of six bits a number, with a scale a row: three eighths of half precision, for models that a package carries.
 
     NAME.packed  uint8 [3 · ceil(n / 4)]   four numbers in three bytes, the first in the lowest bits
     NAME.scale   float16 [rows]            a number is (bits − 31) · scale of its row
@@ -53,6 +53,8 @@ def unpack(tensors: Mapping[str, Tensor], origin: object) -> dict[str, Tensor]:
         packed, scale, shape = (tensors.get(name + end) for end in _ENDS)
         if scale is None or shape is None:
             raise UserError(f"{origin}: {name}: its scale or shape is missing")
+        if shape.is_floating_point() or shape.is_complex():
+            raise UserError(f"{origin}: {name}: its shape must be whole numbers, is {shape.dtype}")
         sizes = [int(size) for size in shape.flatten()[:8]]
         count = math.prod(sizes)
         fits = packed is not None and packed.dtype == torch.uint8 and len(sizes) > 1 and min(sizes) > 0

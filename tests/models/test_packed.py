@@ -41,6 +41,7 @@ def test_vectors_small_tables_and_whole_numbers_stay() -> None:
         ({"w.shape": None}, "its scale or shape is missing"),
         ({"w.shape": torch.tensor([40, 41])}, "do not fit its shape"),
         ({"w.shape": torch.tensor([-40, -40])}, "do not fit its shape"),
+        ({"w.shape": torch.tensor([float("nan"), 40.0])}, "must be whole numbers"),
         ({"w.scale": torch.ones(3)}, "do not fit its shape"),
         ({"w.packed": torch.ones(5)}, "do not fit its shape"),
     ],

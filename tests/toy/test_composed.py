@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from pyunictokens.data.prompts import read_prompts
+from pyunictokens.rewards.base import RewardBatch
 from pyunictokens.rewards.experts.objects import Found, check, lies
+from pyunictokens.toy.composed.model import ComposedReward
 from pyunictokens.toy.composed.prompts import caption, prompt, prompt_list, words, write_prompts
 from pyunictokens.toy.composed.scene import KINDS, LARGE, NOUNS, Composition, empty, random_composition, render
 from pyunictokens.toy.composed.spotter import MAP, Detector, Heads, Spotter
@@ -54,6 +56,15 @@ def test_a_wrong_scene_does_not_pass() -> None:
         assert not all(check(objects, swapped, torch.zeros(3, 64, 64))), "colours of the two are told apart"
         wrong += not all(check(objects, truth(other), torch.zeros(3, 64, 64)))
     assert wrong == 39
+
+
+def test_the_reward_counts_the_whole_more_than_its_parts() -> None:
+    """A right image is worth 1; one that is half right a sixth, so parts are not gained at the price of the whole."""
+    cat, ball = Found("cat", 1.0, (0, 0, 20, 20), "red"), Found("ball", 1.0, (30, 0, 40, 9), "blue")
+    asked = [{"class": "cat"}, {"class": "ball"}]
+    batch = RewardBatch(torch.zeros(3, 3, 64, 64), prompts=["a cat and a ball"] * 3, columns={"objects": [asked] * 3})
+    reward = ComposedReward(lambda pixels: [[cat, ball], [cat], []])
+    assert reward.score(batch).tolist() == pytest.approx([1.0, 0.5 / 3, 0.0])
 
 
 def test_positions_and_sizes_vary() -> None:
