@@ -2,6 +2,10 @@
 
     python experiments/build_composed.py --work build-world               # all stages, under three hours on two cores
     python experiments/build_composed.py --work build-world --stage report
+    python experiments/build_composed.py --work longer --stage shipped     # begin with the shipped weights, then
+    python experiments/build_composed.py --work longer --seed 1 --stage cache                      # new scenes, and
+    python experiments/build_composed.py --work longer --stage codes                               # their codes, and
+    python experiments/build_composed.py --work longer --seed 1 --stage showo --steps 16000        # train further
 
 Stages: cache (draw scenes), vq (image tokenizer), reader and spotter (what measures, what rewards ask), showo (the
 model that draws), report (how often it draws a prompt right), export (weights into pyunictokens/assets/composed).
@@ -22,6 +26,7 @@ import torch
 from composed_train import (
     WIDTHS,
     build_cache,
+    encode_cache,
     load_cache,
     load_showo,
     load_spotter,
@@ -33,6 +38,7 @@ from composed_train import (
 from toy_vq import log_line, to_pixels
 
 from pyunictokens.models import TextTokenizer
+from pyunictokens.models.checkpoint import load_tensors
 from pyunictokens.models.packed import pack
 from pyunictokens.rewards.experts.objects import check
 from pyunictokens.rollout.engine import RolloutEngine
@@ -47,6 +53,16 @@ ASSETS = ROOT / "pyunictokens" / "assets" / "composed"
 LIMIT = 5_000_000
 STEPS = {"vq": 2200, "reader": 2500, "spotter": 2200, "showo": 8200}
 STAGES = ("cache", *STEPS, "report", "export")
+APART = ("shipped", "codes")
+"""Stages of a training that goes on from the shipped weights."""
+
+
+def begin_with_shipped(work: Path) -> None:
+    """WORK/NAME.pt of every training, as it was exported: without an optimizer."""
+    steps = read_json(ASSETS / "provenance.json")["steps"]
+    for name in STEPS:
+        model = ASSETS / (f"{name}/model.safetensors" if name in ("vq", "showo") else f"{name}.safetensors")
+        torch.save({"model": load_tensors(model), "step": steps[name]}, work / f"{name}.pt")
 
 
 @torch.no_grad()
@@ -140,7 +156,7 @@ def export(work: Path, seed: int, into: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument("--stage", choices=("all", *STAGES, *APART), default="all")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, checkpoints and logs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -161,6 +177,10 @@ def main() -> None:
             train_showo(args.work, steps, args.seed)
         elif stage == "report":
             report(args.work)
+        elif stage == "shipped":
+            begin_with_shipped(args.work)
+        elif stage == "codes":
+            encode_cache(args.work)
         else:
             export(args.work, args.seed, args.into)
         log_line(args.work / "times.log", f"{stage} {time.time() - start:.0f}")

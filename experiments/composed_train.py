@@ -105,22 +105,28 @@ def train(
     loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
     decay: float = 0.02,
 ) -> None:
-    """Steps of AdamW with a warm-up and a cosine; goes on from WORK/NAME.pt. `loss_of(step)` gives loss and numbers."""
+    """Steps of AdamW with a warm-up and a cosine; goes on from WORK/NAME.pt. `loss_of(step)` gives loss and numbers.
+
+    A file without an optimizer (the shipped weights, `continue_shipped`) warms up again.
+    """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), fused=True)
-    file, step = work / f"{name}.pt", 0
+    file, step, first = work / f"{name}.pt", 0, 0
     if file.exists():
         kept = torch.load(file, weights_only=True)
         model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
         step = kept["step"]
+        if "optimizer" in kept:
+            optimizer.load_state_dict(kept["optimizer"])
+        else:
+            first = step
     model.train()
     sums: dict[str, float] = {}
     start = time.time()
     while step < steps:
-        rate = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = lr * min(1, (step - first + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
