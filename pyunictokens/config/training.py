@@ -338,6 +338,8 @@ class GrpoConfig:
     shard: Literal["auto", "none", "optimizer", "full"] = "auto"
     """What several ranks share out (docs/distributed.md): nothing, the optimizer's state, or the weights of layers as
     well (FSDP2; llada, mmada). auto shares the optimizer's state with trainable=full."""
+    offload: bool = False
+    """With shard=full, hold weights, gradients and optimizer state of the layers in the host's memory."""
     sample_every: int = 10
     """Steps between images in samples/; 0 turns them off."""
     report_to: tuple[Tracker, ...] = ("tensorboard",)
@@ -398,6 +400,8 @@ class GrpoConfig:
         _within(1, MOST, max_new_tokens=self.max_new_tokens)
         if len(set(self.report_to)) != len(self.report_to) or ("none" in self.report_to and len(self.report_to) > 1):
             raise UserError(f"report_to={','.join(self.report_to)}: name each tracker once, and none alone")
+        if self.offload and self.shard != "full":
+            raise UserError(f"offload=true with shard={self.shard}: set shard=full as well, or offload=false")
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")
 

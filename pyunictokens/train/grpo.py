@@ -225,12 +225,16 @@ class _Run:
     def _spread_layers(self) -> ShardedLayers | None:
         """The layers' weights spread over ranks, where that is wanted and there are others."""
         config = self.config
+        if config.offload and self.ranks.world == 1:
+            raise UserError(
+                "grpo.offload=true on one rank: start several ranks with torchrun, or set grpo.offload=false"
+            )
         if config.shard != "full" or self.ranks.world == 1:
             return None
         from .distributed.sharded_layers import ShardedLayers, check_shares
 
         check_shares(config.groups, config.group_size, config.micro_rows, config.micro_timesteps, self.ranks.world)
-        return ShardedLayers(self.model, self.ranks)
+        return ShardedLayers(self.model, self.ranks, offload=config.offload)
 
     def _whole(self) -> AbstractContextManager[None]:
         """Around what computes for long without gradients, or writes weights: all of them are at hand."""

@@ -102,6 +102,36 @@ def test_layers_are_spread_and_the_rest_is_not(folder: Path, tmp_path: Path) -> 
         assert len(rest) == 3 and own <= 0.6 * total
 
 
+def test_layers_in_the_hosts_memory_learn_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs the host's memory is the device's: what can be seen here is the policy that FSDP2 is given, and that no
+    number changes. The test of checkpoints goes on with it and without."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.fsdp import fully_shard as real
+
+    from pyunictokens.train.distributed import sharded_layers
+
+    given: list[bool] = []
+
+    def spied(module: torch.nn.Module, **how: Any) -> object:
+        given.append(isinstance(how["offload_policy"], CPUOffloadPolicy))
+        return real(module, **how)
+
+    monkeypatch.setattr(sharded_layers, "fully_shard", spied)
+
+    def work(ranks: Ranks) -> list[bool]:
+        for name, offload in (("device", False), ("host", True)):
+            bundle, settings = uct.models.load(folder, torch.bfloat16), config(offload=offload, dtype="bfloat16")
+            reinforce(bundle, PROMPTS, letters, settings, tmp_path / name, ranks=ranks)
+        return given
+
+    assert together(2, work, tmp_path / "results") == [[False, False, True, True]] * 2
+    alike(tmp_path / "host", tmp_path / "device")
+    mine, true = (learned(folder, tmp_path / name, torch.bfloat16) for name in ("host", "device"))
+    assert all(torch.equal(mine[name], true[name]) for name in true)
+
+
 @pytest.mark.parametrize("first", ["full", "alone"])
 def test_checkpoints_of_one_mode_are_resumed_by_others(folder: Path, tmp_path: Path, first: str) -> None:
     reinforce(uct.models.load(folder), PROMPTS, letters, config(shard="none", steps=3), tmp_path / "straight")
@@ -112,7 +142,7 @@ def test_checkpoints_of_one_mode_are_resumed_by_others(folder: Path, tmp_path: P
         def progress(what: str, step: int, wanted: int, now: Any = None, /) -> None:
             done[0] = step
 
-        settings = config(shard=shard, steps=3)
+        settings = config(shard=shard, steps=3, offload=shard == "full")
         try:
             reinforce(
                 uct.models.load(folder),
@@ -215,7 +245,7 @@ def test_images_of_mmada(tmp_path: Path) -> None:
     alike(tmp_path / "two", tmp_path / "alone")
 
 
-def test_what_cannot_be_spread(tmp_path: Path) -> None:
+def test_what_cannot_be_spread(folder: Path, tmp_path: Path) -> None:
     for groups, size, world in [(2, 3, 2), (4, 3, 2), (1, 8, 4), (2, 4, 4)]:
         check_shares(groups, size, 1, 1, world)
     with pytest.raises(UserError, match=r"set grpo.groups to a multiple of 2"):
@@ -224,6 +254,12 @@ def test_what_cannot_be_spread(tmp_path: Path) -> None:
         check_shares(3, 4, 1, 1, 4)
     with pytest.raises(UserError, match=r"set grpo.micro_rows and grpo.micro_timesteps"):
         check_shares(2, 2, 0, 1, 2)
+
+    with pytest.raises(UserError, match=r"offload=true with shard=optimizer: set shard=full as well"):
+        config(shard="optimizer", offload=True)
+    with pytest.raises(UserError, match=r"grpo.offload=true on one rank: start several ranks with torchrun"):
+        alone = config(offload=True)
+        reinforce(uct.models.load(folder), PROMPTS, letters, alone, tmp_path / "alone")
 
     def full(rows: slice, steps: slice) -> None:
         raise torch.OutOfMemoryError

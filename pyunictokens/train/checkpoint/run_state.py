@@ -51,6 +51,7 @@ MAY_CHANGE = frozenset(
         "micro_timesteps",
         "checkpoint_layers",
         "shard",
+        "offload",
         "save_in_background",
     }
 )

@@ -1,4 +1,4 @@
-"""What of a model and its learning lies on each rank, for every value of `grpo.shard`, and which of them fits.
+"""What of a model and its learning lies on each rank, for every way to share it out, and which of them fits.
 
 Counted are weights, gradients and the optimizer's state, by the formulas of docs/distributed.md; nothing is run.
 Activations take what is left. Adapters are so small beside the weights that they are left out.
@@ -19,8 +19,6 @@ from ...utils.errors import UserError
 ROOM = 0.85
 """The part of a GPU's memory that may be full before activations."""
 GB = 1e9
-AHEAD = 3
-"""Layers at hand where two are gathered ahead of the one that runs."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,35 @@ class Devices:
         if found is None or int(found[1]) < 1 or float(found[2]) <= 0:
             raise UserError(f"--plan {text}: must be GPUs times GB of each, as in 8x80")
         return cls(int(found[1]), float(found[2]))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What ranks share out, by the settings of the same names."""
+
+    shard: str
+    offload: bool = False
+
+    def __str__(self) -> str:
+        return f"grpo.shard={self.shard}" + " grpo.offload=true" * self.offload
+
+
+MODES = (Mode("none"), Mode("optimizer"), Mode("full"), Mode("full", offload=True))
+"""Those that take less time first."""
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes on each rank: of its GPU in the update and in the rollout, and of the host's memory."""
+
+    update: float
+    rollout: float
+    host: float = 0.0
+
+    @property
+    def most(self) -> float:
+        """Of the GPU."""
+        return max(self.update, self.rollout)
 
 
 @dataclass(frozen=True)
@@ -58,49 +85,44 @@ class Sizes:
         total = sum(value.numel() for value in model.parameters())
         return cls(sum(each), max(each, default=0), total - sum(each), dtype.itemsize, trainable == "full")
 
-    def needed(self, shard: str, ranks: int) -> tuple[float, float]:
-        """(update, rollout) bytes on each rank."""
+    def needed(self, mode: Mode, ranks: int) -> Needed:
+        """What lies on each of `ranks` ranks."""
         total, b, learn = self.layers + self.rest, self.itemsize, float(self.full)
         state = learn * (8 + (4 if b < 4 else 0))  # AdamW's moments, and float32 masters of smaller weights
-        if shard != "full":
-            state /= ranks if shard == "optimizer" else 1
-            return (b + learn * (4 + b) + state) * total, (b + state) * total
-        state *= total / ranks
-        spread = (b + 4 * learn) * self.layers / ranks + b * self.largest
-        update = spread + (b + learn * (4 + b)) * self.rest + state
-        return update, b * total + b * self.layers / ranks + state
-
-    def ahead(self, ranks: int) -> float:
-        """Bytes on each rank in a rollout that gathers each layer as it runs, two ahead."""
-        b, total = self.itemsize, self.layers + self.rest
-        state = float(self.full) * (8 + (4 if b < 4 else 0)) * total / ranks
-        return b * (self.layers / ranks + AHEAD * self.largest + self.rest) + state
+        if mode.shard != "full":
+            state *= total / (ranks if mode.shard == "optimizer" else 1)
+            return Needed((b + learn * (4 + b)) * total + state, b * total + state)
+        parts = self.layers / ranks
+        kept = b * parts + state * total / ranks
+        gradients = 4 * learn * parts
+        host = 0.0
+        if mode.offload:
+            host = (b + 4 * learn + state) * parts
+            kept, gradients = state * self.rest / ranks, 0.0
+        update = kept + gradients + b * self.largest + (b + learn * (4 + b)) * self.rest
+        return Needed(update, kept + b * total, host)
 
 
 def plan(sizes: Sizes, on: Devices) -> list[str]:
     """Lines that say what each mode needs on each GPU, and which to take."""
-    room, lines, fits = ROOM * on.memory, [], []
-    lines.append(f"{(sizes.layers + sizes.rest) / GB:.2f} billion weights, {on.ranks} GPUs of {on.memory:g} GB")
-    for shard in ("none", "optimizer", "full"):
-        if shard == "full" and not sizes.layers:
-            lines.append("grpo.shard=full: not for this model, whose layers cannot be spread")
-            continue
-        update, rollout = (each / GB for each in sizes.needed(shard, on.ranks))
-        good = max(update, rollout) <= room
-        fits += [shard] * good
+    room, fits = ROOM * on.memory, []
+    lines = [f"{(sizes.layers + sizes.rest) / GB:.2f} billion weights, {on.ranks} GPUs of {on.memory:g} GB"]
+    for mode in MODES if sizes.layers and on.ranks > 1 else MODES[:2]:
+        needed = sizes.needed(mode, on.ranks)
+        good = needed.most / GB <= room
+        fits += [mode] * good
+        host = f", {needed.host / GB:.1f} GB of the host's memory" if mode.offload else ""
         lines.append(
-            f"grpo.shard={shard}: {update:.1f} GB in the update, {rollout:.1f} GB in the rollout: "
-            + (f"fits, {on.memory - max(update, rollout):.1f} GB for activations" if good else "does not fit")
+            f"{mode}: {needed.update / GB:.1f} GB in the update, {needed.rollout / GB:.1f} GB in the rollout{host}: "
+            + (f"fits, {on.memory - needed.most / GB:.1f} GB for activations" if good else "does not fit")
         )
-    if fits:
-        lines.append(f"take grpo.shard={fits[0]}")
-        if fits[0] == "full":
-            lines.append("rollout: weights are gathered once a step, and no rank waits for another while it samples")
-        return lines
-    if sizes.layers and sizes.needed("full", on.ranks)[0] / GB <= room:
-        lines.append(
-            f"the update fits with grpo.shard=full, the weights gathered for the rollout do not; two layers ahead "
-            f"would take {sizes.ahead(on.ranks) / GB:.1f} GB, but rollouts do not run so here (docs/distributed.md)"
-        )
-    lines.append("none fits: take more GPUs, GPUs with more memory, or trainable=lora")
+    if not sizes.layers:
+        lines.append("grpo.shard=full: not for this model, whose layers cannot be spread")
+    elif on.ranks == 1:
+        lines.append("grpo.shard=full: not on one GPU, which has no others to share with")
+    if not fits:
+        return [*lines, "none fits: take more GPUs, GPUs with more memory, or trainable=lora"]
+    lines.append(f"take {fits[0]}")
+    if fits[0].shard == "full":
+        lines.append("rollout: weights are gathered once a step, and no rank waits for another while it samples")
     return lines

@@ -4,7 +4,9 @@ learning needs.
 Each transformer layer is a unit of `fully_shard`: its weights are gathered when it runs, forward and backward, and its
 gradients scattered in float32, as a sum. Embedding, head and norms outside of layers stay whole on every rank. Where no
 gradient is wanted for long (a step's rollouts, evaluations, files), plain layers with the whole weights stand in their
-places (:meth:`ShardedLayers.whole`): gathered once, and no rank waits for another while it samples.
+places (:meth:`ShardedLayers.whole`): gathered once, and no rank waits for another while it samples. With
+`grpo.offload` the parts lie in the host's memory: a layer's weights go to the GPU to be gathered there, its gradients
+come back, and AdamW runs on the CPU.
 
 Ranks must make the same calls in the same order, so each has as many rows of each group as any other
 (:func:`check_shares`).
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...models import MaskedModel
@@ -42,9 +44,12 @@ def check_shares(groups: int, group_size: int, micro_rows: int, micro_timesteps:
 
 
 class ShardedLayers:
-    """The layers of one model, spread over ranks. All calls are made by all ranks together."""
+    """The layers of one model, spread over ranks. All calls are made by all ranks together.
 
-    def __init__(self, model: MaskedModel, ranks: Ranks):
+    offload: whether each rank's parts lie in the host's memory.
+    """
+
+    def __init__(self, model: MaskedModel, ranks: Ranks, offload: bool = False):
         self.ranks, self.layers = ranks, model.shardable_layers()
         if self.layers is None:
             raise UserError(
@@ -52,10 +57,15 @@ class ShardedLayers:
                 "whose layers can (llada, mmada)"
             )
         self._plain = [copy.deepcopy(layer).to("meta") for layer in self.layers]
-        mesh = ranks.mesh()
+        # from pinned memory gradients would arrive after the hooks that add them up in float32 (optimizer.py)
+        where = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
         for layer in self.layers:
             fully_shard(
-                layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)
+                layer,
+                mesh=ranks.mesh(),
+                reshard_after_forward=True,
+                mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+                offload_policy=where,
             )
             assert isinstance(layer, FSDPModule)
             layer.set_gradient_divide_factor(1.0)  # the loss is divided by all rows already
@@ -69,7 +79,7 @@ class ShardedLayers:
         for layer, plain in zip(self._layers(), self._plain, strict=True):
             plain = copy.deepcopy(plain)
             with self.ranks.noticing():
-                state = {name: whole(value) for name, value in layer.state_dict().items()}
+                state = {name: whole(value.to(self.ranks.device)) for name, value in layer.state_dict().items()}
             learns = {name for name, value in layer.named_parameters() if value.requires_grad}
             plain.load_state_dict(state, assign=True)
             for name, parameter in plain.named_parameters():

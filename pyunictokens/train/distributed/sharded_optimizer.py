@@ -89,7 +89,7 @@ class ShardedOptimizer(Optimizer):
     def grad_norm(self) -> float:
         device = next(iter(self.named.values())).device
         parts = [_local(master.grad) for master in self._masters.values() if master.grad is not None]
-        squares = [torch.linalg.vector_norm(part).square() for part in parts]
+        squares = [torch.linalg.vector_norm(part).square().to(device) for part in parts]
         total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
         return math.sqrt(float(self.ranks.sum(total)))
 
@@ -136,7 +136,7 @@ class ShardedOptimizer(Optimizer):
                 if held is not None
                 else fitting(tensors, key, torch.Size(), origin).clone()
                 if part == "step"
-                else self._spread(fitting(tensors, key, parameter.shape, origin).to(parameter.device)).clone()
+                else self._spread(fitting(tensors, key, parameter.shape, origin)).to(master.device, copy=True)
                 for part, key in keys.items()
             }
 
