@@ -246,13 +246,15 @@ def _(logp: Tensor, *_: Argument) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _grpo_setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # of the outputs only the loss has a gradient; for the others zeros would be made
     ctx.save_for_backward(output[2])
 
 
 @once_differentiable
-def _grpo_backward(ctx: Context, grad_loss: Tensor, *_: Argument) -> tuple[Tensor | None, ...]:
+def _grpo_backward(ctx: Context, grad_loss: Tensor | None, *_: Argument) -> tuple[Tensor | None, ...]:
     (d_logp,) = ctx.saved_tensors
-    return (grad_loss.to(d_logp.dtype) * d_logp, *[None] * (len(ctx.needs_input_grad) - 1))
+    rest = [None] * (len(ctx.needs_input_grad) - 1)
+    return None if grad_loss is None else grad_loss.to(d_logp.dtype) * d_logp, *rest
 
 
 _grpo_loss.register_autograd(_grpo_backward, setup_context=_grpo_setup)
@@ -294,12 +296,15 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Argument) -> tuple[
 
 
 def _fused_setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # zeros the size of every gradient would be made for outputs that have none
     ctx.save_for_backward(*output[3:])
 
 
 @once_differentiable
-def _fused_backward(ctx: Context, grad_loss: Tensor, *_: Argument) -> tuple[Tensor | None, ...]:
+def _fused_backward(ctx: Context, grad_loss: Tensor | None, *_: Argument) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
+    if grad_loss is None:
+        return (None,) * len(wanted)
     here = wanted[0], wanted[_UNCOND], wanted[1], wanted[_BIAS]
     scaled = [
         grad_loss.to(gradient.dtype) * gradient if wants else None

@@ -197,14 +197,17 @@ def _(
 
 def _setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, guidance_scale, temperature, backend = inputs
+    ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient; zeros would be made for it
     ctx.save_for_backward(*tensors, output[1])
     ctx.settings = guidance_scale, temperature
     ctx.backend = backend
 
 
-def _backward(ctx: Context, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad
+    if grad is None:
+        return (None,) * len(wanted)
     needs = NEEDS_HIDDEN * wanted[0] + NEEDS_WEIGHT * wanted[1] + NEEDS_BIAS * wanted[3] + NEEDS_UNCOND * wanted[4]
     gradients = _selected_logprob_backward(grad, lse, *tensors, *ctx.settings, needs, ctx.backend)
     return placed(gradients, wanted, bias=3, hidden_uncond=4)

@@ -24,6 +24,8 @@ class Context(Protocol):
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
+    def set_materialize_grads(self, value: bool) -> None: ...
+
 
 class Implementation(Protocol):
     """A backend's function for an operation: the arguments of its schema, without the backend's name."""

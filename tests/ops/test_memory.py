@@ -124,3 +124,32 @@ def test_maskgit_step_noise_is_never_whole(watch: Watch) -> None:
         backend="reference",
     )
     assert largest() == CHUNK // 4
+
+
+@pytest.mark.parametrize("operation", ["grpo_loss", "maskgit_grpo_loss", "selected_logprob"])
+def test_the_way_back_makes_nothing_but_the_gradients(operation: str) -> None:
+    """Outputs without a gradient cost no zeros of their size: those of the loss's gradients are as large as these."""
+    t = _tensors()
+    logp, advantages = t["logp"].requires_grad_(), torch.randn(TOKENS[0])
+    old = logp.detach()
+    if operation == "grpo_loss":
+        result, leaves = uct.ops.grpo_loss(logp, old, old, advantages)[0], [logp]
+    elif operation == "maskgit_grpo_loss":
+        leaves = [t["hidden"], t["weight"]]
+        result = uct.ops.maskgit_grpo_loss(*leaves, t["target"], old, old, advantages)[0]
+    else:
+        leaves = [t["hidden"], t["weight"]]
+        result = uct.ops.selected_logprob(*leaves, t["target"]).sum()
+    sizes = {t["target"].numel(), *(leaf.numel() for leaf in leaves)}
+    made: list[str] = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            made.extend(str(function) for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.numel() in sizes)
+            return out
+
+    with Made():
+        result.backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+    assert made and not [name for name in made if "zero" in name], made
