@@ -256,10 +256,9 @@ def _whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _number(file: Path, key: str, default: int) -> int:
-    from ..utils.files import read_json
+    from ..utils.files import read_json_table
 
-    found = read_json(file) if file.is_file() else {}
-    value = found.get(key, default) if isinstance(found, dict) else default
+    value = read_json_table(file).get(key, default) if file.is_file() else default
     if not isinstance(value, int):
         raise UserError(f"{file}: {key}={value!r}: must be a whole number")
     return value

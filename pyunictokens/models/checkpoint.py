@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, needs
-from ..utils.files import AnyJson, read_json, refuse_lfs_pointer, unreadable, verify_safetensors
+from ..utils.files import AnyJson, read_json, read_json_table, refuse_lfs_pointer, unreadable, verify_safetensors
 from .packed import unpack
 
 WEIGHT_FILES = (
@@ -100,10 +100,7 @@ def read_config(folder: Path, required: bool = True) -> dict[str, AnyJson]:
     file = next((place for place in places if place.exists()), places[0])
     if not file.exists() and not required:
         return {}
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: must hold a JSON object, holds {type(config).__name__}")
-    return config
+    return read_json_table(file)
 
 
 def whole_number(config: Mapping[str, object], key: str, default: int, origin: object, least: int = 1) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..utils.errors import UserError, needs
-from ..utils.files import read_json, refuse_lfs_pointer
+from ..utils.files import read_json_table, refuse_lfs_pointer
 from .checkpoint import resolve
 from .showo.prompting import SPECIAL_TOKENS
 
@@ -49,7 +49,7 @@ class TextTokenizer:
         except Exception as error:
             refuse_lfs_pointer(file)
             raise UserError(f"{file}: cannot be read as a tokenizer: {error}") from error
-        about = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        about = read_json_table(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
 
         def name(key: str) -> str:
             value = about.get(key) or "<|endoftext|>"

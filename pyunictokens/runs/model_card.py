@@ -14,7 +14,7 @@ from ..config.training import GrpoConfig
 from ..evaluate.result import EvalResult
 from ..models.hub import LICENSES, Card, hub_id
 from ..train.held_out import LOG, Measurement, difference
-from ..utils.files import read_json, read_json_lines
+from ..utils.files import read_json_lines, read_json_table
 from .run_dir import ABOUT, Run
 
 WHAT = {
@@ -28,11 +28,11 @@ AFTER, BEFORE = "after.json", "before.json"
 def card_of(run: Run, learned: Path, family: str, base: str | None, writes: bool) -> Card:
     """The card of what lies in `learned` of `run`. `base` is the model it belongs to, by its hub id or folder."""
     assert run.path is not None
-    policy = read_json(learned / "policy.json") if (learned / "policy.json").is_file() else {"trainable": "concept"}
-    kind = str(policy.get("trainable")) if isinstance(policy, dict) else "concept"
+    file = learned / "policy.json"
+    kind = str(read_json_table(file).get("trainable")) if file.is_file() else "concept"
     named = base or "the toy model that comes with pyunictokens"
-    about = read_json(run.path / ABOUT) if (run.path / ABOUT).is_file() else {}
-    name = about.get("name") if isinstance(about, dict) else None
+    about = read_json_table(run.path / ABOUT) if (run.path / ABOUT).is_file() else {}
+    name = about.get("name")
     known = hub_id(base) if base is not None and not Path(base).exists() else None
     parts = [
         f"{WHAT.get(kind, kind)}, of {named}, trained with pyunictokens{_how(run)}.",
@@ -81,8 +81,7 @@ def _data(run: Run, about: Mapping[str, object]) -> str:
         what = about.get("class_word") or "not said"
         return f"One concept, `<{about['name']}>` ({about.get('kind')}, class: {what}); its photos and facts stay out."
     file = run.path / "run.json"
-    found = read_json(file) if file.is_file() else {}
-    identity = found.get("identity") if isinstance(found, dict) else None
+    identity = read_json_table(file).get("identity") if file.is_file() else None
     if not isinstance(identity, dict) or "prompts" not in identity:
         return "Not recorded."
     held = f", {identity['held_out_prompts']} held out" if "held_out_prompts" in identity else ""

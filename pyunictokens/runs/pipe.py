@@ -27,7 +27,7 @@ from ..rollout.engine import RolloutEngine
 from ..train.policy import copy_adapter
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
-from ..utils.files import read_json, write_json
+from ..utils.files import read_json, read_json_table, write_json
 from .model_card import card_of
 from .run_dir import ABOUT, BASE, CONFIG, Run
 
@@ -243,7 +243,7 @@ class Pipeline:
         config = {key: value for key, value in run.config.items() if key not in _LOCAL}
         save_yaml(folder / CONFIG, {**config, "model": base})
         policy = folder / "policy.json"
-        if policy.is_file() and read_json(policy).get("trainable") == "lora":
+        if policy.is_file() and read_json_table(policy).get("trainable") == "lora":
             write_json(policy, {"trainable": "lora"})
             copy_adapter(model, learned, folder, base)
         if with_facts and (run.path / ABOUT).is_file():

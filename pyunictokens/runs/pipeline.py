@@ -23,7 +23,7 @@ from ..models.concept_tokens import ConceptTokens
 from ..utils import fingerprint
 from ..utils.devices import check_training_dtype
 from ..utils.errors import UserError
-from ..utils.files import AnyJson, folder_lock, read_json, sweep, write_json
+from ..utils.files import AnyJson, folder_lock, read_json_table, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
 from .bundle import Scorers
@@ -103,9 +103,7 @@ def _markers(file: Path) -> dict[str, AnyJson]:
     if not file.exists():
         return {}
     try:
-        found = read_json(file)
-        if not isinstance(found, dict):
-            raise UserError(f"{file}: must be a table, is {type(found).__name__}")
+        found = read_json_table(file)
     except UserError as error:
         log.warning("%s: all is measured anew", error)
         return {}

@@ -28,7 +28,7 @@ from ..models.base import owning_rows
 from ..models.bundle import ModelBundle, Sources
 from ..models.concept_tokens import ConceptTokens, published_epochs
 from ..utils.errors import UserError
-from ..utils.files import read_json, write_json
+from ..utils.files import read_json_table, write_json
 from .bundle import open_bundle
 
 if TYPE_CHECKING:
@@ -213,9 +213,7 @@ class Run:
             hint = "not finished, go on with `train … --resume`" if started else "nothing was learned here"
             raise UserError(f"{path}: {hint} (no policy.json, no concept.json, no epoch_*_embed.pt)")
         run.config = load_yaml(path / CONFIG) if (path / CONFIG).is_file() else {}
-        about = read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
-        if not isinstance(about, dict):
-            raise UserError(f"{path / ABOUT}: must be a table, is {type(about).__name__}")
+        about = read_json_table(path / ABOUT) if (path / ABOUT).is_file() else {}
         run.facts = convert(about.get("extra_info", []), tuple[str, ...], f"{path / ABOUT}: extra_info")
         return run
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from ..evaluate.result import Metric, bootstrap, read_means
 from ..utils.errors import needs
-from ..utils.files import AnyJson, read_json, write_json, write_text_atomic
+from ..utils.files import AnyJson, read_json_table, write_json, write_text_atomic
 from ..utils.text import spreadsheet_cell
 from .demo import HEADLINES
 from .sweep import Status
@@ -50,7 +50,7 @@ def _row(runs: Path, name: str) -> Row:
     row = Row(Status.read(runs, name))
     try:
         about = runs / name / "about.json"
-        row.kind = str(read_json(about).get("kind", "")) if about.exists() else ""
+        row.kind = str(read_json_table(about).get("kind", "")) if about.exists() else ""
         for part in PARTS:
             file = runs / name / f"{part}.json"
             means = read_means(file) if file.exists() else {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..models.checkpoint import load_tensors
 from ..utils.errors import UserError
-from ..utils.files import read_json
+from ..utils.files import read_json_table
 from .scene import SLOTS, SUBJECT_SLOTS
 
 _SIZE = 64
@@ -205,7 +205,7 @@ class ToyNetworks(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike[str] | None = None) -> ToyNetworks:
         """Load `experts.safetensors` and `experts.json` from a folder; by default those shipped with the package."""
         folder = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
-        description = read_json(folder / "experts.json")
+        description = read_json_table(folder / "experts.json")
         model = cls(description["words"])
         weights = {
             key: value.float() if value.is_floating_point() else value

@@ -32,7 +32,7 @@ from ..rollout.engine import RolloutEngine
 from ..utils import profiling
 from ..utils.devices import check_training_dtype
 from ..utils.errors import NotFinite, UserError
-from ..utils.files import read_json
+from ..utils.files import read_json_table
 from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped, never
 from .bad_steps import BadSteps, invalid_rewards
@@ -146,8 +146,8 @@ def _settled(config: GrpoConfig, out: Path, resume: bool, ranks: Ranks) -> GrpoC
     """`config` with the number of questions a step: as the run in `out` began, else by the ranks."""
     if config.groups:
         return config
-    begun = read_json(out / "run.json") if resume and (out / "run.json").is_file() else None
-    settings = begun.get("settings") if isinstance(begun, dict) else None
+    begun = read_json_table(out / "run.json") if resume and (out / "run.json").is_file() else {}
+    settings = begun.get("settings")
     kept = settings.get("groups") if isinstance(settings, dict) else None
     idle = 0.0 if config.shard == "full" else IDLE
     groups = kept if isinstance(kept, int) and kept > 0 else questions_a_step(config.group_size, ranks.world, idle)

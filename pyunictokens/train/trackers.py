@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..utils.errors import MissingExtra, UserError, needs
-from ..utils.files import read_json, write_json
+from ..utils.files import read_json_table, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -260,9 +260,7 @@ def _known(file: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     try:
-        found: Any = read_json(file)
-        if not isinstance(found, dict):
-            raise UserError(f"{file}: must be a table, is {type(found).__name__}")
+        found = read_json_table(file)
     except UserError as error:
         log.warning("%s: trackers begin a new run", error)
         return {}

@@ -266,6 +266,14 @@ def read_json(path: str | os.PathLike[str], halves: bool = False) -> AnyJson:
         raise UserError(f"{path}: not usable JSON: {error}") from None
 
 
+def read_json_table(path: str | os.PathLike[str]) -> dict[str, AnyJson]:
+    """What :func:`read_json` reads where that is a table of names. Raises UserError naming the file where it is not."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must be a table, is {type(found).__name__}")
+    return found
+
+
 def parse_json(text: str, halves: bool = False) -> AnyJson:
     """The value of a JSON text. Raises ValueError also for what would break those who use it later: a whole number of
     more digits than a float holds, half of a character (a lone surrogate), which no file and no terminal takes."""

@@ -227,6 +227,15 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"prompts": 5}'])
+def test_a_damaged_text_of_samples_is_named(tmp_path: Path, content: str) -> None:
+    run = write_run(tmp_path, steps=2)
+    file = sorted((run / "samples").glob("*.json"))[0]
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{file.name}: .*must be"):
+        write_report(run)
+
+
 def test_names_cannot_smuggle_markup(tmp_path: Path) -> None:
     made = result(0.0)
     made.concept = "<script>alert(1)</script>"

@@ -77,7 +77,8 @@ def use(here: World, config: RunConfig, out: Path) -> None:
     RunConfig.make("toy", load_yaml(out / "config.yaml"), str(out))
     _ = run.origin
     load_policy(tiny_model(), out / "final")
-    ConceptTokens.load(out / "concept")
+    for folder in (out / "concept", *(out / "stages" / stage for stage in config.stages.stages)):
+        ConceptTokens.load(folder)
     for name in ("before.json", "after.json"):
         EvalResult.load(out / name)
     write_report(out)
@@ -102,10 +103,12 @@ def test_damage_is_the_same_result_or_an_error(here: World, tmp_path: Path, trai
                 continue
             except BaseException:
                 wrong.append(f"{name}, {what}: {traceback.format_exc()[-800:]}")
+                print(wrong[-1], flush=True)
                 continue
             same += 1
             if not any(part in name for part in (*READ_BY_PEOPLE, *OPEN_TEXT)) and chaos.contents(out) != wanted:
                 wrong.append(f"{name}, {what}: another result, and no word of it")
+                print(wrong[-1], flush=True)
     print(f"{trainable}: {same + told} kinds of damage, {same} without effect, {told} told, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
 

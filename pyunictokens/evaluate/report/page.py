@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ...utils.files import read_json, write_bytes_atomic, write_text_atomic
+from ...utils.errors import UserError
+from ...utils.files import read_json_table, write_bytes_atomic, write_text_atomic
 from ..result import REFERENCES, ItemRecord
 from ..tasks import ALL_SAMPLES, TASKS, label
 from . import environment, plots
@@ -203,14 +204,16 @@ def _samples(files: RunFiles) -> list[dict[str, object]]:
     for step in steps:
         base = files.folder / "samples" / f"step_{step:04d}"
         preview, texts = base.with_name(f"{base.name}_preview.png"), base.with_name(f"{base.name}.json")
-        words = read_json(texts) if texts.exists() else {}
-        lines = zip(words.get("prompts", []), words.get("answers", []), words.get("rewards", []), strict=False)
+        words = read_json_table(texts) if texts.exists() else {}
+        columns = [words.get(key, []) for key in ("prompts", "answers", "rewards")]
+        if not all(isinstance(column, list) for column in columns):
+            raise UserError(f"{texts}: prompts, answers and rewards must be lists")
         found.append(
             {
                 "step": step,
                 "final": file_uri(base.with_name(f"{base.name}_final.png")),
                 "preview": file_uri(preview) if preview.exists() else "",
-                "lines": [{"prompt": p, "answer": a, "reward": r} for p, a, r in lines],
+                "lines": [{"prompt": p, "answer": a, "reward": r} for p, a, r in zip(*columns, strict=False)],
             }
         )
     return found

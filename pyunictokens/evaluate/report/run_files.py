@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...utils.errors import UserError
-from ...utils.files import read_json, read_json_lines
+from ...utils.files import read_json_lines, read_json_table
 from ...utils.json import Json
 from ...utils.text import read_text
 from ...utils.yaml_text import parse_yaml, settled
@@ -77,9 +77,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
             files.config = config if isinstance(config, dict) else {}
             break
     if (folder / "about.json").exists():
-        about = read_json(folder / "about.json")
-        if not isinstance(about, dict):
-            raise UserError(f"{folder / 'about.json'}: must be a table, is {type(about).__name__}")
+        about = read_json_table(folder / "about.json")
         files.about = {str(key): value if isinstance(value, str) else str(value) for key, value in about.items()}
     steps = (path.name[5:-10] for path in (folder / "samples").glob("step_*_final.png"))
     files.samples = sorted(int(step) for step in steps if step.isdigit())

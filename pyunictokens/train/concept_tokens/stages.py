@@ -35,7 +35,7 @@ from ...models.showo.prompting import published_question
 from ...rollout.engine import RolloutEngine
 from ...utils.devices import check_training_dtype
 from ...utils.errors import UserError
-from ...utils.files import folder_lock, read_json, write_json
+from ...utils.files import folder_lock, read_json_table, write_json
 from ...utils.progress import Progress
 from ...utils.signals import Stop, Stopped, never
 from ..bad_steps import BadSteps
@@ -232,9 +232,7 @@ class _Stages:
             raise UserError(
                 f"{self.out}: already holds concept stages: go on with them (--resume) or choose another folder"
             )
-        found = read_json(about) if about.exists() else settings
-        if not isinstance(found, dict):
-            raise UserError(f"{about}: must be a table of settings, is {type(found).__name__}")
+        found = read_json_table(about) if about.exists() else settings
         found = {**to_mapping(StageConfig()), **found} if about.exists() else settings
         known = {"max_text": found.get("max_text") or own["max_text"]}
         known |= {name: settings[name] for name in ("save_every", "max_bad_steps")}  # they alter no number
