@@ -113,8 +113,7 @@ class StageConfig:
     """Guidance scale of those images."""
     compare_step: float = 0.7
     """Where, as a part of all timesteps, an image is compared with its final codes; codes that still change after it
-    are
-    blanked (published: step 35 of 50)."""
+    are blanked (published: step 35 of 50)."""
     cache_mb: int = 512
     """Memory for keys and values of images, which never change while only concept rows are trained."""
     max_bad_steps: int = 3
@@ -340,6 +339,9 @@ class GrpoConfig:
     well (FSDP2; llada, mmada). auto shares the optimizer's state with trainable=full."""
     offload: bool = False
     """With shard=full, hold weights, gradients and optimizer state of the layers in the host's memory."""
+    rollout_gather: Literal["auto", "once", "ahead"] = "auto"
+    """With shard=full, gather the layers' weights once for a step's rollouts, or each layer as it runs, the next two on
+    their way. auto: once where it fits the GPUs, as --plan counts."""
     sample_every: int = 10
     """Steps between images in samples/; 0 turns them off."""
     report_to: tuple[Tracker, ...] = ("tensorboard",)
@@ -365,10 +367,9 @@ class GrpoConfig:
             raise UserError(f"group_size={self.group_size}: must be ≥ 2: an advantage needs a group")
         if not self.guidance_scale >= 0:
             raise UserError(f"guidance_scale={self.guidance_scale}: must be ≥ 0 (0 turns guidance off)")
-        _at_least(0, groups=self.groups)
         _at_least(1, steps=self.steps, timesteps=self.timesteps, inner_epochs=self.inner_epochs)
         _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
-        _at_least(0, block_length=self.block_length, text_steps=self.text_steps)
+        _at_least(0, groups=self.groups, block_length=self.block_length, text_steps=self.text_steps)
         _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
         _above(0, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
         _within(0, 1, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
@@ -392,16 +393,15 @@ class GrpoConfig:
         if self.alpha_image == 0 and (self.alpha_answer == 0 or not self.reasoning):
             raise UserError("alpha_image=0 and no answer that counts: nothing would be learned; raise one of the two")
         _at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
-        _at_least(0, keep_best=self.keep_best, reward_timeout=self.reward_timeout)
+        _at_least(0, keep_best=self.keep_best, reward_timeout=self.reward_timeout, clip_high=self.clip_high)
         _within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
-        _at_least(0, clip_high=self.clip_high)
         _within(0, MAX_SEED, seed=self.seed)
         _within(1, MOST, group_size=self.group_size, groups=self.groups or 1, timesteps=self.timesteps)
         _within(1, MOST, max_new_tokens=self.max_new_tokens)
         if len(set(self.report_to)) != len(self.report_to) or ("none" in self.report_to and len(self.report_to) > 1):
             raise UserError(f"report_to={','.join(self.report_to)}: name each tracker once, and none alone")
-        if self.offload and self.shard != "full":
-            raise UserError(f"offload=true with shard={self.shard}: set shard=full as well, or offload=false")
+        if self.shard != "full" and (self.offload or self.rollout_gather == "ahead"):
+            raise UserError(f"offload or rollout_gather=ahead with shard={self.shard}: set shard=full, or neither")
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")
 

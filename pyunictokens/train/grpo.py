@@ -231,14 +231,16 @@ class _Run:
             )
         if config.shard != "full" or self.ranks.world == 1:
             return None
+        from .distributed.plan import gathers_ahead
         from .distributed.sharded_layers import ShardedLayers, check_shares
 
         check_shares(config.groups, config.group_size, config.micro_rows, config.micro_timesteps, self.ranks.world)
-        return ShardedLayers(self.model, self.ranks, offload=config.offload)
+        ahead = gathers_ahead(self.model, config, self.ranks)
+        return ShardedLayers(self.model, self.ranks, offload=config.offload, ahead=ahead)
 
-    def _whole(self) -> AbstractContextManager[None]:
-        """Around what computes for long without gradients, or writes weights: all of them are at hand."""
-        return nullcontext() if self.layers is None else self.layers.whole()
+    def _sampling(self) -> AbstractContextManager[None]:
+        """Around rollouts: how their weights come together."""
+        return nullcontext() if self.layers is None else self.layers.sampling()
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -255,7 +257,7 @@ class _Run:
                 measured = undo.enter_context(log_of)
             undo.callback(self.saver.wait)
             if self.step == 0 and config.dsog.enabled and config.dsog.initial == "auto":
-                with self._whole():
+                with self._sampling():
                     self.collector.calibrate()
             while self.step < config.steps:
                 why = self._measure(measured) if self.step % config.held_out.every == 0 else ""
@@ -309,7 +311,7 @@ class _Run:
         done = [each for each in held_out.history if each.step == self.step]  # a run that went on here
         if done:
             held_out.history.remove(done[0])
-        with self._whole(), profiling.phase("held-out prompts"):
+        with self._sampling(), profiling.phase("held-out prompts"):
             now = (
                 done[0]
                 if done
@@ -321,7 +323,7 @@ class _Run:
         if measured is not None and self.step == 0 and not done:
             self._held_out_headroom(now)
         if said.best is now:
-            with self._whole():
+            with nullcontext() if self.layers is None else self.layers.whole():
                 if self.ranks.first:
                     save_best(self.folder.path, now, self.policy.export)
         self.best = said.best
@@ -347,7 +349,7 @@ class _Run:
         groups: list[Group] = []
         problem, stats, norm = "", UpdateStats(), math.nan
         try:
-            with self._whole():
+            with self._sampling():
                 groups = self.collector.collect(self.step, with_codes=shown)
         except NotFinite as error:
             problem = str(error)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import pyunictokens as uct
 from pyunictokens.cli import app
+from pyunictokens.config.training import GrpoConfig
 from pyunictokens.models.llama_body import Body, BodyConfig
-from pyunictokens.train.distributed.plan import GB, MODES, Devices, Mode, Needed, Sizes, plan
+from pyunictokens.train.distributed.plan import GB, MODES, ROOM, Devices, Mode, Needed, Sizes, gathers_ahead, plan
+from pyunictokens.train.distributed.ranks import Ranks
 from pyunictokens.utils.errors import UserError
 
 from ..models.amused_tiny import write_pipeline
@@ -49,6 +54,8 @@ def test_what_the_hosts_memory_takes_off_the_gpu() -> None:
     assert sizes.needed(Mode("full"), ranks) == Needed((2 + 4) * 150 + 2 * 100 + rest + state, whole + 2 * 150 + state)
     offloaded = Needed(2 * 100 + rest + 12 * 25, whole + 12 * 25, (2 + 4 + 12) * 150)
     assert sizes.needed(Mode("full", offload=True), ranks) == offloaded
+    ahead = Needed(offloaded.update, 2 * (3 * 100 + 50) + 12 * 25, offloaded.host)
+    assert sizes.needed(Mode("full", offload=True, ahead=True), ranks) == ahead
 
 
 def test_which_mode_is_taken() -> None:
@@ -58,9 +65,25 @@ def test_which_mode_is_taken() -> None:
     assert plan(llada_8b(), Devices(8, 141))[-1] == "take grpo.shard=optimizer"
     assert plan(llada_8b(full=False), Devices(2, 24))[-1] == "take grpo.shard=none"
     assert plan(llada_8b(), Devices(8, 24))[-2] == "take grpo.shard=full grpo.offload=true"
-    assert plan(llada_8b(), Devices(64, 16))[-1].startswith("none fits")
+    small = plan(llada_8b(), Devices(64, 16))
+    assert small[-2] == "take grpo.shard=full grpo.rollout_gather=ahead" and "the next two on their way" in small[-1]
+    assert plan(llada_8b(), Devices(64, 8))[-1].startswith("none fits")
     alone = plan(llada_8b(), Devices(1, 24))
     assert alone[-2].startswith("grpo.shard=full: not on one GPU") and alone[-1].startswith("none fits")
+
+
+def test_a_run_gathers_as_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = uct.models.load(write_checkpoint(tmp_path / "llada", "llada")).model
+    whole = Sizes.of(model, "full", model.dtype).needed(Mode("full"), 1).rollout
+
+    def ahead(memory: float, **settings: Any) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+        config = GrpoConfig(trainable="full", shard="full", **settings)
+        return gathers_ahead(model, config, Ranks("cuda"))
+
+    assert not ahead(whole / ROOM + 1) and ahead(whole / ROOM - 1)
+    assert ahead(1e12, rollout_gather="ahead") and not ahead(1, rollout_gather="once")
+    assert not gathers_ahead(model, GrpoConfig(shard="full"), Ranks("cpu"))
 
 
 @pytest.mark.parametrize("text", ["8", "0x80", "8x0", "x80", "8x80GB", "-1x80"])

@@ -21,6 +21,7 @@ from pyunictokens.train.microbatch import Microbatches
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.signals import Stopped
 
+from ..models import llama_tiny
 from ..models.llama_tiny import write_checkpoint
 from .ranks import together
 from .test_reinforce_texts import PROMPTS, letters
@@ -56,13 +57,14 @@ def alike(one: Path, other: Path, steps: int = 2) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trainable", "objective", "recompute"),
-    [("full", "unictask", False), ("lora", "unigrpo", True), ("full", "coupled", True)],
+    ("trainable", "objective", "recompute", "gather"),
+    [("full", "unictask", False, "ahead"), ("lora", "unigrpo", True, "auto"), ("full", "coupled", True, "once")],
 )
 def test_spread_layers_learn_what_whole_ones_learn(
-    folder: Path, tmp_path: Path, trainable: str, objective: str, recompute: bool
+    folder: Path, tmp_path: Path, trainable: str, objective: str, recompute: bool, gather: str
 ) -> None:
-    settings = config(trainable=trainable, objective=objective, inner_epochs=2, checkpoint_layers=recompute)
+    own = {"trainable": trainable, "objective": objective, "rollout_gather": gather}
+    settings = config(**own, inner_epochs=2, checkpoint_layers=recompute)
     held_out = ["a cat in the snow ?"]
     reinforce(uct.models.load(folder), PROMPTS, letters, settings, tmp_path / "alone", held_out=held_out)
 
@@ -100,6 +102,65 @@ def test_layers_are_spread_and_the_rest_is_not(folder: Path, tmp_path: Path) -> 
     for spread, rest, own, total, same in together(2, work, tmp_path / "results"):
         assert same and all(".blocks." in name for name in spread) and not any(".blocks." in name for name in rest)
         assert len(rest) == 3 and own <= 0.6 * total
+
+
+def test_rollouts_gather_two_layers_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank makes three forward passes, the other one: both see the weights of all layers each time, two on their
+    way while one runs, and nobody waits for ever."""
+    import torch.distributed as dist
+
+    from pyunictokens.models import llama_body
+    from pyunictokens.train.distributed.sharded_layers import ShardedLayers
+
+    monkeypatch.setattr(llama_tiny, "LAYERS", 5)
+    place = write_checkpoint(tmp_path / "five", "llada")
+    real, forward = dist.all_gather_into_tensor, llama_body.Block.forward
+    gathers, seen = [0], list[int]()
+
+    def counted(*given: Any, **named: Any) -> Any:
+        gathers[0] += 1
+        return real(*given, **named)
+
+    def looking(self: llama_body.Block, *given: Any) -> Tensor:
+        seen.append(gathers[0])
+        return forward(self, *given)
+
+    monkeypatch.setattr(dist, "all_gather_into_tensor", counted)
+
+    def work(ranks: Ranks) -> tuple[bool, list[int], list[int], list[int]]:
+        model = uct.models.load(place).model
+        passes = 3 - 2 * ranks.rank
+        ids = [torch.tensor([[1, 5 + number, 9]]) for number in range(passes)]
+        with torch.no_grad():
+            before = [model.model.encode(each) for each in ids]  # type: ignore[operator, union-attr]
+            layers = ShardedLayers(model, ranks, ahead=True)
+            monkeypatch.setattr(llama_body.Block, "forward", looking)
+            gathers[0] = 0
+            with layers.sampling():
+                during = [model.model.encode(each) for each in ids]  # type: ignore[operator, union-attr]
+                told = ranks.gather(passes)
+                all_of_them = gathers[0]
+                model.model.encode(ids[0])  # type: ignore[operator, union-attr]
+        same = all(torch.equal(one, other) for one, other in zip(before, during, strict=True))
+        return same, seen, told, [all_of_them, gathers[0]]
+
+    first, second = together(2, work, tmp_path / "results")
+    each = [3, 4, 5, 5, 5]
+    assert first[1] == [done + 5 * number for number in range(4) for done in each]
+    assert second[1] == [*each, *(15 + done for done in each)]
+    for same, _, told, counts in (first, second):
+        assert same and told == [3, 1] and counts == [15, 20]
+
+
+def test_a_rollout_that_does_not_fit_ends_the_run() -> None:
+    from pyunictokens.train.distributed.sharded_layers import _Passes
+
+    passes = _Passes(lambda: None)
+    passes.begin()
+    passes.end()
+    passes.begin()  # and memory runs out
+    with pytest.raises(UserError, match=r"grpo.rollout_gather=ahead it cannot be split.*lower grpo.group_size"):
+        passes.begin()
 
 
 def test_layers_in_the_hosts_memory_learn_the_same(
@@ -255,8 +316,10 @@ def test_what_cannot_be_spread(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set grpo.micro_rows and grpo.micro_timesteps"):
         check_shares(2, 2, 0, 1, 2)
 
-    with pytest.raises(UserError, match=r"offload=true with shard=optimizer: set shard=full as well"):
+    with pytest.raises(UserError, match=r"offload or rollout_gather=ahead with shard=optimizer: set shard=full"):
         config(shard="optimizer", offload=True)
+    with pytest.raises(UserError, match=r"rollout_gather=ahead with shard=auto: set shard=full"):
+        config(shard="auto", rollout_gather="ahead")
     with pytest.raises(UserError, match=r"grpo.offload=true on one rank: start several ranks with torchrun"):
         alone = config(offload=True)
         reinforce(uct.models.load(folder), PROMPTS, letters, alone, tmp_path / "alone")

@@ -52,6 +52,7 @@ MAY_CHANGE = frozenset(
         "checkpoint_layers",
         "shard",
         "offload",
+        "rollout_gather",
         "save_in_background",
     }
 )

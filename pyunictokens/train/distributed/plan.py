@@ -8,17 +8,24 @@ Letters: W ranks; b bytes of a weight.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 
 import torch
 
+from ...config.training import GrpoConfig
 from ...models import MaskedModel
 from ...utils.errors import UserError
+from .ranks import Ranks
+
+log = logging.getLogger(__name__)
 
 ROOM = 0.85
 """The part of a GPU's memory that may be full before activations."""
 GB = 1e9
+AHEAD = 2
+"""Layers whose weights are on their way while one runs, where a rollout gathers each as it runs."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,23 @@ class Mode:
 
     shard: str
     offload: bool = False
+    ahead: bool = False
+    """Rollouts gather each layer as it runs; else all are gathered once."""
 
     def __str__(self) -> str:
-        return f"grpo.shard={self.shard}" + " grpo.offload=true" * self.offload
+        words = [f"grpo.shard={self.shard}"]
+        words += ["grpo.rollout_gather=ahead"] * self.ahead + ["grpo.offload=true"] * self.offload
+        return " ".join(words)
 
 
-MODES = (Mode("none"), Mode("optimizer"), Mode("full"), Mode("full", offload=True))
+MODES = (
+    Mode("none"),
+    Mode("optimizer"),
+    Mode("full"),
+    Mode("full", offload=True),
+    Mode("full", ahead=True),
+    Mode("full", offload=True, ahead=True),
+)
 """Those that take less time first."""
 
 
@@ -100,7 +118,8 @@ class Sizes:
             host = (b + 4 * learn + state) * parts
             kept, gradients = state * self.rest / ranks, 0.0
         update = kept + gradients + b * self.largest + (b + learn * (4 + b)) * self.rest
-        return Needed(update, kept + b * total, host)
+        whole = b * ((1 + AHEAD) * self.largest + self.rest) if mode.ahead else b * total
+        return Needed(update, kept + whole, host)
 
 
 def plan(sizes: Sizes, on: Devices) -> list[str]:
@@ -124,5 +143,21 @@ def plan(sizes: Sizes, on: Devices) -> list[str]:
         return [*lines, "none fits: take more GPUs, GPUs with more memory, or trainable=lora"]
     lines.append(f"take {fits[0]}")
     if fits[0].shard == "full":
-        lines.append("rollout: weights are gathered once a step, and no rank waits for another while it samples")
+        lines.append(
+            "rollout: each layer is gathered as it runs, the next two on their way; ranks sample in step"
+            if fits[0].ahead
+            else "rollout: weights are gathered once a step, and no rank waits for another while it samples"
+        )
     return lines
+
+
+def gathers_ahead(model: MaskedModel, config: GrpoConfig, ranks: Ranks) -> bool:
+    """Whether rollouts with `grpo.shard=full` gather each layer as it runs: as the settings say, or because all weights
+    at once do not fit the GPU of some rank."""
+    if config.rollout_gather != "auto" or ranks.device.type != "cuda":
+        return config.rollout_gather == "ahead"
+    needed = Sizes.of(model, config.trainable, model.dtype).needed(Mode("full", config.offload), ranks.world)
+    ahead = ranks.any(needed.rollout > ROOM * torch.cuda.get_device_properties(ranks.device).total_memory)
+    if ahead and ranks.first:
+        log.info("rollouts gather each layer as it runs: all weights at once would take %.1f GB", needed.rollout / GB)
+    return ahead

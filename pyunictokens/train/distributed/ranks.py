@@ -9,7 +9,7 @@ sums run over all rows. A rank that is gone ends the others (heartbeat.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
@@ -106,6 +106,13 @@ class Ranks:
         """`value` summed over ranks, in place."""
         return value
 
+    @contextmanager
+    def taking_turns(self, follow: Callable[[], object]) -> Iterator[Callable[[], None]]:
+        """For collective calls that ranks make together, one needing more of them than another: each calls what this
+        gives before its own. A rank that has come to its next record (`gather`, `broadcast`) or to the end of the
+        context makes them by `follow` for as long as another one goes on."""
+        yield lambda: None
+
     def aside(self) -> Ranks:
         """The same ranks for another thread, whose calls do not meet those of this one."""
         return self
@@ -158,6 +165,7 @@ class _Many(Ranks):
         self.attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
         self._group, self._spare, self._watch = group, spare, watch
         self._mesh: DeviceMesh | None = None
+        self._follow: Callable[[], object] | None = None
 
     @classmethod
     def join(cls, world: int, device: str) -> _Many:
@@ -194,6 +202,7 @@ class _Many(Ranks):
     def gather(self, own: T) -> list[T]:
         import torch.distributed as dist
 
+        self._end_turns()
         found: list[T] = [own] * self.world
         with self.noticing():
             dist.all_gather_object(found, own, group=self._group)
@@ -203,6 +212,7 @@ class _Many(Ranks):
     def broadcast(self, own: T) -> T:
         import torch.distributed as dist
 
+        self._end_turns()
         values: list[T] = [own]
         with self.noticing():
             dist.broadcast_object_list(values, src=0, group=self._group)
@@ -235,6 +245,32 @@ class _Many(Ranks):
         with self.noticing():
             dist.all_reduce(value)
         return value
+
+    @contextmanager
+    def taking_turns(self, follow: Callable[[], object]) -> Iterator[Callable[[], None]]:
+        def my_turn() -> None:
+            self._takes_turn(True)
+
+        self._follow = follow
+        try:
+            yield my_turn
+            self._end_turns()
+        finally:
+            self._follow = None
+
+    @profiling.phase("synchronisation")
+    def _takes_turn(self, own: bool) -> bool:
+        """Whether any rank is about to make a call of its own."""
+        import torch.distributed as dist
+
+        going = torch.tensor(int(own))
+        with self.noticing():
+            dist.all_reduce(going, dist.ReduceOp.MAX, group=self._group)
+        return bool(going)
+
+    def _end_turns(self) -> None:
+        while self._follow is not None and self._takes_turn(False):
+            self._follow()
 
     def aside(self) -> Ranks:
         return _Many(self.rank, self.world, self.device, self._spare, None, self._watch)
