@@ -21,6 +21,7 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from composed_train import (
@@ -35,11 +36,12 @@ from composed_train import (
     train_spotter,
     train_vq,
 )
+from torch import nn
 from toy_vq import log_line, to_pixels
 
 from pyunictokens.models import TextTokenizer
 from pyunictokens.models.checkpoint import load_tensors
-from pyunictokens.models.packed import pack
+from pyunictokens.models.packed import pack, unpack
 from pyunictokens.rewards.experts.objects import check
 from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.toy.composed.prompts import caption, prompt_list, words
@@ -48,6 +50,7 @@ from pyunictokens.toy.composed.spotter import Detector
 from pyunictokens.toy.words import build_tokenizer
 from pyunictokens.utils.files import read_json, save_safetensors_atomic, write_json, write_text_atomic
 
+Net = TypeVar("Net", bound=nn.Module)
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "pyunictokens" / "assets" / "composed"
 LIMIT = 5_000_000
@@ -65,6 +68,12 @@ def begin_with_shipped(work: Path) -> None:
         torch.save({"model": load_tensors(model), "step": steps[name]}, work / f"{name}.pt")
 
 
+def as_shipped(model: Net) -> Net:
+    """`model` with its weights rounded to the bits that the package carries, so that what is measured is what ships."""
+    model.load_state_dict(unpack(pack(model.state_dict()), "the weights"))
+    return model
+
+
 @torch.no_grad()
 def measure_spotters(work: Path) -> dict[str, dict[str, float]]:
     """Of true drawings that nothing was trained on, and of the same through the tokenizer: the share of captions of
@@ -74,12 +83,12 @@ def measure_spotters(work: Path) -> dict[str, dict[str, float]]:
     images, scenes = load_cache(work)
     rows = range(len(images) - 500, len(images))
     drawn = to_pixels(images[rows.start : rows.stop])
-    vq, rng = load_vq(work), np.random.default_rng(5)
+    vq, rng = as_shipped(load_vq(work)), np.random.default_rng(5)
     again = torch.cat([vq.decode(vq.encode(part)) for part in drawn.split(100)]).clamp(-1, 1)
     asked = [caption(scenes[row], rng, colours=True)[1] for row in rows]
     found: dict[str, dict[str, float]] = {}
     for name in WIDTHS:
-        detector = Detector(load_spotter(work, name))
+        detector = Detector(as_shipped(load_spotter(work, name)))
         found[name] = {}
         for kind, pixels in (("drawn", drawn), ("reconstructed", again)):
             ready = (pixels + 1) / 2
@@ -93,9 +102,9 @@ def measure_spotters(work: Path) -> dict[str, dict[str, float]]:
 def report(work: Path, prompts: int = 20, images: int = 9) -> None:
     """WORK/report.json: by kind of prompt, how often the model draws it wholly right at once, and in one of nine."""
     numbers: dict[str, object] = {"spotters": measure_spotters(work)}
-    reader = Detector(load_spotter(work, "reader"))
+    reader = Detector(as_shipped(load_spotter(work, "reader")))
     tokenizer = TextTokenizer(build_tokenizer(words()), "<|endoftext|>", "<|endoftext|>")
-    engine = RolloutEngine(load_showo(work), load_vq(work), tokenizer)
+    engine = RolloutEngine(as_shipped(load_showo(work)), as_shipped(load_vq(work)), tokenizer)
     rows = prompt_list(prompts * len(KINDS), seed=4242)
     texts = [str(row["prompt"]) for row in rows]
     for name, steps, guidance in (("4 timesteps", 4, 0.0), ("12 timesteps", 12, 0.0)):
@@ -121,8 +130,10 @@ def report(work: Path, prompts: int = 20, images: int = 9) -> None:
     log_line(work / "report.log", json.dumps(numbers, indent=1))
 
 
-def export(work: Path, seed: int, into: Path) -> None:
-    """Packed weights with their provenance. Raises when they are larger than the package may carry."""
+def export(work: Path, seed: int, into: Path, notes: list[str]) -> None:
+    """Packed weights with their provenance: how they were made, and `notes` after those that are there. Raises when
+    they are larger than the package may carry."""
+    said = read_json(into / "provenance.json").get("notes", []) if (into / "provenance.json").exists() else []
     for name, model in (("showo", load_showo(work)), ("vq", load_vq(work))):
         model.save_pretrained(into / name)
         save_safetensors_atomic(into / name / "model.safetensors", pack(model.state_dict()))
@@ -149,6 +160,7 @@ def export(work: Path, seed: int, into: Path) -> None:
         "versions": {name: version(name) for name in ("torch", "numpy", "pillow", "tokenizers")},
         "bytes": size,
         "sha256": {str(path.relative_to(into)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "notes": [*said, *notes],
     }
     write_json(into / "provenance.json", provenance)
     print(f"{size / 1e6:.1f} MB in {into}")
@@ -162,6 +174,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, help="length of a training stage in place of its own")
     parser.add_argument("--into", type=Path, default=ASSETS, help="where `export` writes")
+    parser.add_argument("--note", action="append", default=[], help="what `export` adds to the provenance's notes")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
@@ -182,7 +195,7 @@ def main() -> None:
         elif stage == "codes":
             encode_cache(args.work)
         else:
-            export(args.work, args.seed, args.into)
+            export(args.work, args.seed, args.into, args.note)
         log_line(args.work / "times.log", f"{stage} {time.time() - start:.0f}")
 
 
