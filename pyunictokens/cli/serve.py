@@ -29,6 +29,12 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", min=1, help="Images and answers that may wait; more get 429.")
     ] = 256,
+    batch_from: Annotated[
+        int,
+        typer.Option(
+            "--batch-from", min=1, help="On a CPU, fewer images than this are drawn one after another; 1: never."
+        ),
+    ] = 16,
     concepts: Annotated[
         int, typer.Option("--concepts", min=1, help="Concepts at hand at once; others are read when asked for.")
     ] = 200,
@@ -62,7 +68,7 @@ def serve(
     from ..serve.server import Server, ServerSettings
     from ..utils.signals import stop_on_signals
 
-    settings = ServerSettings(host, port, max_rows, max_waiting, grace=grace, log_prompts=log_prompts)
+    settings = ServerSettings(host, port, max_rows, max_waiting, batch_from, grace=grace, log_prompts=log_prompts)
     server = Server(
         lambda serving: Catalog(
             runs or (),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..rewards.served.connections import Connections, guarded_protocol
-from ..rollout.serving import AsyncEngine, ServingEngine
+from ..rollout.serving import BATCH_FROM, AsyncEngine, ServingEngine
 from ..utils.errors import UserError, needs
 from .answering import Answering
 from .app import make_app
@@ -38,6 +38,8 @@ class ServerSettings:
     """Images and answers under way at once."""
     max_waiting: int = 256
     """Images and answers that may wait; more are told to come back."""
+    batch_from: int = BATCH_FROM
+    """On a CPU: images, running and waiting, from which they are drawn side by side."""
     most_pixels: int = 40_000_000
     """Of a picture that is sent."""
     patience: float = 10.0
@@ -62,7 +64,7 @@ class Server:
                 "on 127.0.0.1"
             )
         self.settings, self._keys = settings, keys
-        self._serving = ServingEngine(settings.max_rows, settings.max_waiting)
+        self._serving = ServingEngine(settings.max_rows, settings.max_waiting, batch_from=settings.batch_from)
         self.catalog = make_catalog(self._serving)
         try:
             family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET

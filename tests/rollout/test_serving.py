@@ -128,10 +128,10 @@ def play(serving, plan, dice, abort=0.0):
 
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.sampled_from([1, 3, 64]))
-def test_whatever_else_runs_a_request_gets_what_it_gets_alone(seed, rows):
+@given(seed=st.integers(0, 10**6), rows=st.sampled_from([1, 3, 64]), batch_from=st.sampled_from([1, 4, 16]))
+def test_whatever_else_runs_a_request_gets_what_it_gets_alone(seed, rows, batch_from):
     dice = random.Random(seed)
-    serving = ServingEngine(max_rows=rows, max_waiting=9)
+    serving = ServingEngine(max_rows=rows, max_waiting=9, batch_from=batch_from)
     plan = [any_request(dice) for _ in range(10)]
     found = play(serving, plan, dice, abort=0.1)
     for request, events in found.values():
@@ -170,12 +170,42 @@ def test_a_mixed_batch_shares_its_steps():
     plain = model.image_hidden
     model.image_hidden = lambda codes, *rest: calls.append(len(codes)) or plain(codes, *rest)
     engine = resident_engine(model, tokenizer=words())
-    serving = ServingEngine()
+    serving = ServingEngine(batch_from=1)
     for seed, steps in enumerate((2, 5, 3, 5)):
         prompt, name = PROMPTS[seed]
         serving.add_request(engine, ImageRequest(prompt, name, steps=steps, guidance_scale=1.0 * (seed % 2), seed=seed))
     run(serving)
     assert len(calls) == 5 and calls[0] > calls[-1]
+
+
+def test_a_few_images_on_a_cpu_are_drawn_one_after_another_and_many_side_by_side():
+    def under_way(images, answers=0):
+        """Slots held at each step, and the order in which requests of two steps end."""
+        serving, held, ended = ServingEngine(batch_from=4), [], []
+        for seed in range(images):
+            serving.add_request(ENGINE, ImageRequest("a red ball .", steps=2, seed=seed))
+        for seed in range(answers):
+            serving.add_request(ENGINE, AnswerRequest(IMAGE, "What is it?", max_new_tokens=4, seed=seed))
+        while serving.busy:
+            ended += [event.ticket for event in serving.step() if isinstance(event, Ended)]
+            held.append(serving.running)
+        return held, ended
+
+    assert under_way(3) == ([1, 0] * 3, [0, 1, 2])
+    assert under_way(4) == ([4, 0], [0, 1, 2, 3])
+    held, ended = under_way(1, answers=2)
+    assert held[0] == 3 and len(ended) == 3, "answers wait for no image"
+    held, _ = under_way(3, answers=2)
+    assert held[0] == 3, "one image beside both answers"
+
+
+def test_whose_turn_it_is_among_images_that_are_drawn_one_after_another():
+    serving, ended = ServingEngine(), []
+    for user, priority in (("loud", 0), ("loud", 0), ("loud", 0), ("quiet", 0), ("paid", 1)):
+        serving.add_request(ENGINE, ImageRequest("a red ball .", steps=2), user=user, priority=priority)
+    while serving.busy:
+        ended += [event.ticket for event in serving.step() if isinstance(event, Ended)]
+    assert ended == [4, 0, 3, 1, 2]
 
 
 def test_a_preview_is_what_the_codes_look_like_there():

@@ -16,7 +16,7 @@ from .test_serving import ENGINE, IMAGE, alone, check
 
 
 def asyncs(main):
-    return asyncio.run(asyncio.wait_for(main(), 60))
+    return asyncio.run(asyncio.wait_for(main(), 300))
 
 
 async def all_of(serving, request, **options):

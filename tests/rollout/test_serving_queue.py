@@ -99,3 +99,12 @@ def test_priority_then_share_then_deadline_then_arrival():
     queue.add(ticket(3, "cat", priority=1))
     queue.add(ticket(4, "ann", deadline=9.0))
     assert [queue.take().number for _ in range(5)] == [3, 1, 2, 0, 4]
+
+
+def test_tickets_in_turn_hold_up_nobody_else():
+    queue = FairQueue(100)
+    for number, in_turn in enumerate((True, False, True)):
+        queue.add(Ticket(number, "ann", 2, 1.0, in_turn=in_turn))
+    assert queue.waiting_in_turn == 4
+    assert [queue.take(in_turn=False).number for _ in range(2)] == [1, 1] and queue.take(in_turn=False) is None
+    assert [queue.take().number for _ in range(4)] == [0, 0, 2, 2] and queue.waiting_in_turn == queue.waiting == 0

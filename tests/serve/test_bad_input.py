@@ -40,7 +40,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    settings = ServerSettings(port=0, max_rows=2, max_waiting=8, most_pixels=1_000_000, gate=GateLimits(2 << 20, 2.0))
+    gate = GateLimits(2 << 20, 2.0)
+    settings = ServerSettings(port=0, max_rows=2, max_waiting=8, batch_from=1, most_pixels=1_000_000, gate=gate)
     with running(folder, settings=settings, limits=Limits(concepts=2)) as server:
         yield server
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 MOST_SAMPLES = 256
 """Most images or answers of one request."""
+
+BATCH_FROM = 16
+"""On a CPU: images, running and waiting, from which a batch is cheaper an image than one alone (docs/serving.md)."""
 
 
 @dataclass(eq=False)
@@ -77,11 +80,20 @@ class ServingEngine:
     """Runs requests over models that are already open.
 
     max_rows: images and answers under way at once, over all models. max_waiting: rows that may wait; `add_request`
-    raises QueueFull beyond. clock: seconds, for deadlines.
+    raises QueueFull beyond. clock: seconds, for deadlines. batch_from: on a CPU an image in a batch of few costs what
+    one alone costs, so side by side all are done late; with fewer images than this, running and waiting, they are drawn
+    one after another. 1: always side by side, as on a GPU and as answers are everywhere.
     """
 
-    def __init__(self, max_rows: int = 64, max_waiting: int = 256, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        max_rows: int = 64,
+        max_waiting: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+        batch_from: int = BATCH_FROM,
+    ):
         self.max_rows = checks.count("max_rows", max_rows)
+        self.batch_from = checks.count("batch_from", batch_from)
         self.queue = FairQueue(checks.count("max_waiting", max_waiting))
         self._clock = clock
         self._jobs: dict[int, Job] = {}
@@ -182,10 +194,13 @@ class ServingEngine:
     def _admit(self, events: list[Event]) -> None:
         """Free slots go to those whose turn it is."""
         admitted: list[tuple[Job, int]] = []
+        in_turn = sum(row.job.ticket.in_turn for row in self._images())
+        most = self.max_rows if in_turn + self.queue.waiting_in_turn >= self.batch_from else 1
         while len(self._free) > len(admitted):
-            ticket = self.queue.take()
+            ticket = self.queue.take(in_turn < most)
             if ticket is None:
                 break
+            in_turn += ticket.in_turn
             admitted.append((self._jobs[ticket.number], ticket.begun - 1))
         by_engine: dict[int, list[Job]] = {}
         for job, _ in admitted:
@@ -218,6 +233,10 @@ class ServingEngine:
         parts: dict[int, Prefix] = {}
         for job, place in zip(jobs, of_job, strict=True):
             job.prefix = parts.setdefault(place, total.select([place]))
+
+    def _images(self) -> Iterator[_Running]:
+        """Image rows that hold a slot."""
+        return (row for bench in self._benches.values() for lane in bench.lanes.values() for row in lane.running)
 
     def _bench(self, engine: RolloutEngine) -> _Bench:
         return self._benches.setdefault(id(engine), _Bench(engine))

@@ -58,7 +58,7 @@ class WantedMasks:
 
 
 def image_job(ticket: Ticket, engine: RolloutEngine, request: ImageRequest, wanted: WantedMasks) -> Job:
-    """What is drawn. The ticket learns what a row costs."""
+    """What is drawn. The ticket learns what a row costs and whether it gains from a small batch."""
     model, rule = engine.model, engine.model.rule
     steps = checks.count("steps", rule.steps if request.steps is None else request.steps, 1, checks.MAX_STEPS)
     strength = rule.strength(rule.guidance_scale if request.guidance_scale is None else request.guidance_scale)
@@ -81,7 +81,7 @@ def image_job(ticket: Ticket, engine: RolloutEngine, request: ImageRequest, want
         wanted(engine.schedule, steps, known.shape[1]),
         request.seed,
     )
-    ticket.cost = steps
+    ticket.cost, ticket.in_turn = steps, model.device.type == "cpu"
     look = 0 if request.image is None else 1 + ticket.number
     return Job(ticket, engine, request, ids, grid, known[0], numbers, look=look, left=request.samples)
 

@@ -4,9 +4,11 @@ A request is a *ticket* of some rows; each row takes one slot when its turn come
 many slots at once and never keeps a small one out. A row costs its steps. Among users who wait, the one who was given
 the least goes first (start-time fair queueing, Goyal et al., 1996): a user who comes back after a pause begins level
 with the others and has no credit, so nobody can save up turns, and one who asks for much delays nobody but himself.
+Rows that run one after another (`in_turn`) hold up no others.
 
 Invariants, held by tests/rollout/test_serving_queue.py: at most `most_waiting` rows wait; every row is given out once
-or dropped once; of two users of one priority who both wait, neither was given more than the other by over one row.
+or dropped once; of two users of one priority who both wait and may begin, neither was given more than the other by over
+one row.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Ticket:
     """Higher goes first."""
     deadline: float = math.inf
     """On the engine's clock."""
+    in_turn: bool = False
+    """Whether its rows gain nothing from a small batch, and are run one after another where few are asked for."""
     begun: int = 0
     """Rows that have got a slot."""
 
@@ -72,6 +76,11 @@ class FairQueue:
         """Steps of all rows that wait."""
         return sum(ticket.waiting * ticket.cost for ticket in self._tickets)
 
+    @property
+    def waiting_in_turn(self) -> int:
+        """Rows of `in_turn` tickets that wait."""
+        return sum(ticket.waiting for ticket in self._tickets if ticket.in_turn)
+
     def check_room(self, rows: int, retry_after: float = 1.0) -> None:
         """Raises QueueFull where `rows` more would be too many."""
         if self.waiting + rows > self.most_waiting:
@@ -89,11 +98,12 @@ class FairQueue:
         self.waiting += ticket.rows
         self._tickets.append(ticket)
 
-    def take(self) -> Ticket | None:
-        """The ticket whose next row gets a slot now; None where nobody waits."""
-        if not self._tickets:
+    def take(self, in_turn: bool = True) -> Ticket | None:
+        """The ticket whose next row gets a slot now, None where there is none; `in_turn` ones are left out if False."""
+        able = [ticket for ticket in self._tickets if in_turn or not ticket.in_turn]
+        ticket = min(able, key=self._rank, default=None)
+        if ticket is None:
             return None
-        ticket = min(self._tickets, key=self._rank)
         self._level = max(self._level, self._given[ticket.user])
         self._given[ticket.user] += ticket.cost
         ticket.begun += 1
