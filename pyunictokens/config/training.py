@@ -355,6 +355,10 @@ class GrpoConfig:
     """How image steps run: auto captures them on a GPU and lets the host run them elsewhere; loop, replay and eager
     choose by name; off lets the host run them always. Prompts are padded (and exactly masked), so that one capture
     serves all groups."""
+    rollout_products: Literal["same", "fp8"] = "same"
+    """Precision of the blocks' linear layers while images and answers are drawn: the model's own, or e4m3 with a scale
+    a row (a GPU of compute capability 8.9 or newer; emulated elsewhere). The ratio of the update corrects for it,
+    because old log-probs are those that the rollout recorded."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. auto is bfloat16 on a GPU that
     computes in it (the toy keeps float32), else float32; a run's config.yaml holds what it came to. float16 is refused
@@ -402,6 +406,11 @@ class GrpoConfig:
             raise UserError(f"report_to={','.join(self.report_to)}: name each tracker once, and none alone")
         if self.shard != "full" and (self.offload or self.rollout_gather == "ahead"):
             raise UserError(f"offload or rollout_gather=ahead with shard={self.shard}: set shard=full, or neither")
+        if self.rollout_products == "fp8" and self.shard == "full":
+            raise UserError(
+                "rollout_products=fp8 with shard=full: fp8 products need whole weights; use shard=optimizer or "
+                "rollout_products=same"
+            )
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")
 

@@ -13,13 +13,14 @@ weights may change.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
 from operator import add
-from typing import cast
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from ..models import (
     answering,
 )
 from ..models.base import features_side
+from ..models.fp8 import Fp8Products
 from ..utils import profiling
 from ..utils.errors import NotFinite, UserError
 from ..utils.fingerprint import bytes_of
@@ -62,6 +64,23 @@ NO_NUMBERS = (
     "bfloat16 or float32)"
 )
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _in_its_products(
+    method: Callable[Concatenate[RolloutEngine, Arguments], Result],
+) -> Callable[Concatenate[RolloutEngine, Arguments], Result]:
+    """The method with products as the engine was asked for."""
+
+    def run(engine: RolloutEngine, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with engine.products:
+            return method(engine, *args, **kwargs)
+
+    functools.update_wrapper(run, method)
+    return run
+
+
 Concepts = str | Sequence[str | None] | None
 """One resident's name, one for each prompt (None: the model as it is), or None: text says which it names."""
 
@@ -81,6 +100,7 @@ class RolloutEngine:
             run them elsewhere; "loop", "replay" or "eager" by name; "off" lets the host run them always. Only a
             `CapturableModel` takes the named ones.
         repeats: calls of one kind follow one another, as in training: "auto" then captures at first sight.
+        products: "same" as the model's precision, or "fp8" in the linear layers of its blocks (models/fp8.py).
     """
 
     def __init__(
@@ -94,8 +114,12 @@ class RolloutEngine:
         max_rows: int = 64,
         capture: str = "auto",
         repeats: bool = False,
+        products: str = "same",
     ):
+        if products not in ("same", "fp8"):
+            raise UserError(f"products={products!r}: must be same or fp8")
         self.repeats = repeats
+        self.products: Fp8Products | nullcontext[None] = Fp8Products(model) if products == "fp8" else nullcontext()
         self.model, self.vq, self.tokenizer = model, vq, tokenizer
         self.schedule = checks.schedule(model.rule.schedule if schedule is None else schedule)
         self.ops_backend = ops_backend
@@ -157,6 +181,7 @@ class RolloutEngine:
 
     # --- images ----------------------------------------------------------------------------------------------------
 
+    @_in_its_products
     @torch.no_grad()
     def generate_images(
         self,
@@ -345,6 +370,7 @@ class RolloutEngine:
 
     # --- text ------------------------------------------------------------------------------------------------------
 
+    @_in_its_products
     @torch.no_grad()
     @profiling.phase("answers")
     def generate_text(
@@ -438,6 +464,7 @@ class RolloutEngine:
             concepts=names,
         )
 
+    @_in_its_products
     @torch.no_grad()
     @profiling.phase("answers")
     def write(

@@ -173,7 +173,9 @@ class _Run:
         self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
         if model.concept is not None and tokenizer.token_id(model.concept.sks) is None:
             tokenizer = tokenizer.with_concept(model.concept.tokens)
-        engine = RolloutEngine(model, vq, tokenizer, capture=config.capture, repeats=True)
+        engine = RolloutEngine(
+            model, vq, tokenizer, capture=config.capture, repeats=True, products=config.rollout_products
+        )
         dsog = config.dsog
         initial = _UNKNOWN if isinstance(dsog.initial, str) else dsog.initial
         self.threshold = DsogThreshold(initial, dsog.target_pass_rate, dsog.mu, dsog.eta, dsog.epsilon0)

@@ -315,6 +315,15 @@ def test_reinforcement_in_float16_says_why_not(here: World, tmp_path: Path) -> N
         check_training_dtype(torch.float16, resume=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_rollouts_in_fp8_are_corrected_by_the_ratio(here: World, tmp_path: Path) -> None:
+    """The first update's ratio is that of the model to what drew, not 1; the rest of the run is as ever."""
+    config = replace(grpo_config(), steps=1, rollout_products="fp8")
+    train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "run")
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["ratio_max"] > 1.01 and line["grad_norm"] > 0
+
+
 def tasks_of(here: World, **options: Any) -> ConceptTasks:
     return ConceptTasks(here.data, here.concept, ReferenceImages(here.model, here.vq), **options)
 
