@@ -105,13 +105,6 @@ def says_yes(answer: str) -> bool | None:
     return None
 
 
-def recognition_weight(positives: Sequence[bool | float], negatives: Sequence[bool | float]) -> float:
-    """0.5 · share right on images of the concept + 0.5 · share right on others: saying yes always is worth 0.5."""
-    if not positives or not negatives:
-        raise UserError(f"recognition weight of {len(positives)} positives and {len(negatives)} negatives: needs both")
-    return 0.5 * sum(positives) / len(positives) + 0.5 * sum(negatives) / len(negatives)
-
-
 def nearest(answer: str, facts: Sequence[str]) -> int:
     """Index of the fact the answer is most like, by :func:`character_bleu` of the fact; the first of equals."""
     if not facts:

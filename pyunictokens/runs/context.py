@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,10 +42,6 @@ class RunContext:
     progress: Progress = silent
     stop: Stop = never
     """Asked between steps and between parts."""
-
-    def with_settings(self, settings: RunConfig) -> RunContext:
-        """The same run under other settings."""
-        return replace(self, settings=settings)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from ..models.bundle import ModelBundle
 from ..models.concept_tokens import ConceptTokens
 from ..utils import fingerprint
 from ..utils.devices import check_training_dtype
-from ..utils.errors import UserError
-from ..utils.files import AnyJson, folder_lock, read_json_table, sweep, write_json
+from ..utils.files import folder_lock, read_table_or_warn, sweep, write_json
 from ..utils.progress import NO_NUMBERS, Numbers, Progress, silent
 from ..utils.signals import Stopped
 from .bundle import Scorers
@@ -96,18 +95,6 @@ def run_concept(context: RunContext, parts: Parts | None = None) -> Outcome:
             if not run.together:  # else the others have stopped as well
                 run.tell("end", stopped=str(stopped))
             raise
-
-
-def _markers(file: Path) -> dict[str, AnyJson]:
-    """What measured.json says of each evaluation; a damaged one says nothing, and what it spoke of is measured anew."""
-    if not file.exists():
-        return {}
-    try:
-        found = read_json_table(file)
-    except UserError as error:
-        log.warning("%s: all is measured anew", error)
-        return {}
-    return found
 
 
 def _follow(context: RunContext) -> Outcome:
@@ -277,7 +264,7 @@ class _Run:
         """One evaluation, kept in `name`.json; with `resume` one that is there is taken from it, provided that it was
         of these weights under these settings: measured.json says of what each was."""
         context, file, about = self.context, self.out / f"{name}.json", self.out / MEASURED
-        subject, known = self._subject(), _markers(about)
+        subject, known = self._subject(), read_table_or_warn(about, "all is measured anew")
         was = known.get(name)
         if isinstance(was, dict) and isinstance(was.get("settings"), dict):
             told = renamed(EvaluationConfig, was["settings"])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ..utils.errors import MissingExtra, UserError, needs
-from ..utils.files import read_json_table, write_json
+from ..utils.files import read_table_or_warn, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -216,7 +216,8 @@ class Trackers:
         """
         check_trackers(report_to)
         self._open: dict[str, Tracker] = {}
-        known = _known(folder / FILE)
+        found = read_table_or_warn(folder / FILE, "trackers begin a new run")
+        known = {kind: key for kind, key in found.items() if isinstance(key, str)}
         flat = _dotted(settings or {})
         for kind in [each for each in report_to if each in KINDS]:
             about = About(folder, name or folder.resolve().name, flat, from_step, known.get(kind))
@@ -253,18 +254,6 @@ class Trackers:
             except Exception as error:  # a full disk, a server that is gone: a run does not end for them
                 log.warning("%s takes nothing more (%s); metrics.jsonl and samples/ go on", kind, error)
                 del self._open[kind]
-
-
-def _known(file: Path) -> dict[str, str]:
-    """What the libraries call this run; nothing where the file is damaged, and then they begin another one."""
-    if not file.exists():
-        return {}
-    try:
-        found = read_json_table(file)
-    except UserError as error:
-        log.warning("%s: trackers begin a new run", error)
-        return {}
-    return {kind: key for kind, key in found.items() if isinstance(key, str)}
 
 
 def _dotted(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:

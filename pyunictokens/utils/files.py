@@ -129,12 +129,12 @@ def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def sealed(table: Mapping[str, AnyJson]) -> dict[str, AnyJson]:
+def sealed(table: Mapping[str, object]) -> dict[str, object]:
     """`table` with a checksum of all that it says, which :func:`unsealed` holds it against."""
     return {**table, _SEAL: _seal(table)}
 
 
-def unsealed(table: Mapping[str, AnyJson], origin: object) -> dict[str, AnyJson]:
+def unsealed(table: Mapping[str, object], origin: object) -> dict[str, AnyJson]:
     """`table`, read from JSON, without its checksum. Raises UserError where it has one that does not fit; tables of
     earlier versions have none."""
     plain = {key: value for key, value in table.items() if key != _SEAL}
@@ -143,7 +143,7 @@ def unsealed(table: Mapping[str, AnyJson], origin: object) -> dict[str, AnyJson]
     return plain
 
 
-def _seal(table: Mapping[str, AnyJson]) -> str:
+def _seal(table: Mapping[str, object]) -> str:
     plain = json.loads(json.dumps(table))  # as it will be read: keys are text
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -272,6 +272,18 @@ def read_json_table(path: str | os.PathLike[str]) -> dict[str, AnyJson]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: must be a table, is {type(found).__name__}")
     return found
+
+
+def read_table_or_warn(path: str | os.PathLike[str], otherwise: str) -> dict[str, AnyJson]:
+    """The table in a JSON file that a run can do without; {} where there is no file, and with a warning, which says
+    what is done `otherwise`, where it is damaged."""
+    if not Path(path).exists():
+        return {}
+    try:
+        return read_json_table(path)
+    except UserError as error:
+        log.warning("%s: %s", error, otherwise)
+        return {}
 
 
 def parse_json(text: str, halves: bool = False) -> AnyJson:

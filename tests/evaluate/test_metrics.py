@@ -94,13 +94,6 @@ def test_yes_and_no(answer: str, yes: bool | None) -> None:
     assert m.says_yes(answer) is yes
 
 
-def test_recognition_weight() -> None:
-    assert m.recognition_weight([1, 1, 0, 1], [0, 1]) == pytest.approx(0.5 * 0.75 + 0.5 * 0.5)
-    assert m.recognition_weight([True] * 10, [False] * 3) == 0.5  # saying yes always
-    with pytest.raises(UserError, match="0 negatives: needs both"):
-        m.recognition_weight([1], [])
-
-
 def test_nearest_fact() -> None:
     facts = ["its favourite toy is a red ball", "it sleeps in the snow", "it loves to wear a blue hat"]
     assert m.nearest("It sleeps in snow", facts) == 1

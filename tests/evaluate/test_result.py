@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pyunictokens.evaluate import EvalResult, bootstrap
-from pyunictokens.evaluate.metrics import recognition_weight
 from pyunictokens.evaluate.result import balanced_bootstrap
 from pyunictokens.utils.errors import UserError
 
@@ -35,10 +34,12 @@ def test_bootstrap_of_equal_values_has_no_width() -> None:
 
 
 def test_balanced_mean_is_the_recognition_weight() -> None:
+    """Half the share right on images of the concept, half that on others: saying yes always is worth 0.5."""
     positives, negatives = [1.0, 1, 0, 1], [0.0, 1]
     found = balanced_bootstrap([positives, negatives])
-    assert found.mean == pytest.approx(recognition_weight(positives, negatives)) and found.n == 6
+    assert found.mean == pytest.approx(0.5 * 0.75 + 0.5 * 0.5) and found.n == 6
     assert found.low < found.mean < found.high
+    assert balanced_bootstrap([[1.0] * 10, [0.0] * 3]).mean == 0.5
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
