@@ -21,7 +21,7 @@ from ..data.concept import Concept
 from ..data.images import read_image
 from ..evaluate.baselines.vlm import Backbone
 from ..utils.errors import UserError, needs
-from .base import BaselineSettings, Job, Plan
+from .base import BaselineSettings, Job, Plan, Settings
 from .loop import batch_of
 from .planning import bytes_of, lacking, numbers_of
 
@@ -131,7 +131,9 @@ def losses(
         yield F.cross_entropy(logits_AV, target_A, reduction="sum") / total
 
 
-def vlm_plan(job: Job[Any], steps: int, samples: int, learned: Callable[[int], int], notes: Sequence[str] = ()) -> Plan:
+def vlm_plan(
+    job: Job[Settings], steps: int, samples: int, learned: Callable[[int], int], notes: Sequence[str] = ()
+) -> Plan:
     """A plan of `steps` steps with `samples` samples each on the model that `job` names.
 
     learned: numbers that learn, of the model's width. Sizes are those of the config, where it is on this machine.

@@ -10,11 +10,12 @@ and of where bundles come from: all are handed to it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +37,34 @@ from ..utils.signals import Stop, never
 FILE = "baseline.json"
 
 
+def at_least_one(**values: float) -> None:
+    """Raise UserError for a number below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: must be ≥ 1")
+
+
+def at_least_zero(**values: float) -> None:
+    """Raise UserError for a number below 0."""
+    for name, value in values.items():
+        if value < 0:
+            raise UserError(f"{name}={value}: must be ≥ 0")
+
+
+def a_share(**values: float) -> None:
+    """Raise UserError for a number that is not in [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name}={value}: must be ≥ 0 and below 1")
+
+
+def positive(**values: float) -> None:
+    """Raise UserError for a number that is not above 0 and finite."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{name}={value}: must be > 0")
+
+
 class Settings(Protocol):
     """What the settings of every method have: a frozen dataclass with these two fields among others."""
 
@@ -51,6 +80,7 @@ class Settings(Protocol):
 
 
 S = TypeVar("S", bound=Settings)
+S_co = TypeVar("S_co", bound=Settings, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -69,14 +99,39 @@ class BaselineSettings:
             raise UserError(f"save_every={self.save_every}: must be from 0 to {MOST}")
 
 
+@dataclass(frozen=True)
+class PhotoSettings(BaselineSettings):
+    """A base for the methods that learn photos for a number of steps (`loop.learn_photos`)."""
+
+    steps: int = 3000
+    """Optimizer steps."""
+    lr: float = 5e-4
+    """AdamW's learning rate."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    max_grad_norm: float | None = None
+    """Gradients are clipped to this length; null leaves them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(steps=self.steps)
+        at_least_zero(weight_decay=self.weight_decay)
+        positive(lr=self.rate, max_grad_norm=1.0 if self.max_grad_norm is None else self.max_grad_norm)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is meant."""
+        return self.lr
+
+
 @dataclass
-class Job(Generic[S]):
+class Job(Generic[S_co]):
     """One method on one concept."""
 
     concept: Concept
     folder: Path
     """Where everything is left."""
-    settings: S
+    settings: S_co
     sources: Sources = field(default_factory=Sources)
     """The models as they were named: `sources.model` is a folder, hub id or word. A method of another architecture than
     ours reads `model` alone."""
@@ -195,7 +250,7 @@ class Method(ABC, Generic[S]):
     """As the paper's tables have it."""
     about: ClassVar[str]
     """One line of what it learns."""
-    settings: ClassVar[type[Any]]
+    settings: ClassVar[type[Settings]]
     """Its settings (:class:`Settings`), whose defaults are the published recipe."""
     masked: ClassVar[bool] = False
     """Whether it trains a masked model of ours: --vq and --tokenizer belong to it, and no --model means the toy."""
@@ -210,8 +265,7 @@ class Method(ABC, Generic[S]):
 
     def defaults(self, toy: bool) -> S:
         """The settings to start from: the published recipe, or what fits the embedded toy."""
-        made: S = self.settings()
-        return made
+        return cast(S, self.settings())
 
     def row(self, settings: S) -> str:
         """What the row of a training with these settings is called; where they change the method, it says so."""
@@ -243,7 +297,7 @@ class Method(ABC, Generic[S]):
         raise UserError(f"{self.name}: cannot be asked")
 
 
-def run(method: Method[Any], job: Job[Any]) -> Trained:
+def run(method: Method[S], job: Job[S]) -> Trained:
     """Train one concept and leave a folder that tables read. A finished one is taken as it is with `job.resume`.
 
     Raises UserError for a folder that holds something already (without `job.resume`) or something else (with it), and
@@ -274,7 +328,8 @@ def run(method: Method[Any], job: Job[Any]) -> Trained:
                 raise UserError(
                     f"{folder}: already holds a baseline: go on with it (--resume) or choose another folder"
                 )
-            if _compared(before) != _compared(about):
+            known = to_mapping(type(job.settings)())
+            if _compared(before, known) != _compared(about, known):
                 raise UserError(
                     f"{folder}: holds {before.method} on <{before.concept}> with other settings or models than asked "
                     f"for ({folder / FILE}): choose another folder"
@@ -292,9 +347,9 @@ def run(method: Method[Any], job: Job[Any]) -> Trained:
 _ALTERS_NOTHING = ("save_every",)
 
 
-def _compared(trained: Trained) -> dict[str, object]:
-    """What must be the same for a training to go on."""
-    settings = {key: value for key, value in trained.settings.items() if key not in _ALTERS_NOTHING}
+def _compared(trained: Trained, known: Mapping[str, object]) -> dict[str, object]:
+    """What must be the same for a training to go on. Settings that an older version did not know are as in `known`."""
+    settings = {key: value for key, value in {**known, **trained.settings}.items() if key not in _ALTERS_NOTHING}
     told = {**to_mapping(trained), "settings": settings}
     for word in ("version", "done", "facts", "root"):
         del told[word]

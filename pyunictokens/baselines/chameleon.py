@@ -28,6 +28,7 @@ from ..utils.errors import UserError, needs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import ChameleonVQVAEConfig, PreTrainedTokenizerBase
 
 _PREFIXES = ("model.vqmodel.decoder.", "vqmodel.decoder.", "decoder.")
 
@@ -46,7 +47,7 @@ class Chameleon(Backbone):
                 f"{path}: is a {self.model.config.model_type}, must be a Chameleon (as leloy/Anole-7b-v0.1-hf)"
             )
         self.decoder_place = decoder or path
-        self.tokenizer: Any = self.processor.tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
         if self.tokenizer.sep_token_id is None:
             raise UserError(f"{path}: its tokenizer has no sep_token, which ends a turn")
         self.end_of_turn = int(self.tokenizer.sep_token_id)
@@ -179,7 +180,7 @@ def _bare(name: str) -> str:
 class VqDecoder(nn.Module):
     """The decoder of a VQGAN (Esser et al., 2021) in the published names: features [B, C, h, w] to pixels."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: ChameleonVQVAEConfig):
         super().__init__()
         with needs("evaluate"):
             from transformers.models.chameleon.modeling_chameleon import (

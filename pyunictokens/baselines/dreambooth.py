@@ -17,12 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data.image_files import list_images
 from ..data.images import save_image
-from ..utils.errors import UserError, needs, require
-from .base import BaselineSettings, Job, Method, Plan, Trained
-from .loop import batch_of, finished, learn
-from .masked import at_least_one, positive
+from ..utils.errors import needs, require
+from .base import Job, Method, PhotoSettings, Plan, Trained, at_least_one, at_least_zero
+from .loop import batch_of, finished, learn_photos, photos_to_learn
 from .planning import lacking
 from .stable_diffusion import Parts, costs_of, photos
 
@@ -30,7 +28,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
-class StableDreamBoothSettings(BaselineSettings):
+class StableDreamBoothSettings(PhotoSettings):
     """How the denoiser learns."""
 
     trainable: Literal["full", "lora"] = "full"
@@ -47,27 +45,22 @@ class StableDreamBoothSettings(BaselineSettings):
     """Photos a step, and as many images of the class."""
     lr: float = 0.0
     """AdamW's learning rate; 0 takes 5e-6 for all weights, 1e-4 for adapters."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
     prior_images: int = 100
     """Images of the class that the pipeline draws first; 0 turns prior preservation off."""
     prior_weight: float = 1.0
     """Weight of their loss."""
     prior_steps: int = 50
     """Denoising steps of those images."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this length."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this length; null leaves them."""
     size: int = 0
     """Pixels along one side of the photos; 0 takes the pipeline's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(steps=self.steps, batch=self.batch, lora_rank=self.lora_rank, prior_steps=self.prior_steps)
-        positive(max_grad_norm=self.max_grad_norm)
-        least = {"photos": self.photos, "prior_images": self.prior_images, "size": self.size}
-        for name, value in {**least, "lr": self.lr, "prior_weight": self.prior_weight}.items():
-            if value < 0:
-                raise UserError(f"{name}={value}: must be ≥ 0")
+        at_least_one(batch=self.batch, lora_rank=self.lora_rank, prior_steps=self.prior_steps)
+        at_least_zero(photos=self.photos, prior_images=self.prior_images, prior_weight=self.prior_weight)
+        at_least_zero(size=self.size)
 
     @property
     def rate(self) -> float:
@@ -99,10 +92,7 @@ class DreamBooth(Method[StableDreamBoothSettings]):
     def train(self, job: Job[StableDreamBoothSettings]) -> Mapping[str, object]:
         """Draw images of the class, then learn photos and class images together."""
         settings, data, model = job.settings, job.concept, job.sources.model or self.model
-        own = data.train_images[: settings.photos or None]
-        paths = [*own, *(list_images(Path(settings.pictures)) if settings.pictures else [])]
-        if not paths:
-            raise UserError(f"{data.name}: has no photos to learn from: see {data.train_folder}")
+        paths = photos_to_learn(data, settings.photos, settings.pictures)
         parts = Parts(model, job.device, job.dtype)
         prior = self._prior(job, parts) if settings.prior_images else []
         size = settings.size or parts.size
@@ -129,20 +119,10 @@ class DreamBooth(Method[StableDreamBoothSettings]):
                     latents = parts.latents(pixels, generator)
                     yield weight * parts.loss(latents, states.expand(len(places), -1, -1), generator)
 
-        learn(
-            job,
-            "denoiser",
-            named,
-            losses,
-            steps=settings.steps,
-            lr=settings.rate,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-        )
+        facts = learn_photos(job, "denoiser", named, losses, len(paths))
         self._save(job.folder, parts, settings)
         finished(job)
-        learned = sum(value.numel() for value in named.values())
-        return {"steps": settings.steps, "learned": learned, "photos": len(paths)}
+        return facts
 
     def _prior(self, job: Job[StableDreamBoothSettings], parts: Parts) -> list[Path]:
         """Files of images of the class; those that are there are not drawn again."""

@@ -12,12 +12,14 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.concept import Concept
+from ..data.image_files import list_images
 from ..models.checkpoint import load_tensors
 from ..train.bad_steps import BadSteps
 from ..train.metrics import MetricsLog
@@ -25,7 +27,7 @@ from ..train.optimizer import Optimizer, fitting, learning_rate
 from ..utils.errors import UserError
 from ..utils.files import save_safetensors_atomic, verify_safetensors
 from ..utils.signals import Stopped
-from .base import Job
+from .base import Job, PhotoSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ method may give one a picture. All that is random comes from the generator, whic
 
 
 def learn(
-    job: Job[Any],
+    job: Job[Settings],
     what: str,
     named: Mapping[str, nn.Parameter],
     losses: Losses,
@@ -102,7 +104,35 @@ def learn(
     optimizer.release()
 
 
-def finished(job: Job[Any]) -> None:
+def photos_to_learn(concept: Concept, most: int = 0, pictures: str = "") -> list[Path]:
+    """The photos of `concept`, the first `most` of them (0: all), and those in the folder `pictures`. Raises UserError
+    where there is none."""
+    paths = [*concept.train_images[: most or None], *(list_images(Path(pictures)) if pictures else [])]
+    if not paths:
+        raise UserError(f"{concept.name}: has no photos to learn from: see {concept.train_folder}")
+    return paths
+
+
+def learn_photos(
+    job: Job[PhotoSettings], what: str, named: Mapping[str, nn.Parameter], losses: Losses, photos: int
+) -> dict[str, object]:
+    """:func:`learn` as the job's settings say; returns the facts to remember."""
+    settings = job.settings
+    learn(
+        job,
+        what,
+        named,
+        losses,
+        steps=settings.steps,
+        lr=settings.rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    learned = sum(value.numel() for value in named.values())
+    return {"steps": settings.steps, "learned": learned, "photos": photos}
+
+
+def finished(job: Job[Settings]) -> None:
     """Remove the checkpoint, once what was learned is saved."""
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
 
@@ -122,7 +152,7 @@ def batch_of(count: int, size: int, seed: int, step: int) -> list[int]:
     return [int(index) for index in order[place * size : (place + 1) * size]]
 
 
-def _restore(job: Job[Any], what: str, named: Mapping[str, nn.Parameter], optimizer: Optimizer) -> int:
+def _restore(job: Job[Settings], what: str, named: Mapping[str, nn.Parameter], optimizer: Optimizer) -> int:
     """Bring the checkpoint of `what` into the parameters; returns the step to go on with, 0 without one."""
     file = job.folder / CHECKPOINT
     if not file.is_file():

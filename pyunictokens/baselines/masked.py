@@ -5,10 +5,8 @@ The losses are those of the concept stages (train/concept_tokens/losses.py); her
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +17,7 @@ from ..models.showo.costs import ShowoCosts, parameters
 from ..train.concept_tokens.losses import TextRow, generation_loss, random_mask, understanding_loss
 from ..train.costs import PROMPT, QUESTION, sizes_of
 from ..train.images import ReferenceImages
-from ..utils.errors import UserError
-from .base import Job, Plan
+from .base import Job, Plan, Settings
 from .planning import bytes_of, parts_lacking
 
 
@@ -67,7 +64,7 @@ def photos_of(bundle: ModelBundle, crop: float, flip: bool) -> ReferenceImages:
 
 
 def plan_of(
-    job: Job[Any], steps: int, images: int, questions: int, rows: int, *, full: bool = False, drawn: int = 0
+    job: Job[Settings], steps: int, images: int, questions: int, rows: int, *, full: bool = False, drawn: int = 0
 ) -> Plan:
     """The plan of `steps` steps over so many images and questions each, of which the numbers of `rows` tokens learn.
 
@@ -84,17 +81,3 @@ def plan_of(
     held = parameters(costs.config)
     memory = bytes_of(held, held if full else rows * (2 * costs.config.hidden_size + 1), job.dtype)
     return Plan(steps, steps * one + first, memory, parts_lacking(job.sources))
-
-
-def at_least_one(**values: int) -> None:
-    """Raise UserError for a number below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{name}={value}: must be ≥ 1")
-
-
-def positive(**values: float) -> None:
-    """Raise UserError for a number that is not above 0 and finite."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"{name}={value}: must be > 0")

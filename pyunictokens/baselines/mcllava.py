@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..evaluate.baselines.vlm import Backbone
 from ..train.concept_tokens.token_init import kmeans
 from ..utils.errors import UserError
 from . import answering
-from .base import Job
+from .base import Job, Settings
 from .token_rows import TokenRows
 from .yollava import YoLlava, YoLlavaSettings, names_of, sentence
 
@@ -50,7 +50,7 @@ class McLlava(YoLlava):
     about = (
         "an identifier and sixteen soft tokens a concept of a LLaVA, several together, from visual tokens; it answers"
     )
-    settings: ClassVar[type[Any]] = McLlavaSettings
+    settings: ClassVar[type[Settings]] = McLlavaSettings
 
     def tokens(self, job: Job[YoLlavaSettings]) -> list[str]:
         count = job.settings.tokens

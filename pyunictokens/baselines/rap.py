@@ -39,12 +39,14 @@ from ..utils.errors import UserError, needs
 from ..utils.files import AnyJson, read_json, save_safetensors_atomic, write_json
 from . import answering
 from .answering import AnsweringSettings, Sample, steps_of, vlm_plan
-from .base import Job, Method, Plan, Reading
+from .base import Job, Method, Plan, Reading, Settings
 from .loop import finished, learn
 from .planning import lacking
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from PIL.Image import Image
+    from transformers import PreTrainedModel
 
 _DATABASE, _INDEX, _ADAPTER = "database.json", "index.safetensors", "adapter"
 
@@ -198,7 +200,7 @@ class Rap(Method[RapSettings]):
 
     name, title, model, generates = "rap", "RAP-MLLM", "llava-hf/llava-1.5-13b-hf", False
     about = "a database that a LLaVA looks concepts up in by CLIP, and where wanted LoRA post-training; it answers"
-    settings: ClassVar[type[Any]] = RapSettings
+    settings: ClassVar[type[Settings]] = RapSettings
 
     def plan(self, job: Job[RapSettings]) -> Plan:
         """The database costs one pass of CLIP an image; post-training is counted."""
@@ -293,7 +295,7 @@ class Rap(Method[RapSettings]):
         return job
 
 
-def with_lora(model: Any, settings: RapSettings) -> Any:
+def with_lora(model: PreTrainedModel, settings: RapSettings) -> PeftModel:
     """`model` with a LoRA on every linear layer of its language model; the image encoder, the projector and the head
     have none, as published."""
     with needs("train"):

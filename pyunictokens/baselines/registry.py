@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from typing import Any
 
 from ..utils.errors import UserError
-from .base import Method
+from .base import Method, Settings
 
 METHODS = {
     "unictokens": "unictokens:UniCTokens",
@@ -33,7 +32,7 @@ METHODS = {
 """MODULE:CLASS of this package by name."""
 
 
-def method(name: str) -> Method[Any]:
+def method(name: str) -> Method[Settings]:
     """The method of a name. Raises UserError with the nearest one."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)

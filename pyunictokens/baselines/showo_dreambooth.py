@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ..config.training import LoraConfig
-from ..data.image_files import list_images
 from ..evaluate.baselines.ours import EngineModel
 from ..evaluate.core import Model, Question, Unsupported
 from ..evaluate.tasks import Subject
@@ -28,11 +26,10 @@ from ..models.bundle import ModelBundle
 from ..models.checkpoint import load_tensors
 from ..rollout.engine import RolloutEngine
 from ..train.policy import Policy, load_policy
-from ..utils.errors import UserError
 from ..utils.files import save_safetensors_atomic
-from .base import BaselineSettings, Job, Method, Plan, Reading
-from .loop import batch_of, finished, learn
-from .masked import at_least_one, drawing_loss, never_said, photos_of, plan_of, positive
+from .base import Job, Method, PhotoSettings, Plan, Reading, a_share, at_least_one, at_least_zero
+from .loop import batch_of, finished, learn_photos, photos_to_learn
+from .masked import drawing_loss, never_said, photos_of, plan_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +38,7 @@ PRIOR = "prior.safetensors"
 
 
 @dataclass(frozen=True)
-class DreamBoothSettings(BaselineSettings):
+class DreamBoothSettings(PhotoSettings):
     """How the weights learn."""
 
     trainable: Literal["full", "lora"] = "full"
@@ -66,20 +63,18 @@ class DreamBoothSettings(BaselineSettings):
     """Their guidance scale."""
     dropout: float = 0.1
     """Probability that a prompt is replaced by the empty one."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this length."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this length; null leaves them."""
     flip: bool = False
     """Mirror photos at random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(steps=self.steps, batch=self.batch, lora_rank=self.lora_rank, prior_timesteps=self.prior_timesteps)
-        positive(lr=self.lr, max_grad_norm=self.max_grad_norm)
-        if self.prior_images < 0 or self.prior_weight < 0 or not 0 <= self.dropout < 1 or self.prior_guidance < 0:
-            raise UserError(
-                f"prior_images={self.prior_images}, prior_weight={self.prior_weight}, dropout={self.dropout}, "
-                f"prior_guidance={self.prior_guidance}: must be ≥ 0, and dropout below 1"
-            )
+        at_least_one(batch=self.batch, lora_rank=self.lora_rank, prior_timesteps=self.prior_timesteps)
+        at_least_zero(
+            prior_images=self.prior_images, prior_weight=self.prior_weight, prior_guidance=self.prior_guidance
+        )
+        a_share(dropout=self.dropout)
 
 
 class ShowoDreamBooth(Method[DreamBoothSettings]):
@@ -110,9 +105,7 @@ class ShowoDreamBooth(Method[DreamBoothSettings]):
     def train(self, job: Job[DreamBoothSettings]) -> Mapping[str, object]:
         """Draw images of the class, then learn photos and class images together."""
         bundle, settings, data = job.bundle(), job.settings, job.concept
-        paths = [*data.train_images, *(list_images(Path(settings.pictures)) if settings.pictures else [])]
-        if not paths:
-            raise UserError(f"{data.name}: has no photos to learn from: see {data.train_folder}")
+        paths = photos_to_learn(data, pictures=settings.pictures)
         prior = self._prior(job, bundle) if settings.prior_images else None
         model = owning_rows(bundle.model)
         concept = ConceptTokens(data.name, model.width, 0, 0, seed=settings.seed).to(model.device)
@@ -139,21 +132,10 @@ class ShowoDreamBooth(Method[DreamBoothSettings]):
                 kept = drawing_loss(bundle, tokenizer, prior[rows], [other] * len(rows), generator, settings.dropout)
                 yield settings.prior_weight * kept
 
-        trained = policy.named_parameters()
-        learn(
-            job,
-            "weights",
-            trained,
-            losses,
-            steps=settings.steps,
-            lr=settings.lr,
-            weight_decay=0.01,
-            max_grad_norm=settings.max_grad_norm,
-        )
+        facts = learn_photos(job, "weights", policy.named_parameters(), losses, len(paths))
         policy.export(job.folder / "final")
         finished(job)
-        learned = sum(value.numel() for value in trained.values())
-        return {"steps": settings.steps, "learned": learned, "photos": len(paths)}
+        return facts
 
     def _prior(self, job: Job[DreamBoothSettings], bundle: ModelBundle) -> Tensor:
         """Codes int64 [M, N] of the class, drawn once."""

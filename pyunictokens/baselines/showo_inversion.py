@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..models import ConceptTokens, owning_rows
 from ..train.concept_tokens.token_init import from_class_word
-from ..utils.errors import UserError
-from .base import BaselineSettings, Job, Method, Plan, Trained
-from .loop import batch_of, finished, learn
-from .masked import at_least_one, drawing_loss, never_said, photos_of, plan_of, positive
+from .base import Job, Method, PhotoSettings, Plan, Trained, a_share, at_least_one
+from .loop import batch_of, finished, learn_photos, photos_to_learn
+from .masked import drawing_loss, never_said, photos_of, plan_of
 
 PROMPTS = (
     "a photo of {}.",
@@ -34,19 +33,13 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class InversionSettings(BaselineSettings):
+class InversionSettings(PhotoSettings):
     """How the embedding is learned."""
 
     tokens: int = 1
     """Embeddings of the concept; all start as the class word."""
-    steps: int = 3000
-    """Optimizer steps."""
     batch: int = 4
     """Photos a step."""
-    lr: float = 5e-4
-    """AdamW's learning rate."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
     dropout: float = 0.1
     """Probability that a prompt is replaced by the empty one."""
     crop: float = 1.0
@@ -56,13 +49,8 @@ class InversionSettings(BaselineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(tokens=self.tokens, steps=self.steps, batch=self.batch)
-        positive(lr=self.lr)
-        if self.crop < 1 or not 0 <= self.dropout < 1 or self.weight_decay < 0:
-            raise UserError(
-                f"crop={self.crop}, dropout={self.dropout}, weight_decay={self.weight_decay}: crop must be ≥ 1, "
-                "dropout in [0, 1), weight_decay ≥ 0"
-            )
+        at_least_one(tokens=self.tokens, batch=self.batch, crop=self.crop)
+        a_share(dropout=self.dropout)
 
 
 class ShowoInversion(Method[InversionSettings]):
@@ -82,8 +70,7 @@ class ShowoInversion(Method[InversionSettings]):
     def train(self, job: Job[InversionSettings]) -> Mapping[str, object]:
         """Learn the rows of the embedding."""
         bundle, settings, data = job.bundle(), job.settings, job.concept
-        if not data.train_images:
-            raise UserError(f"{data.name}: has no photos to learn from: see {data.train_folder}")
+        paths = photos_to_learn(data)
         model = owning_rows(bundle.model)
         model.requires_grad_(False)
         concept = ConceptTokens(data.name, model.width, 0, settings.tokens - 1, seed=settings.seed).to(model.device)
@@ -97,24 +84,16 @@ class ShowoInversion(Method[InversionSettings]):
         photos = photos_of(bundle, settings.crop, settings.flip)
 
         def losses(step: int, generator: torch.Generator) -> Iterable[Tensor]:
-            rows = batch_of(len(data.train_images), settings.batch, settings.seed, step)
-            codes = photos.augmented([data.train_images[row] for row in rows], generator)
+            rows = batch_of(len(paths), settings.batch, settings.seed, step)
+            codes = photos.augmented([paths[row] for row in rows], generator)
             chosen = torch.randint(0, len(PROMPTS), (len(rows),), generator=generator).tolist()
             prompts = [concept.expand(PROMPTS[place].format(concept.sks)) for place in chosen]
             yield drawing_loss(bundle, tokenizer, codes, prompts, generator, settings.dropout)
 
-        learn(
-            job,
-            "embedding",
-            {"embed": concept.embed},
-            losses,
-            steps=settings.steps,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-        )
+        facts = learn_photos(job, "embedding", {"embed": concept.embed}, losses, len(paths))
         concept.save(job.folder / "concept")
         finished(job)
-        return {"steps": settings.steps, "learned": concept.embed.numel(), "photos": len(data.train_images)}
+        return facts
 
     def words(self, folder: Path, trained: Trained) -> str:
         return f"ours:{folder}"

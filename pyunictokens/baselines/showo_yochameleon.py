@@ -32,9 +32,9 @@ from ..rollout.engine import RolloutEngine
 from ..train.concept_tokens.losses import TextRow
 from ..train.concept_tokens.token_init import from_class_word
 from ..utils.errors import UserError
-from .base import BaselineSettings, Job, Method, Plan, Reading
-from .loop import batch_of, finished, learn
-from .masked import answering_loss, at_least_one, drawing_loss, photos_of, plan_of, positive
+from .base import Job, Method, PhotoSettings, Plan, Reading, a_share, at_least_one, at_least_zero
+from .loop import batch_of, finished, learn_photos, photos_to_learn
+from .masked import answering_loss, drawing_loss, photos_of, plan_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +43,7 @@ RANKED = "soft_positives.json"
 
 
 @dataclass(frozen=True)
-class YoChameleonSettings(BaselineSettings):
+class YoChameleonSettings(PhotoSettings):
     """How the tokens learn."""
 
     generation: int = 16
@@ -54,8 +54,6 @@ class YoChameleonSettings(BaselineSettings):
     """Pictures of the pool that serve as soft positives, the most alike; 0 leaves them out."""
     pool: str = ""
     """The folder of those pictures. Default: the concept's own pictures of other things."""
-    steps: int = 3000
-    """Optimizer steps."""
     images: int = 4
     """Images a step, half of them photos of the concept."""
     questions: int = 4
@@ -73,14 +71,10 @@ class YoChameleonSettings(BaselineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(generation=self.generation, understanding=self.understanding, steps=self.steps)
+        at_least_one(generation=self.generation, understanding=self.understanding)
         at_least_one(images=self.images, questions=self.questions)
-        positive(lr=self.lr)
-        if self.soft_positives < 0 or self.weight_decay < 0 or not 0 <= self.dropout < 1:
-            raise UserError(
-                f"soft_positives={self.soft_positives}, weight_decay={self.weight_decay}, dropout={self.dropout}: must "
-                "be ≥ 0, and dropout below 1"
-            )
+        at_least_zero(soft_positives=self.soft_positives)
+        a_share(dropout=self.dropout)
         if self.soft_positives and self.generation < 2:
             raise UserError(f"generation={self.generation}: soft positives need 2 tokens or more, or soft_positives=0")
 
@@ -108,8 +102,7 @@ class ShowoYoChameleon(Method[YoChameleonSettings]):
     def train(self, job: Job[YoChameleonSettings]) -> Mapping[str, object]:
         """Rank the pool, then learn photos, soft positives and questions together."""
         bundle, settings, data = job.bundle(), job.settings, job.concept
-        if not data.train_images:
-            raise UserError(f"{data.name}: has no photos to learn from: see {data.train_folder}")
+        paths = photos_to_learn(data)
         ranked = self._ranking(job).pictures if settings.soft_positives else []
         soft = [(each.path, each.band) for each in ranked if each.band]
         model, answers = owning_rows(bundle.model), answering(bundle.model)
@@ -125,8 +118,8 @@ class ShowoYoChameleon(Method[YoChameleonSettings]):
         own = max(1, settings.images // 2) if soft else settings.images
 
         def losses(step: int, generator: torch.Generator) -> Iterable[Tensor]:
-            places = batch_of(len(data.train_images), own, settings.seed, step)
-            shown = [(data.train_images[place], settings.generation) for place in places]
+            places = batch_of(len(paths), own, settings.seed, step)
+            shown = [(paths[place], settings.generation) for place in places]
             if soft and settings.images > own:
                 others = batch_of(len(soft), settings.images - own, settings.seed + 1, step)
                 shown += [soft[place] for place in others]
@@ -142,19 +135,10 @@ class ShowoYoChameleon(Method[YoChameleonSettings]):
             texts = [row_of(concept, tokenizer, answers, item) for item in rows]
             yield answering_loss(answers, photos, [item.image for item in rows], texts)
 
-        learn(
-            job,
-            "tokens",
-            dict(concept.named_parameters()),
-            losses,
-            steps=settings.steps,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-        )
+        facts = learn_photos(job, "tokens", dict(concept.named_parameters()), losses, len(paths))
         concept.save(job.folder / "concept")
         finished(job)
-        learned = sum(value.numel() for value in concept.parameters())
-        return {"steps": settings.steps, "learned": learned, "photos": len(data.train_images), "soft": len(soft)}
+        return {**facts, "soft": len(soft)}
 
     def _ranking(self, job: Job[YoChameleonSettings]) -> Ranking:
         """The pool by likeness to the photos, ranked once."""

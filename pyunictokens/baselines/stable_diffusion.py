@@ -101,7 +101,7 @@ def costs_of(model: str, batch: int, dtype: torch.dtype, learned: int, backward:
     diffusers, folder = require("diffusers", "diffusers"), resolve(model, offline=True, only=FILES)
     place = folder / "unet"
 
-    def unet() -> Any:
+    def unet() -> torch.nn.Module:
         return diffusers.UNet2DConditionModel.from_config(dict(read_config(place)))
 
     with torch.device("meta"):

@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError
 from ..utils.files import save_safetensors_atomic
-from .base import BaselineSettings, Job, Method, Plan, Trained
-from .loop import batch_of, finished, learn
-from .masked import at_least_one, positive
+from .base import Job, Method, PhotoSettings, Plan, Trained, at_least_one, at_least_zero
+from .loop import batch_of, finished, learn_photos, photos_to_learn
 from .planning import lacking
 from .showo_inversion import PROMPTS
 from .stable_diffusion import Parts, costs_of, photos
@@ -29,19 +27,13 @@ FILE = "learned_embeds.safetensors"
 
 
 @dataclass(frozen=True)
-class TextualInversionSettings(BaselineSettings):
+class TextualInversionSettings(PhotoSettings):
     """How the embedding is learned."""
 
     tokens: int = 1
     """Embeddings of the concept."""
-    steps: int = 3000
-    """Optimizer steps."""
     batch: int = 4
     """Photos a step."""
-    lr: float = 5e-4
-    """AdamW's learning rate."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
     size: int = 0
     """Pixels along one side of the photos; 0 takes the pipeline's own."""
     flip: bool = True
@@ -49,10 +41,8 @@ class TextualInversionSettings(BaselineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(tokens=self.tokens, steps=self.steps, batch=self.batch)
-        positive(lr=self.lr)
-        if self.size < 0 or self.weight_decay < 0:
-            raise UserError(f"size={self.size}, weight_decay={self.weight_decay}: must be ≥ 0")
+        at_least_one(tokens=self.tokens, batch=self.batch)
+        at_least_zero(size=self.size)
 
 
 class TextualInversion(Method[TextualInversionSettings]):
@@ -71,33 +61,24 @@ class TextualInversion(Method[TextualInversionSettings]):
     def train(self, job: Job[TextualInversionSettings]) -> Mapping[str, object]:
         """Learn the rows of the embedding."""
         settings, data, model = job.settings, job.concept, job.sources.model or self.model
-        if not data.train_images:
-            raise UserError(f"{data.name}: has no photos to learn from: see {data.train_folder}")
+        paths = photos_to_learn(data)
         parts = Parts(model, job.device, job.dtype)
         names = [data.sks, *(f"{data.sks}_{place}" for place in range(1, settings.tokens))]
         rows = new_rows(parts, names, data.class_word)
         size = settings.size or parts.size
 
         def losses(step: int, generator: torch.Generator) -> Iterable[Tensor]:
-            places = batch_of(len(data.train_images), settings.batch, settings.seed, step)
-            pixels = photos([data.train_images[place] for place in places], size, settings.flip, generator)
+            places = batch_of(len(paths), settings.batch, settings.seed, step)
+            pixels = photos([paths[place] for place in places], size, settings.flip, generator)
             chosen = torch.randint(0, len(PROMPTS), (len(places),), generator=generator).tolist()
             prompts = [PROMPTS[place].format(" ".join(names)) for place in chosen]
             yield parts.loss(parts.latents(pixels, generator), parts.states(prompts), generator)
 
-        learn(
-            job,
-            "embedding",
-            {"embedding": rows},
-            losses,
-            steps=settings.steps,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-        )
+        facts = learn_photos(job, "embedding", {"embedding": rows}, losses, len(paths))
         learned = rows.detach().float().cpu()
         save_safetensors_atomic(job.folder / FILE, {data.sks: learned[0] if len(learned) == 1 else learned})
         finished(job)
-        return {"steps": settings.steps, "learned": rows.numel(), "photos": len(data.train_images)}
+        return facts
 
     def words(self, folder: Path, trained: Trained) -> str:
         return f"diffusers:{trained.model or self.model},embedding={folder / FILE}"
@@ -118,7 +99,7 @@ def new_rows(parts: Parts, names: list[str], word: str) -> nn.Parameter:
     parts.text.requires_grad_(False)
     rows = nn.Parameter(start.repeat(len(names), 1))
 
-    def put(module: nn.Module, given: tuple[Any, ...], found: Tensor) -> Tensor:
+    def put(module: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> Tensor:
         place = given[0] - first
         mine = (place >= 0) & (place < len(rows))
         return torch.where(mine[..., None], rows[place.clamp(0, len(rows) - 1)].to(found.dtype), found)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,23 @@ from ..models.checkpoint import load_tensors
 from ..utils.errors import UserError
 from ..utils.files import save_safetensors_atomic, verify_safetensors
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 FILE = "tokens.safetensors"
+
+
+class LanguageModel(Protocol):
+    """What is called of a model of transformers."""
+
+    config: PretrainedConfig
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+    def get_output_embeddings(self) -> nn.Linear: ...
+    def set_input_embeddings(self, value: nn.Module) -> None: ...
+    def set_output_embeddings(self, value: nn.Module) -> None: ...
+    def requires_grad_(self, requires_grad: bool = True) -> object: ...
+    def resize_token_embeddings(self, new_num_tokens: int, *, mean_resizing: bool) -> object: ...
 
 
 class TokenRows(nn.Module):
@@ -32,7 +48,7 @@ class TokenRows(nn.Module):
     embed: nn.Parameter
     head: nn.Parameter
 
-    def __init__(self, model: Any, tokens: Sequence[str], ids: Sequence[int]):
+    def __init__(self, model: LanguageModel, tokens: Sequence[str], ids: Sequence[int]):
         super().__init__()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         self.tokens, self.ids = list(tokens), list(ids)
@@ -110,7 +126,7 @@ class _Head(nn.Module):
         return logits.index_copy(-1, self.ids, F.linear(hidden, self.rows, bias))
 
 
-def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int) -> list[int]:
+def add_tokens(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], seed: int) -> list[int]:
     """Ids of new `tokens`, after the tokenizer's own; their rows start from N(0, initializer_range), drawn by `seed`.
 
     Raises UserError where the tokenizer has one of them already: it would take another meaning.
@@ -119,7 +135,8 @@ def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str], seed: int) -> 
     if taken:
         raise UserError(f"{taken[0]}: is a token of the model already: rename the concept")
     tokenizer.add_tokens(list(tokens))
-    ids = [int(index) for index in tokenizer.convert_tokens_to_ids(list(tokens))]
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in tokens]
     table = model.get_input_embeddings().weight
     if max(ids) >= table.shape[0]:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)

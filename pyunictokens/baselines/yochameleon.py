@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from ..evaluate.tasks import Subject
 from ..utils.errors import UserError
 from . import answering
 from .answering import AnsweringSettings, Sample, steps_of, vlm_plan
-from .base import Job, Method, Plan, Reading
+from .base import Job, Method, Plan, Reading, Settings
 from .chameleon import Chameleon, decoder_weights
 from .loop import finished, learn
 from .token_rows import TokenRows
@@ -114,7 +114,7 @@ class YoChameleon(Method[YoChameleonSettings]):
 
     name, title, model = "yochameleon", "Yo'Chameleon", "leloy/Anole-7b-v0.1-hf"
     about = "reserved tokens of a Chameleon, from soft positives ranked by likeness; it answers and draws"
-    settings: ClassVar[type[Any]] = YoChameleonSettings
+    settings: ClassVar[type[Settings]] = YoChameleonSettings
 
     def plan(self, job: Job[YoChameleonSettings]) -> Plan:
         """Counted from the ranking, the folder's questions and the sizes of the model."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..evaluate.tasks import Subject
 from ..utils.errors import UserError
 from . import answering
 from .answering import AnsweringSettings, samples_of, steps_of, vlm_plan
-from .base import Job, Method, Plan, Reading
+from .base import Job, Method, Plan, Reading, Settings
 from .loop import finished, learn
 from .token_rows import TokenRows, add_tokens
 
@@ -60,7 +60,7 @@ class YoLlava(Method[YoLlavaSettings]):
 
     name, title, model, generates = "yollava", "Yo'LLaVA", "llava-hf/llava-1.5-13b-hf", False
     about = "an identifier and sixteen soft tokens of a LLaVA; it answers"
-    settings: ClassVar[type[Any]] = YoLlavaSettings
+    settings: ClassVar[type[Settings]] = YoLlavaSettings
 
     def plan(self, job: Job[YoLlavaSettings]) -> Plan:
         """Counted from the folder's questions and the sizes of the model."""

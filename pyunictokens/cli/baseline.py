@@ -6,7 +6,7 @@ The methods are those of `baselines/`; this file opens what they are handed and 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ from .shell import Bars, ConfigOption, OverridesArgument, command, console, guar
 from .table_options import RateOption, TableClipOption
 
 if TYPE_CHECKING:
-    from ..baselines.base import Method, Plan
+    from ..baselines.base import Method, Plan, S
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,7 +109,7 @@ def methods() -> None:
     console().print(grid)
 
 
-def _show_plan(method: Method[Any], settings: object, plan: Plan, machine: Machine, rate: float | None) -> None:
+def _show_plan(method: Method[S], settings: S, plan: Plan, machine: Machine, rate: float | None) -> None:
     """What a training takes, in lines."""
     lines = [f"{method.row(settings)}: {method.about}", f"steps      {plan.steps}"]
     if plan.flops:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ..baselines.base import Job, Method
+from torch import Tensor
+
+from ..baselines.base import Job, Method, S
 from ..config.settings import from_mapping, with_overrides
 from ..data.concept import Concept
 from ..models.bundle import Sources
@@ -20,12 +21,12 @@ from .bundle import load_scorers, open_bundle, resolved_dtype
 
 
 def settings_of(
-    method: Method[Any],
+    method: Method[S],
     named: Sources,
     words: Iterable[str] = (),
     values: Mapping[str, object] | None = None,
     origin: str = "settings",
-) -> Any:
+) -> S:
     """The settings of a method: its defaults, those of a file over them, words over those."""
     base = method.defaults(method.masked and named.is_toy)
     if values is not None:
@@ -34,17 +35,17 @@ def settings_of(
 
 
 def make_job(
-    method: Method[Any],
+    method: Method[S],
     concept: Concept,
     folder: Path,
     named: Sources,
-    settings: Any,
+    settings: S,
     *,
     device: str = "auto",
     dtype: str = "auto",
     clip: str | None = None,
     resume: bool = False,
-) -> Job[Any]:
+) -> Job[S]:
     """The job of `method` on `concept`; `named` are the models as they were given, `clip` as for tables.
 
     Raises UserError for a tokenizer given to a method that takes none, and for a dtype that cannot be trained in.
@@ -56,7 +57,7 @@ def make_job(
     dtype = resolved_dtype(Sources.choose(named), device, dtype) if method.masked else dtype
     kind = pick_dtype(dtype, place)
     check_training_dtype(kind, resume)
-    job: Job[Any] = Job(concept, folder, settings, named, place, kind, resume=resume)
+    job = Job(concept, folder, settings, named, place, kind, resume=resume)
     if method.masked:
         sources = job.sources = Sources.choose(named)
         job.costs = sizes_of(str(toy_folder() / "showo") if sources.is_toy else sources.model)
@@ -68,7 +69,7 @@ def make_job(
     return job
 
 
-def _faces(sources: Sources, device: str) -> Any:
+def _faces(sources: Sources, device: str) -> Callable[[Tensor], Tensor] | None:
     """The face embedding that the toy brings; None for other models."""
     scorers = load_scorers(sources, device)
     return scorers.face_embedding if scorers is not None else None

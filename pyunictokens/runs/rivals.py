@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..baselines.base import FILE, Job, Method, Trained, run
+from ..baselines.base import FILE, Job, Method, Settings, Trained, run
 from ..baselines.registry import METHODS, method
 from ..data.concept import Concept
 from ..models.bundle import Sources
@@ -76,9 +75,9 @@ class Entry:
     """A rival with its settings and, on each concept, its job."""
 
     rival: Rival
-    method: Method[Any]
-    settings: Any
-    jobs: dict[str, Job[Any]] = field(default_factory=dict)
+    method: Method[Settings]
+    settings: Settings
+    jobs: dict[str, Job[Settings]] = field(default_factory=dict)
     refused: str = ""
     """Why it cannot be trained here."""
     minutes_unknown: bool = False
@@ -154,7 +153,7 @@ def enter(
     return entries
 
 
-def _look_ahead(entry: Entry, job: Job[Any]) -> None:
+def _look_ahead(entry: Entry, job: Job[Settings]) -> None:
     """Add what a job still takes, or why it cannot be done."""
     try:
         planned = entry.method.plan(job)
