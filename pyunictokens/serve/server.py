@@ -7,16 +7,13 @@ nothing more, finishes what waits and runs, and closes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
-import resource
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..rewards.served.connections import Connections, guarded_protocol
+from ..rewards.served.connections import Connections, address_of, listen, most_connections, quiet_server
 from ..rollout.serving import BATCH_FROM, AsyncEngine, ServingEngine
-from ..utils.errors import UserError, needs
+from ..utils.errors import UserError
 from .answering import Answering
 from .app import make_app
 from .catalog import Catalog
@@ -25,6 +22,8 @@ from .gate import Gate, GateLimits
 from .keys import KEY, KEY_FILE, Keys
 from .metrics import Metrics
 from .pictures import Pictures
+
+_BACKLOG = 256
 
 
 @dataclass(frozen=True)
@@ -66,20 +65,13 @@ class Server:
         self.settings, self._keys = settings, keys
         self._serving = ServingEngine(settings.max_rows, settings.max_waiting, batch_from=settings.batch_from)
         self.catalog = make_catalog(self._serving)
-        try:
-            family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-            self._socket = socket.create_server((settings.host, settings.port), family=family, backlog=256)
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"{settings.host}:{settings.port}: cannot listen there ({error}): choose another --port or --host"
-            ) from None
+        self._socket = listen(settings.host, settings.port, _BACKLOG)
         self.port = int(self._socket.getsockname()[1])
 
     @property
     def address(self) -> str:
         """What clients call it."""
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
-        return f"http://{host}:{self.port}"
+        return address_of(self.settings.host, self.port)
 
     def serve(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Answer until `stop` says so (asked ten times a second); what waits and runs by then is finished."""
@@ -89,14 +81,6 @@ class Server:
             self._socket.close()
 
     async def _serve(self, stop: Callable[[], bool]) -> None:
-        with needs("web"):
-            import uvicorn
-
-        class Quiet(uvicorn.Server):
-            @contextlib.contextmanager
-            def capture_signals(self) -> Iterator[None]:  # signals are the business of whoever calls serve
-                yield
-
         settings, engine = self.settings, AsyncEngine(self._serving)
         pictures = Pictures(settings.most_pixels)
         metrics = Metrics(
@@ -104,25 +88,17 @@ class Server:
         )
         parts = (self.catalog, engine, pictures, metrics, settings.log_prompts)
         app = make_app(self.catalog, Drawing(*parts), Answering(*parts), pictures, metrics)
-        most = max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
-        connections = Connections(settings.patience, most)
+        connections = Connections(settings.patience, most_connections(16, 4096))
         gate = Gate(app, self._keys, metrics, connections, settings.gate)
-        config = uvicorn.Config(
+        server = quiet_server(
             gate,
-            http=guarded_protocol(connections),
-            ws="none",
-            lifespan="off",
-            loop="asyncio",
-            log_config=None,
-            log_level="critical",
-            access_log=False,
-            server_header=False,
-            backlog=256,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(1, round(settings.grace)),
-            h11_max_incomplete_event_size=1 << 16,
+            connections,
+            backlog=_BACKLOG,
+            keep_alive=75,
+            grace=max(1, round(settings.grace)),
+            longest_head=1 << 16,
+            dated=True,
         )
-        server = Quiet(config)
         engine.start()
         running = asyncio.create_task(server.serve(sockets=[self._socket]))
         try:

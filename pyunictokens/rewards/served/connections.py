@@ -1,4 +1,4 @@
-"""The connections of a server that strangers can reach: how many there are, and how long one may stay unproven.
+"""A server that strangers can reach: where it listens, how many connections it has, how long one may stay unproven.
 
 uvicorn waits for ever for the head of a request, and takes as many connections as there are file descriptors. Here a
 connection that has not proven the key in time is closed, and where there are too many, the oldest unproven one makes
@@ -8,12 +8,17 @@ room for the newest, so that silent ones cannot keep a client out that speaks at
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import resource
+import socket
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from ...utils.errors import needs
+from ...utils.errors import UserError, needs
 
 if TYPE_CHECKING:
+    import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = logging.getLogger(__name__)
@@ -68,7 +73,70 @@ class Connections:
         connection.transport.abort()
 
 
-def guarded_protocol(connections: Connections) -> type[H11Protocol]:
+def listen(host: str, port: int, backlog: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one. Raises UserError where it cannot."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=backlog)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{host}:{port}: cannot listen there ({error}): choose another --port or --host") from None
+
+
+def address_of(host: str, port: int) -> str:
+    """What clients call a server there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def most_connections(least: int, most: int) -> int:
+    """Half of the files that this process may have open, in these bounds."""
+    return max(least, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+
+def quiet_server(
+    app: Callable[..., Awaitable[None]],
+    connections: Connections,
+    *,
+    backlog: int,
+    keep_alive: int,
+    grace: int,
+    longest_head: int,
+    dated: bool,
+) -> uvicorn.Server:
+    """uvicorn over `app` under the rules of `connections`: it logs nothing, and leaves signals to whoever runs it.
+
+    keep_alive: seconds that a connection may be idle. grace: seconds that requests are given at the end. longest_head:
+    bytes. dated: whether answers say when they were made. Serve it in asyncio's loop.
+    """
+    with needs("serve"):
+        import uvicorn
+
+    class Quiet(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Quiet(
+        uvicorn.Config(
+            app,
+            http=_guarded_protocol(connections),
+            interface="asgi3",
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            date_header=dated,
+            backlog=backlog,
+            timeout_keep_alive=keep_alive,
+            timeout_graceful_shutdown=grace,
+            h11_max_incomplete_event_size=longest_head,
+        )
+    )
+
+
+def _guarded_protocol(connections: Connections) -> type[H11Protocol]:
     """uvicorn's HTTP protocol under the rules of `connections`."""
     with needs("serve"):
         from uvicorn.protocols.http.h11_impl import H11Protocol

@@ -19,19 +19,17 @@ import contextlib
 import hmac
 import json
 import logging
-import resource
-import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from ...utils.errors import UserError, needs, require
+from ...utils.errors import UserError, require
 from ..base import Device, Rewards
 from ..ensemble import Ensemble, as_rewards
-from .connections import Connections, guarded_protocol
+from .connections import Connections, address_of, listen, most_connections, quiet_server
 from .messages import DIGEST, LIMIT, MEDIA, Exchange, checked_key, decode, encode, tensor, texts, unpack_batch
 
 log = logging.getLogger(__name__)
@@ -44,6 +42,7 @@ Handler = Callable[[Mapping[str, object], Mapping[str, Tensor]], Answer]
 
 _BODIES = 8
 """Requests whose bodies may be in memory at once; others wait to be read."""
+_BACKLOG = 64
 
 
 class _Refused(Exception):
@@ -78,7 +77,7 @@ class RewardServer:
         require("uvicorn", "serve")
         self.rewards: Rewards = as_rewards(rewards)
         self.device, self._key, self._limit, self._slow = torch.device(device), checked_key(key), limit, slow
-        self.connections = Connections(patience, max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)))
+        self.connections = Connections(patience, most_connections(8, 1024))
         self._busy, self._ending = 0, False
         self._closed, self._left = threading.Event(), threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -89,17 +88,13 @@ class RewardServer:
             "/v1/preview": ("POST", self._preview),
             "/v1/faces": ("POST", self._faces),
         }
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._socket = socket.create_server((host, port), family=family, backlog=64)
-        except (OSError, OverflowError) as error:
-            raise UserError(f"{host}:{port}: cannot listen there ({error}): choose another --port or --host") from None
+        self._socket = listen(host, port, _BACKLOG)
         self.host, self.port = self._socket.getsockname()[:2]
 
     @property
     def address(self) -> str:
         """What clients call it."""
-        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+        return address_of(self.host, self.port)
 
     @property
     def names(self) -> list[str]:
@@ -127,34 +122,17 @@ class RewardServer:
             self._left.wait(5)
 
     async def _serve(self, stop: Callable[[], bool]) -> None:
-        with needs("serve"):
-            import uvicorn
-
-        class Quiet(uvicorn.Server):
-            @contextlib.contextmanager
-            def capture_signals(self) -> Iterator[None]:  # signals are the business of whoever calls serve
-                yield
-
         self._room, self._wake = asyncio.Semaphore(_BODIES), asyncio.Event()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="rewards")
-        config = uvicorn.Config(
+        server = quiet_server(
             self._application,
-            http=guarded_protocol(self.connections),
-            interface="asgi3",
-            ws="none",
-            lifespan="off",
-            loop="asyncio",
-            log_config=None,
-            log_level="critical",
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            backlog=64,
-            timeout_keep_alive=3600,
-            timeout_graceful_shutdown=2,
-            h11_max_incomplete_event_size=1 << 14,
+            self.connections,
+            backlog=_BACKLOG,
+            keep_alive=3600,
+            grace=2,
+            longest_head=1 << 14,
+            dated=False,
         )
-        server = Quiet(config)
         running = asyncio.create_task(server.serve(sockets=[self._socket]))
         self._loop = asyncio.get_running_loop()
         while not (stop() or self._closed.is_set() or running.done()):
