@@ -14,19 +14,14 @@ import typer
 
 from ..utils.errors import UserError
 from ..utils.text import printable
+from .groups import MACHINE, MODELS, Machine, Models, spread
 from .shell import (
     INTERRUPTED,
     Bars,
     ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
     OverridesArgument,
     ProfileOption,
     SeedOption,
-    TokenizerOption,
-    VisionOption,
-    VqOption,
     console,
     show_phases,
 )
@@ -127,6 +122,7 @@ def save_images(pixels: Tensor, out: Path, rows: Sequence[int]) -> list[Path]:
     return single
 
 
+@spread
 def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Argument(help='What to draw, as in "A photo of `<bo>` on the beach."')],
@@ -150,13 +146,9 @@ def generate(
     ] = None,
     concept: ConceptOption = None,
     name: NameOption = None,
-    model: ModelOption = None,
-    vq: VqOption = None,
-    tokenizer: TokenizerOption = None,
-    vision: VisionOption = None,
+    models: Models = MODELS,
     config: ConfigOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    machine: Machine = MACHINE,
     seed: SeedOption = 0,
     profile: ProfileOption = None,
 ) -> None:
@@ -178,7 +170,6 @@ def generate(
         pyunictokens generate runs/bo "A photo of <bo> in a red hat." --image bo.png --mask hat.png --out hat_bo.png
     """
     from ..models import WritingModel
-    from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
     from ..rollout.types import RolloutInterrupted
     from ..runs.asking import check_prompt, sampling
@@ -191,10 +182,10 @@ def generate(
     if (image is None) != (mask is None):
         raise UserError("--image and --mask belong together: what the mask has white is painted anew")
     refuse_unwritable(out)
-    place, flags = Run.find(run), Sources(model, vq, tokenizer, vision)
+    place, flags = Run.find(run), models.sources
     settings = sampling(place.sources(flags).is_toy, config, overrides)
     facts = facts_of(place, concept) if use_reason else []
-    bench = place.open(flags, device, dtype, name)
+    bench = place.open(flags, machine.device, machine.dtype, name)
     settings = sampling(bench.sources.is_toy, config, overrides, bench.model.rule)
     if isinstance(bench.model, WritingModel):
         written = RolloutEngine.of(bench).write(
@@ -246,6 +237,7 @@ def generate(
         show_phases(recorder.report(bench.model.dtype))
 
 
+@spread
 def understand(
     run: RunArgument,
     image: Annotated[Path, typer.Argument(help="An image file.")],
@@ -253,13 +245,9 @@ def understand(
     overrides: OverridesArgument = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=256, help="How many answers to sample.")] = 1,
     name: NameOption = None,
-    model: ModelOption = None,
-    vq: VqOption = None,
-    tokenizer: TokenizerOption = None,
-    vision: VisionOption = None,
+    models: Models = MODELS,
     config: ConfigOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    machine: Machine = MACHINE,
     seed: SeedOption = 0,
 ) -> None:
     """Ask a question about an image and print the answer.
@@ -277,14 +265,13 @@ def understand(
             --vq showlab/magvitv2 --tokenizer microsoft/phi-1_5
     """
     from ..data.images import load_pixels
-    from ..models.bundle import Sources
     from ..rollout.engine import RolloutEngine
     from ..runs.asking import check_prompt, question_for, sampling
     from ..runs.run_dir import Run
 
-    place, flags = Run.find(run), Sources(model, vq, tokenizer, vision)
+    place, flags = Run.find(run), models.sources
     settings = sampling(place.sources(flags).is_toy, config, overrides)
-    bench = place.open(flags, device, dtype, name)
+    bench = place.open(flags, machine.device, machine.dtype, name)
     check_prompt(question, bench.concept)
     text, raw = question_for(question, bench.concept, place.published)
     temperature = settings.answer_temperature

@@ -49,6 +49,11 @@ class Models:
 
         return Sources(self.model, self.vq, self.tokenizer, self.vision)
 
+    @property
+    def given(self) -> dict[str, str | None]:
+        """They by the options that they were given with."""
+        return {f"--{each.name}": getattr(self, each.name) for each in fields(self)}
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -94,7 +99,7 @@ class Machine:
 
 MODELS, SCORING, MACHINE = Models(), Scoring(), Machine()
 """The groups as they are where nothing is given: the defaults of parameters."""
-GROUPS: tuple[type[Any], ...] = (Models, Scoring, Machine)
+GROUPS: tuple[type, ...] = (Models, Scoring, Machine)
 
 
 def spread(command: Callable[..., R]) -> Callable[..., R]:

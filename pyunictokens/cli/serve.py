@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .shell import DeviceOption, DtypeOption, ModelOption, TokenizerOption, VqOption, console
+from .groups import MACHINE, MODELS, Machine, Models, spread
+from .shell import RunsArgument, console
 
 
+@spread
 def serve(
-    runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs of `train`; `base` is always there.")
-    ] = None,
+    runs: RunsArgument = None,
     folder: Annotated[
         Path | None, typer.Option("--runs", metavar="FOLDER", help="Every run in this folder, later ones too.")
     ] = None,
@@ -38,16 +38,13 @@ def serve(
     concepts: Annotated[
         int, typer.Option("--concepts", min=1, help="Concepts at hand at once; others are read when asked for.")
     ] = 200,
-    models: Annotated[
+    open_models: Annotated[
         int, typer.Option("--models", min=1, help="Runs with weights of their own that are open at once.")
     ] = 2,
     grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds to finish what runs, at the end.")] = 60.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts and questions into the log.")] = False,
-    model: ModelOption = None,
-    vq: VqOption = None,
-    tokenizer: TokenizerOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    models: Models = MODELS,
+    machine: Machine = MACHINE,
 ) -> None:
     """Serve runs to OpenAI's clients until Ctrl-C or SIGTERM: draw, paint into pictures, ask about them.
 
@@ -62,7 +59,6 @@ def serve(
     """
     import logging
 
-    from ..models.bundle import Sources
     from ..serve.catalog import Catalog, Limits
     from ..serve.keys import Keys
     from ..serve.server import Server, ServerSettings
@@ -73,10 +69,10 @@ def serve(
         lambda serving: Catalog(
             runs or (),
             folder,
-            flags=Sources(model, vq, tokenizer),
-            device=device,
-            dtype=dtype,
-            limits=Limits(concepts, models),
+            flags=models.sources,
+            device=machine.device,
+            dtype=machine.dtype,
+            limits=Limits(concepts, open_models),
             in_use=serving.concepts_in_use,
         ),
         Keys.from_environment(keys),

@@ -90,6 +90,9 @@ ProfileOption = Annotated[
     Path | None,
     typer.Option("--profile", help="Write a torch.profiler trace (of training: two steps) here.", metavar="FILE.json"),
 ]
+RunsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs of `train`; `base` is always there.")
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings by name; they win over --config.", show_default=False),
@@ -109,7 +112,7 @@ def _console_class() -> type[Console]:
         def render_str(self, text: str, **options: Any) -> Text:  # of everything printed, cells of tables too
             return super().render_str(printable(text), **options)
 
-        def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        def print(self, *objects: object, soft_wrap: bool | None = None, **options: Any) -> None:
             text = all(isinstance(each, str) for each in objects)  # its lines stay whole: paths in them are copied
             super().print(*objects, soft_wrap=text if soft_wrap is None else soft_wrap, **options)
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .shell import DeviceOption, DtypeOption, ModelOption, TokenizerOption, VqOption, console
+from .groups import MACHINE, MODELS, Machine, Models, spread
+from .shell import RunsArgument, console
 
 
+@spread
 def studio(
-    runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs of `train`; `base` is always there.")
-    ] = None,
+    runs: RunsArgument = None,
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -32,11 +32,8 @@ def studio(
         str, typer.Option("--host", help="Where to listen; other addresses than this machine's need a password.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one from 7860 on.")] = 7860,
-    model: ModelOption = None,
-    vq: VqOption = None,
-    tokenizer: TokenizerOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    models: Models = MODELS,
+    machine: Machine = MACHINE,
 ) -> None:
     """Make concepts from photos, train, draw, ask, compare and choose in the browser, until Ctrl-C or SIGTERM.
 
@@ -52,7 +49,6 @@ def studio(
 
         pyunictokens studio --runs runs --data mydata --port 8080
     """
-    from ..models.bundle import Sources
     from ..rollout.serving import ServingEngine
     from ..serve.catalog import Catalog
     from ..serve.studio.backend import Studio
@@ -64,16 +60,16 @@ def studio(
     if folder is None and not runs:
         folder = Path("runs")
         folder.mkdir(exist_ok=True)
-    given = {"--model": model, "--vq": vq, "--tokenizer": tokenizer, "--device": device}
+    given = {**models.given, "--device": machine.device}
     options = [word for key, value in given.items() if value is not None for word in (key, str(value))]
     training = Training(folder or Path("runs"), data, options)
     serving = ServingEngine()
     catalog = Catalog(
         runs or (),
         folder,
-        flags=Sources(model, vq, tokenizer),
-        device=device,
-        dtype=dtype,
+        flags=models.sources,
+        device=machine.device,
+        dtype=machine.dtype,
         in_use=serving.concepts_in_use,
     )
     say = console()

@@ -13,19 +13,16 @@ import typer
 
 from ..utils.errors import UserError
 from .demo import show_results
+from .groups import MODELS, Models, spread
 from .plan import show_plan
 from .shell import (
     Bars,
     ClipOption,
     ConfigOption,
     DeviceOption,
-    ModelOption,
     OverridesArgument,
     ProfileOption,
-    TokenizerOption,
     TrustOption,
-    VisionOption,
-    VqOption,
     command,
     console,
     quiet,
@@ -55,6 +52,7 @@ class Preset(str, Enum):
     quality = "quality"
 
 
+@spread
 def train(
     root: Annotated[Path | None, typer.Argument(help="The data folder; default: the one in --config.")] = None,
     name: Annotated[str | None, typer.Argument(help="The concept; default: the one in --config.")] = None,
@@ -106,10 +104,7 @@ def train(
             help="Settings to start from (docs/training.md). Default: toy for the embedded model, else paper.",
         ),
     ] = None,
-    model: ModelOption = None,
-    vq: VqOption = None,
-    tokenizer: TokenizerOption = None,
-    vision: VisionOption = None,
+    models: Models = MODELS,
     config: ConfigOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
@@ -175,7 +170,6 @@ def train(
 
         torchrun --nproc-per-node 8 -m pyunictokens train toydata bo --stages none --start-from published/bo
     """
-    from ..models.bundle import Sources
     from ..train.distributed.ranks import Ranks
 
     words = list(overrides or [])
@@ -196,10 +190,7 @@ def train(
             "--rewards": rewards,
             "--clip": clip,
             "--preset": preset and preset.value,
-            "--model": model,
-            "--vq": vq,
-            "--tokenizer": tokenizer,
-            "--vision": vision,
+            **models.given,
             "--config": config and str(config.absolute()),
             "--device": device,
             "--dtype": dtype,
@@ -248,7 +239,7 @@ def train(
             trust,
             clip,
             preset,
-            Sources(model, vq, tokenizer, vision),
+            models.sources,
             config,
             dtype,
             seed,
