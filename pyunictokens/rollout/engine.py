@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from ..models import (
-    AnsweringModel,
     BlockAnsweringModel,
     CapturableModel,
     ConceptTokens,
@@ -42,9 +41,9 @@ from ..models.base import features_side
 from ..models.fp8 import Fp8Products
 from ..utils import profiling
 from ..utils.errors import NotFinite, UserError
-from ..utils.fingerprint import bytes_of
 from ..utils.memory import RowLimit
 from . import checks
+from .answers import NO_NUMBERS, Concepts, answers
 from .cuda_graphs.capture import MODES, CaptureCache, Mode
 from .cuda_graphs.slots import Bucket, CapturedSlots
 from .dsog import Dsog, settle
@@ -53,16 +52,11 @@ from .previews import Previews
 from .resident_concepts import Residents
 from .sampler import EagerSlots, LoopSettings, Noise
 from .scheduler import Scheduler
-from .text import TextSettings, decode
+from .text import TextSettings
 from .types import ImageRollout, RolloutInterrupted, TextRollout
 from .writing import BlockTexts
 
 log = logging.getLogger(__name__)
-
-NO_NUMBERS = (
-    "the model gave log-probs that are not finite: its weights or activations hold NaN, or overflow in float16 (use "
-    "bfloat16 or float32)"
-)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -79,10 +73,6 @@ def _in_its_products(
 
     functools.update_wrapper(run, method)
     return run
-
-
-Concepts = str | Sequence[str | None] | None
-"""One resident's name, one for each prompt (None: the model as it is), or None: text says which it names."""
 
 
 class RolloutEngine:
@@ -414,55 +404,8 @@ class RolloutEngine:
         if block_length is not None or steps is not None:
             raise UserError(f"block_length and steps: {self.model.family} writes token by token; leave them out")
         model = answering(self.model)
-        samples = checks.count("samples", samples)
-        checks.count("max_new_tokens", max_new_tokens, 1, checks.MAX_STEPS)
-        temperature = checks.number("temperature", temperature, "0 takes the likeliest token")
-        checks.count("top_k", top_k, 0)
-        checks.count("seed", seed, 0, checks.MAX_SAMPLE_ID)
-        asked, names = self.residents.read("questions", questions, concepts, None if raw else model.question_text)
-        seen = checks.looks(images, model, self.vq)
-        if 1 not in (len(seen), len(asked)) and len(seen) != len(asked):
-            raise UserError(f"{len(seen)} images and {len(asked)} questions: give one of either, or as many of both")
-        pairs = max(len(seen), len(asked))
-        checks.text_room(pairs * samples, max_new_tokens, model)
-        seen = seen.expand(pairs, *seen.shape[1:])
-        asked, names = (asked * pairs, names * pairs) if len(asked) == 1 else (asked, names)
-        ids = checks.sample_ids(sample_ids, pairs * samples)
-        prompts, last, prompt_of_pair = self.contexts(model, seen, asked, names)
-        end, limit = max(prompts.next_position) + max_new_tokens, model.max_positions
-        if end > limit:
-            raise UserError(f"context and max_new_tokens reach position {end}: this model has {limit}; ask for fewer")
-        speakers = list(dict.fromkeys(names))
-        prompt_index = torch.arange(pairs).repeat_interleave(samples)
-        tokens, logp, lengths = decode(
-            model,
-            model.vocabulary([self.residents.rows(name) for name in speakers]),
-            prompts,
-            last,
-            [prompt_of_pair[index] for index in prompt_index.tolist()],
-            [speakers.index(names[index]) for index in prompt_index.tolist()],
-            ids,
-            TextSettings(max_new_tokens, temperature, top_k, seed, model.end_id, self.ops_backend),
-        )
-        if not bool(torch.isfinite(logp).all()):
-            raise NotFinite(NO_NUMBERS)
-        context = max(prompts.lengths)
-        profiling.count("answers", lambda: model.costs.answers(context, lengths.tolist()).flops)
-        return TextRollout(
-            texts=self._texts(tokens, lengths, [names[index] for index in prompt_index.tolist()]),
-            tokens=tokens,
-            logp=logp,
-            lengths=lengths,
-            prompt_index=prompt_index,
-            sample_ids=torch.tensor(ids),
-            question_ids=asked,
-            image_codes=None if seen.is_floating_point() else seen.clone(),
-            image_features=seen.clone() if seen.is_floating_point() else None,
-            seed=seed,
-            temperature=temperature,
-            top_k=top_k,
-            concepts=names,
-        )
+        settings = TextSettings(max_new_tokens, temperature, top_k, seed, model.end_id, self.ops_backend)
+        return answers(model, self.vq, self.residents, images, questions, samples, settings, sample_ids, concepts, raw)
 
     @_in_its_products
     @torch.no_grad()
@@ -521,39 +464,3 @@ class RolloutEngine:
             backend=self.ops_backend,
             limit=self.limit,
         )
-
-    def _texts(self, tokens: Tensor, lengths: Tensor, names: list[str | None]) -> list[str]:
-        if self.tokenizer is None:
-            return []
-        texts = []
-        for row, length, name in zip(tokens.tolist(), lengths.tolist(), names, strict=True):
-            tokenizer = self.residents.tokenizer(name)
-            assert tokenizer is not None
-            texts.append(tokenizer.decode(row[:length]))
-        return texts
-
-    def contexts(
-        self,
-        model: AnsweringModel,
-        seen: Tensor,
-        asked: list[list[int]],
-        names: list[str | None],
-    ) -> tuple[Prefix, Tensor, list[int]]:
-        """What each answer follows: the prefix, last states [P, D], and which of them belongs to each pair. Equal pairs
-        are computed once."""
-        parts: list[Prefix] = []
-        states: list[Tensor] = []
-        place: dict[int, int] = {}
-
-        looks = list(map(bytes_of, seen))
-        for name in dict.fromkeys(names):
-            members = [index for index, its in enumerate(names) if its == name]
-            first, index_of = checks.unique_index([(looks[index], tuple(asked[index])) for index in members])
-            some = [members[number] for number in first]
-            offset = sum(map(len, parts))
-            place.update({index: offset + number for index, number in zip(members, index_of, strict=True)})
-            with self.residents.using(name):
-                made, last = model.prefill_questions(seen[some], [asked[index] for index in some])
-            parts.append(made)
-            states.append(last)
-        return reduce(add, parts), torch.cat(states), [place[index] for index in range(len(asked))]

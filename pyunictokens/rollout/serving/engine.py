@@ -25,7 +25,8 @@ import torch
 from ...models import Prefix, answering
 from ...utils.errors import NotFinite, UserError
 from .. import checks
-from ..engine import NO_NUMBERS, RolloutEngine
+from ..answers import NO_NUMBERS
+from ..engine import RolloutEngine
 from ..scheduler import Candidate
 from .answers import Answer, AnswerLane
 from .images import MixedSlots

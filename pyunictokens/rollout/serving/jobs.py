@@ -14,6 +14,7 @@ from torch import Tensor
 from ...models import Prefix, answering
 from ...utils.errors import UserError
 from .. import checks
+from ..answers import contexts
 from ..engine import RolloutEngine
 from ..sampler import wanted_masks
 from .images import RowNumbers
@@ -108,7 +109,7 @@ def answer_job(ticket: Ticket, engine: RolloutEngine, request: AnswerRequest) ->
     ids = engine.residents.read("question", [request.question], [request.concept], wrap)[0][0]
     _check_end(len(ids) + most, model.max_positions)
     seen = checks.looks(request.image[None], model, engine.vq)
-    prefix, last, _ = engine.contexts(model, seen, [ids], [request.concept])
+    prefix, last, _ = contexts(model, engine.residents, seen, [ids], [request.concept])
     _check_end(prefix.next_position[0] + most, model.max_positions)
     ticket.cost = most
     return Job(ticket, engine, request, ids, prefix=prefix, last_hidden=last[0], left=request.samples)
