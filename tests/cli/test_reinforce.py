@@ -12,7 +12,7 @@ from pyunictokens.cli.reinforce import _start
 from pyunictokens.config.settings import from_mapping, load_yaml
 from pyunictokens.config.training import OBJECTIVES, GrpoConfig
 from pyunictokens.train import read_metrics
-from tests.cli.test_cli import call, only_error
+from tests.cli.calling import call, only_error
 from tests.tiny import tiny_toy
 
 SHORT = ("steps=1", "group_size=2", "timesteps=4", "timestep_fraction=0.5", "timestep_choice=largest_change")

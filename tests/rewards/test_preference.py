@@ -21,7 +21,7 @@ from pyunictokens.toy.drawing import render
 from pyunictokens.toy.rewards import offer_features
 from pyunictokens.toy.scene import code, random_scene
 from pyunictokens.utils.errors import UserError
-from tests.cli.test_cli import call, only_error
+from tests.cli.calling import call, only_error
 from tests.tiny import tiny_toy
 
 from .checkpoints import save_dinov2

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import random
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +19,6 @@ from pyunictokens.rewards.served.client import RemoteRewards, parse_addresses
 from pyunictokens.rewards.served.messages import (
     KEY,
     KEY_FILE,
-    Exchange,
     decode,
     encode,
     pack_batch,
@@ -39,67 +29,18 @@ from pyunictokens.rewards.served.server import RewardServer
 from pyunictokens.runs.bundle import load_scorers
 from pyunictokens.toy.rewards import load_toy_rewards
 from pyunictokens.utils.errors import UserError
+from tests.rewards.serving import (
+    SECRET,
+    Does,
+    Score,
+    ask,
+    batch,
+    brightness,
+    running,
+    served,
+    toy_server,
+)
 from tests.toy.test_rewards import human_batch
-
-SECRET = b"a key of more than sixteen letters"
-Score = Callable[[RewardBatch], Tensor]
-
-
-class Does:
-    """An expert that does what it was told to."""
-
-    def __init__(self, score: Score):
-        self.score = score
-
-
-def brightness(batch: RewardBatch) -> Tensor:
-    return batch.images.mean(dim=(1, 2, 3))
-
-
-def batch(rows: int = 5, seed: int = 0, kind: str = "human", size: int = 64) -> RewardBatch:
-    draw = torch.Generator().manual_seed(seed)
-    pixels = torch.rand(rows + 3, 3, size, size, generator=draw) * 2 - 1
-    return RewardBatch(
-        pixels[:rows],
-        [f"a red circle, number {row}" for row in range(rows)],
-        ["the toy is a ball", "", "ö“ \n", "a hat", "sand"][:rows],
-        ["its toy is a red ball", "it lives on sand"],
-        1,
-        pixels[rows:],
-        kind,
-    )
-
-
-@contextmanager
-def running(server: RewardServer) -> Iterator[RewardServer]:
-    thread = threading.Thread(target=server.serve, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.close()
-        thread.join(10)
-
-
-def served(score: Score = brightness, port: int = 0, **more: Any) -> AbstractContextManager[RewardServer]:
-    return running(RewardServer(Ensemble({"it": Does(score)}, {"it": 1.0}), SECRET, port=port, **more))
-
-
-def ask(*servers: RewardServer, timeout: float = 20.0, key: bytes = SECRET) -> RemoteRewards:
-    return RemoteRewards([server.address for server in servers], key, timeout, backoff=0.05)
-
-
-def toy_server(port: int = 0, limit_files: int | None = None) -> tuple[subprocess.Popen[str], str]:
-    """The command, and the address it says it listens at."""
-    command = [sys.executable, "-m", "pyunictokens", "experts", "serve", "--device", "cpu", "--port", str(port)]
-    if limit_files is not None:
-        command = ["sh", "-c", f'ulimit -n {limit_files}; exec "$@"', "sh", *command]
-    environment = {**os.environ, KEY: SECRET.decode(), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    said = process.stdout.readline()
-    assert said.startswith("http://127.0.0.1:") and "ber, der, fer, tier on cpu" in said, said
-    return process, said.partition(": ")[0]
 
 
 def test_the_command_serves_the_toy_and_outlives_kill_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,173 +180,6 @@ def test_a_server_that_is_silent() -> None:
         with pytest.raises(UserError, match=rf"{server.address} gave no answer in 0\.25 s.*\?timeout=0\.5"):
             ask(server, timeout=0.25).score(batch(size=4))
         assert 0.2 < time.monotonic() - begin < 0.75 and asked == [1], "not asked twice"
-
-
-def proven(server: RewardServer, path: str, body: bytes, method: str = "POST", key: bytes = SECRET) -> dict[str, str]:
-    return Exchange.begin(key, method, path).headers(body)
-
-
-def told(server: RewardServer, path: str, body: bytes, **headers: str) -> tuple[int, str]:
-    """(status, error) of a request that proves the key."""
-    answer = httpx.post(server.address + path, content=body, headers={**proven(server, path, body), **headers})
-    return answer.status_code, str(answer.json().get("error", "")) if answer.status_code != 200 else ""
-
-
-def raw(server: RewardServer, data: bytes) -> bytes:
-    """What comes back for these bytes, until the server hangs up."""
-    with socket.create_connection((server.host, server.port), 10) as stranger:
-        stranger.sendall(data)
-        parts = []
-        with contextlib.suppress(ConnectionResetError):
-            while part := stranger.recv(4096):
-                parts.append(part)
-        return b"".join(parts)
-
-
-def test_wrong_keys_and_strangers(caplog: pytest.LogCaptureFixture) -> None:
-    with served() as server:
-        with pytest.raises(UserError, match=f"{server.address} have another key: set {KEY}"):
-            ask(server, key=b"another key of sixteen letters")
-        for head in ("", "Authorization: Bearer " + SECRET.decode(), f"Authorization: Bearer {'0' * 32}.{'0' * 64}"):
-            sent = (
-                f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: {1 << 40}\r\n{head}".rstrip("\r\n") + "\r\n\r\n"
-            )
-            assert b"401" in raw(server, sent.encode()).splitlines()[0], "before a byte of the terabyte is read"
-        assert "turned away" in caplog.text and SECRET.decode() not in caplog.text
-        torch.testing.assert_close(ask(server).score(batch(size=4)).total, brightness(batch(size=4)))
-    with pytest.raises(UserError, match="must have at least 16"):
-        RewardServer(Ensemble({"it": Does(brightness)}, {"it": 1.0}), b"short")
-
-
-def test_a_key_never_travels_and_a_proof_fits_one_request() -> None:
-    body = encode(*pack_batch(batch(size=4)))
-    headers = Exchange.begin(SECRET, "POST", "/v1/score").headers(body)
-    assert SECRET.decode() not in json.dumps(headers)
-    raw_headers = {name.encode(): value.encode() for name, value in headers.items()}
-    assert Exchange.of(SECRET, "POST", "/v1/score", raw_headers, len(body)) is not None
-    for key, method, path, length in (
-        (SECRET[:-1] + b"?", "POST", "/v1/score", len(body)),
-        (SECRET, "GET", "/v1/score", len(body)),
-        (SECRET, "POST", "/v1/faces", len(body)),
-        (SECRET, "POST", "/v1/score", len(body) + 1),
-    ):
-        assert Exchange.of(key, method, path, raw_headers, length) is None
-    with served() as server:
-        changed = bytearray(body)
-        changed[-3] ^= 1
-        answer = httpx.post(server.address + "/v1/score", content=bytes(changed), headers=headers)
-        assert answer.status_code == 400 and "changed on its way" in answer.text
-
-
-def test_messages_that_are_huge_or_garbage() -> None:
-    with served() as server:
-        server._limit = 1 << 16
-        for garbage in (
-            b"",
-            b"\0" * 7,
-            b"\xff" * 40,
-            b"\2" + b"\0" * 7 + b"[]",
-            encode({})[:-1],
-            b"\5" + b"\0" * 7 + b"[" * 5,
-        ):
-            status, error = told(server, "/v1/score", garbage)
-            assert status == 400 and "message" in error, (garbage, status, error)
-        words, tensors = pack_batch(batch(size=4))
-        for field, value in (("prompts", "p"), ("facts", [1]), ("correct", True), ("kind", "ghost"), ("answers", None)):
-            assert field in told(server, "/v1/score", encode({**words, field: value}, tensors))[1]
-        for field in ("columns",):
-            assert field in told(server, "/v1/score", encode({**words, field: {"x": 1}}, tensors))[1]
-        for name, tensor in (("images", torch.zeros(5, 3, 4, 4, dtype=torch.uint8)), ("references", torch.ones(2))):
-            assert name in told(server, "/v1/score", encode(words, {**tensors, name: tensor}))[1]
-        assert told(server, "/v1/nothing", b"")[0] == 404
-        assert told(server, "/v1/about", b"")[0] == 405
-        assert told(server, "/v1/score", bytes(1 << 17))[0] == 413
-        for line in (
-            b"\x16\x03\x01\x02\x00\x01\x00",
-            b"GET / HTTP/9.9",
-            b"POST /v1/\xff\xfe HTTP/1.1\r\nHost: x",
-            b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked",
-            b"A" * (1 << 16),
-        ):
-            answer = raw(server, line + b"\r\n\r\n")
-            assert not answer or answer.split()[1].startswith(b"4"), answer
-        torch.testing.assert_close(ask(server).score(batch(size=4)).total, brightness(batch(size=4)))
-
-
-def test_random_bytes_give_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    draw = random.Random(0)
-    good = encode(*pack_batch(batch(2, size=2)))
-    with served() as server, httpx.Client() as client:
-        for _ in range(150):
-            body = bytearray(good)
-            for _ in range(draw.randint(1, 6)):
-                body[draw.randrange(len(body))] = draw.randrange(256)
-            headers = proven(server, "/v1/score", bytes(body))
-            answer = client.post(server.address + "/v1/score", content=bytes(body), headers=headers)
-            assert answer.status_code in {200, 400, 422}, answer.text
-        for _ in range(50):
-            raw(server, draw.randbytes(draw.randint(1, 300)) + b"\r\n\r\n")
-        assert ask(server).score(batch(size=4)).total.isfinite().all()
-    assert "Traceback" not in caplog.text
-
-
-def test_silent_connections_and_slow_ones_do_not_hold_a_server() -> None:
-    with served(patience=0.6) as server:
-        server.connections.most = 40
-        silent = [socket.create_connection((server.host, server.port)) for _ in range(60)]
-        dripping = silent[-1]
-        dripping.sendall(b"POST /v1/score HTTP/1.1\r\n")
-        torch.testing.assert_close(ask(server).score(batch(size=4)).total, brightness(batch(size=4)))
-        assert len(server.connections.all) <= 41
-        end = time.monotonic() + 10
-        while len(server.connections.all) > 1 and time.monotonic() < end:  # the client's own stays
-            with contextlib.suppress(OSError):
-                dripping.sendall(b"a")
-            time.sleep(0.1)
-        assert len(server.connections.all) == 1 and not server.connections.unproven
-        for one in silent:
-            one.close()
-
-
-def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    with served(slow=0.3) as server:
-        body = encode(*pack_batch(batch(size=4)))
-        head = "".join(f"{name}: {value}\r\n" for name, value in proven(server, "/v1/score", body).items())
-        answer = raw(server, f"POST /v1/score HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode() + body[:10])
-        assert b"408" in answer.splitlines()[0]
-
-
-def test_strangers_do_not_end_the_command_at_a_low_limit_of_files() -> None:
-    """Six hundred silent connections against 128 file descriptors; then SIGTERM, with a client that reads nothing."""
-    process, address = toy_server(limit_files=128)
-    host, port = address.removeprefix("http://").split(":")
-    silent = []
-    try:
-        remote = RemoteRewards([address], SECRET, 60.0, backoff=1.5)
-        for number in range(600):
-            with contextlib.suppress(OSError):
-                silent.append(socket.create_connection((host, int(port)), 2))
-            if number % 200 == 150:
-                assert remote.score(batch(seed=number, kind="animal")).total.isfinite().all()
-        assert process.poll() is None
-        assert remote.score(batch(kind="animal")).total.isfinite().all()
-        deaf = socket.socket()
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        deaf.connect((host, int(port)))
-        request = "".join(
-            f"{name}: {value}\r\n" for name, value in Exchange.begin(SECRET, "GET", "/v1/about").headers(b"").items()
-        )
-        deaf.settimeout(0.5)
-        with contextlib.suppress(OSError):
-            for _ in range(3000):
-                deaf.sendall(f"GET /v1/about HTTP/1.1\r\nHost: x\r\n{request}\r\n".encode())
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait(10)
-        for one in silent:
-            one.close()
 
 
 def test_answers_of_another_server_are_refused() -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from pyunictokens.rewards.served.client import RemoteRewards
 from pyunictokens.rewards.served.messages import Exchange, encode, pack_batch
-from tests.rewards.test_served import SECRET, batch, toy_server
+from tests.rewards.serving import SECRET, batch, toy_server
 
 pytestmark = pytest.mark.soak
 

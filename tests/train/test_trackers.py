@@ -18,7 +18,7 @@ from pyunictokens.train import read_metrics, trackers, train_grpo
 from pyunictokens.train.metrics import MetricsLog
 from pyunictokens.train.trackers import KINDS, Trackers, check_trackers
 from pyunictokens.utils.errors import MissingExtra, UserError
-from tests.cli.test_cli import only_error
+from tests.cli.calling import only_error
 from tests.train.world import World, grpo_config, world
 
 LINES = [{"step": step, "loss": 0.5 - step, "parts": {"ber": 0.25 * step}, "mode": "visual"} for step in range(3)]
