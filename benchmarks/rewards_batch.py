@@ -57,7 +57,7 @@ def full_ensemble(folder: Path, device: str) -> Ensemble:
     import transformers
 
     ensemble = real_ensemble(folder, device, dtype="bfloat16")
-    configs = cost.paper_configs()
+    configs = cost.paper_configs()._asdict()
     clip = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
     blip = transformers.BlipImageProcessor(size={"height": 224, "width": 224}, **clip)
     bit = transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, **clip)

@@ -1,8 +1,10 @@
 """Who may import whom: an arrow never runs back, and the doors of the library need torch alone."""
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pyunictokens
@@ -59,6 +61,39 @@ def test_no_arrow_runs_back():
 def test_no_module_stands_beside_the_rooms():
     loose = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert not loose, f"give them a room: {sorted(loose)}"
+
+
+OPEN = {"Any", "AnyJson"}
+"""`Any` and its alias for JSON that nobody has looked at yet. `Argument` of a registered operation is one in ops."""
+SAYS_ANY = {"cli/evaluate.py: parse_args"}
+"""Public functions with `Any` itself in their signature: typer carries a click of its own."""
+
+
+def public_functions(body: list[ast.stmt]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions and methods of public names, `__init__` and `__call__` among them."""
+    found = []
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found += public_functions(node.body)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found += [node] if not node.name.startswith("_") or node.name in ("__init__", "__call__") else []
+    return found
+
+
+def test_any_is_rare_and_on_no_public_signature():
+    lines, public = set(), set()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        inside, text = file.relative_to(PACKAGE).as_posix(), file.read_text(encoding="utf-8")
+        open_names = OPEN | {"Argument"} if inside.startswith("ops/") else OPEN
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.NAME and token.string in open_names and "import" not in token.line:
+                lines.add((inside, token.start[0]))
+        for function in public_functions(ast.parse(text).body):
+            signature = [function.args, *([function.returns] if function.returns else [])]
+            names = {node.id for part in signature for node in ast.walk(part) if isinstance(node, ast.Name)}
+            public |= {f"{inside}: {function.name}"} if "Any" in names else set()
+    assert public == SAYS_ANY, "a type, a protocol or `object` says more than Any"
+    assert len(lines) <= 90, f"Any stands on {len(lines)} lines"
 
 
 def test_the_package_and_its_operations_need_torch_alone():

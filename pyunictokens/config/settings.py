@@ -52,7 +52,7 @@ def from_mapping(cls: type[T], values: object, *, base: T | None = None, origin:
     if not isinstance(values, Mapping):
         raise UserError(f"{origin}: must be a table of settings, is {_kind(values)}")
     hints = _hints(cls)
-    changes: dict[str, AnyJson] = {}
+    changes: dict[str, object] = {}
     for key, value in renamed(cls, values, origin).items():
         if key not in hints:
             raise UserError(f"{origin}: {_unknown(str(key), hints)}")
@@ -160,7 +160,7 @@ def _is_section(hint: object) -> bool:
     return isinstance(hint, type) and is_dataclass(hint)
 
 
-def convert(value: object, hint: object, where: str) -> Any:
+def convert(value: object, hint: object, where: str) -> object:
     """`value` as type `hint`, or UserError naming both.
 
     hint: bool, int, float, str, Path (`~` is the home folder), Literal, tuple[X, ...], Mapping[str, X], a dataclass,

@@ -71,7 +71,7 @@ class Amused(MaskedModel):
         self.transformer = transformer
         config = self.transformer.config
         self.__dict__["text_encoder"] = text_encoder  # not a submodule: it is read, never trained
-        self.words: Any = tokenizer
+        self.words = tokenizer
         self.mask_id, self.downsampling = mask_id, downsampling
         self.codebook_size, self.width = config.codebook_size, config.in_channels
         self.grid = (config.sample_size, config.sample_size)

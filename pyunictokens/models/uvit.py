@@ -19,18 +19,35 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 _LANES = 16
 """Float32 numbers of an AVX-512 register: attention over keys of another number takes up to twice as long on a CPU."""
 
 
-def keys_and_values(net: Any, states_LD: Tensor) -> list[Tensor]:
+class UVit(Protocol):
+    """What is called of diffusers' UVit2DModel, which has no types for it."""
+
+    embed: nn.Module
+    down_block: Any
+    project_to_hidden_norm: nn.Module
+    project_to_hidden: nn.Module
+    transformer_layers: nn.ModuleList
+    project_from_hidden_norm: nn.Module
+    project_from_hidden: nn.Module
+    up_block: Any
+    mlm_layer: Any
+
+
+def keys_and_values(net: UVit, states_LD: Tensor) -> list[Tensor]:
     """[2, H, L, E] of one text for each attention that reads it, in the order the network runs them; on a CPU L is
     padded with zeros to a multiple of 16."""
     made = []
@@ -69,7 +86,7 @@ class Texts:
             self._seen = torch.zeros(1, 1, 1, padded, dtype=like.dtype, device=like.device)
             self._seen[..., length:] = -torch.inf
 
-    def attended(self, attention: Any, number: int, x_BND: Tensor) -> Tensor:
+    def attended(self, attention: Attention, number: int, x_BND: Tensor) -> Tensor:
         """[B, N, D] that the attention of this number adds. Rows that stand side by side and read one prompt are
         attended as one long row."""
         pairs = torch.stack([self._of_prompt[prompt][number] for prompt in self._pieces])
@@ -80,7 +97,12 @@ class Texts:
 
 
 def hidden(
-    net: Any, ids_BHW: Tensor, condition_PD: Tensor, place_of_row: Tensor, texts: Texts, recomputed: bool | int = 0
+    net: UVit,
+    ids_BHW: Tensor,
+    condition_PD: Tensor,
+    place_of_row: Tensor,
+    texts: Texts,
+    recomputed: bool | int = 0,
 ) -> Tensor:
     """What the last convolution multiplies, [B, N, D], at ids int64 [B, height, width].
 
@@ -92,7 +114,7 @@ def hidden(
     x = _block(net.down_block, x, active_PD, place_of_row, texts, 0)
     high, wide = x.shape[-2:]
     x = net.project_to_hidden(net.project_to_hidden_norm(x.flatten(2).transpose(1, 2)))
-    first = 2 * len(net.down_block.attention_blocks)
+    first = 2 * len(net.down_block.res_blocks)
     again = 0 if not torch.is_grad_enabled() else len(net.transformer_layers) if recomputed is True else recomputed
     for place, layer in enumerate(net.transformer_layers):
         run = partial(_layer, layer, active_PD=active_PD, of_row=place_of_row, texts=texts, number=first + place)

@@ -240,18 +240,18 @@ def _grpo_loss(*arguments: Argument) -> tuple[Tensor, ...]:
 
 
 @_grpo_loss.register_fake
-def _(logp: Tensor, *_: Argument) -> tuple[Tensor, Tensor, Tensor]:
+def _(logp: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     dtype = working_dtype(logp)
     return logp.new_empty((), dtype=dtype), logp.new_empty(4, dtype=dtype), torch.empty_like(logp)
 
 
-def _grpo_setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
+def _grpo_setup(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # of the outputs only the loss has a gradient; for the others zeros would be made
     ctx.save_for_backward(output[2])
 
 
 @once_differentiable
-def _grpo_backward(ctx: Context, grad_loss: Tensor | None, *_: Argument) -> tuple[Tensor | None, ...]:
+def _grpo_backward(ctx: Context, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     (d_logp,) = ctx.saved_tensors
     rest = [None] * (len(ctx.needs_input_grad) - 1)
     return None if grad_loss is None else grad_loss.to(d_logp.dtype) * d_logp, *rest
@@ -295,13 +295,13 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Argument) -> tuple[
     )
 
 
-def _fused_setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
+def _fused_setup(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # zeros the size of every gradient would be made for outputs that have none
     ctx.save_for_backward(*output[3:])
 
 
 @once_differentiable
-def _fused_backward(ctx: Context, grad_loss: Tensor | None, *_: Argument) -> tuple[Tensor | None, ...]:
+def _fused_backward(ctx: Context, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
     if grad_loss is None:
         return (None,) * len(wanted)

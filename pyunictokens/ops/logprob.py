@@ -99,7 +99,7 @@ def head_arguments(
     return target, (hidden_uncond if guidance_scale > 0.0 else None), guidance_scale, temperature
 
 
-def checked_head(hidden: Argument, weight: Argument, target: Argument, *rest: Argument) -> list[Argument]:
+def checked_head(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Argument) -> list[Argument]:
     """What a registered operation with a head was called with, checked once more: torch.ops is a door of its own, and
     behind it addresses cross into compiled code. rest: bias, hidden_uncond, guidance_scale, temperature."""
     bias, hidden_uncond, guidance_scale, temperature = rest
@@ -162,7 +162,7 @@ def _selected_logprob(*arguments: Argument) -> tuple[Tensor, ...]:
 
 
 @_selected_logprob.register_fake
-def _(hidden: Tensor, weight: Tensor, target: Tensor, *_: Argument) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     logp = hidden.new_empty(target.shape, dtype=working_dtype(hidden))
     return logp, torch.empty_like(logp)
 

@@ -243,7 +243,7 @@ def _maskgit_step(*arguments: Argument) -> tuple[Tensor, ...]:
 
 
 @_maskgit_step.register_fake
-def _(logits: Tensor, codes: Tensor, *_: Argument) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, codes: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     new = codes.new_empty(codes.shape)
     return new, torch.empty_like(new), torch.empty_like(new, dtype=dtype), torch.empty_like(new, dtype=torch.bool)

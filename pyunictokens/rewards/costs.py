@@ -11,7 +11,7 @@ once a run and are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -38,6 +38,47 @@ class Setting:
     """Boxes of an image that MTCNN's second and third network look at (a photograph of an astronaut has fewer)."""
 
 
+class Encoder(Protocol):
+    """Sizes of a transformer encoder, by transformers' names."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+
+
+class Dinov2(Protocol):
+    """DINOv2's sizes, by transformers' names."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    patch_size: int
+    mlp_ratio: int
+    use_swiglu_ffn: bool
+
+
+class Vit(Encoder, Protocol):
+    """A ViT's sizes, by transformers' names."""
+
+    image_size: int
+    patch_size: int
+
+
+class Qformer(Encoder, Protocol):
+    """A Q-Former's sizes, by transformers' names."""
+
+    encoder_hidden_size: int
+    cross_attention_frequency: int
+
+
+class Blip2(Protocol):
+    """BLIP-2's sizes, by transformers' names."""
+
+    vision_config: Vit
+    qformer_config: Qformer
+    num_query_tokens: int
+    image_text_hidden_size: int
+
+
 def encoder_flops(tokens: int, width: int, inner: int, layers: int, *, matrices: int = 2) -> int:
     """`tokens` of one input through a transformer encoder, whose MLP has 2 `matrices`, or 3 where it is gated."""
     projections = 2 * tokens * width * (4 * width + matrices * inner)
@@ -45,13 +86,13 @@ def encoder_flops(tokens: int, width: int, inner: int, layers: int, *, matrices:
     return layers * (projections + attention)
 
 
-def ernie_flops(config: Any, tokens: int) -> int:
+def ernie_flops(config: Encoder, tokens: int) -> int:
     """One text of `tokens` through ERNIE (or BERT), its unused pooling head included."""
     body = encoder_flops(tokens, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
     return body + 2 * config.hidden_size**2
 
 
-def dinov2_flops(config: Any, side: int) -> int:
+def dinov2_flops(config: Dinov2, side: int) -> int:
     """One image of `side` pixels through DINOv2."""
     width, patch = config.hidden_size, config.patch_size
     patches = (side // patch) ** 2
@@ -63,7 +104,7 @@ def dinov2_flops(config: Any, side: int) -> int:
     return embedding + encoder_flops(tokens, width, inner, config.num_hidden_layers, matrices=matrices)
 
 
-def blip2_image_flops(config: Any) -> int:
+def blip2_image_flops(config: Blip2) -> int:
     """One image through BLIP-2's ViT, Q-Former and projection (the contrastive head)."""
     vit, former = config.vision_config, config.qformer_config
     patches = (vit.image_size // vit.patch_size) ** 2
@@ -104,25 +145,33 @@ def _counted(net: torch.nn.Module, shape: tuple[int, ...]) -> int:
     return counter.get_total_flops()
 
 
-def paper_configs() -> dict[str, Any]:
+class Configs(NamedTuple):
+    """Configurations of the networks."""
+
+    tier: Encoder
+    ber: Blip2
+    der: Dinov2
+
+
+def paper_configs() -> Configs:
     """Configurations of the published networks: transformers' defaults are those of the checkpoints the paper names,
     but for the Q-Former that reads text."""
     transformers = require("transformers", "rewards")
-    return {
-        "tier": transformers.ErnieConfig(),  # ernie-3.0-base
-        "ber": transformers.Blip2Config(qformer_config={"use_qformer_text_input": True}),  # blip2-itm-vit-g
-        "der": transformers.Dinov2Config(),  # dinov2-base
-    }
+    return Configs(
+        transformers.ErnieConfig(),  # ernie-3.0-base
+        transformers.Blip2Config(qformer_config={"use_qformer_text_input": True}),  # blip2-itm-vit-g
+        transformers.Dinov2Config(),  # dinov2-base
+    )
 
 
-def group_flops(setting: Setting | None = None, configs: dict[str, Any] | None = None) -> dict[str, int]:
+def group_flops(setting: Setting | None = None, configs: Configs | None = None) -> dict[str, int]:
     """Operations that scoring one group takes, by reward model."""
     s, c = setting or Setting(), configs or paper_configs()
     faces = mtcnn_flops(s.side, s.side, s.smallest_face, s.boxes) + facenet_flops()
     return {
-        "tier": s.rows * ernie_flops(c["tier"], s.answer_tokens),
-        "ber": (s.rows + s.previews) * blip2_image_flops(c["ber"]),
-        "der": s.rows * dinov2_flops(c["der"], s.dino_side),
+        "tier": s.rows * ernie_flops(c.tier, s.answer_tokens),
+        "ber": (s.rows + s.previews) * blip2_image_flops(c.ber),
+        "der": s.rows * dinov2_flops(c.der, s.dino_side),
         "fer": s.rows * faces,
     }
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import cast
 
 from ..config.settings import convert
 from ..utils.errors import UserError
@@ -65,7 +66,8 @@ class RewardConfig:
                 raise UserError(
                     f"{origin}.{section}.{name}={settings!r}: must be a table, e.g. {{path: weights/{name}}}"
                 )
-        weights, memory = convert(values.get("weights"), Weights, f"{origin}.weights"), values.get("memory", "auto")
+        weights = cast("Weights", convert(values.get("weights"), Weights, f"{origin}.weights"))
+        memory = values.get("memory", "auto")
         if memory not in MODES:
             raise UserError(f"{origin}.memory={memory!r}: must be {', '.join(MODES)}")
         shared = {key: values[key] for key in SHARED if key in values}

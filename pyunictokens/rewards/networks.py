@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from ..utils.errors import UserError, require
 from ..utils.files import unreadable
 from ..utils.loading import no_bars
 from .base import Device, check_pixels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,6 +88,11 @@ class Network:
             self._modules = tuple(module.requires_grad_(False).eval().to(self.device) for module in built)
         return self._modules
 
+    @property
+    def _net(self) -> Any:
+        """The first module; what is in it the libraries have no types for."""
+        return self.load()[0]
+
     def to(self, device: Device) -> None:
         """Move to `device`; what is not read from disk yet will be put there."""
         device = torch.device(device)
@@ -121,7 +129,7 @@ class ImageNetwork(Network):
         require("torchvision", "rewards")  # resizing on the device is torchvision's
         transformers = require("transformers", "rewards")
         named = importlib.util.find_spec("transformers.image_processing_backends") is not None  # else an older one
-        on_tensors: dict[str, Any] = {"backend": "torchvision"} if named else {"use_fast": True}
+        on_tensors: dict[str, object] = {"backend": "torchvision"} if named else {"use_fast": True}
         try:
             self._processor = transformers.AutoImageProcessor.from_pretrained(
                 folder, local_files_only=True, **on_tensors
@@ -178,7 +186,7 @@ def from_transformers(
     return model
 
 
-def read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Raises UserError where there is none that can be read."""
     transformers = require("transformers", "rewards")
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
 from ..config.training import MAX_SEED, MOST, GrpoConfig, StageConfig, TrainConfig
@@ -214,7 +214,8 @@ class Run:
             raise UserError(f"{path}: {hint} (no policy.json, no concept.json, no epoch_*_embed.pt)")
         run.config = load_yaml(path / CONFIG) if (path / CONFIG).is_file() else {}
         about = read_json_table(path / ABOUT) if (path / ABOUT).is_file() else {}
-        run.facts = convert(about.get("extra_info", []), tuple[str, ...], f"{path / ABOUT}: extra_info")
+        facts = convert(about.get("extra_info", []), tuple[str, ...], f"{path / ABOUT}: extra_info")
+        run.facts = cast("tuple[str, ...]", facts)
         return run
 
     @property

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from ..evaluate.result import Metric, bootstrap, read_means
 from ..utils.errors import needs
-from ..utils.files import AnyJson, read_json_table, write_json, write_text_atomic
+from ..utils.files import read_json_table, write_json, write_text_atomic
 from ..utils.text import spreadsheet_cell
 from .demo import HEADLINES
 from .sweep import Status
@@ -94,7 +94,7 @@ def write_results(runs: str | os.PathLike[str], rows: Sequence[Row]) -> Path:
     return page
 
 
-def _flat(row: Row, keys: Sequence[str]) -> dict[str, AnyJson]:
+def _flat(row: Row, keys: Sequence[str]) -> dict[str, object]:
     status = row.status
     numbers = {f"{key}.{part}": row.means.get(key, {}).get(part) for key in keys for part in PARTS}
     return {
@@ -112,7 +112,7 @@ def _numbers(rows: Sequence[Row]) -> list[tuple[str, Metric, Metric, Metric]]:
     return [(key, before, after, change) for key, _, before, after, change in summary(rows)]
 
 
-def _plain(metrics: Sequence[Metric]) -> dict[str, AnyJson]:
+def _plain(metrics: Sequence[Metric]) -> dict[str, object]:
     names = ("before", "after", "change")
     return {
         name: {"mean": m.mean, "low": m.low, "high": m.high, "n": m.n} for name, m in zip(names, metrics, strict=True)

@@ -8,9 +8,9 @@ metric may read it.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ..data.images import save_image
 from ..data.install import list_concept
 from ..data.photographs import TRUTH
 from ..utils.errors import UserError, needs
-from ..utils.files import write_json
+from ..utils.files import AnyJson, write_json
 from .drawing import render
 from .facts import FACTS, at_place, draw_facts, thing
 from .grammar import RECOGNITIONS, change_subject, subject_questions
@@ -147,7 +147,7 @@ class _Writer:
         return _as_json(pairs)
 
     def _conversations(self, scenes: list[Attributes]) -> None:
-        talk: dict[str, Any] = {str(index): self._seen(scene) for index, scene in enumerate(scenes)}
+        talk: dict[str, object] = {str(index): self._seen(scene) for index, scene in enumerate(scenes)}
         talk["text_only"] = self._without_picture(range(4))
         write_json(self.train / "conversations.json", talk)
 
@@ -245,6 +245,6 @@ def _as_json(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"query": query, "answer": answer} for query, answer in pairs]
 
 
-def expected_slots(truth: dict[str, Any], prompt: str) -> dict[str, str]:
+def expected_slots(truth: Mapping[str, AnyJson], prompt: str) -> dict[str, str]:
     """What a picture for `prompt` should show, subject included, as words by slot; KeyError for an unknown prompt."""
     return {**truth["subject"], **truth["prompts"][prompt]}

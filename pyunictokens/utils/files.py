@@ -274,7 +274,7 @@ def read_json_table(path: str | os.PathLike[str]) -> dict[str, AnyJson]:
     return found
 
 
-def read_table_or_warn(path: str | os.PathLike[str], otherwise: str) -> dict[str, AnyJson]:
+def read_table_or_warn(path: str | os.PathLike[str], otherwise: str) -> dict[str, object]:
     """The table in a JSON file that a run can do without; {} where there is no file, and with a warning, which says
     what is done `otherwise`, where it is damaged."""
     if not Path(path).exists():

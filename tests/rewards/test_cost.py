@@ -91,11 +91,11 @@ def test_the_rollout_is_the_one_the_design_speaks_of() -> None:
 
 def test_the_networks_are_the_papers() -> None:
     c = cost.paper_configs()
-    vit = c["ber"].vision_config
+    vit = c.ber.vision_config
     assert (vit.hidden_size, vit.num_hidden_layers, vit.image_size) == (1408, 39, 224)  # ViT-g
-    assert (c["ber"].qformer_config.num_hidden_layers, c["ber"].num_query_tokens) == (12, 32)
-    assert (c["der"].hidden_size, c["der"].num_hidden_layers, c["der"].patch_size) == (768, 12, 14)
-    assert (c["tier"].hidden_size, c["tier"].num_hidden_layers) == (768, 12)
+    assert (c.ber.qformer_config.num_hidden_layers, c.ber.num_query_tokens) == (12, 32)
+    assert (c.der.hidden_size, c.der.num_hidden_layers, c.der.patch_size) == (768, 12, 14)
+    assert (c.tier.hidden_size, c.tier.num_hidden_layers) == (768, 12)
 
 
 def test_the_page_shows_the_table() -> None:

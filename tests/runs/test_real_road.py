@@ -80,12 +80,12 @@ def test_sizes_of_the_reward_models_are_those_of_their_networks() -> None:
     from pyunictokens.rewards.costs import paper_configs
 
     configs = paper_configs()
-    configs["tier"].vocab_size = 40000
+    configs.tier.vocab_size = 40000
     with torch.device("meta"):
         networks = {
-            "tier": transformers.ErnieModel(configs["tier"]),
-            "ber": transformers.Blip2ForImageTextRetrieval(configs["ber"]),
-            "der": transformers.Dinov2Model(configs["der"]),
+            "tier": transformers.ErnieModel(configs.tier),
+            "ber": transformers.Blip2ForImageTextRetrieval(configs.ber),
+            "der": transformers.Dinov2Model(configs.der),
             "fer": facenet.InceptionResnetV1(pretrained=None, classify=True, num_classes=8631),
         }
     for name, network in networks.items():

@@ -48,13 +48,13 @@ class Pipeline:
     def __init__(self, source: DiffusionSource, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         diffusers = require("diffusers", "diffusers")
         self.device = torch.device(device)
-        found: dict[str, Any] = {name: getattr(source, name) for name in ("lora", "embedding")}
+        found = {"lora": source.lora, "embedding": source.embedding}
         for name, given in found.items():
             try:
                 found[name] = local_or_hub(given) if given else given
             except UserError as error:
                 raise UserError(f"{name}={error}") from None
-        source = replace(source, **found)
+        source = replace(source, lora=found["lora"], embedding=found["embedding"])
         self.source, place = source, local_or_hub(source.path)
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(place)
@@ -75,7 +75,7 @@ class Pipeline:
             self._load("load_textual_inversion", self.source.embedding, token=token)
             self._embedded.add(token)
 
-    def _load(self, method: str, given: str, **more: Any) -> None:
+    def _load(self, method: str, given: str, **more: object) -> None:
         if not hasattr(self.pipe, method):
             raise UserError(f"{type(self.pipe).__name__} has no {method}: {given} does not fit this pipeline")
         try:
@@ -87,7 +87,7 @@ class Pipeline:
     @torch.no_grad()
     def generate(self, prompt: str, n: int, seed: int) -> Tensor:
         """[n, 3, H, W] in [-1, 1]; each image has a generator of its own, so its number decides and not the batch."""
-        more: dict[str, Any] = {}
+        more: dict[str, int] = {}
         if self.source.size:
             more = {"height": self.source.size, "width": self.source.size}
         generators = [torch.Generator("cpu").manual_seed(seed * 1000 + index) for index in range(n)]

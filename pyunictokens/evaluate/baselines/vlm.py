@@ -6,10 +6,11 @@ Loads from a folder or hub id with the checkpoint's own processor and chat templ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ...models.checkpoint import local_or_hub
 from ...utils.errors import UserError, needs
@@ -49,7 +50,7 @@ class Backbone:
         new = made[:, inputs["input_ids"].shape[1] :]
         return str(self.processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
 
-    def inputs(self, images: Sequence[Image], question: str, placed: bool = False) -> Any:
+    def inputs(self, images: Sequence[Image], question: str, placed: bool = False) -> MutableMapping[str, Tensor]:
         """What the model is given for the images and the question, by the checkpoint's processor. The images come
         first, unless the question has placed them: by :attr:`token`, in their order."""
         text = self._prompt(0 if placed else len(images), question)

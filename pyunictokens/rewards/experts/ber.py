@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from ..base import (
 from ..cache import TextCache
 from ..networks import ImageNetwork, NetworkConfig, from_transformers, read_tokenizer
 from ..registry import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,7 @@ class Blip2(ImageNetwork):
 
     files: ClassVar[WeightFiles] = FILES
 
-    def __init__(self, config: BerConfig, device: Device = "cpu"):
-        super().__init__(config, device)
-        self._tokenizer: Any = None
+    _tokenizer: PreTrainedTokenizerBase
 
     def _build(self, folder: Path) -> tuple[nn.Module, ...]:
         net: Any = from_transformers("Blip2ForImageTextRetrieval", folder, self.dtype, kinds=("blip-2",))
@@ -137,12 +138,9 @@ class Blip2(ImageNetwork):
         self._read_processor(folder)
         return (net,)
 
-    def _net(self) -> Any:
-        return self.load()[0]
-
     def _seen(self, pixels: Tensor) -> Tensor:
         """What the ViT sees, [B, patches + 1, D], in the Q-Former's dtype."""
-        net = self._net()
+        net = self._net
         patches = net.vision_model(pixel_values=self.prepare(pixels).to(self.dtype)).last_hidden_state
         return patches.to(net.query_tokens.dtype)
 
@@ -151,7 +149,7 @@ class Blip2(ImageNetwork):
         """[B, Q, D]: one vector for each of the Q queries, L2-normalised, float32."""
 
         def encode(pixels: Tensor) -> Tensor:
-            net, seen = self._net(), self._seen(pixels)
+            net, seen = self._net, self._seen(pixels)
             queries = net.query_tokens.expand(len(seen), -1, -1)
             found = net.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
             return F.normalize(_apply(net.vision_projection, found), dim=-1)
@@ -163,7 +161,7 @@ class Blip2(ImageNetwork):
         """[B, D], L2-normalised, float32."""
         if not texts:
             raise UserError("no texts to encode: pass at least one")
-        net, step, rows = self._net(), self.config.batch, []
+        net, step, rows = self._net, self.config.batch, []
         for start in range(0, len(texts), step):
             ids, mask = self._read(texts[start : start + step])
             read = net.qformer(query_embeds=net.embeddings(input_ids=ids), query_length=0, attention_mask=mask)
@@ -173,7 +171,7 @@ class Blip2(ImageNetwork):
     @torch.no_grad()
     def match(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
         """Probabilities [B] of the matching head that text b belongs to image b, float32."""
-        net, step, rows = self._net(), self.config.batch, []
+        net, step, rows = self._net, self.config.batch, []
         for start in range(0, len(texts), step):
             seen = self._seen(pixels[start : start + step].to(self.device))
             ids, mask = self._read(texts[start : start + step])
@@ -188,7 +186,7 @@ class Blip2(ImageNetwork):
 
     def _read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(ids [B, L], mask [B, L]) of texts, the longer ones cut to the positions there are."""
-        limit = self._net().config.qformer_config.max_position_embeddings
+        limit = self._net.config.qformer_config.max_position_embeddings
         ids = self._tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return ids["input_ids"].to(self.device), ids["attention_mask"].to(self.device)
 

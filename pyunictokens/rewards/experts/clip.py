@@ -10,10 +10,10 @@ Pixels are prepared as open_clip does it, on their device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +66,10 @@ class OpenClip(Network):
 
     files: ClassVar[WeightFiles] = _CLIP
     config: ClipConfig
+    _tokenizer: Callable[[list[str]], Tensor]
 
     def __init__(self, config: ClipConfig, device: Device = "cpu"):
         super().__init__(config, device)
-        self._tokenizer: Any = None
         self.texts = TextCache(self._read)
 
     def locate(self) -> Path:
@@ -102,7 +102,7 @@ class OpenClip(Network):
         """[B, D] of pixels [B, 3, H, W] in [-1, 1], L2-normalised, float32."""
 
         def encode(part: Tensor) -> Tensor:
-            net: Any = self.load()[0]
+            net = self._net
             eye = net.visual
             side = eye.image_size[0] if isinstance(eye.image_size, (tuple, list)) else eye.image_size
             ready = resized_and_cropped(part, side, eye.image_mean, eye.image_std)
@@ -112,8 +112,7 @@ class OpenClip(Network):
 
     @torch.no_grad()
     def _read(self, texts: Sequence[str]) -> Tensor:
-        net: Any = self.load()[0]
-        return F.normalize(net.encode_text(self._tokenizer(list(texts)).to(self.device)).float(), dim=-1)
+        return F.normalize(self._net.encode_text(self._tokenizer(list(texts)).to(self.device)).float(), dim=-1)
 
     def similarity(self, batch: RewardBatch) -> Tensor:
         """Cosines [R] of images and their prompts."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ class Dinov2(ImageNetwork):
         """[B, P, D], float32: the last layer's normalised states of the patches."""
 
         def encode(pixels: Tensor) -> Tensor:
-            net: Any = self.load()[0]
+            net = self._net
             states = net(pixel_values=self.prepare(pixels).to(self.dtype)).last_hidden_state
             first = 1 + int(net.config.to_dict().get("num_register_tokens", 0))
             return states[:, first:].float()

@@ -110,7 +110,7 @@ class MtcnnFaceNet(Network):
 
     def find(self, colours: Tensor) -> list[Face | None]:
         """The largest face in each image, uint8 [B, 3, H, W], or None."""
-        finder: Any = self.load()[0]
+        finder = self._net
         if min(colours.shape[-2:]) < self.config.smallest:
             return [None] * len(colours)  # no face of that size can be in it
         faces: list[Face | None] = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Found:
 
 Detector = Callable[[Tensor], list[list[Found]]]
 """From pixels [B, 3, H, W] in [0, 1] to what is in each image."""
+
+Wanted = TypedDict(
+    "Wanted", {"class": str, "count": int, "colour": str, "pattern": str, "position": tuple[str, int]}, total=False
+)
+"""An object of the column `objects`; all but its class may be left out."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Objects:
         return torch.tensor(scores)
 
 
-def check(wanted: Sequence[Mapping[str, Any]], seen: Sequence[Found], pixels: Tensor) -> list[bool]:
+def check(wanted: Sequence[Wanted], seen: Sequence[Found], pixels: Tensor) -> list[bool]:
     """What of `wanted` is right in an image [3, H, W] in [0, 1]: for each object whether it is there, then its count,
     its colour and pattern, and its position, as far as they are asked for."""
     checks: list[bool] = []
@@ -153,7 +158,7 @@ def colour_of(box: Sequence[float], pixels: Tensor) -> str:
     return names[int(gaps.argmin())]
 
 
-def _objects(given: object, prompt: str) -> list[Mapping[str, Any]]:
+def _objects(given: object, prompt: str) -> list[Wanted]:
     """The column's value, checked. Raises UserError naming the prompt."""
     where = f"prompt {prompt!r}: objects"
     if not isinstance(given, (list, tuple)) or not given:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from ..base import Device, RewardBatch, WithNetwork
 from ..cache import TextCache
 from ..networks import ImageNetwork, NetworkConfig, from_transformers, read_tokenizer
 from ..registry import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BEST = 26.0
 
@@ -37,10 +40,10 @@ class PickClip(ImageNetwork):
     """transformers' CLIPModel with its tokenizer and image processor."""
 
     files: ClassVar[WeightFiles] = FILES
+    _tokenizer: PreTrainedTokenizerBase
 
     def __init__(self, config: NetworkConfig, device: Device = "cpu"):
         super().__init__(config, device)
-        self._tokenizer: Any = None
         self.texts = TextCache(self._read)
 
     def _build(self, folder: Path) -> tuple[nn.Module, ...]:
@@ -54,7 +57,7 @@ class PickClip(ImageNetwork):
         """[B, D], L2-normalised, float32."""
 
         def encode(part: Tensor) -> Tensor:
-            net: Any = self.load()[0]
+            net = self._net
             seen = net.vision_model(pixel_values=self.prepare(part).to(self.dtype)).pooler_output
             return F.normalize(net.visual_projection(seen).float(), dim=-1)
 
@@ -62,7 +65,7 @@ class PickClip(ImageNetwork):
 
     @torch.no_grad()
     def _read(self, texts: Sequence[str]) -> Tensor:
-        net: Any = self.load()[0]
+        net = self._net
         limit = net.config.text_config.max_position_embeddings
         ids = self._tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         ids = {name: ids[name].to(self.device) for name in ("input_ids", "attention_mask")}
@@ -70,8 +73,7 @@ class PickClip(ImageNetwork):
 
     def scale(self) -> float:
         """The factor of the cosine."""
-        net: Any = self.load()[0]
-        return float(net.logit_scale.exp())
+        return float(self._net.logit_scale.exp())
 
 
 @register("pickscore", label="PickScore: preference", settings=PickConfig, files=FILES, judges_previews=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from ..base import Device, RewardBatch, TextEncoder, WithNetwork, cosine
 from ..cache import TextCache
 from ..networks import Network, NetworkConfig, from_transformers, read_tokenizer
 from ..registry import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def tier_score(similarity_RL: Tensor, correct: int) -> Tensor:
@@ -101,10 +104,7 @@ class SentenceEncoder(Network):
 
     files: ClassVar[WeightFiles] = FILES
     config: TierConfig
-
-    def __init__(self, config: TierConfig, device: Device = "cpu"):
-        super().__init__(config, device)
-        self._tokenizer: Any = None
+    _tokenizer: PreTrainedTokenizerBase
 
     def _build(self, folder: Path) -> tuple[nn.Module, ...]:
         net: Any = from_transformers("AutoModel", folder, self.dtype, unused=("pooler.",))
@@ -122,7 +122,7 @@ class SentenceEncoder(Network):
         return torch.cat([self._embed(texts[start : start + step]) for start in range(0, len(texts), step)])
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        net: Any = self.load()[0]
+        net = self._net
         places = getattr(net.config, "max_position_embeddings", self.config.max_tokens)
         limit = min(self.config.max_tokens, places - (2 if net.config.model_type in _SHIFTED else 0))
         ids = self._tokenizer(

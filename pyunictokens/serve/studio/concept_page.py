@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from ...data.concept import KINDS
 from ...data.images import read_image
@@ -17,6 +17,10 @@ with needs("studio"):
     from PIL.Image import Image as Picture
 
 Fact = dict[str, str]
+Update = dict[str, object]
+"""What gradio changes in a component."""
+_Filled = tuple[str, str, str, str, list[Path], list[Fact], "list[str] | None", bool]
+"""What gradio hands on of the form, in the order of its fields."""
 
 _SHOWN = 320
 """Pixels of the shorter side of photos on the page, at least."""
@@ -93,14 +97,14 @@ def concept_page(concepts: Concepts) -> gr.State:
     written = gr.State("")
     said = gr.Textbox(label="What the checks say", interactive=False, lines=2, max_lines=20, elem_id="concept-said")
 
-    def gallery(files: list[Path]) -> tuple[Any, Any]:
+    def gallery(files: list[Path]) -> tuple[Update, Update]:
         pictures = [(_thumb(file), _finding(concepts, file)) for file in files]
         return (
             gr.update(value=pictures, visible=bool(files)),
             gr.update(choices=[f"{place}: {file.name}" for place, file in enumerate(files, 1)], value=None),
         )
 
-    def take(files: list[str] | None, now: list[Path]) -> tuple[Any, ...]:
+    def take(files: list[str] | None, now: list[Path]) -> tuple[object, ...]:
         with told():
             kept = [*now, *(Path(file) for file in files or ())]
             bad = [str(problem) for file in kept if not _readable(file) for problem in concepts.findings(file)]
@@ -113,21 +117,21 @@ def concept_page(concepts: Concepts) -> gr.State:
                 return None
             return concepts.cropped(files[place], *cuts)
 
-    def cut_it(files: list[Path], place: int | None, *cuts: float) -> tuple[Any, ...]:
+    def cut_it(files: list[Path], place: int | None, *cuts: float) -> tuple[object, ...]:
         with told():
             if place is None:
                 raise UserError("Choose a photo first.")
             new = [*files[:place], concepts.cut(files[place], *cuts), *files[place + 1 :]]
             return new, *gallery(new), None, *(0 for _ in edges)
 
-    def drop_it(files: list[Path], place: int | None) -> tuple[Any, ...]:
+    def drop_it(files: list[Path], place: int | None) -> tuple[object, ...]:
         with told():
             if place is None:
                 raise UserError("Choose a photo first.")
             new = [*files[:place], *files[place + 1 :]]
             return new, *gallery(new), None
 
-    def add_fact(known: list[Fact], *texts: str) -> tuple[Any, ...]:
+    def add_fact(known: list[Fact], *texts: str) -> tuple[object, ...]:
         with told():
             new = {key: text.strip() for key, text in zip(("fact", "prompt", "question", "answer"), texts, strict=True)}
             if not new["fact"] or not new["prompt"]:
@@ -138,20 +142,20 @@ def concept_page(concepts: Concepts) -> gr.State:
     def back(known: list[Fact]) -> tuple[list[Fact], str]:
         return known[:-1], _listed(known[:-1])
 
-    def form(*given: Any) -> ConceptForm:
-        label, sort, what, sentence, files, more, apart, over = given
+    def form(given: tuple[object, ...]) -> ConceptForm:
+        label, sort, what, sentence, files, more, apart, over = cast(_Filled, given)
         if not files:
             raise UserError("There are no photos yet: drop some first.")
-        apart = tuple(Path(file) for file in apart or ())
-        return ConceptForm(label.strip(), sort, what.strip(), tuple(files), sentence.strip(), tuple(more), apart, over)
+        others = tuple(Path(file) for file in apart or ())
+        return ConceptForm(label.strip(), sort, what.strip(), tuple(files), sentence.strip(), tuple(more), others, over)
 
-    def try_it(*given: Any) -> str:
+    def try_it(*given: object) -> str:
         with told():
-            return f"It can be saved. {_summary(concepts.check(form(*given)))}"
+            return f"It can be saved. {_summary(concepts.check(form(given)))}"
 
-    def save(*given: Any) -> tuple[str, str]:
+    def save(*given: object) -> tuple[str, str]:
         with told():
-            made = concepts.write(form(*given))
+            made = concepts.write(form(given))
             return f"Saved in {concepts.root}; now train it. {_summary(made)}", made.concept.name
 
     filled = [name, kind, word, looks, photos, facts, others, replace]

@@ -6,13 +6,16 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...utils.errors import UserError, needs
 from ..server import this_machine
 from .backend import Studio
 from .concepts import Concepts
 from .training import Training
+
+if TYPE_CHECKING:
+    from gradio.themes import Base
 
 PASSWORD = "PYUNICTOKENS_STUDIO_PASSWORD"
 """The environment variable that holds the password; the name to sign in with is `studio`."""
@@ -116,7 +119,7 @@ def serve_studio(
         asyncio.run(studio.engine.close(5.0))
 
 
-def _first(names: list[str]) -> Any:
+def _first(names: list[str]) -> dict[str, object]:
     """A dropdown of `names`, the first one chosen."""
     with needs("studio"):
         import gradio as gr
@@ -124,7 +127,7 @@ def _first(names: list[str]) -> Any:
     return gr.update(choices=names, value=names[0] if names else None)
 
 
-def _theme() -> Any:
+def _theme() -> Base:
     """Gradio's own with fonts of this machine, and hints dark enough to be read (WCAG: 4.5 to 1)."""
     with needs("studio"):
         import gradio as gr

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from ...data.images import read_image
 from ...utils.errors import needs
+from .concept_page import Update
 from .concepts import Concepts
 from .training import TrainForm, Training, View
 from .try_page import optional, told, whole_of
@@ -15,6 +16,8 @@ with needs("studio"):
     import gradio as gr
     import pandas
 
+_Filled = tuple[str | None, str, str, bool, float | None, str]
+"""What gradio hands on of the form, in the order of its fields."""
 _EVERY = 2.0
 """Seconds between two looks at the run's files."""
 _GRIDS = 4
@@ -70,22 +73,22 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
     clock = gr.Timer(_EVERY)
     last: gr.State = gr.State(None)
 
-    def form(*given: Any) -> TrainForm:
-        which, label, count, measured, key, more = given
+    def form(given: tuple[object, ...]) -> TrainForm:
+        which, label, count, measured, key, more = cast(_Filled, given)
         if not which:
             raise gr.Error("Choose a concept first; the page Concept makes one.", print_exception=False)
         return TrainForm(which, label, whole_of(count, "Steps of reinforcement"), measured, int(key or 0), more)
 
-    def plan_it(*given: Any) -> str:
+    def plan_it(*given: object) -> str:
         with told():
-            return training.plan(form(*given))
+            return training.plan(form(given))
 
-    def start_it(*given: Any) -> Any:
+    def start_it(*given: object) -> Update:
         with told():
-            name = training.start(form(*given))
+            name = training.start(form(given))
             return gr.update(choices=training.names(), value=name)
 
-    def resume_it(name: str | None) -> Any:
+    def resume_it(name: str | None) -> Update:
         with told():
             return gr.update(choices=training.names(), value=training.resume(name or ""))
 
@@ -93,13 +96,13 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
         with told():
             gr.Info(training.stop())
 
-    def look(name: str | None, seen: View | None) -> tuple[Any, ...]:
+    def look(name: str | None, seen: View | None) -> tuple[object, ...]:
         """What has changed since the last look."""
         with told():
             view = training.look(name) if name else View(said="", state="")
             if view == seen:
                 return tuple(gr.skip() for _ in range(6))
-            grids_now: Any = gr.skip()
+            grids_now: Update = gr.skip()
             if seen is None or view.samples != seen.samples:
                 newest = [(read_image(file), _step(file)) for file in view.samples[:_GRIDS]]
                 grids_now = gr.update(value=newest, visible=bool(newest))
@@ -122,7 +125,7 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
     return concept, run, clock
 
 
-def _curve(points: list[tuple[int, str, float]], what: str, value: str) -> Any:
+def _curve(points: list[tuple[int, str, float]], what: str, value: str) -> Update:
     return gr.update(value=pandas.DataFrame(points, columns=["step", what, value]), visible=bool(points))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -214,7 +214,7 @@ def rate_page(studio: Studio) -> gr.Dropdown:
                     done = (text, name, [left, right], sheet.seed) if sheet.done == 2 else None
                     yield left, right, done
 
-    def save(which: int) -> Any:
+    def save(which: int) -> Callable[[tuple[str, str, list[Picture], int] | None], str]:
         def choose(drawn: tuple[str, str, list[Picture], int] | None) -> str:
             with told():
                 if drawn is None:
