@@ -20,7 +20,7 @@ def here(tmp_path: Path) -> World:
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
-@pytest.mark.parametrize("previews", [False, True])
+@pytest.mark.parametrize("previews", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_capture_serves_twelve_groups_of_free_answers(
     previews: bool, here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

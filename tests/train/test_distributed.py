@@ -99,7 +99,7 @@ def equal(run: Path, other: Path) -> None:
     assert off.max() < 2 * len(lines) * LR and off.square().mean().sqrt() < 0.02 * LR
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_results_do_not_depend_on_the_number_of_ranks(here: World, alone: Path, tmp_path: Path, count: int) -> None:
     """Five rows on two and four ranks, three on four (one has none), two groups of three with a spread optimizer."""
 

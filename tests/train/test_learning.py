@@ -107,7 +107,13 @@ def _noise(monkeypatch: pytest.MonkeyPatch) -> None:
 BREAKS = {"sign": _sign, "mean": _mean, "old": _old, "mask": _mask, "reference": _reference, "noise": _noise}
 
 
-@pytest.mark.parametrize("what", BREAKS)
+QUICK = ("sign", "reference")
+"""One break of each half of `check`; the others are tried by `make slow`."""
+
+
+@pytest.mark.parametrize(
+    "what", [what if what in QUICK else pytest.param(what, marks=pytest.mark.slow) for what in BREAKS]
+)
 def test_each_break_is_noticed(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     BREAKS[what](monkeypatch)
