@@ -28,6 +28,7 @@ from ..utils.files import save_safetensors_atomic, write_json
 from .checkpoint import assign, load_state_dict, read_config, real_number, resolve, whole_number
 from .costs import Cost, ModelCosts
 from .prefix import Prefix
+from .sdpa import attend
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj")
 """ff_out is left out: the head has the same name, and is read as a plain tensor."""
@@ -133,7 +134,7 @@ class Block(nn.Module):
         q, k = _rotate(q, cos[own], sin[own]), _rotate(k, cos, sin)
         if self.groups > 1:
             k, v = (each.repeat_interleave(self.groups, dim=1) for each in (k, v))
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        seen = attend(q, k, v, allowed)
         x = x_BLD[:, own] + self.attn_out(seen.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
         gate, up = self.ff_proj(h), self.up_proj(h)

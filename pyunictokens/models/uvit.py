@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .sdpa import attend
+
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
@@ -92,7 +94,7 @@ class Texts:
         pairs = torch.stack([self._of_prompt[prompt][number] for prompt in self._pieces])
         q = attention.to_q(x_BND)
         long = q.view(len(self._pieces), -1, q.shape[-1]).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        seen = F.scaled_dot_product_attention(long, pairs[:, 0], pairs[:, 1], attn_mask=self._seen)
+        seen = attend(long, pairs[:, 0], pairs[:, 1], self._seen)
         return attention.to_out[0](seen.transpose(1, 2).reshape(q.shape))
 
 
@@ -164,7 +166,7 @@ def _layer(layer: Any, x: Tensor, active_PD: Tensor, of_row: Tensor, texts: Text
     own = layer.attn1
     h = _adapted(layer.norm1, x, active_PD, of_row)
     q, k, v = (project(h).unflatten(-1, (own.heads, -1)).transpose(1, 2) for project in (own.to_q, own.to_k, own.to_v))
-    x = _added(x, own.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+    x = _added(x, own.to_out[0](attend(q, k, v).transpose(1, 2).flatten(2)))
     x = _added(x, texts.attended(layer.attn2, number, _adapted(layer.norm2, x, active_PD, of_row)))
     value, gate = layer.ff.net[0].proj(_adapted(layer.norm3, x, active_PD, of_row)).chunk(2, dim=-1)
     gate = gate.contiguous()

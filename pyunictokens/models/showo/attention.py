@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...utils.profiling import taken
 from ..prefix import Prefix
+from ..sdpa import attend
 from .padding import FEATURES, reading_marks
 from .shared_prefix import TOGETHER, Kernel, joined_attention, kernel_for
 
@@ -42,7 +43,7 @@ class FullAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = None if self.allowed is None else self.allowed[:, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return attend(q, k, v, mask, self.causal)
 
 
 @dataclass
@@ -169,7 +170,7 @@ class PromptAttention:
             past = keys.shape[2] - k.shape[2]
             new = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
             mask = torch.cat([new.new_ones(q.shape[2], past), new], dim=1)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=width**-0.5)[..., :width]
+        return attend(q, keys, values, mask, scale=width**-0.5)[..., :width]
 
 
 class CausalAfterPrompt(PromptAttention):
