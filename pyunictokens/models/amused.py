@@ -36,7 +36,7 @@ from .bundle import ModelBundle, Sources
 from .checkpoint import read_config, resolve
 from .costs import ModelCosts
 from .prefix import Prefix
-from .registry import Family
+from .registry import Family, refuse_others
 from .sampling_rule import SamplingRule
 from .tokenizer import TextTokenizer
 
@@ -168,6 +168,7 @@ class Amused(MaskedModel):
             from diffusers import UVit2DModel
 
         folder = resolve(path)
+        refuse_others(folder, "amused")
         transformer = _whole(UVit2DModel, folder / "transformer", dtype)
         text_encoder = _whole(CLIPTextModelWithProjection, folder / "text_encoder", dtype)
         try:
@@ -220,8 +221,9 @@ class AmusedVQ(ImageTokenizer):
             from diffusers import VQModel
 
         folder = resolve(path)
-        inner = folder / "vqvae"
-        net = _whole(VQModel, inner if inner.is_dir() else folder, dtype)
+        inner = folder / "vqvae" if (folder / "vqvae").is_dir() else folder
+        refuse_others(inner, "diffusers' VQModel")
+        net = _whole(VQModel, inner, dtype)
         return cls(net).to(device).requires_grad_(False).eval()
 
     def encode(self, pixels: Tensor) -> Tensor:

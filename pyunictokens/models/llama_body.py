@@ -262,13 +262,11 @@ def read_body(
 ) -> tuple[Path, dict[str, object], BodyConfig, dict[str, Tensor]]:
     """(folder, config.json, sizes, weights) of a checkpoint of this layout: a folder or hub id, whole or sharded.
     Raises UserError where its config.json is of another family than `family`."""
-    from .registry import named_family
+    from .registry import refuse_others
 
     folder = resolve(path)
+    refuse_others(folder, family)
     config: dict[str, object] = dict(read_config(folder))
-    found = named_family(config)
-    if found not in (None, family):
-        raise UserError(f"{folder}: a checkpoint of {found}, not of {family}: open it with pyunictokens.models.load")
     weights = load_state_dict(folder)
     sizes = BodyConfig.from_checkpoint(config, {key: tuple(each.shape) for key, each in weights.items()}, folder)
     return folder, config, sizes, weights

@@ -286,7 +286,10 @@ class MagvitV2(ImageTokenizer):
 
         Raises UserError when a weight is missing, left over, or of another shape.
         """
+        from .registry import refuse_others
+
         folder = resolve(path)
+        refuse_others(folder, "magvit-v2")
         options = read_config(folder, required=False)
         weights = load_state_dict(folder)
         groups = whole_number(options, "norm_groups", 32, folder)

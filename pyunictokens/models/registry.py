@@ -28,6 +28,8 @@ FAMILIES = {
     "llada": "pyunictokens.models.llada",
 }
 """Modules by family."""
+IMAGE_TOKENIZERS = {"MAGVITv2": "magvit-v2", "VQModel": "diffusers' VQModel"}
+"""Image tokenizers by the class that a config.json names."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ def known_files(source: str) -> WeightFiles | None:
 def named_family(config: Mapping[str, object]) -> str | None:
     """The family that a config.json belongs to, None where it is of none known here."""
     return next((family.name for family in families() if family.recognises(config)), None)
+
+
+def refuse_others(folder: Path, wanted: str) -> None:
+    """Raise UserError where the config.json in `folder` is of another family, or of another image tokenizer, than
+    `wanted` (a name in FAMILIES or IMAGE_TOKENIZERS). One that says nothing is let through: its weights will tell."""
+    config = read_config(folder, required=False)
+    found = named_family(config) or IMAGE_TOKENIZERS.get(str(config.get("_class_name")))
+    if found in (None, wanted):
+        return
+    way_out = "open it with pyunictokens.models.load, or " if found in FAMILIES else ""
+    raise UserError(f"{folder}: a checkpoint of {found}, not of {wanted}: {way_out}give a folder of {wanted}")
 
 
 def family_of(path: str | os.PathLike[str]) -> Family:

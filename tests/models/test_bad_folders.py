@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import pytest
 import torch
 
 import pyunictokens as uct
-from pyunictokens.models.amused import Amused
+from pyunictokens.models import MagvitConfig, MagvitV2
+from pyunictokens.models.amused import Amused, AmusedVQ
 from pyunictokens.models.dimoo import Dimoo
 from pyunictokens.models.llada import LlamaWriter
 from pyunictokens.models.llama_body import BodyConfig
 from pyunictokens.models.mmada import Mmada
+from pyunictokens.models.registry import FAMILIES
 from pyunictokens.utils.errors import UserError
 
+from ..rollout.tiny import tiny_model
 from .amused_tiny import write_pipeline
 from .llama_tiny import CODES, write_checkpoint
 
@@ -74,17 +79,53 @@ def test_tokenizers_that_lack_the_ids(llada: Path, mmada: Path, tmp_path: Path) 
         Mmada.from_pretrained(without)
 
 
-def test_checkpoints_of_another_family(llada: Path, mmada: Path, amused: Path) -> None:
-    with pytest.raises(UserError, match="give the whole published pipeline folder"):
-        Amused.from_pretrained(llada)
-    with pytest.raises(UserError, match="a checkpoint of llada, not of mmada: open it with pyunictokens"):
-        Mmada.from_pretrained(llada)
-    with pytest.raises(UserError, match="a checkpoint of mmada, not of lumina-dimoo: open it with pyunictokens"):
-        Dimoo.from_pretrained(mmada)
-    with pytest.raises(UserError, match="a checkpoint of amused, not of llada"):
-        LlamaWriter.from_pretrained(amused)
+@pytest.fixture(scope="module")
+def folders(
+    llada: Path, mmada: Path, amused: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, ...]]:
+    """Tiny checkpoints by what they are."""
+    place = tmp_path_factory.mktemp("others")
+    tiny_model(dtype=torch.float32).save_pretrained(place / "showo")
+    MagvitV2(MagvitConfig(8, (1, 1), (1, 1), (1, 1), (1, 1), 5, 4)).save_pretrained(place / "magvit")
+    dimoo = changed(llada, place / "dimoo", "config.json", architectures=["LLaDAForMultiModalGeneration"])
+    return {
+        "show-o": (place / "showo",),
+        "amused": (amused,),
+        "lumina-dimoo": (dimoo,),
+        "mmada": (mmada,),
+        "llada": (llada,),
+        "magvit-v2": (place / "magvit",),
+        "diffusers' VQModel": (amused / "vqvae", amused),
+    }
+
+
+@pytest.mark.parametrize(
+    ("own", "load"),
+    [
+        ("show-o", uct.Showo.from_pretrained),
+        ("amused", Amused.from_pretrained),
+        ("lumina-dimoo", Dimoo.from_pretrained),
+        ("mmada", Mmada.from_pretrained),
+        ("llada", LlamaWriter.from_pretrained),
+        ("magvit-v2", MagvitV2.from_pretrained),
+        ("diffusers' VQModel", AmusedVQ.from_pretrained),
+    ],
+)
+def test_every_loader_names_what_it_found(
+    folders: dict[str, tuple[Path, ...]], own: str, load: Callable[[Path], object]
+) -> None:
+    for other, (place, *_) in folders.items():
+        if place in folders[own]:
+            continue
+        way_out = "open it with pyunictokens.models.load, or " if other in FAMILIES else ""
+        said = f"{place}: a checkpoint of {other}, not of {own}: {way_out}give a folder of {own}"
+        with pytest.raises(UserError, match=re.escape(said)):
+            load(place)
+
+
+def test_the_folder_says_which_family_it_is(llada: Path, amused: Path) -> None:
     family = {place: uct.models.load(place).model.family for place in (llada, amused)}
-    assert list(family.values()) == ["llada", "amused"], "the folder says which it is"
+    assert list(family.values()) == ["llada", "amused"]
 
 
 def test_parts_of_two_pipelines(amused: Path, tmp_path: Path) -> None:

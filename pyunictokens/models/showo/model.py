@@ -312,7 +312,10 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
         The language model's config is looked for under `llm_model_path` beside the weights; without it Phi-1.5's
         numbers are taken. Raises UserError naming every weight that is missing, left over or of another shape.
         """
+        from ..registry import refuse_others
+
         folder = resolve(path)
+        refuse_others(folder, "show-o")
         weights = load_state_dict(folder)
         shapes = {key: tuple(value.shape) for key, value in weights.items()}
         config = ShowoConfig.from_checkpoint(read_config(folder), shapes, folder)
