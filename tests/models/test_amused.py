@@ -12,9 +12,12 @@ from torch import Tensor
 
 import pyunictokens as uct
 from pyunictokens import DsogThreshold, RolloutEngine, ops
+from pyunictokens.data import load_concept
+from pyunictokens.evaluate import unifybench
 from pyunictokens.models.amused import Amused, AmusedVQ
 from pyunictokens.models.bundle import Sources
 from pyunictokens.rollout import Dsog
+from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.train.trajectories import ImageTrajectories
 from pyunictokens.train.update import LossSettings, streamed_backward
 from pyunictokens.utils.errors import UserError
@@ -22,6 +25,7 @@ from pyunictokens.utils.errors import UserError
 from ..rollout.tiny import philox_noise
 from ..train.naive import objective
 from .amused_tiny import CODES, SIDE, write_pipeline
+from .test_second_model import Grey
 
 PROMPTS = ["a photo of a red dog", "", "big cat in snow"]
 N = SIDE * SIDE
@@ -227,6 +231,15 @@ def test_previews_and_limits(bundle: uct.models.ModelBundle) -> None:
         engine.generate_images(["a b c d e f g h i j k l m"], steps=2)
     larger = engine.generate_images(["a dog"], steps=2, grid=(6, 6))
     assert larger.codes.shape == (1, 36)
+
+
+def test_evaluation_draws_and_scores(bundle: uct.models.ModelBundle, tmp_path: Path) -> None:
+    concept = load_concept(write_toy_concept(tmp_path, seed=3, kind="animal", name="bo"), "bo")
+    settings = {"splits": ["pure"], "samples": 2, "steps": 2, "guidance_scale": 2.0, "image_text": Grey()}
+    records = unifybench(RolloutEngine.of(bundle), concept, None, **settings).records["pure"]
+    assert records and all(len(record["scores"]["clip_t"]) == 2 for record in records)
+    with pytest.raises(UserError, match="does not answer"):
+        unifybench(RolloutEngine.of(bundle), concept, None, splits=["vqa"])
 
 
 def test_folders(folder: Path, bundle: uct.models.ModelBundle, tmp_path: Path) -> None:
