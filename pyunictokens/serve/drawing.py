@@ -69,16 +69,17 @@ class Drawing:
         height, width = self._grid(form.size, served)
         step = served.engine.vq.downsampling if served.engine.vq is not None else 1
         settings = served.sampling
+        steps = settings.timesteps if form.steps is None else form.steps
         request = ImageRequest(
             read_prompt(prompt, served.concept, served.published),
             served.resident,
             samples=form.n,
-            steps=settings.timesteps if form.steps is None else form.steps,
+            steps=steps,
             guidance_scale=settings.guidance_scale if form.guidance_scale is None else form.guidance_scale,
             temperature=settings.temperature if form.temperature is None else form.temperature,
             seed=seed,
             grid=(height, width),
-            previews=form.partial_images if form.stream else 0,
+            previews=min(form.partial_images, steps) if form.stream else 0,
         )
         return Asked(served, request, form, f"{width * step}x{height * step}", revised)
 

@@ -7,9 +7,11 @@ engine, and for the same seed the same picture.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import secrets
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 from ...data.images import save_image, to_pil
 from ...rollout.serving import AsyncEngine, Drawn, ServingEngine
 from ...utils.errors import UserError, needs
+from ...utils.files import write_bytes_atomic
 from ..answering import Answering
 from ..catalog import Catalog
 from ..drawing import Asked, Drawing
@@ -66,6 +69,7 @@ class Studio:
 
     def __init__(self, catalog: Catalog, serving: ServingEngine, choices: Path):
         self.catalog, self.choices = catalog, choices
+        self._room = tempfile.TemporaryDirectory(prefix="pyunictokens-studio-")
         self.engine = AsyncEngine(serving)
         metrics = Metrics(lambda: serving.running, lambda: serving.queue.waiting, lambda: catalog.resident)
         parts = (catalog, self.engine, Pictures(), metrics, False)
@@ -104,6 +108,16 @@ class Studio:
         async with aclosing(self._answering.events(asked, about)) as events:
             async for each in events:
                 yield each.text
+
+    def file(self, picture: Picture) -> str:
+        """A PNG file of a picture, for a page. It is written once and whole: Gradio writes a picture that it is given
+        again over the file that a browser may be reading."""
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        file = Path(self._room.name, f"{hashlib.sha256(buffer.getvalue()).hexdigest()[:32]}.png")
+        if not file.exists():
+            write_bytes_atomic(file, buffer.getvalue())
+        return str(file)
 
     def choose(self, prompt: str, model: str, pictures: Sequence[Picture], seeds: Sequence[int], better: int) -> Path:
         """Save two pictures and which of them is the better one (0, 1); returns the file of choices."""

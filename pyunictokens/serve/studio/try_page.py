@@ -19,7 +19,8 @@ with needs("studio"):
 
 log = logging.getLogger(__name__)
 
-Gallery = list[tuple[Picture, str]]
+Gallery = list[tuple[str, str]]
+"""Files of pictures and what is written below each."""
 
 
 @contextmanager
@@ -80,8 +81,15 @@ def how_of(seed: str, steps: str, guidance: str) -> tuple[int | None, int | None
     return seed_of(whole_of(seed, "Seed")), whole_of(steps, "Steps"), number_of(guidance, "Guidance")
 
 
-def _gallery(sheet: Sheet) -> Gallery:
-    return [(sheet.pictures[place], f"seed {sheet.seed}, image {place + 1}") for place in sorted(sheet.pictures)]
+def _gallery(studio: Studio, sheet: Sheet) -> Gallery:
+    return [
+        (studio.file(picture), f"seed {sheet.seed}, image {place + 1}")
+        for place, picture in sorted(sheet.pictures.items())
+    ]
+
+
+def _file(studio: Studio, sheet: Sheet, place: int) -> str | None:
+    return studio.file(sheet.pictures[place]) if place in sheet.pictures else None
 
 
 def _status(sheet: Sheet, number: int) -> str:
@@ -107,9 +115,8 @@ def try_page(studio: Studio) -> gr.Dropdown:
         status = gr.Textbox(label="Status", interactive=False, elem_id="status")
         pictures = gr.Gallery(label="Images", columns=2, object_fit="contain", elem_id="pictures")
     with gr.Tab("Paint over"):
-        canvas = gr.ImageEditor(
-            label="Picture: paint over what is to change", type="pil", image_mode="RGBA", elem_id="canvas"
-        )
+        gr.Markdown("Put a picture into the frame, and paint with the brush over what is to change.")
+        canvas = gr.ImageEditor(label="Picture", type="pil", image_mode="RGBA", elem_id="canvas")
         words = gr.Textbox(
             label="What is to be there", placeholder="A photo of <bo> in a red hat.", elem_id="paint-words"
         )
@@ -130,14 +137,16 @@ def try_page(studio: Studio) -> gr.Dropdown:
             wish = Wish(name, text, int(count), *how_of(key, t, s), first)
             async with aclosing(studio.draw(wish)) as sheets:
                 async for sheet in sheets:
-                    yield _gallery(sheet), _status(sheet, wish.number)
+                    yield _gallery(studio, sheet), _status(sheet, wish.number)
 
     async def over(
         name: str, drawing: dict[str, Any] | None, text: str, key: str, t: str, s: str
-    ) -> AsyncGenerator[tuple[Picture, Picture], None]:
+    ) -> AsyncGenerator[tuple[str, str], None]:
         with told():
             if drawing is None or drawing.get("background") is None:
                 raise UserError("Put a picture into the frame first, and paint over what is to change.")
+            if not text.strip():
+                raise UserError("Say first what is to be there.")
             before: Picture = drawing["background"].convert("RGB")
             mask = painted_mask(drawing["layers"], before.size)
             wish = Wish(name, text, 1, *how_of(key, t, s))
@@ -145,7 +154,7 @@ def try_page(studio: Studio) -> gr.Dropdown:
                 async for sheet in sheets:
                     if sheet.pictures:
                         after = sheet.pictures[0]
-                        yield before.resize(after.size), after
+                        yield studio.file(before.resize(after.size)), studio.file(after)
 
     async def reply(name: str, image: Picture | None, text: str, key: str) -> AsyncGenerator[str, None]:
         with told():
@@ -158,7 +167,7 @@ def try_page(studio: Studio) -> gr.Dropdown:
     how = [seed, steps, guidance]
     drawing = gr.on([go.click, prompt.submit], draw, [model, prompt, number, reason, *how], [pictures, status])
     stop.click(None, cancels=[drawing])
-    paint.click(over, [model, canvas, words, *how], slider)
+    gr.on([paint.click, words.submit], over, [model, canvas, words, *how], slider)
     gr.on([ask.click, question.submit], reply, [model, shown, question, seed], answer)
     return model
 
@@ -170,25 +179,29 @@ def compare_page(studio: Studio) -> list[gr.Dropdown]:
     prompt = gr.Textbox(label="Prompt", elem_id="compare-prompt")
     seed = gr.Number(1, label="Seed", precision=0)
     go = gr.Button("Compare", variant="primary", elem_id="compare")
+    status = gr.Textbox(label="Status", interactive=False, elem_id="compare-status")
     with gr.Row():
         pictures = [gr.Image(label=label, type="pil") for label in ("First", "Second")]
     slider = gr.ImageSlider(label="First and second", type="pil", elem_id="compared")
 
     async def compare(
         one: str, other: str, text: str, key: float | None
-    ) -> AsyncGenerator[tuple[Picture | None, Picture | None, tuple[Picture, Picture] | None], None]:
-        found: list[Picture | None] = [None, None]
+    ) -> AsyncGenerator[tuple[str, str | None, str | None, tuple[str, str] | None], None]:
+        found: list[str | None] = [None, None]
         with told():
+            if not text.strip():
+                raise UserError("Say first what is to be drawn.")
             for place, name in enumerate((one, other)):
                 async with aclosing(studio.draw(Wish(name, text, seed=seed_of(key) or 0))) as sheets:
                     async for sheet in sheets:
-                        found[place] = sheet.pictures.get(0)
-                        yield found[0], found[1], None
+                        found[place] = _file(studio, sheet, 0)
+                        yield f"{place} of 2 drawn", found[0], found[1], None
             first, second = found
             if first is not None and second is not None:
-                yield first, second, (first, second)
+                yield f"2 of 2 drawn, {one} and {other}: {text}", first, second, (first, second)
 
-    go.click(compare, [*models, prompt, seed], [*pictures, slider])
+    shown = [status, *pictures, slider]
+    gr.on([go.click, prompt.submit], compare, [*models, prompt, seed], shown, show_progress_on=status)
     return models
 
 
@@ -206,13 +219,13 @@ def rate_page(studio: Studio) -> gr.Dropdown:
 
     async def two(
         name: str, text: str
-    ) -> AsyncGenerator[tuple[Picture | None, Picture | None, tuple[object, ...] | None], None]:
+    ) -> AsyncGenerator[tuple[str | None, str | None, tuple[object, ...] | None], None]:
         with told():
             async with aclosing(studio.draw(Wish(name, text, 2))) as sheets:
                 async for sheet in sheets:
-                    left, right = sheet.pictures.get(0), sheet.pictures.get(1)
-                    done = (text, name, [left, right], sheet.seed) if sheet.done == 2 else None
-                    yield left, right, done
+                    both = [sheet.pictures[place] for place in sorted(sheet.pictures)]
+                    done = (text, name, both, sheet.seed) if sheet.done == 2 else None
+                    yield _file(studio, sheet, 0), _file(studio, sheet, 1), done
 
     def save(which: int) -> Callable[[tuple[str, str, list[Picture], int] | None], str]:
         def choose(drawn: tuple[str, str, list[Picture], int] | None) -> str:
@@ -225,7 +238,7 @@ def rate_page(studio: Studio) -> gr.Dropdown:
 
         return choose
 
-    go.click(two, [model, prompt], [*pictures, pair])
+    gr.on([go.click, prompt.submit], two, [model, prompt], [*pictures, pair])
     for which, button in enumerate(better):
         button.click(save(which), pair, said)
     return model
