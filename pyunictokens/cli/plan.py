@@ -39,7 +39,7 @@ def show_plan(
     if isinstance(rewards, str):
         out.print(f"reward models: {rewards}, not looked at", markup=False)
     _show_parts(plan)
-    for line in [*_memory(plan), *_hours(plan, price)]:
+    for line in [*_memory(plan), *_fits(plan), *_hours(plan, price)]:
         out.print(line, markup=False)
     out.print("nothing was fetched or started: the same command without --plan does it", markup=False)
 
@@ -74,6 +74,19 @@ def _memory(plan: RunPlan) -> list[str]:
         f"moments, {need.update / gb:.0f} update, {need.others / gb:.0f} image tokenizer and reward models)",
         f"  at least {need.least / gb:.0f} GB, with grpo.micro_rows=1 grpo.checkpoint_layers=true",
     ]
+
+
+def _fits(plan: RunPlan) -> list[str]:
+    """What fits usual cards, a line for each choice of what learns."""
+    from ..runs.plan import CARDS, USABLE
+
+    if not plan.fits:
+        return []
+    wide = max(map(len, plan.fits))
+    heads = "".join(f"{f'{card} GB':>8}" for card in CARDS)
+    lines = [f"  {f'fits {USABLE:.0%} of a card':{wide}}{heads}"]
+    lines += [f"  {words:{wide}}{''.join(f'{each:>8}' for each in row)}" for words, row in plan.fits.items()]
+    return [*lines, "  (least: with grpo.micro_rows=1 grpo.checkpoint_layers=true)"]
 
 
 def _hours(plan: RunPlan, price: float | None) -> list[str]:

@@ -186,6 +186,9 @@ class LoraConfig:
     """Their scale: the adapter's output is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
     """Which linear layers get one; left as it is, those of the model at hand (`MaskedModel.lora_targets`)."""
+    base: Literal["same", "nf4"] = "same"
+    """The weights below them: as they are, or in four bits (`pip install 'pyunictokens[quant]'`), which adapters then
+    learn on."""
 
     def __post_init__(self) -> None:
         _at_least(1, rank=self.rank)

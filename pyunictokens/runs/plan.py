@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..config.settings import with_overrides
 from ..data.concept import Concept
 from ..evaluate.protocol import SYNC_R1, protocol_named
 from ..evaluate.runner import TableSettings
 from ..evaluate.suites import sync_r1, unify
 from ..evaluate.tasks import TASKS
 from ..models.bundle import Sources
+from ..models.four_bit import BITS
 from ..models.registry import known_files
 from ..models.showo import costs as cost
 from ..models.showo.costs import ShowoCosts
@@ -35,6 +37,13 @@ if TYPE_CHECKING:
 GPU_RATE = 300e12
 """Useful operations a second of one large GPU, assumed where none is given: half of what an H100's large products reach
 in bfloat16. No measurement."""
+
+
+CARDS = (16, 24, 40, 80)
+"""Gigabytes of usual cards."""
+USABLE = 0.9
+"""The part of a card's memory that is planned with; the rest is the driver's and the allocator's."""
+LEARNERS = ("trainable=full", "trainable=lora", "trainable=lora lora.base=nf4", "trainable=concept")
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,9 @@ class RunPlan:
     """Whether the rate was measured on this machine."""
     flops: dict[str, float]
     """Operations by part of the run: stages, reinforcement, measuring."""
+    fits: dict[str, list[str]] = field(default_factory=dict)
+    """For each choice of what learns, whether it fits cards of :data:`CARDS`: "as set", "least" (as `Memory.least`),
+    or "no"."""
 
     @property
     def download(self) -> float:
@@ -145,7 +157,8 @@ def plan_run(
         times = 3 if stages and grpo and settings.evaluation.base else 2
         flops["measuring"] = times * _evaluation_flops(costs, settings.evaluation, concept)
     memory = None if toy is not None else _memory(costs, settings, parts)
-    return RunPlan(parts, memory, dtype, rate or GPU_RATE, measured, {k: v for k, v in flops.items() if v})
+    fits = {} if toy is not None else _fits(costs, settings, parts)
+    return RunPlan(parts, memory, dtype, rate or GPU_RATE, measured, {k: v for k, v in flops.items() if v}, fits)
 
 
 def _evaluation_flops(costs: ShowoCosts, evaluation: EvaluationConfig, concept: Concept) -> float:
@@ -166,7 +179,8 @@ def _memory(costs: ShowoCosts, settings: RunConfig, parts: list[WeightStatus]) -
     guided, rank = grpo.guidance_scale > 0, grpo.lora.rank
     rows = 1 + settings.stages.num_understanding + settings.stages.num_generation
     learned = cost.learned_parameters(config, grpo.trainable, rows=rows, rank=rank)
-    state = cost.sharded_state_bytes(config, grpo.trainable, rows=rows, rank=rank, itemsize=itemsize)
+    bits = BITS if grpo.trainable == "lora" and grpo.lora.base == "nf4" else None
+    state = cost.sharded_state_bytes(config, grpo.trainable, rows=rows, rank=rank, itemsize=itemsize, block_bits=bits)
 
     def update(packed: int, recomputed: int) -> float:
         row = costs.activation_bytes(PROMPT, costs.count, guided, grpo.trainable, recomputed)
@@ -179,6 +193,16 @@ def _memory(costs: ShowoCosts, settings: RunConfig, parts: list[WeightStatus]) -
     beside = [part for part in parts if part.name not in ("model", "tokenizer")]
     others = sum(published_gigabytes(part) * (1.0 if part.name == "vq" else 0.5) for part in beside) * 1e9
     return Memory(state, now, least, others)
+
+
+def _fits(costs: ShowoCosts, settings: RunConfig, parts: list[WeightStatus]) -> dict[str, list[str]]:
+    """`RunPlan.fits` by the words that set a choice."""
+    found: dict[str, list[str]] = {}
+    for words in LEARNERS:
+        need = _memory(costs, replace(settings, grpo=with_overrides(settings.grpo, words.split())), parts)
+        room = [USABLE * card * 1e9 for card in CARDS]
+        found[words] = ["as set" if need.peak <= each else "least" if need.least <= each else "no" for each in room]
+    return found
 
 
 def _reference(costs: ShowoCosts, settings: RunConfig) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..config.settings import from_mapping
 from ..config.training import LoraConfig
 from ..models import ConceptTokens, MaskedModel, owning_rows
+from ..models.four_bit import is_quantised, quantise_base, unpacked
 from ..utils.errors import UserError, needs
 from ..utils.files import named_errors, read_json, save_safetensors_atomic, write_bytes_atomic, write_json
 from .checkpoint.tensors import read_tensors, write_tensors
@@ -76,6 +77,8 @@ class Policy:
         self._reference_file = Path(reference_file) if reference_file is not None else None
         if kind == "lora":
             self.lora = _fitting(model, self.lora)
+            if self.lora.base == "nf4":
+                quantise_base(model)
             self._adapters = add_adapters(model, self.lora, seed)
         elif kind == "full":
             model.requires_grad_(True)
@@ -306,8 +309,22 @@ def _merge_adapters(model: MaskedModel) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
-                child.merge()
-                setattr(parent, name, child.get_base_layer())
+                setattr(parent, name, _merged(child))
+    model.__dict__.pop("is_loaded_in_4bit", None)
+
+
+def _merged(layer: BaseTunerLayer) -> nn.Module:
+    """The layer below an adapter with the adapter's change in it; one of four bits becomes a plain one."""
+    below = layer.get_base_layer()
+    if not is_quantised(below):
+        layer.merge()
+        return layer.get_base_layer()
+    assert isinstance(below, nn.Linear)
+    plain = unpacked(below)
+    for name in layer.active_adapters:
+        change = layer.get_delta_weight(name)  # type: ignore[attr-defined]  # LoRA's layers have it, peft's base has not
+        plain.weight.data += change.to(plain.weight.dtype)
+    return plain
 
 
 def _holds(file: Path, wanted: Mapping[str, Tensor]) -> bool:

@@ -20,7 +20,7 @@ from pyunictokens.models.bundle import Sources
 from pyunictokens.models.registry import implied, known_files
 from pyunictokens.rewards.registry import registered
 from pyunictokens.runs.bundle import paper_rewards, read_rewards, resolved_dtype
-from pyunictokens.runs.plan import parts_of, plan_run
+from pyunictokens.runs.plan import CARDS, LEARNERS, parts_of, plan_run
 from pyunictokens.runs.run_dir import RunConfig
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.utils.devices import pick_dtype
@@ -176,6 +176,8 @@ def test_a_plan_prints_download_memory_hours_and_cost_and_starts_nothing(concept
     )
     assert "download: 11.7 GB" in text, "no faces for an animal"
     assert re.search(r"GPU memory, bfloat16: about \d+ GB", text) and "at least" in text
+    for words in LEARNERS:
+        assert re.search(rf"{words}( +(as set|least|no)){{{len(CARDS)}}}\b", text), "whether it fits each card"
     assert "at 100 TFLOP/s" in text and "reinforcement" in text and "measuring" in text
     hours, cost = re.search(r"about ([\d.]+) h on one device.*cost: about ([\d.]+) at 2 an hour", text).groups()  # type: ignore[union-attr]
     assert float(cost) == pytest.approx(2 * float(hours), abs=0.11)
@@ -194,6 +196,14 @@ def test_memory_and_hours_follow_the_settings(concept: Any) -> None:
     assert full.memory.least < full.memory.peak
     assert plan("grpo.trainable=lora").memory.state < full.memory.state / 3
     assert plan(dtype="float32").memory.peak > full.memory.peak
+    four_bits = plan("grpo.trainable=lora", "grpo.lora.base=nf4")
+    assert four_bits.memory.state < 0.6 * plan("grpo.trainable=lora").memory.state
+    fits = plan("grpo.micro_rows=1").fits
+    assert fits["trainable=full"][0] == "no" and fits["trainable=full"][-1] == "as set"
+    order = ["no", "least", "as set"]
+    for row in fits.values():
+        assert [order.index(each) for each in row] == sorted(order.index(each) for each in row), "more memory, no less"
+    assert order.index(fits["trainable=lora lora.base=nf4"][0]) >= order.index(fits["trainable=lora"][0])
     assert plan("grpo.micro_rows=8").memory.update > 1.7 * full.memory.update
     twice = plan("grpo.steps=200")
     assert twice.hours["reinforcement"] == pytest.approx(2 * full.hours["reinforcement"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pyunictokens.models.showo import prompting
 from pyunictokens.train import LoraConfig, Policy, load_policy
 from pyunictokens.train.logprobs import Leaves
 from pyunictokens.train.optimizer import Optimizer
-from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.errors import MissingExtra, UserError
 from tests.train.world import tiny_concept, tiny_model
 
 KINDS = ("concept", "lora", "full")
@@ -209,3 +210,35 @@ def test_gradients_of_many_pieces_add_up_in_float32() -> None:
     live.retain_grad()
     leaves.backward()
     assert live.grad is not None and (live.grad.float() - 1000).abs().max() <= 4
+
+
+def test_a_base_of_four_bits_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(MissingExtra, match=r"bitsandbytes is needed here.*pip install 'pyunictokens\[quant\]'"):
+        Policy(tiny_model(), "lora", lora=LoraConfig(base="nf4"))
+
+
+def test_adapters_learn_on_a_base_of_four_bits(tmp_path: Path) -> None:
+    """The base is smaller and near, the reference is the quantised base, adapters alone learn and are written, and
+    merging gives plain layers that compute the same."""
+    pytest.importorskip("bitsandbytes", reason="the extra quant is not installed")
+    plain = tiny_model(width=64)
+    policy = Policy(tiny_model(width=64), "lora", lora=LoraConfig(base="nf4"))
+    model = policy.model
+    inner = {name: value for name, value in model.named_parameters() if "fc1.base_layer.weight" in name}
+    assert len(inner) == 2 and all(value.dtype == torch.uint8 and value.numel() == 64 * 64 for value in inner.values())
+    before = logits(model)
+    off = (before.softmax(-1) - logits(plain).softmax(-1)).abs().max()
+    assert 1e-4 < off < 0.3, "another model, and near"
+    assert all("lora_" in name for name in policy.named_parameters())
+    push(policy)
+    after = logits(model)
+    assert (after - before).abs().max() > 0.02
+    with policy.reference():
+        assert torch.equal(logits(model), before)
+    policy.export(tmp_path)
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    merged = policy.merge()
+    assert not [name for name, value in merged.named_parameters() if value.dtype == torch.uint8 or "lora_" in name]
+    assert torch.allclose(logits(merged), after, atol=1e-4)

@@ -239,12 +239,23 @@ def learned_parameters(config: ShowoConfig, trainable: str = "full", *, rows: in
 
 
 def sharded_state_bytes(
-    config: ShowoConfig, trainable: str = "full", *, ranks: int = 1, rows: int = 25, rank: int = 8, itemsize: int = 2
+    config: ShowoConfig,
+    trainable: str = "full",
+    *,
+    ranks: int = 1,
+    rows: int = 25,
+    rank: int = 8,
+    itemsize: int = 2,
+    block_bits: float | None = None,
 ) -> float:
     """What one of `ranks` holds between steps, in bytes: all weights and float32 gradients of what learns; of float32
-    twins and AdamW's moments (12 bytes a parameter) its share."""
+    twins and AdamW's moments (12 bytes a parameter) its share. `block_bits`: of a weight of the blocks, where they are
+    quantised."""
     learned = learned_parameters(config, trainable, rows=rows, rank=rank)
-    return itemsize * parameters(config) + learned * (4 + 12 / ranks)
+    saved = 0.0
+    if block_bits is not None:
+        saved = config.num_hidden_layers * block_parameters(config) * (itemsize - block_bits / 8)
+    return itemsize * parameters(config) - saved + learned * (4 + 12 / ranks)
 
 
 def exchanged_bytes(learned: float, ranks: int, itemsize: int = 2) -> float:
