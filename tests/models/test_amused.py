@@ -235,11 +235,14 @@ def test_previews_and_limits(bundle: uct.models.ModelBundle) -> None:
 
 def test_evaluation_draws_and_scores(bundle: uct.models.ModelBundle, tmp_path: Path) -> None:
     concept = load_concept(write_toy_concept(tmp_path, seed=3, kind="animal", name="bo"), "bo")
-    settings = {"splits": ["pure"], "samples": 2, "steps": 2, "guidance_scale": 2.0, "image_text": Grey()}
-    records = unifybench(RolloutEngine.of(bundle), concept, None, **settings).records["pure"]
+    engine = RolloutEngine.of(bundle)
+    result = unifybench(
+        engine, concept, None, splits=["pure"], samples=2, steps=2, guidance_scale=2.0, image_text=Grey()
+    )
+    records = result.records["pure"]
     assert records and all(len(record["scores"]["clip_t"]) == 2 for record in records)
     with pytest.raises(UserError, match="does not answer"):
-        unifybench(RolloutEngine.of(bundle), concept, None, splits=["vqa"])
+        unifybench(engine, concept, None, splits=["vqa"])
 
 
 def test_folders(folder: Path, bundle: uct.models.ModelBundle, tmp_path: Path) -> None:
