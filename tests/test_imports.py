@@ -1,10 +1,9 @@
 """Who may import whom: an arrow never runs back, and the doors of the library need torch alone."""
 
 import ast
-import io
+import functools
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pyunictokens
@@ -30,11 +29,16 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 """Rooms by the rooms they may know. A room that is not here fails the test: give it its line."""
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def imports(file: Path) -> set[str]:
     """Rooms of this package that `file` imports, wherever in the file it does."""
     base = ["pyunictokens", *file.relative_to(PACKAGE).parts[:-1]]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.ImportFrom):
             start = base[: len(base) - node.level + 1] if node.level else []
             target = [*start, *(node.module or "").split(".")] if node.module else start
@@ -83,15 +87,15 @@ def public_functions(body: list[ast.stmt]) -> list[ast.FunctionDef | ast.AsyncFu
 def test_any_is_rare_and_on_no_public_signature():
     lines, public = set(), set()
     for file in sorted(PACKAGE.rglob("*.py")):
-        inside, text = file.relative_to(PACKAGE).as_posix(), file.read_text(encoding="utf-8")
+        inside = file.relative_to(PACKAGE).as_posix()
         open_names = OPEN | {"Argument"} if inside.startswith("ops/") else OPEN
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.NAME and token.string in open_names and "import" not in token.line:
-                lines.add((inside, token.start[0]))
-        for function in public_functions(ast.parse(text).body):
+        tree = parsed(file)
+        names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+        lines |= {(inside, name.lineno) for name in names if name.id in open_names}
+        for function in public_functions(tree.body):
             signature = [function.args, *([function.returns] if function.returns else [])]
-            names = {node.id for part in signature for node in ast.walk(part) if isinstance(node, ast.Name)}
-            public |= {f"{inside}: {function.name}"} if "Any" in names else set()
+            said = {node.id for part in signature for node in ast.walk(part) if isinstance(node, ast.Name)}
+            public |= {f"{inside}: {function.name}"} if "Any" in said else set()
     assert public == SAYS_ANY, "a type, a protocol or `object` says more than Any"
     assert len(lines) <= 90, f"Any stands on {len(lines)} lines"
 
