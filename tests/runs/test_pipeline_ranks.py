@@ -61,7 +61,7 @@ def here(tmp_path: Path) -> World:
     return world(tmp_path / "data")
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_everything_is_done_by_all_ranks_and_measured_as_by_one(here: World, tmp_path: Path, count: int) -> None:
     alone = run(here, tmp_path / "alone", None)
     shares = together(count, lambda ranks: run(here, tmp_path / "ranks", ranks), tmp_path / "results")
