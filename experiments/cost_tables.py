@@ -135,7 +135,7 @@ def memory() -> str:
     lines = [
         "| what | GB |",
         "|---|---|",
-        f"| weights, gradients, moments and float32 twins of {learned} | {state / gb:.1f} |",
+        f"| weights, gradients, moments and float32 master weights of {learned} | {state / gb:.1f} |",
         f"| a microbatch's own gradients, formed apart | {gradients / gb:.1f} |",
         f"| reference weights on the device, during the reference pass alone | {gradients / gb:.1f} |",
         f"| one packed row (a rollout at a timestep, both halves) | {row / gb:.2f} |",

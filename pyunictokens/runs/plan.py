@@ -51,7 +51,7 @@ class Memory:
     """Bytes on the device while reinforcement updates, by what they hold."""
 
     state: float
-    """Weights, and of what learns gradients, moments and float32 twins."""
+    """Weights, and of what learns gradients, moments and float32 master weights."""
     update: float
     """The microbatch's activations and its own gradients."""
     least_update: float

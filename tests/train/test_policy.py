@@ -153,7 +153,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_bfloat16_weights_learn_in_steps_too_small_for_them(tmp_path: Path) -> None:
-    """A step of 1e-4 vanishes in bfloat16 (it resolves 0.4 %); the float32 twin keeps it until it shows."""
+    """A step of 1e-4 vanishes in bfloat16 (it resolves 0.4 %); the float32 master weight keeps it until it shows."""
     policy = policy_of("full", tmp_path, dtype=torch.bfloat16)
     start = policy.model.showo.model.layers[0].self_attn.dense.weight.detach().float().clone()
     push(policy, steps=40, lr=1e-4)

@@ -219,7 +219,7 @@ def activation_bytes(
 
 
 def state_bytes(config: ShowoConfig, trainable: str = "full", itemsize: int = 2, rows: int = 25) -> float:
-    """Weights, gradients, AdamW's moments and float32 twins of what learns, in bytes."""
+    """Weights, gradients, AdamW's moments and float32 master weights of what learns, in bytes."""
     total = parameters(config)
     if trainable != "full":
         return itemsize * total + 4 * 4 * rows * 2 * config.hidden_size
