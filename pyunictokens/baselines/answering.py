@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config.training import MOST
+from ..config.limits import MOST, above, within
 from ..data.batches import understanding_items
 from ..data.concept import Concept
 from ..data.images import read_image
 from ..evaluate.baselines.vlm import Backbone
-from ..utils.errors import UserError, needs
+from ..utils.errors import needs
 from .base import BaselineSettings, Job, Plan, Settings
 from .loop import batch_of
 from .planning import bytes_of, lacking, numbers_of
@@ -51,15 +51,11 @@ class AnsweringSettings(BaselineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "batch"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise UserError(f"{name}={getattr(self, name)}: must be from 1 to {MOST}")
-        if not 0 <= self.max_steps <= MOST:
-            raise UserError(f"max_steps={self.max_steps}: must be from 0 to {MOST}")
-        if not (0 < self.lr < 10 and 0 <= self.weight_decay < 10):
-            raise UserError(f"lr={self.lr}, weight_decay={self.weight_decay}: must be from 0 to 10, lr above 0")
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"flip={self.flip}: must be a share from 0 to 1")
+        within(1, MOST, epochs=self.epochs, batch=self.batch)
+        within(0, MOST, max_steps=self.max_steps)
+        above(0, lr=self.lr)
+        within(0, 10, lr=self.lr, weight_decay=self.weight_decay)
+        within(0, 1, flip=self.flip)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ and of where bundles come from: all are handed to it.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,8 +19,8 @@ from typing import ClassVar, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..config.limits import MAX_SEED, MOST, above, at_least, within
 from ..config.settings import from_mapping, to_mapping
-from ..config.training import MAX_SEED, MOST
 from ..data.concept import Concept
 from ..evaluate.baselines.ours import Sampling
 from ..evaluate.clip import Embeddings
@@ -35,34 +34,6 @@ from ..utils.progress import Progress, silent
 from ..utils.signals import Stop, never
 
 FILE = "baseline.json"
-
-
-def at_least_one(**values: float) -> None:
-    """Raise UserError for a number below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{name}={value}: must be ≥ 1")
-
-
-def at_least_zero(**values: float) -> None:
-    """Raise UserError for a number below 0."""
-    for name, value in values.items():
-        if value < 0:
-            raise UserError(f"{name}={value}: must be ≥ 0")
-
-
-def a_share(**values: float) -> None:
-    """Raise UserError for a number that is not in [0, 1)."""
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{name}={value}: must be ≥ 0 and below 1")
-
-
-def positive(**values: float) -> None:
-    """Raise UserError for a number that is not above 0 and finite."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"{name}={value}: must be > 0")
 
 
 class Settings(Protocol):
@@ -93,10 +64,8 @@ class BaselineSettings:
     """Steps between checkpoints; 0 writes one only where training is asked to stop."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UserError(f"seed={self.seed}: must be from 0 to {MAX_SEED}")
-        if not 0 <= self.save_every <= MOST:
-            raise UserError(f"save_every={self.save_every}: must be from 0 to {MOST}")
+        within(0, MAX_SEED, seed=self.seed)
+        within(0, MOST, save_every=self.save_every)
 
 
 @dataclass(frozen=True)
@@ -114,9 +83,9 @@ class PhotoSettings(BaselineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(steps=self.steps)
-        at_least_zero(weight_decay=self.weight_decay)
-        positive(lr=self.rate, max_grad_norm=1.0 if self.max_grad_norm is None else self.max_grad_norm)
+        at_least(1, steps=self.steps)
+        at_least(0, weight_decay=self.weight_decay)
+        above(0, lr=self.rate, max_grad_norm=1.0 if self.max_grad_norm is None else self.max_grad_norm)
 
     @property
     def rate(self) -> float:

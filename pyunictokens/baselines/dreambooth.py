@@ -17,9 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..config.limits import at_least
 from ..data.images import save_image
 from ..utils.errors import needs, require
-from .base import Job, Method, PhotoSettings, Plan, Trained, at_least_one, at_least_zero
+from .base import Job, Method, PhotoSettings, Plan, Trained
 from .loop import batch_of, finished, learn_photos, photos_to_learn
 from .planning import lacking
 from .stable_diffusion import Parts, costs_of, photos
@@ -58,9 +59,9 @@ class StableDreamBoothSettings(PhotoSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(batch=self.batch, lora_rank=self.lora_rank, prior_steps=self.prior_steps)
-        at_least_zero(photos=self.photos, prior_images=self.prior_images, prior_weight=self.prior_weight)
-        at_least_zero(size=self.size)
+        at_least(1, batch=self.batch, lora_rank=self.lora_rank, prior_steps=self.prior_steps)
+        at_least(0, photos=self.photos, prior_images=self.prior_images, prior_weight=self.prior_weight)
+        at_least(0, size=self.size)
 
     @property
     def rate(self) -> float:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config.training import MOST
+from ..config.limits import MOST, within
 from ..data.concept import Concept
 from ..data.folder import list_concepts, load_concept
 from ..data.images import from_pil, read_image
@@ -84,11 +84,8 @@ class RapSettings(AnsweringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("top_k", "rank", "alpha"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise UserError(f"{name}={getattr(self, name)}: must be from 1 to {MOST}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout}: must be from 0 to below 1")
+        within(1, MOST, top_k=self.top_k, rank=self.rank, alpha=self.alpha)
+        within(0, 1, dropout=self.dropout)
 
 
 @dataclass(frozen=True)

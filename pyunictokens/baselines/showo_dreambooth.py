@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ..config.limits import at_least, within
 from ..config.training import LoraConfig
 from ..evaluate.baselines.ours import EngineModel
 from ..evaluate.core import Model, Question, Unsupported
@@ -27,7 +28,7 @@ from ..models.checkpoint import load_tensors
 from ..rollout.engine import RolloutEngine
 from ..train.policy import Policy, load_policy
 from ..utils.files import save_safetensors_atomic
-from .base import Job, Method, PhotoSettings, Plan, Reading, a_share, at_least_one, at_least_zero
+from .base import Job, Method, PhotoSettings, Plan, Reading
 from .loop import batch_of, finished, learn_photos, photos_to_learn
 from .masked import drawing_loss, never_said, photos_of, plan_of
 
@@ -70,11 +71,9 @@ class DreamBoothSettings(PhotoSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(batch=self.batch, lora_rank=self.lora_rank, prior_timesteps=self.prior_timesteps)
-        at_least_zero(
-            prior_images=self.prior_images, prior_weight=self.prior_weight, prior_guidance=self.prior_guidance
-        )
-        a_share(dropout=self.dropout)
+        at_least(1, batch=self.batch, lora_rank=self.lora_rank, prior_timesteps=self.prior_timesteps)
+        at_least(0, prior_images=self.prior_images, prior_weight=self.prior_weight, prior_guidance=self.prior_guidance)
+        within(0, 1, dropout=self.dropout)
 
 
 class ShowoDreamBooth(Method[DreamBoothSettings]):

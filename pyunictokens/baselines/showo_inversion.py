@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config.limits import at_least, within
 from ..models import ConceptTokens, owning_rows
 from ..train.concept_tokens.token_init import from_class_word
-from .base import Job, Method, PhotoSettings, Plan, Trained, a_share, at_least_one
+from .base import Job, Method, PhotoSettings, Plan, Trained
 from .loop import batch_of, finished, learn_photos, photos_to_learn
 from .masked import drawing_loss, never_said, photos_of, plan_of
 
@@ -49,8 +50,8 @@ class InversionSettings(PhotoSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(tokens=self.tokens, batch=self.batch, crop=self.crop)
-        a_share(dropout=self.dropout)
+        at_least(1, tokens=self.tokens, batch=self.batch, crop=self.crop)
+        within(0, 1, dropout=self.dropout)
 
 
 class ShowoInversion(Method[InversionSettings]):

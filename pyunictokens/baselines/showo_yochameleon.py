@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..config.limits import at_least, within
 from ..data.batches import UnderstandingItem, understanding_items
 from ..evaluate.baselines.ours import EngineModel, Sampling
 from ..evaluate.core import Model
@@ -32,7 +33,7 @@ from ..rollout.engine import RolloutEngine
 from ..train.concept_tokens.losses import TextRow
 from ..train.concept_tokens.token_init import from_class_word
 from ..utils.errors import UserError
-from .base import Job, Method, PhotoSettings, Plan, Reading, a_share, at_least_one, at_least_zero
+from .base import Job, Method, PhotoSettings, Plan, Reading
 from .loop import batch_of, finished, learn_photos, photos_to_learn
 from .masked import answering_loss, drawing_loss, photos_of, plan_of
 
@@ -71,10 +72,10 @@ class YoChameleonSettings(PhotoSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(generation=self.generation, understanding=self.understanding)
-        at_least_one(images=self.images, questions=self.questions)
-        at_least_zero(soft_positives=self.soft_positives)
-        a_share(dropout=self.dropout)
+        at_least(1, generation=self.generation, understanding=self.understanding)
+        at_least(1, images=self.images, questions=self.questions)
+        at_least(0, soft_positives=self.soft_positives)
+        within(0, 1, dropout=self.dropout)
         if self.soft_positives and self.generation < 2:
             raise UserError(f"generation={self.generation}: soft positives need 2 tokens or more, or soft_positives=0")
 

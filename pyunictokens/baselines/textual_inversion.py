@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..config.limits import at_least
 from ..utils.errors import UserError
 from ..utils.files import save_safetensors_atomic
-from .base import Job, Method, PhotoSettings, Plan, Trained, at_least_one, at_least_zero
+from .base import Job, Method, PhotoSettings, Plan, Trained
 from .loop import batch_of, finished, learn_photos, photos_to_learn
 from .planning import lacking
 from .showo_inversion import PROMPTS
@@ -41,8 +42,8 @@ class TextualInversionSettings(PhotoSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(tokens=self.tokens, batch=self.batch)
-        at_least_zero(size=self.size)
+        at_least(1, tokens=self.tokens, batch=self.batch)
+        at_least(0, size=self.size)
 
 
 class TextualInversion(Method[TextualInversionSettings]):

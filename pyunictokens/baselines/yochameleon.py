@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ..config.limits import at_least, within
 from ..data.batches import understanding_items
 from ..data.concept import Concept
 from ..data.wording import Wording
@@ -68,11 +69,8 @@ class YoChameleonSettings(AnsweringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("generation", "understanding"):
-            if not 1 <= getattr(self, name) <= 512:
-                raise UserError(f"{name}={getattr(self, name)}: must be from 1 to 512")
-        if self.first < 0:
-            raise UserError(f"first={self.first}: must be at least 0")
+        within(1, 512, generation=self.generation, understanding=self.understanding)
+        at_least(0, first=self.first)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ..config.limits import within
 from ..evaluate.baselines.vlm import Backbone
 from ..evaluate.core import AnswersOnly, Model
 from ..evaluate.tasks import Subject
@@ -41,8 +42,7 @@ class YoLlavaSettings(AnsweringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.tokens <= MOST_TOKENS:
-            raise UserError(f"tokens={self.tokens}: must be from 1 to {MOST_TOKENS}")
+        within(1, MOST_TOKENS, tokens=self.tokens)
 
 
 def names_of(concept: str, tokens: int, start: int = 0) -> list[str]:

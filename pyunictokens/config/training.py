@@ -9,40 +9,17 @@ docs/training.md.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..utils.errors import UserError
+from .limits import MAX_SEED, MOST, above, at_least, within
 from .settings import from_mapping, load_yaml, save_yaml, with_overrides
 
 Stage = Literal["understanding", "generation", "deepening", "joint"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "none"]
-
-
-def _at_least(low: float, **values: float) -> None:
-    for name, value in values.items():
-        if not low <= value < math.inf:  # a NaN fails too
-            raise UserError(f"{name}={value}: must be ≥ {low:g}")
-
-
-def _above(low: float, **values: float) -> None:
-    for name, value in values.items():
-        if not low < value < math.inf:
-            raise UserError(f"{name}={value}: must be > {low:g}")
-
-
-def _within(low: float, high: float, **values: float) -> None:
-    for name, value in values.items():
-        if not low <= value <= high:
-            raise UserError(f"{name}={value}: must be between {low:g} and {high:g}")
-
-
-MAX_SEED = 2**31 - 1
-MOST = 65536
-"""Of anything that is made row by row or token by token: more is a slip of the keyboard, and memory for none of it."""
 
 _MAX_TEXT = "it belongs to the model (model.max_text, or max_text at the top of a run's config)"
 
@@ -128,20 +105,20 @@ class StageConfig:
             raise UserError("stages=[]: name at least one of understanding, generation, deepening, joint")
         if len(set(self.stages)) != len(self.stages):
             raise UserError(f"stages={list(self.stages)}: each stage runs once")
-        _at_least(1, num_understanding=self.num_understanding, epochs=self.epochs, max_bad_steps=self.max_bad_steps)
-        _at_least(0, num_generation=self.num_generation, num_extra=self.num_extra, max_steps=self.max_steps)
-        _at_least(1, batch_understanding=self.batch_understanding, batch_generation=self.batch_generation)
-        _at_least(1, batch_mixed=self.batch_mixed, crop=self.crop, generated_images=self.generated_images)
-        _at_least(2, generated_timesteps=self.generated_timesteps)
-        _at_least(0, save_every=self.save_every)
-        _at_least(0, generated_guidance=self.generated_guidance, weight_decay=self.weight_decay, warmup=self.warmup)
-        _at_least(0, l2_pull=self.l2_pull, cache_mb=self.cache_mb, negatives_per_positive=self.negatives_per_positive)
-        _above(0, lr=self.lr, lr_generation=self.lr_generation, eps=self.eps)
-        _within(0, 1, weight_generation=self.weight_generation, condition_dropout=self.condition_dropout)
-        _within(0, 1, compare_step=self.compare_step)
-        _within(0, MAX_SEED, seed=self.seed)
-        _within(0, MOST, num_understanding=self.num_understanding, num_generation=self.num_generation)
-        _within(0, MOST, num_extra=self.num_extra, generated_images=self.generated_images)
+        at_least(1, num_understanding=self.num_understanding, epochs=self.epochs, max_bad_steps=self.max_bad_steps)
+        at_least(0, num_generation=self.num_generation, num_extra=self.num_extra, max_steps=self.max_steps)
+        at_least(1, batch_understanding=self.batch_understanding, batch_generation=self.batch_generation)
+        at_least(1, batch_mixed=self.batch_mixed, crop=self.crop, generated_images=self.generated_images)
+        at_least(2, generated_timesteps=self.generated_timesteps)
+        at_least(0, save_every=self.save_every)
+        at_least(0, generated_guidance=self.generated_guidance, weight_decay=self.weight_decay, warmup=self.warmup)
+        at_least(0, l2_pull=self.l2_pull, cache_mb=self.cache_mb, negatives_per_positive=self.negatives_per_positive)
+        above(0, lr=self.lr, lr_generation=self.lr_generation, eps=self.eps)
+        within(0, 1, weight_generation=self.weight_generation, condition_dropout=self.condition_dropout)
+        within(0, 1, compare_step=self.compare_step)
+        within(0, MAX_SEED, seed=self.seed)
+        within(0, MOST, num_understanding=self.num_understanding, num_generation=self.num_generation)
+        within(0, MOST, num_extra=self.num_extra, generated_images=self.generated_images)
 
 
 @dataclass(frozen=True)
@@ -168,12 +145,12 @@ class DsogConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.initial, str):
-            _within(0.01, 0.99, initial=self.initial)
-        _within(0, 1, target_pass_rate=self.target_pass_rate)
+            within(0.01, 0.99, initial=self.initial)
+        within(0, 1, target_pass_rate=self.target_pass_rate)
         if not 0 < self.eta < 1:
             raise UserError(f"eta={self.eta}: must be between 0 and 1, both left out")
-        _at_least(0, mu=self.mu, epsilon0=self.epsilon0, preview_step=self.preview_step)
-        _at_least(1, max_candidates=self.max_candidates)
+        at_least(0, mu=self.mu, epsilon0=self.epsilon0, preview_step=self.preview_step)
+        at_least(1, max_candidates=self.max_candidates)
 
 
 @dataclass(frozen=True)
@@ -191,8 +168,8 @@ class LoraConfig:
     learn on."""
 
     def __post_init__(self) -> None:
-        _at_least(1, rank=self.rank)
-        _above(0, alpha=self.alpha)
+        at_least(1, rank=self.rank)
+        above(0, alpha=self.alpha)
 
 
 @dataclass(frozen=True)
@@ -210,8 +187,8 @@ class HeldOutConfig:
     the difference; 0 never ends it."""
 
     def __post_init__(self) -> None:
-        _at_least(1, every=self.every, images=self.images)
-        _at_least(0, patience=self.patience)
+        at_least(1, every=self.every, images=self.images)
+        at_least(0, patience=self.patience)
         if not self.by.strip():
             raise UserError("held_out.by is empty: must be reward, or the name of a reward model or metric")
 
@@ -374,12 +351,12 @@ class GrpoConfig:
             raise UserError(f"group_size={self.group_size}: must be ≥ 2: an advantage needs a group")
         if not self.guidance_scale >= 0:
             raise UserError(f"guidance_scale={self.guidance_scale}: must be ≥ 0 (0 turns guidance off)")
-        _at_least(1, steps=self.steps, timesteps=self.timesteps, inner_epochs=self.inner_epochs)
-        _at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
-        _at_least(0, groups=self.groups, block_length=self.block_length, text_steps=self.text_steps)
-        _at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
-        _above(0, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
-        _within(0, 1, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
+        at_least(1, steps=self.steps, timesteps=self.timesteps, inner_epochs=self.inner_epochs)
+        at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
+        at_least(0, groups=self.groups, block_length=self.block_length, text_steps=self.text_steps)
+        at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
+        above(0, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
+        within(0, 1, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
         if self.objective not in OBJECTIVES and ":" not in self.objective:
             raise UserError(
                 f"objective={self.objective!r}: must be one of {', '.join(OBJECTIVES)}, or MODULE:CLASS of your own"
@@ -394,17 +371,17 @@ class GrpoConfig:
                 "timestep_fraction=1 with timestep_choice=largest_change: say how many timesteps, e.g. "
                 "timestep_fraction=0.2"
             )
-        _above(0, lr=self.lr, max_grad_norm=self.max_grad_norm, answer_temperature=self.answer_temperature)
-        _at_least(0, warmup=self.warmup, weight_decay=self.weight_decay, beta=self.beta, temperature=self.temperature)
-        _at_least(0, alpha_answer=self.alpha_answer, alpha_image=self.alpha_image, top_k=self.top_k)
+        above(0, lr=self.lr, max_grad_norm=self.max_grad_norm, answer_temperature=self.answer_temperature)
+        at_least(0, warmup=self.warmup, weight_decay=self.weight_decay, beta=self.beta, temperature=self.temperature)
+        at_least(0, alpha_answer=self.alpha_answer, alpha_image=self.alpha_image, top_k=self.top_k)
         if self.alpha_image == 0 and (self.alpha_answer == 0 or not self.reasoning):
             raise UserError("alpha_image=0 and no answer that counts: nothing would be learned; raise one of the two")
-        _at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
-        _at_least(0, keep_best=self.keep_best, reward_timeout=self.reward_timeout, clip_high=self.clip_high)
-        _within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
-        _within(0, MAX_SEED, seed=self.seed)
-        _within(1, MOST, group_size=self.group_size, groups=self.groups or 1, timesteps=self.timesteps)
-        _within(1, MOST, max_new_tokens=self.max_new_tokens)
+        at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
+        at_least(0, keep_best=self.keep_best, reward_timeout=self.reward_timeout, clip_high=self.clip_high)
+        within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
+        within(0, MAX_SEED, seed=self.seed)
+        within(1, MOST, group_size=self.group_size, groups=self.groups or 1, timesteps=self.timesteps)
+        within(1, MOST, max_new_tokens=self.max_new_tokens)
         if len(set(self.report_to)) != len(self.report_to) or ("none" in self.report_to and len(self.report_to) > 1):
             raise UserError(f"report_to={','.join(self.report_to)}: name each tracker once, and none alone")
         if self.shard != "full" and (self.offload or self.rollout_gather == "ahead"):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config.limits import at_least
 from ..data.concept import Concept, held_out
 from ..data.review_sheet import Row, read_sheet, write_sheet
 from ..rewards.endpoint import Endpoint, EndpointError
@@ -50,11 +51,8 @@ class PlusPlusSettings:
     def __post_init__(self) -> None:
         if self.facts < 2:
             raise UserError(f"facts={self.facts}: must be at least 2, one half to train and one to test")
-        for name in ("dense", "dense_reasoning"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 0")
-        if self.answers < 1:
-            raise UserError(f"answers={self.answers}: must be at least 1")
+        at_least(0, dense=self.dense, dense_reasoning=self.dense_reasoning)
+        at_least(1, answers=self.answers)
 
 
 @dataclass

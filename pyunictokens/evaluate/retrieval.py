@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ..config.limits import at_least
 from ..data.image_files import folders_in, look_into
 from ..utils.errors import UserError
 from ..utils.files import AnyJson, read_json, write_json_rows
@@ -51,10 +52,8 @@ class RetrievalSettings:
     """Chooses the easy negatives."""
 
     def __post_init__(self) -> None:
-        for name in ("positives", "bands", "hard", "easy", "seed"):
-            least = 1 if name == "bands" else 0
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
+        at_least(0, positives=self.positives, hard=self.hard, easy=self.easy, seed=self.seed)
+        at_least(1, bands=self.bands)
         if not 0 < self.alike <= 1:
             raise UserError(f"alike={self.alike}: must be a cosine above 0, at most 1")
         if self.own not in ("refuse", "leave-out"):

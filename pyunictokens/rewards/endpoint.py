@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..config.limits import at_least
 from ..utils.errors import UserError, needs
 from .background import Background
 from .replies import NoAnswer, complaint, completion, images, own_words, without
@@ -87,14 +88,10 @@ class EndpointConfig:
             raise UserError("model is empty: name the model the endpoint serves, e.g. gpt-4o")
         if not 0 < self.timeout < math.inf:
             raise UserError(f"timeout={self.timeout}: must be a finite number of seconds > 0")
-        for name, value in (("attempts", self.attempts), ("concurrency", self.concurrency)):
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
+        at_least(1, attempts=self.attempts, concurrency=self.concurrency)
         if self.limit_field not in {"max_tokens", "max_completion_tokens"}:
             raise UserError(f"limit_field={self.limit_field!r}: must be max_tokens or max_completion_tokens")
-        for name, price in (("price_prompt", self.price_prompt), ("price_completion", self.price_completion)):
-            if not 0 <= price < math.inf:
-                raise UserError(f"{name}={price}: must be a finite price ≥ 0")
+        at_least(0, price_prompt=self.price_prompt, price_completion=self.price_completion)
 
 
 @dataclass

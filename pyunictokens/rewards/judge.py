@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config.limits import at_least
 from ..utils.errors import UserError, needs
 from ..utils.files import write_json
 from .base import RewardBatch, check_pixels
@@ -64,9 +65,7 @@ class JudgeConfig(EndpointConfig):
         outside = [level for level in self.levels if not self.low <= level <= self.high]
         if outside:
             raise UserError(f"levels={list(self.levels)}: must be from {self.low:g} to {self.high:g}")
-        for name, value in (("answers", self.answers), ("image_side", self.image_side)):
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
+        at_least(1, answers=self.answers, image_side=self.image_side)
 
 
 @dataclass(frozen=True)

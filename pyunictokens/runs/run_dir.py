@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from ..config.limits import MAX_SEED, MOST, within
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
-from ..config.training import MAX_SEED, MOST, GrpoConfig, StageConfig, TrainConfig
+from ..config.training import GrpoConfig, StageConfig, TrainConfig
 from ..data.concept import Concept
 from ..data.photographs import of_photographs, toy_on_photographs
 from ..evaluate.protocol import protocol_named
@@ -131,11 +132,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", wanted_tasks(self.tasks, "tasks"))
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UserError(f"seed={self.seed}: must be from 0 to {MAX_SEED}")
-        least = 0 if protocol_named(self.protocol).samples else 1
-        if not least <= self.samples <= MOST:
-            raise UserError(f"samples={self.samples}: must be from 1 to {MOST}")
+        within(0, MAX_SEED, seed=self.seed)
+        within(0 if protocol_named(self.protocol).samples else 1, MOST, samples=self.samples)
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def test_mcllava_begins_with_the_published_centres_and_learns_concepts_together(
 
 def test_what_cannot_be_is_told(tiny_llava: Path, data: Path, call: Callable[..., str], tmp_path: Path) -> None:
     train = ("baseline", "train", "yollava", data, "bo", "--out", tmp_path / "x")
-    assert "tokens=0: must be from 1" in call(*train, "--model", tiny_llava, "tokens=0", code=2)
+    assert "tokens=0: must be between 1" in call(*train, "--model", tiny_llava, "tokens=0", code=2)
     phi_said = call("baseline", "train", "yollava-phi", data, "bo", "--out", tmp_path / "p", code=2)
     assert "give --model" in phi_said
     backbone = Backbone(str(tiny_llava))

@@ -404,7 +404,7 @@ def test_failures_are_not_kept_and_broken_entries_are_asked_again(server: JudgeS
         ({"model": " "}, "model is empty"),
         ({"timeout": 0}, "timeout=0: must be"),
         ({"timeout": float("nan")}, "timeout=nan"),
-        ({"attempts": 0}, "attempts=0: must be at least 1"),
+        ({"attempts": 0}, "attempts=0: must be ≥ 1"),
         ({"concurrency": 0}, "concurrency=0"),
         ({"answers": 0}, "answers=0"),
         ({"low": 5, "high": 5}, "low below high"),

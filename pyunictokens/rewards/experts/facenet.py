@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...config.limits import within
 from ...models.checkpoint import assign, load_tensors
 from ...models.weight_files import WeightFiles
 from ...utils.errors import UserError, require
@@ -56,8 +57,7 @@ class FerConfig(NetworkConfig):
         super().__post_init__()
         if self.smallest < 12:
             raise UserError(f"smallest={self.smallest}: must be at least 12, MTCNN's own window")
-        if not 0 <= self.margin < SIDE:
-            raise UserError(f"margin={self.margin}: must be from 0 to {SIDE - 1}")
+        within(0, SIDE - 1, margin=self.margin)
 
 
 @dataclass(frozen=True)
