@@ -160,7 +160,7 @@ def until(training: Training, name: str, states: set[str], seconds: float = 240)
 
 
 def test_a_run_is_trained_stopped_and_gone_on_with(training: Training, tmp_path: Path) -> None:
-    form = TrainForm("bo", "first", steps=60, evaluate=False, words=SHORT)
+    form = TrainForm("bo", "first", steps=24, evaluate=False, words=SHORT)
     assert training.start(form) == "first" == training.running
     with pytest.raises(UserError, match="first is being trained"):
         training.start(replace(form, run="second"))
@@ -173,13 +173,13 @@ def test_a_run_is_trained_stopped_and_gone_on_with(training: Training, tmp_path:
     assert until(training, "first", {"stopped", "failed", "done"}) == "stopped", training.look("first").said
     view = training.look("first")
     done = len([each for each in view.rewards if each[1] == "all"])
-    assert 1 <= done < 60 and "go on with" in view.said and view.samples
+    assert 1 <= done < 24 and "go on with" in view.said and view.samples
     assert {each[1] for each in view.stages} == {"understanding", "generation"}
     with pytest.raises(UserError, match="there is such a run already"):
         training.start(form)
     training.resume("first")
     assert until(training, "first", {"done", "failed", "stopped"}) == "done", training.look("first").said
-    assert len([each for each in training.look("first").rewards if each[1] == "all"]) == 60
+    assert len([each for each in training.look("first").rewards if each[1] == "all"]) == 24
     with pytest.raises(UserError, match="is done"):
         training.resume("first")
     serving = ServingEngine()
