@@ -10,7 +10,7 @@ codes. Nothing learns here: training spreads layers by `grpo.shard=full` (sharde
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from ...models import MaskedModel
 from ...models.llama_body import Block
@@ -43,5 +43,6 @@ def split_layers(model: MaskedModel, ranks: Ranks) -> None:
     if ranks.world == 1:
         return
     for layer in layers:
-        styles = {name: ColwiseParallel() for name in BY_OUTPUT} | {name: RowwiseParallel() for name in BY_INPUT}
+        styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in BY_OUTPUT}
+        styles |= {name: RowwiseParallel() for name in BY_INPUT}
         parallelize_module(layer, ranks.mesh(), styles, src_data_rank=None)
