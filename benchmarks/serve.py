@@ -7,12 +7,15 @@
 
 throughput  64 clients, each of whom begins at a random moment and asks again when answered, against one offline batch
             (`generate_images`) of as many rows. Each request has a seed of its own, as clients have.
-latency     Poisson arrivals at half of that throughput against requests one after another: p95 of each.
+latency     Poisson arrivals at half of that throughput against requests one after another: p95 of each; also with all
+            images side by side (`--batch-from 1`), the same arrivals.
+queue       what steps cost by the images under way, and other orders of drawing simulated over it, with a bound for all
+            (benchmarks/serve_queue.py).
 cold        the first image of a concept that is on disk against one that is at hand: open, seat and draw.
 storm       requests over HTTP to `pyunictokens serve`, a share of which is malformed, aborted or disconnected
             (benchmarks/serve_storm.py): the server's memory, lost and mixed-up answers.
 
-The first three drive engine and catalog in this thread, and their clock is the processor time of this thread, which
+All but the storm drive engine and catalog in this thread, and their clock is the processor time of this thread, which
 jumps over stretches without work to the next arrival: other programs on the machine take time, and not this one. What
 they do to caches remains, so the sides take turns. `cold` reads files the system has in memory.
 """
@@ -27,30 +30,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import serve_storm
+from benchmarks import serve_queue, serve_storm
 from benchmarks.machine import ROOT, results
 from benchmarks.run_cpu import machine
 from pyunictokens.models import ConceptTokens, Sources
 from pyunictokens.rollout.engine import RolloutEngine
-from pyunictokens.rollout.serving import Drawn, Ended, ImageRequest, ServingEngine
+from pyunictokens.rollout.serving import BATCH_FROM, Drawn, Ended, ImageRequest, ServingEngine
 from pyunictokens.serve.catalog import Catalog, Limits
 from pyunictokens.toy.model import load_toy
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import read_json, write_json, write_text_atomic
 
-PIECES = ("throughput", "latency", "cold", "storm")
+PIECES = ("throughput", "latency", "queue", "cold", "storm")
 CLIENTS = 64
 NAME, PAGE = "serve-cpu.json", ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- numbers: begin -->\n", "<!-- numbers: end -->"
 STEPS, GUIDANCE = 12, 3.0
 """As `pyunictokens serve` draws with the toy where nothing else is asked."""
 
-LONG = {"asks": 1, "rounds": 3, "requests": 40, "resident": 200, "on_disk": 1000, "pairs": 30, "storm": 10_000}
+LONG = {"asks": 1, "rounds": 2, "requests": 40, "resident": 200, "on_disk": 1000, "pairs": 30, "storm": 10_000}
 QUICK = {"asks": 1, "rounds": 1, "requests": 6, "resident": 3, "on_disk": 8, "pairs": 2, "storm": 40}
 
 
@@ -80,13 +84,14 @@ def play(
     engine: RolloutEngine,
     arrivals: Sequence[tuple[float, ImageRequest]],
     then: Callable[[int], ImageRequest | None] = lambda number: None,
+    batch_from: int = BATCH_FROM,
 ) -> tuple[float, list[float]]:
     """Requests that arrive at given seconds, and what a client asks next when his n-th request is answered (`then`).
 
     Returns (seconds from the first arrival to the last answer, the seconds each request took, in order of arrival).
     """
     clock = Clock()
-    serving = ServingEngine(CLIENTS, 4 * CLIENTS + len(arrivals), clock)
+    serving = ServingEngine(CLIENTS, 4 * CLIENTS + len(arrivals), clock, batch_from)
     due = sorted(enumerate(arrivals), key=lambda each: -each[1][0])
     begin = clock() - min(at for at, _ in arrivals)
     under_way: dict[int, tuple[int, float]] = {}
@@ -136,7 +141,7 @@ def throughput(engine: RolloutEngine, sizes: dict[str, int], steps: int) -> dict
         return play(engine, [(at, _request(text, dice.getrandbits(30), steps)) for at, text in begins], then)[0]
 
     engine.max_rows = CLIENTS
-    served(offline())
+    engine.generate_images(_prompts(2, dice), steps=steps, guidance_scale=GUIDANCE, seed=1, record=False)
     sides = []
     for _ in range(sizes["rounds"]):
         batch = offline()
@@ -159,6 +164,7 @@ def latency(engine: RolloutEngine, sizes: dict[str, int], steps: int, rows_per_s
     """Half load against an idle server."""
     dice = random.Random(1)
     busy: list[float] = []
+    mixed: list[float] = []
     idle: list[float] = []
     for _ in range(sizes["rounds"]):
         at, arrivals = 0.0, []
@@ -166,18 +172,28 @@ def latency(engine: RolloutEngine, sizes: dict[str, int], steps: int, rows_per_s
             at += dice.expovariate(rows_per_second / 2)
             arrivals.append((at, _request(prompt, dice.getrandbits(30), steps)))
         busy += play(engine, arrivals)[1]
+        mixed += play(engine, arrivals, batch_from=1)[1]
         for prompt in _prompts(max(4, sizes["requests"] // 4), dice):
             idle += play(engine, [(0.0, _request(prompt, dice.getrandbits(30), steps))])[1]
-    of = {"p50": 0.5, "p95": 0.95}
-    found = {name: (_quantile(busy, part), _quantile(idle, part)) for name, part in of.items()}
+    p50, p95 = ([_quantile(side, part) for side in (busy, mixed, idle)] for part in (0.5, 0.95))
     return {
         "requests": len(busy),
         "load": 0.5,
-        "p95_ratio": round(found["p95"][0] / found["p95"][1], 3),
-        "p50_ratio": round(found["p50"][0] / found["p50"][1], 3),
-        "half_load_seconds": {name: round(pair[0], 4) for name, pair in found.items()},
-        "idle_seconds": {name: round(pair[1], 4) for name, pair in found.items()},
+        "p95_ratio": round(p95[0] / p95[2], 3),
+        "p50_ratio": round(p50[0] / p50[2], 3),
+        "side_by_side": {"p95_ratio": round(p95[1] / p95[2], 3), "p50_ratio": round(p50[1] / p50[2], 3)},
+        "half_load_seconds": {"p50": round(p50[0], 4), "p95": round(p95[0], 4)},
+        "idle_seconds": {"p50": round(p50[2], 4), "p95": round(p95[2], 4)},
     }
+
+
+def queue(engine: RolloutEngine, sizes: dict[str, int], steps: int, known: dict[str, Any]) -> dict[str, Any]:
+    """Orders of drawing, simulated over what steps cost now; `known`: what `throughput` found."""
+    costs = serve_queue.measure(engine, steps, 8, GUIDANCE)
+    rate, cheapest = known["rows"] / known["served_seconds"] / 2, known["offline_seconds"] / known["rows"]
+    found = serve_queue.report(costs, rate, cheapest, BATCH_FROM, CLIENTS)
+    numbers = {"rate": rate, "cheapest": cheapest, "batch_from": BATCH_FROM, "most": CLIENTS}
+    return {"costs": asdict(costs), **numbers, **found}
 
 
 def _quantile(values: Sequence[float], part: float) -> float:
@@ -267,19 +283,20 @@ def table(report: dict[str, Any]) -> str:
     if "cold" in report:
         said.append(f"{report['cold']['resident']} concepts at hand, {report['cold']['on_disk']:,} on disk.")
     if "latency" in report:
-        said.append(f"The median at half load is {report['latency']['p50_ratio']:g} × an idle server's.")
-    if {"latency", "throughput"} <= report.keys() and not met("latency", report):
-        batched = report["throughput"]["served_seconds"] / report["throughput"]["rows"]
-        share = batched / report["latency"]["idle_seconds"]["p50"]
+        side = report["latency"]["side_by_side"]
         said.append(
-            f"Why p95 is missed: on one core an image in a full batch costs {share:.2f} of one alone, so images under "
-            "way at once mostly share the core, and some arrive close together."
+            f"The median at half load is {report['latency']['p50_ratio']:g} × an idle server's; with all images side "
+            f"by side (`--batch-from 1`) it is {side['p50_ratio']:g} ×, and p95 {side['p95_ratio']:g} ×."
         )
     said.append("Ratios of processor time, both sides in turn; memory and answers are those of a server over HTTP.")
     if report["machine"]["loaded"]:
         said.append(f"The machine was loaded (load average {load:g}).")
     said.append("`python -m benchmarks.serve` measures it again.")
-    return "\n".join(lines) + "\n\n" + "\n".join(said) + "\n"
+    text = "\n".join(lines) + "\n\n" + "\n".join(said) + "\n"
+    if "queue" in report:
+        held = report["queue"]
+        text += f"\n{serve_queue.table(held)}\n{serve_queue.bound(held, serve_queue.costs_of(held).alone)}\n"
+    return text
 
 
 def updated(text: str, report: dict[str, Any]) -> str:
@@ -316,13 +333,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = Path(room) / "runs"
         write_runs(runs, sizes["on_disk"] if "cold" in pieces else 4)
 
-        def half_load() -> dict[str, Any]:
-            known = report.get("throughput") or throughput(engine, {**sizes, "rounds": 1}, steps)
-            return latency(engine, sizes, steps, known["rows"] / known["served_seconds"])
+        def known() -> dict[str, Any]:
+            if "throughput" not in report:
+                report["throughput"] = throughput(engine, {**sizes, "rounds": 1}, steps)
+            return report["throughput"]
 
         measure: dict[str, Callable[[], dict[str, Any]]] = {
             "throughput": lambda: throughput(engine, sizes, steps),
-            "latency": half_load,
+            "latency": lambda: latency(engine, sizes, steps, known()["rows"] / known()["served_seconds"]),
+            "queue": lambda: queue(engine, sizes, steps, known()),
             "cold": lambda: cold(runs, sizes, steps),
             "storm": lambda: serve_storm.run(runs, sizes["storm"], 0.4 if options.quick else serve_storm.FAULTS),
         }

@@ -31,9 +31,7 @@ def serve(
     ] = 256,
     batch_from: Annotated[
         int,
-        typer.Option(
-            "--batch-from", min=1, help="On a CPU, fewer images than this are drawn one after another; 1: never."
-        ),
+        typer.Option("--batch-from", min=1, help="On a CPU, fewer images than this are drawn two at a time; 1: never."),
     ] = 16,
     concepts: Annotated[
         int, typer.Option("--concepts", min=1, help="Concepts at hand at once; others are read when asked for.")

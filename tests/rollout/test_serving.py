@@ -178,7 +178,7 @@ def test_a_mixed_batch_shares_its_steps():
     assert len(calls) == 5 and calls[0] > calls[-1]
 
 
-def test_a_few_images_on_a_cpu_are_drawn_one_after_another_and_many_side_by_side():
+def test_a_few_images_on_a_cpu_are_drawn_two_at_a_time_and_many_side_by_side():
     def under_way(images, answers=0):
         """Slots held at each step, and the order in which requests of two steps end."""
         serving, held, ended = ServingEngine(batch_from=4), [], []
@@ -191,15 +191,15 @@ def test_a_few_images_on_a_cpu_are_drawn_one_after_another_and_many_side_by_side
             held.append(serving.running)
         return held, ended
 
-    assert under_way(3) == ([1, 0] * 3, [0, 1, 2])
+    assert under_way(3) == ([2, 0, 1, 0], [0, 1, 2])
     assert under_way(4) == ([4, 0], [0, 1, 2, 3])
     held, ended = under_way(1, answers=2)
     assert held[0] == 3 and len(ended) == 3, "answers wait for no image"
     held, _ = under_way(3, answers=2)
-    assert held[0] == 3, "one image beside both answers"
+    assert held[0] == 4, "two images beside both answers"
 
 
-def test_whose_turn_it_is_among_images_that_are_drawn_one_after_another():
+def test_whose_turn_it_is_among_images_that_take_turns():
     serving, ended = ServingEngine(), []
     for user, priority in (("loud", 0), ("loud", 0), ("loud", 0), ("quiet", 0), ("paid", 1)):
         serving.add_request(ENGINE, ImageRequest("a red ball .", steps=2), user=user, priority=priority)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import serve, serve_storm
+from benchmarks import serve, serve_queue, serve_storm
 from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.toy.model import load_toy
 from pyunictokens.utils.files import read_json
@@ -22,6 +22,8 @@ def test_every_piece_in_small(tmp_path: Path) -> None:
     assert report["throughput"]["rows"] == serve.CLIENTS and report["throughput"]["ratio"] > 0.3
     assert report["latency"]["requests"] == serve.QUICK["requests"]
     assert report["cold"]["resident"] == serve.QUICK["resident"] < report["cold"]["on_disk"]
+    assert set(report["latency"]["side_by_side"]) == {"p50_ratio", "p95_ratio"}
+    assert "| all side by side (`serve --batch-from 1`) |" in serve.table(report)
     storm = report["storm"]
     assert (
         storm["wrong"] == [] and storm["lost_or_mixed_up"] == storm["rows_held_in_the_end"] == storm["exit_code"] == 0
@@ -36,6 +38,26 @@ def test_the_clock_counts_work_and_jumps_to_the_next_arrival() -> None:
     requests = [serve._request("a red star", seed, steps=1) for seed in range(3)]
     seconds, took = serve.play(engine, [(1000.0 * place, request) for place, request in enumerate(requests)])
     assert 2000 < seconds < 2100 and len(took) == 3 and max(took) < 50
+
+
+def test_orders_are_simulated_as_queueing_theory_has_them() -> None:
+    linear = serve_queue.Costs(steps=20, step={1: 0.05, 64: 64 * 0.05}, begin=0.0, end=0.0)  # a batch saves nothing
+    assert linear.alone == pytest.approx(1.0) and linear.of_step(3) == pytest.approx(0.15)
+    found = serve_queue.report(linear, rate=0.5, cheapest=1.0, batch_from=1000, most=64)["orders"]
+    one, mixed = found["one after another"], found["all side by side (`serve --batch-from 1`)"]
+    assert one["p95"] == pytest.approx(3.03, abs=0.15), "M/D/1 at half load"
+    assert mixed["p95"] > 1.3 * one["p95"] and mixed["p50"] > one["p50"]
+    took = serve_queue.simulate(linear, 0.5, lambda there, now: there[:1])
+    assert sum(took) / len(took) == pytest.approx(1.5, abs=0.05), "Pollaczek-Khinchine"
+
+
+def test_no_order_leaves_fewer_late_than_the_bound() -> None:
+    linear = serve_queue.Costs(steps=20, step={1: 0.05, 64: 64 * 0.05}, begin=0.0, end=0.0)
+    bound = serve_queue.late_share(1.0, 0.5, 2.0)
+    assert bound == pytest.approx(0.096, abs=0.01), "M/D/1 whose customers wait for one service at most"
+    for order in serve_queue.orders(linear, 16, 64).values():
+        took = serve_queue.simulate(linear, 0.5, order)
+        assert sum(each > 2.0 for each in took) / len(took) >= bound
 
 
 def test_an_answer_with_another_seed_is_noticed() -> None:

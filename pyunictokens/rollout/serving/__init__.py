@@ -4,11 +4,12 @@
 """
 
 from .asynchronous import AsyncEngine
-from .engine import BATCH_FROM, ServingEngine
+from .engine import AT_ONCE, BATCH_FROM, ServingEngine
 from .queue import DeadlinePassed, QueueFull
 from .requests import AnswerRequest, Drawn, Ended, Event, ImageRequest, Preview, Request, Written
 
 __all__ = [
+    "AT_ONCE",
     "BATCH_FROM",
     "AnswerRequest",
     "AsyncEngine",

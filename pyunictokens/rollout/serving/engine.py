@@ -40,7 +40,10 @@ MOST_SAMPLES = 256
 """Most images or answers of one request."""
 
 BATCH_FROM = 16
-"""On a CPU: images, running and waiting, from which a batch is cheaper an image than one alone (docs/serving.md)."""
+"""On a CPU: images, running and waiting, from which they are drawn side by side."""
+
+AT_ONCE = 2
+"""On a CPU: images drawn at once while there are fewer. What order gives which latency: docs/serving.md."""
 
 
 @dataclass(eq=False)
@@ -81,9 +84,9 @@ class ServingEngine:
     """Runs requests over models that are already open.
 
     max_rows: images and answers under way at once, over all models. max_waiting: rows that may wait; `add_request`
-    raises QueueFull beyond. clock: seconds, for deadlines. batch_from: on a CPU an image in a batch of few costs what
-    one alone costs, so side by side all are done late; with fewer images than this, running and waiting, they are drawn
-    one after another. 1: always side by side, as on a GPU and as answers are everywhere.
+    raises QueueFull beyond. clock: seconds, for deadlines. batch_from: on a CPU an image in a batch of few costs
+    nearly what one alone costs, so side by side all are done late; with fewer images than this, running and waiting,
+    two at a time are drawn. 1: always side by side, as on a GPU and as answers are everywhere.
     """
 
     def __init__(
@@ -196,7 +199,7 @@ class ServingEngine:
         """Free slots go to those whose turn it is."""
         admitted: list[tuple[Job, int]] = []
         in_turn = sum(row.job.ticket.in_turn for row in self._images())
-        most = self.max_rows if in_turn + self.queue.waiting_in_turn >= self.batch_from else 1
+        most = self.max_rows if in_turn + self.queue.waiting_in_turn >= self.batch_from else AT_ONCE
         while len(self._free) > len(admitted):
             ticket = self.queue.take(in_turn < most)
             if ticket is None:

@@ -4,7 +4,7 @@ A request is a *ticket* of some rows; each row takes one slot when its turn come
 many slots at once and never keeps a small one out. A row costs its steps. Among users who wait, the one who was given
 the least goes first (start-time fair queueing, Goyal et al., 1996): a user who comes back after a pause begins level
 with the others and has no credit, so nobody can save up turns, and one who asks for much delays nobody but himself.
-Rows that run one after another (`in_turn`) hold up no others.
+Rows that take turns (`in_turn`) hold up no others.
 
 Invariants, held by tests/rollout/test_serving_queue.py: at most `most_waiting` rows wait; every row is given out once
 or dropped once; of two users of one priority who both wait and may begin, neither was given more than the other by over
@@ -46,7 +46,7 @@ class Ticket:
     deadline: float = math.inf
     """On the engine's clock."""
     in_turn: bool = False
-    """Whether its rows gain nothing from a small batch, and are run one after another where few are asked for."""
+    """Whether its rows gain little from a small batch, and take turns where few are asked for."""
     begun: int = 0
     """Rows that have got a slot."""
 

@@ -82,10 +82,7 @@ def how_of(seed: str, steps: str, guidance: str) -> tuple[int | None, int | None
 
 
 def _gallery(studio: Studio, sheet: Sheet) -> Gallery:
-    return [
-        (studio.file(picture), f"seed {sheet.seed}, image {place + 1}")
-        for place, picture in sorted(sheet.pictures.items())
-    ]
+    return [(studio.file(picture), f"image {place + 1}") for place, picture in sorted(sheet.pictures.items())]
 
 
 def _file(studio: Studio, sheet: Sheet, place: int) -> str | None:
@@ -181,7 +178,7 @@ def compare_page(studio: Studio) -> list[gr.Dropdown]:
     go = gr.Button("Compare", variant="primary", elem_id="compare")
     status = gr.Textbox(label="Status", interactive=False, elem_id="compare-status")
     with gr.Row():
-        pictures = [gr.Image(label=label, type="pil") for label in ("First", "Second")]
+        pictures = [gr.Image(label=label, type="pil", elem_classes="drawn") for label in ("First", "Second")]
     slider = gr.ImageSlider(label="First and second", type="pil", elem_id="compared")
 
     async def compare(
@@ -211,7 +208,9 @@ def rate_page(studio: Studio) -> gr.Dropdown:
     prompt = gr.Textbox(label="Prompt", elem_id="rate-prompt")
     go = gr.Button("Draw two", variant="primary", elem_id="draw-two")
     with gr.Row():
-        pictures = [gr.Image(label=label, type="pil", interactive=False) for label in ("Left", "Right")]
+        pictures = [
+            gr.Image(label=label, type="pil", interactive=False, elem_classes="drawn") for label in ("Left", "Right")
+        ]
     with gr.Row():
         better = [gr.Button(f"{side} is better", elem_id=f"better-{side.lower()}") for side in ("Left", "Right")]
     said = gr.Textbox(label="Saved", interactive=False, elem_id="saved")
@@ -234,7 +233,8 @@ def rate_page(studio: Studio) -> gr.Dropdown:
                     raise UserError("Draw two pictures first.")
                 text, name, both, seed = drawn
                 file = studio.choose(text, name, both, [seed, seed], which)
-                return f"{file}: {sum(1 for _ in file.open(encoding='utf-8'))} choices"
+                count = sum(1 for _ in file.open(encoding="utf-8"))
+                return f"{file}: {count} choice{'' if count == 1 else 's'}"
 
         return choose
 
