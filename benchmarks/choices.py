@@ -6,6 +6,8 @@
     head        a few rows through a large head as W·xᵀ, or as x·Wᵀ (models/showo/vocabulary.py)
     uvit        attention over 80 keys or 77, a gate copied before its GELU or not, squares summed or torch's norm
                 (models/uvit.py)
+    host        what the host needs for one chunk of maskgit_grpo_loss (kernels/engine.py): Python and torch's dispatch,
+                with tiny products on the CPU; Triton's launcher and CUDA's queue are not in it
     products    the core's product with all that goes with it, or torch's product alone (csrc/cpu/head_products.h)
 
 Processor time is compared, so that a busy machine matters less; what is printed goes into docs/measured-facts.md.
@@ -17,10 +19,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
+from pyunictokens.kernels import engine, plan
+from pyunictokens.kernels.launch import recording
 from pyunictokens.models import PromptKV
 from pyunictokens.models.showo.attention import PromptAttention
 from pyunictokens.ops.backends import cpu as _native
@@ -149,10 +156,34 @@ def uvit(rows: int, codes: int, width: int, keys: int, heads: int) -> None:
     )
 
 
+def host(tokens: int) -> None:
+    """Seconds of `tokens` tokens in chunks of two, less those in chunks of four, are those of tokens / 4 chunks."""
+    hidden, weight = torch.randn(2, tokens // 2, 8), torch.randn(16, 8)
+    target, old = torch.zeros(2, tokens // 2, dtype=torch.long), torch.zeros(2, tokens // 2)
+    fixed = (hidden, weight, target, old, None, torch.ones(2), torch.ones(()), None, None, None)
+    numbers = (0.0, 1.0, 0.2, 0.2, 0.0, engine.NEEDS_HIDDEN | engine.NEEDS_WEIGHT, False)
+
+    def seconds(rows: int) -> float:
+        def cut(*sizes: int, **options: Any) -> plan.Plan:
+            return replace(plan.choose(*sizes, **options), engine="chunked", rows=rows, inner=rows)
+
+        with recording(), patch.object(engine, "choose", cut):
+            start = time.process_time()
+            engine.maskgit_grpo_loss(*fixed, *numbers)
+            return time.process_time() - start
+
+    seconds(2), seconds(4)
+    each = [4e6 * (seconds(2) - seconds(4)) / tokens for _ in range(ROUNDS)]
+    low, middle, high = statistics.quantiles(each, n=4)
+    print(f"host, a chunk of maskgit_grpo_loss: {middle:.1f} µs ({low:.1f} to {high:.1f})")
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["attention", "head", "uvit", "products"], help="one kind instead of all")
+    parser.add_argument(
+        "--only", choices=["attention", "head", "uvit", "products", "host"], help="one kind instead of all"
+    )
     only = parser.parse_args().only
     torch.set_num_threads(1)
     if only in (None, "attention"):
@@ -163,6 +194,8 @@ def main() -> None:
             head(rows, 54402, 512)
     if only in (None, "uvit"):
         uvit(16, 64, 128, 77, 4)
+    if only in (None, "host"):
+        host(1024)
     if only in (None, "products"):
         products(1024, 512, 1024)
         products(512, 2048, 1024)

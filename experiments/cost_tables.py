@@ -44,6 +44,8 @@ class Gpu:
     launch: float = 6e-6
     """Seconds of the host for each kernel that Python launches."""
     memory: float = 80e9
+    eight_bits: float = 1100e12
+    """Products in e4m3 with a scale a row, operations a second."""
 
 
 GPU = Gpu()
@@ -196,12 +198,40 @@ def assumptions() -> str:
     return (
         f"bfloat16 products {GPU.matrix / 1e12:.0f} TFLOP/s, float32 products without TF32 {GPU.single / 1e12:.0f}, "
         f"attention {GPU.attention / 1e12:.0f} without a mask, {GPU.masked / 1e12:.0f} with one, "
-        f"{GPU.single_attention / 1e12:.0f} in float32; {GPU.bandwidth / 1e12:g} TB/s; {GPU.launch * 1e6:g} µs of the "
+        f"{GPU.single_attention / 1e12:.0f} in float32; "
+        f"e4m3 products {GPU.eight_bits / 1e12:.0f}; {GPU.bandwidth / 1e12:g} TB/s; {GPU.launch * 1e6:g} µs of the "
         f"host for each kernel that Python launches; {GPU.memory / 1e9:.0f} GB."
     )
 
 
-PARTS = {"phases": phases, "memory": memory, "assumptions": assumptions, "predictions": predictions}
+def levers() -> str:
+    """What would shorten a captured step of the group: the part of it that each lever touches, before and after."""
+    rows = 2 * GROUP * (CONFIG.num_vq_tokens + 2)
+    item = 2.0 * CONFIG.num_hidden_layers / GPU.bandwidth  # seconds to move one bfloat16 number of every layer
+    tensor, inner = rows * CONFIG.hidden_size * item, rows * CONFIG.intermediate_size * item
+    products, head = STEP.dense / GPU.matrix, STEP.head / GPU.single
+    eight = STEP.dense / GPU.eight_bits + (
+        6 * 1.5 * tensor
+    )  # each layer's input is read, and written in half the bytes
+    table: list[tuple[str, float, float, str]] = [
+        ("products of the blocks in e4m3", products, eight, '`products="fp8"`'),
+        ("q/k norm and rotary in one kernel: 22 passes become 4", 22 * tensor, 4 * tensor, "no"),
+        (
+            "prompt's keys and values in front of the row's own, one call: 15 passes become 2",
+            15 * tensor,
+            2 * tensor,
+            "no",
+        ),
+        ("head as two bfloat16 products with float32 results", head, 2 * STEP.head / GPU.matrix, "no"),
+        ("GELU in the product's epilogue: 2 passes of the inner width", 2 * inner, 0.0, "no"),
+        ("q, k and v from one product: the input is read once, not three times", 3 * tensor, tensor, "no"),
+    ]
+    lines = ["| lever | ms before | ms after | in the code |", "|---|---|---|---|"]
+    lines += [f"| {name} | {1e3 * before:.1f} | {1e3 * after:.1f} | {built} |" for name, before, after, built in table]
+    return "\n".join(lines)
+
+
+PARTS = {"phases": phases, "memory": memory, "assumptions": assumptions, "predictions": predictions, "levers": levers}
 
 
 def updated(text: str, parts: Mapping[str, Callable[[], str]] = PARTS, page: str = FILE.name) -> str:
