@@ -43,8 +43,9 @@ _SEAL = "sha256"
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`. A kill or a full disk leaves the old file untouched and no half-written one behind.
+def write_bytes_atomic(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
+    """Write `data`, one part after the other, to `path`. A kill or a full disk leaves the old file untouched and no
+    half-written one behind.
 
     An OSError names `path`, also where the system names nothing (no space left).
     """
@@ -54,7 +55,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                file.writelines(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(aside, 0o666 & ~_umask())
@@ -110,13 +111,19 @@ def save_safetensors_atomic(
 ) -> None:
     """Write tensors (any device; made contiguous on the CPU) as safetensors, whole or not at all.
 
-    The file carries the checksum of its tensors, which :func:`verify_safetensors` holds it against.
+    The file carries the checksum of its tensors, which :func:`verify_safetensors` holds it against. The same tensors
+    and metadata give the same bytes: the library writes metadata in an order that changes from call to call.
     """
     with needs("train"):
         from safetensors.torch import save
 
     flat = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-    write_bytes_atomic(path, save(flat, metadata={**(metadata or {}), _CHECKSUM: tensors_checksum(flat)}))
+    data = memoryview(save(flat, metadata={**(metadata or {}), _CHECKSUM: tensors_checksum(flat)}))
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8 : 8 + size]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    write_bytes_atomic(path, len(ordered.ljust(size)).to_bytes(8, "little"), ordered.ljust(size), data[8 + size :])
 
 
 def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:

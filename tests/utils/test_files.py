@@ -57,6 +57,21 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
 
+def test_the_same_tensors_and_metadata_give_the_same_file(tmp_path: Path) -> None:
+    tensors = {"weight": torch.arange(6.0).view(2, 3), "ä": torch.ones(1, dtype=torch.int8)}
+    about = {f"key{number}": "größer" for number in range(6)}
+    files = set()
+    for number in range(8):
+        io.save_safetensors_atomic(
+            tmp_path / "w.safetensors", tensors, dict(sorted(about.items(), reverse=bool(number % 2)))
+        )
+        files.add((tmp_path / "w.safetensors").read_bytes())
+    assert len(files) == 1
+    assert load_file(tmp_path / "w.safetensors").keys() == tensors.keys()
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert file.metadata().items() >= about.items()
+
+
 def test_safetensors_round_trip(tmp_path: Path) -> None:
     base = torch.randn(6, 8)
     tensors = {"view": base[:, ::2].t(), "same": base, "half": base.bfloat16(), "codes": torch.arange(5)}
