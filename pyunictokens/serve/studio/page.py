@@ -21,7 +21,7 @@ PASSWORD = "PYUNICTOKENS_STUDIO_PASSWORD"
 """The environment variable that holds the password; the name to sign in with is `studio`."""
 
 _STYLE = """
-.drawn img { width: 100%; height: auto; }
+.drawn button:has(img), .drawn .image-frame, .drawn img { width: 100% !important; height: auto !important; }
 #photos-shown .grid-wrap, #train-samples .grid-wrap { max-height: none !important; }
 .gradio-container { max-width: 60rem !important; width: 100% !important; margin: 0 auto !important; }
 @media (max-width: 40rem) {

@@ -234,7 +234,7 @@ def rate_page(studio: Studio) -> gr.Dropdown:
                 text, name, both, seed = drawn
                 file = studio.choose(text, name, both, [seed, seed], which)
                 count = sum(1 for _ in file.open(encoding="utf-8"))
-                return f"{file}: {count} choice{'' if count == 1 else 's'}"
+                return f"{count} choice{'' if count == 1 else 's'} in {file}"
 
         return choose
 
