@@ -22,6 +22,7 @@ PASSWORD = "PYUNICTOKENS_STUDIO_PASSWORD"
 
 _STYLE = """
 .drawn button:has(img), .drawn .image-frame, .drawn img { width: 100% !important; height: auto !important; }
+.drawn img { object-fit: contain !important; }
 #photos-shown .grid-wrap, #train-samples .grid-wrap { max-height: none !important; }
 .gradio-container { max-width: 60rem !important; width: 100% !important; margin: 0 auto !important; }
 @media (max-width: 40rem) {
