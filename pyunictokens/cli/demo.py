@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..utils.errors import UserError
 from .shell import Bars, DeviceOption, DtypeOption, OverridesArgument, SeedOption, console
 
 if TYPE_CHECKING:
@@ -26,17 +25,14 @@ def demo(
     prompts: Annotated[
         bool, typer.Option("--prompts", help="The other form of reinforcement: a list of prompts, no concept.")
     ] = False,
-    composed: Annotated[
-        bool, typer.Option("--composed", help="With --prompts: scenes of up to four things in place of one subject.")
-    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Teach the toy model one drawn concept, start to finish, and report what changed.
 
-    Settings are those of `train`, from its toy preset. With --prompts the toy model is reinforced on a list of prompts
-    instead, as `reinforce` does it, and measured on others that never train.
+    Settings are those of `train`, from its toy preset. With --prompts a model of scenes with up to four things is
+    reinforced on a list of prompts instead, as `reinforce` does it, and measured on others that never train.
 
     Examples:
 
@@ -46,23 +42,15 @@ def demo(
 
         pyunictokens demo grpo.steps=10 evaluation.samples=2
 
-        pyunictokens demo --prompts --out reinforce steps=80
-
-        pyunictokens demo --prompts --composed --out composed
+        pyunictokens demo --prompts --out reinforce steps=300
     """
     from ..runs.demo import run_demo
     from ..runs.prompt_demo import run_prompt_demo
-    from ..toy.composed.model import composed_folder
 
-    if composed and not prompts:
-        raise UserError("--composed is a world of prompts: give --prompts as well")
     started = time.monotonic()
     if prompts:
-        world = composed_folder() if composed else None
         with Bars() as bars:
-            found = run_prompt_demo(
-                out, seed=seed, words=overrides or [], device=device, dtype=dtype, world=world, progress=bars
-            )
+            found = run_prompt_demo(out, seed=seed, words=overrides or [], device=device, dtype=dtype, progress=bars)
         console().print(found.sentence, markup=False)
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         console().print(

@@ -1,4 +1,4 @@
-"""The demo of plain text-to-image reinforcement: prompts of the toy world, a reward network, a reader that measures.
+"""The demo of text-to-image reinforcement: prompts of the composed world, a reward network, a reader that measures.
 
     write prompts → measure the held-out ones → reinforce, measuring → before and after side by side, the curve
 
@@ -8,19 +8,18 @@ time, so the pictures side by side differ by the policy alone.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..config.settings import with_overrides
 from ..config.training import DsogConfig, GrpoConfig, HeldOutConfig
-from ..data.images import from_pil, make_grid, save_image
+from ..data.images import make_grid, save_image
 from ..models.bundle import ModelBundle, Sources
 from ..rewards.base import RewardModel
 from ..rollout.engine import RolloutEngine
@@ -28,34 +27,36 @@ from ..train import reinforce
 from ..train.grpo import RunResult
 from ..train.held_out import SEED, difference
 from ..train.metrics import read_metrics
-from ..utils.devices import pick_device, pick_dtype
-from ..utils.errors import UserError, needs
-from ..utils.files import read_json_lines, write_bytes_atomic, write_text_atomic
+from ..utils.devices import multiplies_bfloat16, pick_device, pick_dtype
+from ..utils.errors import UserError
+from ..utils.files import read_json_lines, write_bytes_atomic
 from ..utils.progress import Progress, silent
 
 RUN, TRAIN, HELD_OUT, CURVE, PICTURES = "run", "train.jsonl", "held_out.jsonl", "curve.png", "before_and_after.png"
 
 SETTINGS = GrpoConfig(
     trainable="full",
-    steps=120,
+    objective="final_sample",
+    advantage="std",
+    steps=150,
     groups=6,
     group_size=8,
-    lr=6e-5,
+    lr=2e-4,
     schedule="cosine",
     warmup=3,
     temperature=1.0,
     beta=0.0,
     guidance_scale=0.0,
     timesteps=4,
-    token_scope="newly_unmasked",
     micro_rows=0,
     micro_timesteps=0,
-    checkpoint_every=40,
-    sample_every=40,
+    checkpoint_every=50,
+    sample_every=50,
     dsog=DsogConfig(enabled=False),
     held_out=HeldOutConfig(every=30, images=2, by="wholly_right", patience=0),
 )
-"""What was found to learn fastest on two cores: no guidance and few timesteps, many images a step, all weights."""
+"""What was found to learn fastest on two cores (docs/toyworld.md): the finished sample's log-probs under random masks,
+advantages with their spread divided out, no guidance, few timesteps, all weights."""
 
 
 @dataclass(frozen=True)
@@ -89,32 +90,32 @@ def run_prompt_demo(
     dtype: str = "auto",
     prompts: int = 960,
     held_out: int = 192,
-    world: Path | None = None,
+    world: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> DemoResult:
     """All of it, in the folder `out`; a demo that is there already is made anew, another folder is refused.
 
-    world: a folder of the composed world's weights (`composed_folder()`: those in the package); None: the toy world.
+    world: a folder of the composed world's weights; None: those in the package. dtype: "auto" is bfloat16 also on a CPU
+    that multiplies it.
     """
     from ..toy.composed.model import composed_reward, load_composed, share_right, wholly_right
     from ..toy.composed.prompts import write_prompts
-    from .bundle import open_bundle, resolved_dtype
+    from .bundle import resolved_dtype
 
     if out.exists() and any(out.iterdir()):
         if not (out / TRAIN).exists():
             raise UserError(f"{out}: is not empty and holds no earlier demo: choose another folder")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    at = pick_device(device)
+    if dtype == "auto" and at.type == "cpu" and multiplies_bfloat16():
+        dtype = "bfloat16"
     dtype = resolved_dtype(Sources(), device, dtype)
     settings = with_overrides(SETTINGS, [f"seed={seed}", f"dtype={dtype}", *(w.removeprefix("grpo.") for w in words)])
-    if world is not None:
-        bundle = load_composed(world, pick_dtype(dtype), pick_device(device))
-        write_prompts(out, train=prompts, held_out=held_out, seed=seed)
-        reward: Mapping[str, RewardModel] = {"objects": composed_reward(world)}
-        metrics: Mapping[str, RewardModel] = {"wholly_right": wholly_right(world), "share_right": share_right(world)}
-    else:
-        bundle = open_bundle(Sources(), device, dtype)
-        reward, metrics = _toy_world(out, bundle, prompts, held_out, seed)
+    bundle = load_composed(world, pick_dtype(dtype), at)
+    write_prompts(out, train=prompts, held_out=held_out, seed=seed)
+    reward: Mapping[str, RewardModel] = {"objects": composed_reward(world)}
+    metrics: Mapping[str, RewardModel] = {"wholly_right": wholly_right(world), "share_right": share_right(world)}
     texts = [str(line["prompt"]) for line in read_json_lines(out / HELD_OUT)][:12]
     before = _draw(bundle, texts, settings)
     result = reinforce(
@@ -136,36 +137,6 @@ def run_prompt_demo(
     first, last = result.held_out[0], result.held_out[-1]
     gain, error = difference(last, first, by)
     return DemoResult(result, first.mean(by), last.mean(by), gain, error, out / CURVE, out / PICTURES)
-
-
-def _toy_world(
-    out: Path, bundle: ModelBundle, prompts: int, held_out: int, seed: int
-) -> tuple[Mapping[str, RewardModel], Mapping[str, RewardModel]]:
-    """Prompts and drawings into `out`; the reward, and what is measured."""
-    with needs("data"):
-        from PIL import Image
-
-    from ..rewards.ensemble import as_model
-    from ..toy.drawing import render
-    from ..toy.networks import ToyNetworks, load_second_reader
-    from ..toy.prompts import dense_prompts, metrics
-    from ..toy.prompts import reward as toy_reward
-
-    nets = ToyNetworks.from_pretrained().to(bundle.device)
-    (out / "drawings").mkdir()
-    test = dense_prompts(held_out, 1)  # the same for every seed
-    lines = []
-    for number, (row, scene) in enumerate(test):
-        file = out / "drawings" / f"{number}.png"
-        save_image(from_pil(Image.fromarray(np.asarray(render(scene)))), file)
-        lines.append(json.dumps({**row, "reference_image": str(file)}))
-    write_text_atomic(out / HELD_OUT, "\n".join(lines) + "\n")
-    known = frozenset(str(row["prompt"]) for row, _ in test)
-    lines = [json.dumps(row) for row, _ in dense_prompts(prompts, 2 + seed, without=known)]
-    write_text_atomic(out / TRAIN, "\n".join(lines) + "\n")
-    measured = {name: as_model(function, name) for name, function in metrics(nets.reader).items()}
-    second = load_second_reader().to(bundle.device)
-    return {"as_asked": as_model(toy_reward(second), "as_asked")}, measured
 
 
 def _draw(bundle: ModelBundle, texts: list[str], settings: GrpoConfig) -> torch.Tensor:

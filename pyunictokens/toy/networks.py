@@ -86,20 +86,6 @@ class AttributeReader(nn.Module):
         return [{slot: SLOTS[slot][code] for slot, code in zip(SLOTS, row, strict=True)} for row in codes]
 
 
-SECOND_WIDTH = 24
-
-
-def load_second_reader(folder: str | os.PathLike[str] | None = None) -> AttributeReader:
-    """The attribute network that rewards may ask; it was trained apart from the reader, which measures."""
-    from ..models.checkpoint import load_tensors
-
-    net = AttributeReader(SECOND_WIDTH)
-    home = Path(folder) if folder else Path(__file__).parent.parent / "assets" / "toy"
-    weights = load_tensors(home / "second_reader.safetensors")
-    net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
-    return net.requires_grad_(False).eval()
-
-
 class SubjectFeatures(nn.Module):
     """An embedding of the subject alone (shape, colour, pattern, hair), whatever it wears and wherever it is."""
 

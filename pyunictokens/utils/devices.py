@@ -41,6 +41,16 @@ def pick_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
     return known[name]
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX-512 BF16, AMX), where torch can tell; they take
+    half of float32's time."""
+    import torch
+
+    tell = getattr(torch.cpu, "get_capabilities", None)  # came after torch 2.9
+    found = tell() if tell is not None else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def check_training_dtype(dtype: torch.dtype, resume: bool = False) -> None:
     """Raise UserError for float16, in which gradients would be formed too. A run that was begun in it before this was
     refused (`resume`) goes on, with a warning."""

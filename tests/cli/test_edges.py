@@ -118,7 +118,6 @@ def test_data_toy_list_check(tmp_path: Path) -> None:
     assert any(row["severity"] == "error" and "info.json" in row["file"] for row in rows)
     assert "is there already" in only_error("data", "toy", tmp_path / "d", "ann")
     assert "--kind plant" in only_error("data", "toy", tmp_path / "d", "x", "--kind", "plant")
-    assert "give --prompts as well" in only_error("demo", "--composed", "--out", tmp_path / "demo")
     assert "'../x'" in only_error("data", "toy", tmp_path / "d", "../x")
 
 

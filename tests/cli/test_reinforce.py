@@ -85,7 +85,7 @@ def test_rewards_from_a_config() -> None:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ((), {"trainable": "full", "lr": 5e-5}),
+        ((), {"trainable": "full", "lr": 1e-4}),
         (("trainable=lora",), {"trainable": "lora", "lr": 1e-3}),
         (("trainable=lora", "lr=2e-4"), {"trainable": "lora", "lr": 2e-4}),
     ],
