@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import UserError
-from . import data_negatives, data_plusplus
+from . import data_import, data_negatives, data_plusplus
 from .shell import USER_ERROR, Bars, SeedOption, command, console, guarded
 
 app = typer.Typer(
@@ -222,6 +222,7 @@ def list_(root: RootArgument) -> None:
 app.command("list")(guarded(list_))
 app.command("check")(guarded(check))
 app.command("new")(guarded(new))
+app.command("import")(guarded(data_import.import_))
 app.command("toy")(guarded(toy))
 app.command("negatives")(guarded(data_negatives.negatives))
 app.command("propose")(guarded(data_plusplus.propose))

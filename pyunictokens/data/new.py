@@ -20,7 +20,7 @@ from ..utils.files import write_json
 from ..utils.spelling import loose, spelled
 from . import wording
 from .check import SMALLEST_SIDE, check_folder
-from .concept import FACT_PROMPTS, KINDS, Concept, concept_name
+from .concept import FACT_PROMPTS, KINDS, PURE_PROMPTS, Concept, concept_name
 from .facts import REASONING_DENSE, FactSheet, read_facts
 from .folder import load_concept
 from .image_files import is_file, list_images, look_into, natural_key
@@ -49,6 +49,15 @@ class NewConcept:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The test half as a data set has it, in the place of photos kept back and of templates."""
+
+    photos: Sequence[Path] = ()
+    prompts: Sequence[str] = ()
+    """Short prompts that need no fact; no others are written."""
+
+
 def new_concept(
     root: str | os.PathLike[str],
     name: str,
@@ -60,6 +69,7 @@ def new_concept(
     spec_yaml: str | os.PathLike[str] | Mapping[str, object] | None = None,
     negatives: Photos | None = None,
     test_photos: int = 2,
+    held_out: HeldOut | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> NewConcept:
@@ -70,6 +80,8 @@ def new_concept(
     spec_yaml: the sheet of facts (docs/data-format.md).
     negatives: images of other things, best of the same class; without them some of the folder's random_images serve,
     and where there are none simple patterns are drawn, which `notes` says.
+    held_out: what tests, where that is settled: all of `photos` train then (`test_photos` has no meaning), a mask
+    beside a photo (`0_mask.png`) is kept, and no questions are written for the test half.
     force: replace a concept of this name.
 
     Raises one UserError that lists all that is wrong; nothing is written then.
@@ -96,9 +108,8 @@ def new_concept(
     except OSError as error:
         raise UserError(f"{root}: cannot be written: {error.strerror}") from None
     try:
-        build = _Build(
-            aside.path, name, kind, class_word.strip(), info, sheet, asked, notes, progress or (lambda _: None)
-        )
+        progress = progress or (lambda _: None)
+        build = _Build(aside.path, name, kind, class_word.strip(), info, sheet, asked, notes, progress, held_out)
         build.photos(files, test_photos)
         origin = build.negatives(negatives, root)
         build.texts()
@@ -129,7 +140,9 @@ class _Build:
         asked: dict[Path, list[tuple[str, str]]],
         notes: list[str],
         progress: Callable[[str], None],
+        held_out: HeldOut | None,
     ) -> None:
+        self.held_out = held_out
         self.aside, self.name, self.sheet, self.notes, self.progress = aside, name, sheet, notes, progress
         self.asked = asked
         self.words = wording.Wording(f"<{name}>", kind, class_word, info)
@@ -143,13 +156,28 @@ class _Build:
         images, problems = self._read(files)
         if problems:
             raise UserError(f"{len(problems)} of {len(files)} photos cannot be used:\n  " + "\n  ".join(problems))
-        tests = min(test_photos, len(images) - 1) if len(images) >= 5 else 0
-        if len(images) < 5:
-            self.notes.append(f"{len(images)} photos are too few to keep any for testing: ten or so work best")
-        for half, part in (("train", images[: len(images) - tests]), ("test", images[len(images) - tests :])):
+        if self.held_out is not None:
+            train, (test, problems) = images, self._read(list(self.held_out.photos))
+            if problems:
+                raise UserError(f"{len(problems)} test photos cannot be used:\n  " + "\n  ".join(problems))
+            self._masks([source for source, _ in train])
+        else:
+            tests = min(test_photos, len(images) - 1) if len(images) >= 5 else 0
+            if len(images) < 5:
+                self.notes.append(f"{len(images)} photos are too few to keep any for testing: ten or so work best")
+            train, test = images[: len(images) - tests], images[len(images) - tests :]
+        for half, part in (("train", train), ("test", test)):
             for index, (source, image) in enumerate(part):
                 save_image(image, getattr(self, half) / f"{index}.png")
                 self.sources[half].append((f"{index}.png", source))
+
+    def _masks(self, photos: list[Path]) -> None:
+        """Keep the mask that lies beside a photo, in the size of the photo."""
+        for index, photo in enumerate(photos):
+            mask = photo.with_name(f"{photo.stem}_mask.png")
+            if is_file(mask):
+                image = read_image(mask, at_least=SHORTER_SIDE)
+                save_image(shrink(image, SHORTER_SIDE), self.train / f"{index}_mask.png")
 
     def negatives(self, given: Photos | None, root: Path) -> str:
         """Fill negative_example/, and random_images/ where the data folder has none. Returns where they come from."""
@@ -213,23 +241,37 @@ class _Build:
         ]
         write_json(self.train / "positive_recognitions.json", positive)
         write_json(self.train / "random_recognitions.json", negative)
-        tests = {Path(file).stem: _as_json(_merged(general, own["test"][file])) for file, _ in self.sources["test"]}
-        write_json(self.test / "vqa.json", tests)
-        write_json(self.test / "text_only.json", _as_json([(words.reworded(query), answer) for query, answer in loose]))
-        prompts = {
-            FACT_PROMPTS: [fact.prompt for fact in sheet.facts],
-            f"explicit_{FACT_PROMPTS}": [fact.explicit for fact in sheet.facts],
-            "pure_generation": sheet.prompts.get("pure_generation") or words.pure_prompts(),
-            "dense_generation": sheet.prompts.get("dense_generation") or words.dense_prompts(),
-        }
-        reasoning = {key: value for key, value in sheet.prompts.items() if key.endswith(REASONING_DENSE)}
-        write_json(self.test / "t2i_conditions.json", {**prompts, **reasoning})
+        if self.held_out is not None:
+            prompts = list(self.held_out.prompts)
+            write_json(self.test / "t2i_conditions.json", {PURE_PROMPTS: prompts} if prompts else {})
+        else:
+            self._test_texts(general, own["test"], loose)
         write_json(self.aside / "concepts_list.json", [self.name])
         write_json(self.aside / "concept" / "train" / "train_images.json", {self.name: files})
         if not sheet.facts:
             self.notes.append("no facts were given: text-only reasoning cannot be trained (see the sheet of facts)")
         elif len(sheet.facts) < 4:
             self.notes.append(f"only {len(sheet.facts)} facts: half of them test, so four or more are better")
+
+    def _test_texts(
+        self,
+        general: list[tuple[str, str]],
+        own: dict[str, list[tuple[str, str]]],
+        loose: list[tuple[str, str]],
+    ) -> None:
+        """The JSON files of the test half: questions about each photo, questions about none, prompts."""
+        sheet, words = self.sheet, self.words
+        tests = {Path(file).stem: _as_json(_merged(general, own[file])) for file, _ in self.sources["test"]}
+        write_json(self.test / "vqa.json", tests)
+        write_json(self.test / "text_only.json", _as_json([(words.reworded(query), answer) for query, answer in loose]))
+        prompts = {
+            FACT_PROMPTS: [fact.prompt for fact in sheet.facts],
+            f"explicit_{FACT_PROMPTS}": [fact.explicit for fact in sheet.facts],
+            PURE_PROMPTS: sheet.prompts.get(PURE_PROMPTS) or words.pure_prompts(),
+            "dense_generation": sheet.prompts.get("dense_generation") or words.dense_prompts(),
+        }
+        reasoning = {key: value for key, value in sheet.prompts.items() if key.endswith(REASONING_DENSE)}
+        write_json(self.test / "t2i_conditions.json", {**prompts, **reasoning})
 
     def _read(self, files: list[Path]) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
         """The images, small enough to store, without repeated files; and what is wrong with the others."""

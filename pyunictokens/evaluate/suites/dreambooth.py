@@ -11,6 +11,7 @@ _WORDS = (
 )
 LIVE_CLASSES = frozenset(_WORDS.split())
 """Class words of live subjects; everything else is an object."""
+_PEOPLE = frozenset(("boy", "girl", "human", "man", "person", "woman"))
 
 _PLACES = (
     "{} in a rain forest",
@@ -64,6 +65,13 @@ def is_live(class_word: str) -> bool:
     """Whether the class (its last word counts: "shiba dog") is that of a live subject."""
     last = class_word.casefold().split()[-1:] or [""]
     return last[0] in LIVE_CLASSES and "stuffed" not in class_word.casefold()
+
+
+def kind_of(class_word: str) -> str:
+    """human, animal or object, by the class word."""
+    if not is_live(class_word):
+        return "object"
+    return "human" if class_word.casefold().split()[-1] in _PEOPLE else "animal"
 
 
 def templates(class_word: str, live: bool | None = None) -> list[str]:

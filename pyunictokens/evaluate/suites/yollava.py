@@ -17,9 +17,12 @@ from pathlib import Path
 
 from ...utils.errors import UserError
 from ..tasks import Item, Subject
+from .dreambooth import kind_of
 from .files import by_image, entries_of, entry_of, folders, here, lettered, optional_json, pictures, with_options, words
 
 VISUAL, TEXT, CLASSES = "yollava-visual-qa.json", "yollava-text-qa.json", "classes.json"
+UNKNOWN = "subject"
+"""The class word of a concept that classes.json does not name."""
 
 
 def names(root: Path) -> list[str]:
@@ -33,9 +36,8 @@ def read(root: Path, name: str) -> Subject:
     """Concept `name`. Raises UserError naming file and field for an entry that cannot be used."""
     classes = _object(root / CLASSES)
     word = classes.get(name)
-    subject = Subject(
-        name, word if isinstance(word, str) and word.strip() else "subject", references=pictures(root / "train" / name)
-    )
+    word = word if isinstance(word, str) and word.strip() else UNKNOWN
+    subject = Subject(name, word, kind_of(word), references=pictures(root / "train" / name))
     subject.test_images = pictures(root / "test" / name)
     others = [path for other in folders(root / "test") if other != name for path in pictures(root / "test" / other)]
     question = f"Can you see {subject.sks} in this picture? Answer with yes or no."
