@@ -215,7 +215,7 @@ def levers() -> str:
     )  # each layer's input is read, and written in half the bytes
     table: list[tuple[str, float, float, str]] = [
         ("products of the blocks in e4m3", products, eight, '`products="fp8"`'),
-        ("q/k norm and rotary in one kernel: 22 passes become 4", 22 * tensor, 4 * tensor, "no"),
+        ("q/k norm and rotary in one kernel: 22 passes become 4", 22 * tensor, 4 * tensor, "on a GPU"),
         (
             "prompt's keys and values in front of the row's own, one call: 15 passes become 2",
             15 * tensor,

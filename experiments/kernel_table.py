@@ -50,6 +50,13 @@ SHAPES = {  # R, T, N, D, K
     "nothing round": (3, 5, 7, 99, 1001),
     "wide codebook": (2, 5, 64, 512, 16384),
 }
+HEADS = {  # B, H, L, E, R of what turns
+    "Show-o 512²": (18, 32, 1026, 64, 32),
+    "Show-o, one position": (9, 32, 1, 64, 32),
+    "toy": (8, 4, 66, 32, 16),
+    "nothing round": (3, 5, 7, 10, 6),
+    "all turns": (2, 8, 100, 128, 128),
+}
 PLAIN_TOO = (8192, 58523, 1001)
 """Codebooks that are also run without any option; the others differ from them in block sizes alone."""
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
@@ -101,7 +108,30 @@ def variants() -> list[Variant]:
             _operations(shape, dtype)
         for launch in launches:
             found[_variant(launch)] = None
+    for heads, dtype in itertools.product(HEADS.values(), DTYPES):
+        with recording() as launches:
+            _queries_and_keys(heads, dtype)
+        for launch in launches:
+            found[_variant(launch)] = None
     return list(found)
+
+
+def _queries_and_keys(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Layer norm and rotary of q and k and the way back: heads behind positions in memory, as a layer makes them, and
+    gradients either way round; angles shared and a row's own; parameters learning and frozen."""
+    from pyunictokens.kernels import engine
+
+    b, h, length, width, turned = shape
+
+    def of(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    x, grad, parameter = of(b, length, h, width).transpose(1, 2), of(b, h, length, width), of(width)
+    for angles in (of(length, turned), of(b, 1, length, turned)):
+        rest = (x, x, angles, angles, parameter, parameter, parameter, parameter, 1e-5)
+        engine.qk_norm_rotary(*rest)
+        for each, learning in itertools.product((x, grad), (True, False)):
+            engine.qk_norm_rotary_backward(each, each, *rest, learning)
 
 
 def _operations(shape: tuple[int, ...], dtype: torch.dtype) -> None:

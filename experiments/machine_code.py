@@ -41,6 +41,8 @@ TRITON = {  # kernel → what its code on sm_90 must hold, in bfloat16 at a widt
     "scatter_rows": (r"LDG\.E\S*\.128", r"STG\.E\S*\.128"),
     "column_sums": (r"LDG\.E\S*\.128",),
     "grpo_tokens": (r"LDG\.E",),
+    "norm_rotary": (r"LDG\.E\S*\.128", r"STG\.E\S*\.128"),
+    "norm_rotary_backward": (r"LDG\.E\S*\.128", r"STG\.E\S*\.128"),
 }
 
 
@@ -176,11 +178,12 @@ def triton_problems(say: list[str]) -> list[str]:
     """What is wrong with the Triton kernels on sm_90."""
     import torch
 
-    from experiments.kernel_table import SHAPES, Variant, _operations, _variant, machine_code
+    from experiments.kernel_table import HEADS, SHAPES, Variant, _operations, _queries_and_keys, _variant, machine_code
     from pyunictokens.kernels.launch import recording
 
     with recording() as launches:
         _operations(SHAPES["Show-o 512²"], torch.bfloat16)
+        _queries_and_keys(HEADS["Show-o 512²"], torch.bfloat16)
     chosen: dict[str, Variant] = {}
     for launch in launches:
         variant = _variant(launch)

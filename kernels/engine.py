@@ -24,6 +24,8 @@ from . import epilogue, head, rows
 from .grpo import dense, grpo
 from .launch import capturing
 from .plan import BIAS_SLICES, choose
+from .rotary import qk_norm_rotary as qk_norm_rotary
+from .rotary import qk_norm_rotary_backward as qk_norm_rotary_backward
 
 NEEDS_HIDDEN, NEEDS_UNCOND, NEEDS_WEIGHT, NEEDS_BIAS = 1, 2, 4, 8
 """Bits of `needs`, as in the reference."""

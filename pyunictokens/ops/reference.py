@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import philox
@@ -345,7 +346,32 @@ def maskgit_step(
     return torch.where(masked, -1, chosen), chosen, logp, masked
 
 
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(q, k) [B, H, L, E] after their layer norms and a partial turn; differentiable as it stands."""
+    width = q.shape[-1:]
+    q, k = F.layer_norm(q, width, q_weight, q_bias, eps), F.layer_norm(k, width, k_weight, k_bias, eps)
+    return partial_rotary(q, cos, sin), partial_rotary(k, cos, sin)
+
+
+def partial_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., L, E] with its first R entries turned, entry e with e + R/2; cos and sin [..., L, R]."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
 offer("selected_logprob", "reference", Entry(selected_logprob, selected_logprob_backward))
 offer("grpo_loss", "reference", Entry(grpo_loss))
 offer("maskgit_grpo_loss", "reference", Entry(maskgit_grpo_loss))
 offer("maskgit_step", "reference", Entry(maskgit_step))
+offer("qk_norm_rotary", "reference", Entry(qk_norm_rotary))

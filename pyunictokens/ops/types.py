@@ -21,6 +21,7 @@ class Context(Protocol):
     settings: tuple[float, float]
     """Guidance scale and temperature."""
     backend: str
+    eps: float
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 

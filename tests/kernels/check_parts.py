@@ -44,7 +44,8 @@ def test_a_product_reads_its_count(dtype: torch.dtype, atomic: bool) -> None:
 
 def test_the_backend_says_what_it_does() -> None:
     report = uct.ops.capabilities()["triton"]
-    assert report == {"available": True, "ops": ["grpo_loss", "maskgit_grpo_loss", "selected_logprob"], "reason": ""}
+    ops = ["grpo_loss", "maskgit_grpo_loss", "qk_norm_rotary", "selected_logprob"]
+    assert report == {"available": True, "ops": ops, "reason": ""}
 
 
 def test_opcheck() -> None:

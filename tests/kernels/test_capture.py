@@ -32,6 +32,9 @@ def _calls(shape: tuple[int, ...], dtype: torch.dtype, masked: bool, guided: boo
     advantages, bias = of(r, dtype=torch.float32), of(entries)
     mask = of(r, t, n, dtype=torch.bool) if masked else None
     uncond, scale = (hidden, 5.0) if guided else (None, 0.0)
+    turned = of(r, 4, n, 16), of(r, 4, n, 16), of(n, 8), of(n, 8), *(of(16) for _ in range(4)), 1e-5
+    engine.qk_norm_rotary(*turned)
+    engine.qk_norm_rotary_backward(*turned[:2], *turned, True)
     engine.grpo_loss(each, each, each, advantages, number, mask, 0.2, 0.2, 0.01)
     engine.selected_logprob(hidden, weight, target, bias, uncond, scale, 1.0)
     engine.selected_logprob_backward(each, each, hidden, weight, target, bias, uncond, scale, 1.0, 15)

@@ -26,6 +26,7 @@ def test_every_kernel_is_noted_and_one_compiles_for_every_target(
     assert {variant.name for variant in found} == {
         *("grpo_tokens", "compact_tokens", "gather_rows", "scatter_rows", "column_sums"),
         *("logprob_rows", "gradient_rows", "loss_rows", "logprob_tiles", "combine_splits", "product_tiles"),
+        *("norm_rotary", "norm_rotary_backward"),
     }
     assert {variant.dtype for variant in found} == {"float32", "bfloat16", "float16"}
     small = next(variant for variant in found if variant.name == "compact_tokens")

@@ -5,10 +5,11 @@ Module names are those of the published checkpoint. Who sees what is decided by 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.reference import partial_rotary
+from ...ops.rotary import qk_norm_rotary
 from .attention import Attention
 from .sizes import ShowoConfig
 
@@ -17,7 +18,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ShowoConfig):
         super().__init__()
         width, head = config.hidden_size, config.head_dim
-        self.heads, self.rotary_dim = config.num_attention_heads, config.rotary_dim
+        self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -32,14 +33,12 @@ class SelfAttention(nn.Module):
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.normalise:
-            q, k = self.q_layernorm(q), self.k_layernorm(k)
-        q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+            norm_q, norm_k = self.q_layernorm, self.k_layernorm
+            parameters = norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias
+            q, k = qk_norm_rotary(q, k, cos, sin, *parameters, norm_q.eps)
+        else:
+            q, k = partial_rotary(q, cos, sin), partial_rotary(k, cos, sin)
         return self.dense(attend(layer, q, k, v).transpose(1, 2).flatten(2))
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
-        first, second = turned.chunk(2, dim=-1)
-        return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
 class Mlp(nn.Module):
