@@ -342,5 +342,5 @@ def qk_norm_rotary_backward(
             found.append((d_x, weight.new_empty(0), bias.new_empty(0)))
         else:
             found.append((d_x, sums[:, 0].sum(0).to(weight.dtype), sums[:, 1].sum(0).to(bias.dtype)))
-    (d_q, *d_q_parameters), (d_k, *d_k_parameters) = found
-    return d_q, d_k, *d_q_parameters, *d_k_parameters
+    (d_q, d_q_weight, d_q_bias), (d_k, d_k_weight, d_k_bias) = found
+    return d_q, d_k, d_q_weight, d_q_bias, d_k_weight, d_k_bias
