@@ -29,7 +29,8 @@ BY_NUMBER = {"1": ("table1",), "2": ("table2",), "3": ("table3",), "5": ()}
 @spread
 def paper(
     root: Annotated[
-        Path | None, typer.Argument(help="The data folder, in the layout of UnifyBench++. With --toy: drawn here.")
+        Path | None,
+        typer.Argument(help="The data folder, in the layout of UnifyBench++. With --toy: drawn here. Table 5: none."),
     ] = None,
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of all runs and tables.")] = Path("paper"),
@@ -85,6 +86,8 @@ def paper(
 
         pyunictokens evaluate paper mydata --out paper --model show-o-512 --workers 8
 
+        pyunictokens evaluate paper --table 5 --dreambench dreambooth --plan --model show-o-512
+
         pyunictokens evaluate paper toydata --table 1 --name bo grpo.steps=5 table.limit=2
     """
     from ..config.settings import load_yaml
@@ -110,11 +113,11 @@ def paper(
     base = preset.value if preset else "toy" if sources.is_toy else "paper"
     settings = RunConfig.make(base, load_yaml(config) if config is not None else {}, str(config), told.runs)
     asked = with_words(TableConfig.of(Run(None), sources.is_toy), scoring.protocol, told.tables)
-    if root is None and not toy:
+    if root is None and not toy and wanted:
         raise UserError("which data folder? Give ROOT, or --toy for concepts that are drawn")
     clip = scoring.clip_for(sources)
     work_here = PaperRun(
-        root or draw_concepts(out),
+        root or (draw_concepts(out) if wanted else out),
         out,
         wanted,
         {name: folder for name, folder in others.items() if folder is not None},
@@ -131,6 +134,7 @@ def paper(
         machine.dtype,
         rivals,
         quick,
+        planning=plan,
     )
     trains = any(work.VARIANTS[variant].grpo for variant in work_here.variants)
     rewards = PAPER_REWARDS if rewards is None and trains and not sources.is_toy else rewards

@@ -4,6 +4,7 @@
     OUT/rivals/KEY/NAME/       a baseline a concept for each rival of rivals.py, as `baseline train` leaves it
     OUT/TABLE/                 a table, as `evaluate table` leaves it: table1, table2, table3, yollava, mcllava, …;
                                paper.html, paper.md, paper.json: the same beside the paper's numbers
+    OUT/LAYOUT/{data,runs,rivals}/   of a data set of Table 5: its concepts as concept folders, what is trained on them
 
 Reinforcement begins with the tokens of the variant it continues, so the stages are learned once. Nothing that is done
 is done again. How runs are trained is sweep.py's business, how tables are filled that of `evaluate`.
@@ -52,6 +53,7 @@ class Variant:
 VARIANTS = {
     "unictokens": Variant("UniCTokens", flags=("--no-grpo",), grpo=False),
     "unictokens-r1": Variant("UniCTokens-R1", begins="unictokens"),
+    "unictokens-r1-images": Variant("UniCTokens-R1", ("grpo.visual_ratio=1",), begins="unictokens"),
     "no-reasoning": Variant("w/o Und. Rea.", ("grpo.reasoning=false",), begins="unictokens"),
     "no-visual": Variant("w/o VIA", ("grpo.visual_ratio=0",), begins="unictokens"),
     "no-text-only": Variant("w/o TIA", ("grpo.visual_ratio=1",), begins="unictokens"),
@@ -73,16 +75,16 @@ class PaperTable:
     layout: str = "unify"
 
 
+_WITHOUT_FACTS = ("unictokens", "unictokens-r1-images")
 TABLES = {
     "table1": PaperTable("Table 1", ("unictokens", "unictokens-r1"), ("showo-tp", "showo-ip", "real")),
     "table2": PaperTable("Table 2", ("no-reasoning", "no-visual", "no-text-only", "no-dsog", "unictokens-r1")),
     "table3": PaperTable("Table 3", ("joint", "joint-grpo", "unictokens", "unictokens-r1")),
-    "yollava": PaperTable("Table 5, Yo'LLaVA", (), ("showo-tp", "real"), "yollava"),
-    "mcllava": PaperTable("Table 5, MC-LLaVA", (), ("showo-tp",), "mcllava"),
-    "dreambench": PaperTable("Table 5, DreamBench", (), ("showo-tp", "real"), "dreambench"),
+    "yollava": PaperTable("Table 5, Yo'LLaVA", _WITHOUT_FACTS, ("showo-tp", "real"), "yollava"),
+    "mcllava": PaperTable("Table 5, MC-LLaVA", _WITHOUT_FACTS, ("showo-tp",), "mcllava"),
+    "dreambench": PaperTable("Table 5, DreamBench", _WITHOUT_FACTS, ("showo-tp", "real"), "dreambench"),
 }
-"""Tables by the name of their folder. Those of Table 5 are of data sets without facts to reinforce with, so our rows
-there are runs of your own (`-m ours:RUNS/{name}`)."""
+"""Tables by the name of their folder; those of Table 5 by their layout."""
 
 
 def wanted_variants(tables: Iterable[str]) -> list[str]:
@@ -161,7 +163,7 @@ def beside_paper(
     layout = table.layout if table.layout != "unify" else name
     printed = {each.name: row.printed for row, each in zip(rows, baselines, strict=True)}
     trained = {each.name: row.trained for row, each in zip(rows, baselines, strict=True)}
-    notes = [TOY_NOTE] if toy else []
+    notes = ([TOY_NOTE] if toy else []) + ([] if table.layout == "unify" else [FACTS_NOTE])
     return beside(
         table,
         TABLES[name].title,
@@ -177,6 +179,13 @@ def beside_paper(
 TOY_NOTE = (
     "The toy is another world: drawn subjects, a model of a few million weights, encoders of its own. "
     "Its values cannot be compared with the paper's one by one; the order of the rows can."
+)
+
+
+FACTS_NOTE = (
+    "The data set has no facts and no questions to learn from: rows that are trained here learned from its photos and "
+    "the plain questions of `data new`, and UniCTokens-R1 was reinforced with questions about images alone "
+    "(grpo.visual_ratio=1)."
 )
 
 
@@ -225,13 +234,13 @@ class Plan:
         stages, grpo, measuring, rivals = (each / rate / 3600 for each in all_of_it)
         return stages, grpo, measuring, rivals
 
-    def add_rivals(self, entries: Iterable[Entry]) -> None:
-        """What the rivals still cost, and which of them cannot be trained here."""
+    def add_rivals(self, entries: Iterable[Entry], part: str = "") -> None:
+        """What the rivals still cost, and which of them cannot be trained here; `part` stands before their names."""
         for entry in entries:
-            self.runs[f"rival {entry.rival.key}"] = (len(entry.done), len(entry.jobs))
+            self.runs[f"{part}rival {entry.rival.key}"] = (len(entry.done), len(entry.jobs))
             self.rival_flops += 0.0 if entry.refused else entry.flops
             if entry.refused:
-                self.left_out.append(f"{entry.title} ({entry.rival.method}): {entry.refused}")
+                self.left_out.append(f"{part}{entry.title} ({entry.rival.method}): {entry.refused}")
 
     def add_runs(
         self, variant: str, costs: ShowoCosts, stages: StageConfig, grpo: GrpoConfig, concepts: Iterable[Concept]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..config.settings import to_mapping, with_overrides
 from ..data.concept import Concept
@@ -19,11 +20,15 @@ from ..evaluate.report import beside
 from ..evaluate.runner import fill
 from ..evaluate.scoring import Scorer
 from ..evaluate.suites import Suite, open_suite
+from ..evaluate.suites.importing import import_suite
 from ..evaluate.table_files import Table
+from ..evaluate.tables import TABLES
+from ..evaluate.tasks import TASKS
 from ..models.bundle import Sources
 from ..toy.concept import write_toy_concept
 from ..toy.model import toy_folder
 from ..train.costs import sizes_of
+from ..utils.errors import UserError
 from ..utils.progress import Progress
 from ..utils.signals import Stop, Stopped
 from . import paper, sweep
@@ -72,6 +77,26 @@ class Told:
 
 
 @dataclass
+class Part:
+    """The tables over one folder of concepts, and what is trained for them."""
+
+    home: Path
+    """Holds its runs and rivals."""
+    root: Path
+    """The concept folders."""
+    concepts: list[Concept]
+    variants: list[str]
+    entries: dict[str, list[Entry]]
+    """Rivals by table."""
+    label: str = ""
+    """Stands before its lines of a plan."""
+
+    def open(self, variant: str) -> list[str]:
+        """Concepts that a variant has not learned yet."""
+        return [each.name for each in self.concepts if not paper.is_done(self.home, variant, each.name)]
+
+
+@dataclass
 class PaperRun:
     """Everything that one call works with."""
 
@@ -98,32 +123,70 @@ class PaperRun:
     dtype: str = "auto"
     with_rivals: bool = True
     quick: bool = False
+    planning: bool = False
+    """Only a plan is wanted: nothing is written into `out`."""
     suites: dict[str, Suite] = field(init=False)
-    concepts: list[Concept] = field(init=False)
-    variants: list[str] = field(init=False)
-    entries: dict[str, list[Entry]] = field(init=False)
+    parts: dict[str, Part] = field(init=False)
+    """By table; those over `root` share one."""
 
     def __post_init__(self) -> None:
-        self.variants = paper.wanted_variants(self.tables)
+        paper.wanted_variants(self.tables)  # that there are such tables
+        self.sources = Sources.choose(self.named)
         reading = protocol_named(self.asked.protocol)
         self.suites = {table: open_suite(f"{self.root}", list(self.names), reading) for table in self.tables}
         self.suites |= {table: open_suite(f"{table}:{folder}", [], OURS) for table, folder in self.others.items()}
-        self.names = list(self.suites[self.tables[0]].names) if self.tables else []
-        self.concepts = [load_concept(self.root, name) for name in self.names]
-        self.sources = Sources.choose(self.named)
-        self.entries = {}
-        for table in self.tables:
-            self.entries[table] = enter(
+        self.parts = {}
+        if self.tables:
+            concepts = [load_concept(self.root, name) for name in self.suites[self.tables[0]].names]
+            part = self._part(self.out, self.root, concepts, self.tables)
+            self.parts = dict.fromkeys(self.tables, part)
+        for table in self.others:
+            home = self.out / table
+            with TemporaryDirectory() as aside:
+                concepts = self._imported(table, home / "data", Path(aside))
+                self.parts[table] = self._part(home, home / "data", concepts, [table], f"{table} ")
+        known = {entry.rival.key for part in self._parts() for entries in part.entries.values() for entry in entries}
+        for word in self.told.rivals:
+            if word.partition(".")[0] not in known:
+                there = ", ".join(sorted(known)) or "there is none"
+                raise UserError(f"{word!r}: names no rival of these tables: {there}")
+
+    def _part(self, home: Path, root: Path, concepts: list[Concept], tables: Sequence[str], label: str = "") -> Part:
+        entries = {}
+        for table in tables:
+            entries[table] = enter(
                 rivals_of(table, self.sources.is_toy) if self.with_rivals else [],
-                self.out,
-                self.concepts,
+                home,
+                concepts,
                 self.named,
                 self.told.rivals,
+                draws_only=all(TASKS[column.task].images for column in TABLES[self.suites[table].layout]),
                 quick=self.quick,
                 device=self.device,
                 dtype=self.dtype,
                 clip=self.clip,
             )
+        return Part(home, root, concepts, paper.wanted_variants(tables), entries, label)
+
+    def _imported(self, table: str, root: Path, aside: Path) -> list[Concept]:
+        """The concepts of a data set of Table 5 as concept folders: in `root`, written where they are not there; of a
+        mere plan in `aside`."""
+        suite = self.suites[table]
+        lacking = tuple(name for name in suite.names if not (root / "concept" / "train" / name).is_dir())
+        if lacking and self.planning:
+            return [made.concept for made in import_suite(suite, aside)]
+        if lacking:
+            import_suite(replace(suite, names=lacking), root)
+        return [load_concept(root, name) for name in suite.names]
+
+    def _parts(self) -> list[Part]:
+        """Every part once."""
+        return list({id(part): part for part in self.parts.values()}.values())
+
+    @property
+    def variants(self) -> list[str]:
+        """All variants that are trained."""
+        return list(dict.fromkeys(variant for part in self._parts() for variant in part.variants))
 
     def asked_of(self, table: str) -> TableConfig:
         """The settings of a table; those of Table 5 have no other protocol."""
@@ -134,34 +197,34 @@ class PaperRun:
 
     def rows(self, table: str) -> tuple[list[TableRow], list[Baseline]]:
         """The rows of a table and the models that fill them. A rival that cannot be trained here has no row."""
-        ready = [entry for entry in self.entries.get(table, []) if not entry.refused]
-        rows = paper.rows_of(self.out, table, ready, self.more)
+        part = self.parts[table]
+        ready = [entry for entry in part.entries[table] if not entry.refused]
+        rows = paper.rows_of(part.home, table, ready, self.more)
         place = Place(Run(None), self.sources, self.asked, self.device, self.dtype)
         return rows, paper.titled(rows, place.baselines([row.words for row in rows]))
 
     def plan(self) -> Plan:
         """What is there, what is wanted, and what it takes."""
         todo = Plan()
-        for variant in self.variants:
-            todo.runs[variant] = (len(self.names) - len(self._open(variant)), len(self.names))
-        for entries in self.entries.values():
-            todo.add_rivals(entries)
+        for part in self._parts():
+            wanted = len(part.concepts)
+            for variant in part.variants:
+                todo.runs[f"{part.label}{variant}"] = (wanted - len(part.open(variant)), wanted)
+            for entries in part.entries.values():
+                todo.add_rivals(entries, part.label)
         for table, suite in self.suites.items():
             subjects, baselines = [suite.subject(name) for name in suite.names], self.rows(table)[1]
             folder, judged = self.out / table, self.judge is not None
             todo.cells += paper.cells_of(table, baselines, subjects, folder, self.asked_of(table), judged=judged)
         costs = sizes_of(str(toy_folder() / "showo") if self.sources.is_toy else self.sources.model)
-        for variant in self.variants:
-            left = [concept for concept in self.concepts if concept.name in self._open(variant)]
-            todo.add_runs(variant, costs, self.settings.stages, self.settings.grpo, left)
+        for part in self._parts():
+            for variant in part.variants:
+                left = [concept for concept in part.concepts if concept.name in part.open(variant)]
+                todo.add_runs(variant, costs, self.settings.stages, self.settings.grpo, left)
         asked = self.asked
         guided = asked.guidance_scale > 0
         todo.measure_flops = paper.measuring_flops(costs, todo.cells, asked.timesteps, guided, asked.max_new_tokens)
         return todo
-
-    def _open(self, variant: str) -> list[str]:
-        """Concepts that a variant has not learned yet."""
-        return [name for name in self.names if not paper.is_done(self.out, variant, name)]
 
     def train(
         self,
@@ -175,18 +238,21 @@ class PaperRun:
         """Train rivals and runs that are not done; `arguments` are options of `train`. Returns what could not be, each
         with the reason. Raises Stopped where `stop` says so."""
         failed = []
-        for entries in self.entries.values():
-            failed += train_all(entries, progress, stop)
-        for variant in self.variants:
-            all_jobs = paper.jobs(self.out, self.root, self.names, variant, arguments, self.told.runs)
-            jobs = [job for job in all_jobs if job.name in self._open(variant)]
-            for number, status in enumerate(sweep.run_local(jobs, workers, gpus=gpus, stop=stop), start=1):
-                progress(f"runs: {variant}", number, len(jobs), {"note": f"{status.name} {status.state}"})
-                if status.state != "done":
-                    failed.append(f"{variant}/{status.name}: {status.state}: {status.message}")
-                    say(failed[-1])
-            if stop():
-                raise Stopped(f"stopped after the runs of {variant}")
+        for part in self._parts():
+            for entries in part.entries.values():
+                failed += train_all(entries, progress, stop)
+            names = [concept.name for concept in part.concepts]
+            for variant in part.variants:
+                all_jobs = paper.jobs(part.home, part.root, names, variant, arguments, self.told.runs)
+                jobs = [job for job in all_jobs if job.name in part.open(variant)]
+                for number, status in enumerate(sweep.run_local(jobs, workers, gpus=gpus, stop=stop), start=1):
+                    note = f"{status.name} {status.state}"
+                    progress(f"runs: {part.label}{variant}", number, len(jobs), {"note": note})
+                    if status.state != "done":
+                        failed.append(f"{part.label}{variant}/{status.name}: {status.state}: {status.message}")
+                        say(failed[-1])
+                if stop():
+                    raise Stopped(f"stopped after the runs of {part.label}{variant}")
         return failed
 
     def fill(self, table: str, progress: Progress) -> tuple[Table, beside.Beside] | None:
@@ -195,12 +261,12 @@ class PaperRun:
         rows, baselines = self.rows(table)
         subjects = [suite.subject(name) for name in suite.names]
         filled = fill(baselines, subjects, self.scorer_of(suite.protocol), self.out / table, asked, progress)
-        said = {**to_mapping(asked), "suite": str(self.root), "clip": self.clip, "judge": self.judge}
+        said = {**to_mapping(asked), "suite": str(suite.root), "clip": self.clip, "judge": self.judge}
         made = Table(suite.layout, filled.records, filled.failures, filled.notes, said)
         if not made.records:
             return None
         made.save(self.out / table)
-        refused = [f"{entry.title}: {entry.refused}" for entry in self.entries.get(table, []) if entry.refused]
+        refused = [f"{entry.title}: {entry.refused}" for entry in self.parts[table].entries[table] if entry.refused]
         found = paper.beside_paper(table, made, rows, baselines, refused, self.sources.is_toy)
         beside.save(found, self.out / table)
         return made, found

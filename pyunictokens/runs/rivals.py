@@ -20,6 +20,7 @@ from ..utils.errors import MissingExtra, UserError
 from ..utils.progress import NO_NUMBERS, Numbers, Progress
 from ..utils.signals import Stop
 from .baseline_jobs import make_job, settings_of
+from .paper_numbers import NUMBERS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ PAPER = (
     Rival("yollava", "yollava", "Yo'LLaVA"),
     Rival("mcllava", "mcllava", "MC-LLaVA"),
     Rival("rap", "rap", "RAP-MLLM"),
+    Rival("llava-tp", "llava-tp", "LLaVA+TP"),
     Rival("qwen-tp", "qwen-tp", "Qwen2.5-VL+TP"),
     Rival("yollava-phi", "yollava-phi", "Yo'LLaVA(Phi-1.5)"),
     Rival("textual-inversion", "textual-inversion", "Text inversion"),
@@ -64,10 +66,9 @@ PAPER = (
 
 
 def rivals_of(table: str, toy: bool) -> list[Rival]:
-    """The rivals of a table, of those methods that are there. Tables 2 and 3 have none, and Table 5 asks about folders
-    of other layouts, which baselines do not read."""
-    found = (TOY if toy else PAPER) if table == "table1" else ()
-    return [rival for rival in found if rival.method in METHODS]
+    """The rivals of a table: those whose row the paper prints in it, of the methods that are there."""
+    found = TOY if toy else PAPER
+    return [rival for rival in found if rival.paper in NUMBERS[table] and rival.method in METHODS]
 
 
 @dataclass
@@ -112,20 +113,19 @@ def enter(
     named: Sources,
     words: Sequence[str] = (),
     *,
+    draws_only: bool = False,
     quick: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     clip: str | None = None,
 ) -> list[Entry]:
-    """The rivals with their jobs and what is still to do; `words` are KEY.SETTING=VALUE. Trains and loads nothing.
+    """The rivals with their jobs and what is still to do; `words` are KEY.SETTING=VALUE, of which those of other rivals
+    are left alone. Trains and loads nothing.
 
-    Raises UserError for words that name no rival or no setting of one.
+    draws_only: the table asks for images alone, so a rival that draws none is refused.
+
+    Raises UserError for words that name no setting of their rival.
     """
-    rivals = list(rivals)
-    known = {rival.key for rival in rivals}
-    for word in words:
-        if word.partition(".")[0] not in known:
-            raise UserError(f"{word!r}: names no rival of these tables: {', '.join(sorted(known)) or 'there is none'}")
     entries = []
     for rival in rivals:
         kind = method(rival.method)
@@ -133,6 +133,8 @@ def enter(
         models = named if kind.masked else Sources()
         settings = settings_of(kind, models, [*rival.words, *(rival.quick if quick else ()), *own])
         entry = Entry(rival, kind, settings)
+        if draws_only and not kind.abilities(settings)[1]:
+            entry.refused = "draws no images, and this table asks for nothing else"
         for concept in concepts:
             folder = folder_of(out, rival, concept.name)
             job = make_job(
@@ -147,7 +149,7 @@ def enter(
                 resume=(folder / FILE).is_file(),
             )
             entry.jobs[concept.name] = job
-            if not is_done(folder):
+            if not is_done(folder) and not entry.refused:
                 _look_ahead(entry, job)
         entries.append(entry)
     return entries

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typer.testing import CliRunner
 
 from pyunictokens.cli import app
 from pyunictokens.config.training import TrainConfig
+from pyunictokens.data import load_concept
 from pyunictokens.models.showo.costs import ShowoCosts
 from pyunictokens.models.showo.sizes import ShowoConfig
-from pyunictokens.runs import paper
+from pyunictokens.runs import paper, rivals
+from pyunictokens.runs.paper_numbers import NUMBERS
 from pyunictokens.runs.sweep import Job, Status
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.train.costs import stages_flops, training_flops
@@ -85,20 +88,77 @@ def test_tables_from_nothing_and_nothing_twice(here: list[str], tmp_path: Path) 
     assert here == []
 
 
-@pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*training images")
-def test_the_ablations_and_the_other_data_sets_with_a_judge(here: list[str], tmp_path: Path) -> None:
-    """Tables 2 and 5; the plan counts what the judge is then asked."""
-    write_toy_concept(tmp_path / "data", seed=3, kind="animal", name="bo")
+def data_sets(folder: Path) -> list[str]:
+    """The three data sets of Table 5, tiny, as words of the command."""
     folders = {
-        "yollava": write_yollava(tmp_path / "yollava-data"),
-        "mcllava": write_mcllava(tmp_path / "mc"),
-        "dreambench": write_dreambench(tmp_path / "db"),
+        "yollava": write_yollava(folder / "yollava-data"),
+        "mcllava": write_mcllava(folder / "mc"),
+        "dreambench": write_dreambench(folder / "db"),
     }
-    given = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
+    return [word for name, where in folders.items() for word in (f"--{name}", str(where))]
+
+
+def test_the_plan_of_table_5_has_every_row(here: list[str], tmp_path: Path) -> None:
+    """Each row of the paper is trained, asked, or left out with the reason; a plan writes nothing."""
+    out, given = tmp_path / "paper", data_sets(tmp_path)
+    command = ("evaluate", "paper", "--table", "5", *given, "--out", out, "--plan")
+    planned = call(*command, "--model", "someone/show-o", "--vq", "someone/vq", "--tokenizer", "someone/phi")
+    assert not out.exists() and here == []
+    lines = [line.split() for line in planned.splitlines()]
+    printed = {f"rival {row.key}": row.paper for row in rivals.PAPER}
+    printed |= {name: paper.VARIANTS[name].title for name in ("unictokens", "unictokens-r1-images")}
+    for layout, concepts in (("yollava", 2), ("mcllava", 3), ("dreambench", 3)):
+        trained = [line[2:] for line in lines if line[:2] == ["runs", layout]]
+        told = {printed[" ".join(line[:-2])] for line in trained}
+        assert [layout, "Show-o", "+", "TP"] in [line[:4] for line in lines]
+        assert told | {"Show-o+TP"} == {*NUMBERS[layout], "UniCTokens"}, planned  # DreamBench has no row of it
+        assert all(line[-2:] == ["0", f"{concepts}"] for line in trained)
+    assert "left out: mcllava Yo'LLaVA (yollava): to fetch first: llava-hf/llava-1.5-13b-hf" in planned
+    assert "left out: yollava Yo'LLaVA (Phi-1.5) (yollava-phi): yollava-phi: no LLaVA with Phi-1.5" in planned
+    for name in ("Chameleon + TP (chameleon-tp)", "Chameleon + IP (chameleon-ip)"):
+        assert f"left out: dreambench {name}: draws no images" in planned
+        assert f"left out: yollava {name}: to fetch first: facebook/chameleon-7b" in planned
+    strange = call(*command, "qwen-tp.steps=1", code=2)
+    assert "'qwen-tp.steps=1': names no rival of these tables: dreambooth," in strange
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*training images")
+def test_table_5_is_trained_on_what_was_imported(here: list[str], tmp_path: Path) -> None:
+    folder, out = write_dreambench(tmp_path / "db"), tmp_path / "paper"
+    for name in ("berry_bowl", "grey_plushie"):
+        shutil.rmtree(folder / "dataset" / name)
+    base = ("evaluate", "paper", "--table", "5", "--dreambench", folder, "--quick", "--out", out, "--device", "cpu")
+    base = (*base, "--no-rivals", "stages.num_understanding=2", "stages.num_generation=2")
+    call(*base)
+    assert here == ["unictokens/dog6", "unictokens-r1-images/dog6"]
+    home = out / "dreambench"
+    assert load_concept(home / "data", "dog6").class_word == "dog"
+    run = json.loads((home / "runs" / "unictokens-r1-images" / "dog6" / "run.json").read_text())
+    assert run["settings"]["visual_ratio"] == 1.0
+    found = json.loads((home / "paper.json").read_text())
+    assert {row["model"]: row["paper"] for row in found["rows"]} == {
+        "Show-o + TP": "Show-o+TP",
+        "Real images": "Real Images",
+        "UniCTokens": "UniCTokens",
+        "UniCTokens-R1": "UniCTokens-R1",
+    }
+    drawn = next(row for row in found["rows"] if row["model"] == "UniCTokens-R1")["cells"]["pure.clip_i"]
+    assert drawn["difference"] == pytest.approx(drawn["mean"] - 0.808)
+    assert any("no facts" in note for note in found["notes"])
+    here.clear()
+    again = call(*base)
+    lines = [line.split() for line in again.splitlines() if line.startswith("runs ")]
+    assert here == [] and len(lines) == 2 and all(line[-2:] == ["1", "1"] for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*training images")
+def test_the_ablations_with_a_judge(here: list[str], tmp_path: Path) -> None:
+    """Table 2; the plan counts what the judge is then asked."""
+    write_toy_concept(tmp_path / "data", seed=3, kind="animal", name="bo")
     out = tmp_path / "paper"
     with JudgeServer() as server:
         judge = ("--judge-url", server.url, "--judge-model", "m", "--judge-key-env", "none")
-        command = ("evaluate", "paper", tmp_path / "data", "--out", out, "--tables", "table2", *given, *judge, *WORDS)
+        command = ("evaluate", "paper", tmp_path / "data", "--out", out, "--tables", "table2", *judge, *WORDS)
         command = (*command, "--device", "cpu", "table.tasks=[vqa,recognition,pure,dense,reasoning_generation]")
         planned = numbers_of(call(*command, "--plan"))
         assert server.requests == []
@@ -115,12 +175,7 @@ def test_the_ablations_and_the_other_data_sets_with_a_judge(here: list[str], tmp
     ):
         run = json.loads((out / "runs" / name / "bo" / "run.json").read_text())
         assert run["settings"][key] == value, name
-    for table, models in (
-        ("table2", {"w/o Und. Rea.", "w/o VIA", "w/o TIA", "w/o DSOG", "UniCTokens-R1"}),
-        ("yollava", {"Show-o + TP", "Real images"}),
-        ("mcllava", {"Show-o + TP"}),
-        ("dreambench", {"Show-o + TP", "Real images"}),
-    ):
+    for table, models in (("table2", {"w/o Und. Rea.", "w/o VIA", "w/o TIA", "w/o DSOG", "UniCTokens-R1"}),):
         content = json.loads((out / table / "results.json").read_text())
         assert {record["model"] for record in content["records"]} == models, table
         assert content["failures"] == [], table
@@ -180,8 +235,7 @@ def numbers_of(plan: str) -> dict[str, float]:
     words = re.search(r"about (\S+) hours of stages, (\S+) of reinforcement and (\S+) of measuring", plan)
     calls = re.search(r"and (\d+) calls of the judge", plan)
     assert words is not None and calls is not None, plan
-    tables = ("table", "yollava", "mcllava", "dreambench")
-    rows = [line.split() for line in plan.splitlines() if line.startswith(tables)]
+    rows = [line.split() for line in plan.splitlines() if line.startswith("table")]
     assert sum(int(row[-1]) for row in rows) == int(calls[1])
     hours = dict(zip(("stages", "grpo", "measuring"), map(float, words.groups()), strict=True))
     return {**hours, "judge": float(calls[1]), "answers": float(sum(int(row[-3]) for row in rows))}
