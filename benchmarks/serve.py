@@ -189,7 +189,7 @@ def latency(engine: RolloutEngine, sizes: dict[str, int], steps: int, rows_per_s
 
 def queue(engine: RolloutEngine, sizes: dict[str, int], steps: int, known: dict[str, Any]) -> dict[str, Any]:
     """Orders of drawing, simulated over what steps cost now; `known`: what `throughput` found."""
-    costs = serve_queue.measure(engine, steps, 8, GUIDANCE)
+    costs = serve_queue.measure(engine, max(3, steps), 8, GUIDANCE)  # neither the first nor the last
     rate, cheapest = known["rows"] / known["served_seconds"] / 2, known["offline_seconds"] / known["rows"]
     found = serve_queue.report(costs, rate, cheapest, BATCH_FROM, CLIENTS)
     numbers = {"rate": rate, "cheapest": cheapest, "batch_from": BATCH_FROM, "most": CLIENTS}

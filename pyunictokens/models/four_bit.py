@@ -53,7 +53,8 @@ def is_quantised(layer: nn.Module) -> bool:
 @torch.no_grad()
 def unpacked(layer: nn.Linear) -> nn.Linear:
     """A plain layer with the weights that a quantised one computes with."""
-    from bitsandbytes.functional import dequantize_4bit
+    with needs("quant"):
+        from bitsandbytes.functional import dequantize_4bit
 
     state = layer.weight.quant_state  # type: ignore[attr-defined]  # of bitsandbytes' kind of parameter
     weight = dequantize_4bit(layer.weight.data, state)

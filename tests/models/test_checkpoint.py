@@ -107,7 +107,7 @@ def test_places_that_are_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="must hold a JSON object"):
+    with pytest.raises(UserError, match="must be a table"):
         read_config(tmp_path)
 
 

@@ -13,7 +13,7 @@ from pyunictokens.evaluate.table_files import Table
 from pyunictokens.evaluate.tables import TABLES
 from pyunictokens.runs import paper
 from pyunictokens.runs.paper_numbers import NUMBERS, number
-from pyunictokens.runs.rivals import PAPER, TOY
+from pyunictokens.runs.rivals import PAPER, TOY, rivals_of
 
 
 def test_rows_have_a_value_for_each_column() -> None:
@@ -29,11 +29,15 @@ def test_rows_have_a_value_for_each_column() -> None:
 
 
 def test_rows_of_tables_are_rows_of_the_paper() -> None:
+    """But ours in the part of Table 5 whose numbers the copy at hand does not have."""
     for table, about in paper.TABLES.items():
+        if table == "dreambench":
+            continue
         layout = about.layout if about.layout != "unify" else table
         for variant in about.variants:
             assert paper.VARIANTS[variant].title in NUMBERS[layout], variant
-    assert {rival.paper for rival in (*TOY, *PAPER)} <= set(NUMBERS["table1"])
+    assert {rival.paper for rival in (*TOY, *PAPER)} <= {row for rows in NUMBERS.values() for row in rows}
+    assert {rival.paper for rival in rivals_of("table1", toy=False)} <= set(NUMBERS["table1"])
 
 
 def record(model: str, item: str, value: float, group: str = "positive") -> Record:

@@ -51,7 +51,7 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(
     write, add = io.write_bytes_atomic, MetricsLog.write
 
     class Full:
-        def write(self, data: bytes) -> None:
+        def writelines(self, data: object) -> None:
             raise OSError(code, os.strerror(code))
 
         def __enter__(self) -> Full:
@@ -63,11 +63,11 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(
         def __init__(self, descriptor: int):
             self.descriptor = descriptor
 
-    def full(path: Any, data: bytes) -> None:
+    def full(path: Any, *data: bytes) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if Path(path).name == place:
                 patch.setattr(os, "fdopen", lambda descriptor, mode: Full(descriptor))
-            write(path, data)
+            write(path, *data)
 
     monkeypatch.setattr(io, "write_bytes_atomic", full)
     monkeypatch.setattr("pyunictokens.data.images.write_bytes_atomic", full)
