@@ -265,6 +265,7 @@ def test_compare_draws_one_prompt_with_two_runs(page):
     for label, name in (("First model", "bo"), ("Second model", "again")):
         page.get_by_label(label, exact=True).click()
         page.get_by_role("option", name=name, exact=True).click()
+        page.wait_for_function("!document.querySelector('[role=option]')")  # the list fades out
     differ = []
     for prompt in (PROMPT, "a photo of <bo>."):
         box(page, "#compare-prompt").fill(prompt)
