@@ -20,6 +20,10 @@ def test_attention_and_its_gradient_are_those_of_the_definition(dtype: torch.dty
     mask = {"mask": seen, "added": torch.where(seen, 0.0, -torch.inf).to(dtype)}.get(kind)
     found = attend(q, k, v, mask, causal=kind == "causal", scale=0.3)
     assert found.dtype == dtype
+    if dtype in (torch.bfloat16, torch.float16):  # the float32 result, rounded once
+        wide_mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+        longer = attend(*(each.detach().float() for each in (q, k, v)), wide_mask, causal=kind == "causal", scale=0.3)
+        assert torch.equal(found, longer.to(dtype))
     wide = [each.detach().double().requires_grad_(True) for each in (q, k, v)]
     scores = 0.3 * wide[0] @ wide[1].transpose(-1, -2)
     scores = scores if kind == "all" else scores.masked_fill(~seen, -torch.inf)
