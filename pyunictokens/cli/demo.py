@@ -32,7 +32,8 @@ def demo(
     """Teach the toy model one drawn concept, start to finish, and report what changed.
 
     Settings are those of `train`, from its toy preset. With --prompts a model of scenes with up to four things is
-    reinforced on a list of prompts instead, as `reinforce` does it, and measured on others that never train.
+    reinforced on a list of prompts instead, as `reinforce` does it, and measured on others that never train; on a CPU
+    that multiplies bfloat16 it computes in it unless --dtype says otherwise.
 
     Examples:
 

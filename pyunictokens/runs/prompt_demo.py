@@ -102,17 +102,17 @@ def run_prompt_demo(
     from ..toy.composed.prompts import write_prompts
     from .bundle import resolved_dtype
 
-    if out.exists() and any(out.iterdir()):
-        if not (out / TRAIN).exists():
-            raise UserError(f"{out}: is not empty and holds no earlier demo: choose another folder")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
     at = pick_device(device)
     if dtype == "auto" and at.type == "cpu" and multiplies_bfloat16():
         dtype = "bfloat16"
     dtype = resolved_dtype(Sources(), device, dtype)
     settings = with_overrides(SETTINGS, [f"seed={seed}", f"dtype={dtype}", *(w.removeprefix("grpo.") for w in words)])
     bundle = load_composed(world, pick_dtype(dtype), at)
+    if out.exists() and any(out.iterdir()):  # behind all that may be refused: an earlier demo stays then
+        if not (out / TRAIN).exists():
+            raise UserError(f"{out}: is not empty and holds no earlier demo: choose another folder")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
     write_prompts(out, train=prompts, held_out=held_out, seed=seed)
     reward: Mapping[str, RewardModel] = {"objects": composed_reward(world)}
     metrics: Mapping[str, RewardModel] = {"wholly_right": wholly_right(world), "share_right": share_right(world)}

@@ -39,6 +39,10 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert load_policy(load_composed().model, out / "run" / "best")
     again = run_prompt_demo(out, words=SHORT, prompts=12, held_out=13, device="cpu")
     assert again.after == found.after, "an earlier demo is made anew, the same"
+    for wrong in ({"words": ["steps=many"]}, {"world": tmp_path / "nowhere"}):
+        with pytest.raises(UserError):
+            run_prompt_demo(out, device="cpu", **wrong)
+        assert (out / "curve.png").is_file(), "what is refused leaves an earlier demo alone"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="holds no earlier demo"):
