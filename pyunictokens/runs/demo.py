@@ -16,7 +16,7 @@ from ..evaluate.result import EvalResult
 from ..evaluate.tasks import label
 from ..models.bundle import Sources
 from ..toy.concept import write_toy_concept
-from ..utils.devices import check_training_dtype, pick_dtype
+from ..utils.devices import check_training_dtype, pick_device, pick_dtype
 from ..utils.errors import UserError
 from ..utils.progress import Progress, silent
 from .bundle import load_scorers, open_bundle
@@ -61,7 +61,7 @@ def run_demo(
     """
     words = list(words)
     config = RunConfig.make("toy", words=words, seed=seed)
-    check_training_dtype(pick_dtype(dtype))
+    check_training_dtype(pick_dtype(dtype, pick_device(device)))
     if out.exists() and any(out.iterdir()):
         if not (replace and (out / CONFIG).exists() and (out / "data" / "concept").is_dir()):
             raise UserError(f"{out}: is not empty and holds no earlier demo: choose another folder")
