@@ -210,6 +210,8 @@ def levers() -> str:
     item = 2.0 * CONFIG.num_hidden_layers / GPU.bandwidth  # seconds to move one bfloat16 number of every layer
     tensor, inner = rows * CONFIG.hidden_size * item, rows * CONFIG.intermediate_size * item
     products, head = STEP.dense / GPU.matrix, STEP.head / GPU.single
+    logits = GROUP * CONFIG.num_vq_tokens * CONFIG.codebook_size * 4 / GPU.bandwidth
+    again = 3 * logits  # the second product reads what the first wrote, and the bias is added in place
     eight = STEP.dense / GPU.eight_bits + (
         6 * 1.5 * tensor
     )  # each layer's input is read, and written in half the bytes
@@ -222,7 +224,7 @@ def levers() -> str:
             2 * tensor,
             "no",
         ),
-        ("head as two bfloat16 products with float32 results", head, 2 * STEP.head / GPU.matrix, "no"),
+        ("head as two bfloat16 products with float32 results", head, 2 * STEP.head / GPU.matrix + again, "on a GPU"),
         ("GELU in the product's epilogue: 2 passes of the inner width", 2 * inner, 0.0, "no"),
         ("q, k and v from one product: the input is read once, not three times", 3 * tensor, tensor, "no"),
     ]

@@ -339,6 +339,10 @@ class GrpoConfig:
     """Precision of the blocks' linear layers while images and answers are drawn: the model's own, or e4m3 with a scale
     a row (a GPU of compute capability 8.9 or newer; emulated elsewhere). The ratio of the update corrects for it,
     because old log-probs are those that the rollout recorded."""
+    rollout_head: Literal["auto", "float32", "16bit"] = "auto"
+    """How the head of the codes is applied while images are drawn: 16bit multiplies 16-bit hidden states with and
+    without the prompt and guides the float32 logits, float32 guides hidden states and multiplies in float32; the same
+    numbers up to float32 rounding. auto is 16bit on a GPU where the transformer is of 16 bits."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. auto is bfloat16 on a GPU that
     computes in it (the toy keeps float32), else float32; a run's config.yaml holds what it came to. float16 is refused

@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import MASK, ops
 from ..models import BlockRule, Prefix, WritingModel
 from ..utils.errors import NotFinite
 from ..utils.memory import RowLimit
-from .sampler import LOGITS_BYTES, empty_records, exact
+from .head import CodeHead, GuidedStates
+from .sampler import LOGITS_BYTES, empty_records
 from .types import TextSteps
 
 
@@ -41,6 +41,8 @@ class BlockSettings:
     record: bool
     max_rows: int
     backend: str | None = None
+    head: str = "auto"
+    """How the head is applied (head.py)."""
 
 
 @dataclass
@@ -102,8 +104,7 @@ class _Writer:
         device, rows, length = model.device, len(prompt_of_row), settings.length
         self._samples = torch.tensor(sample_ids, dtype=torch.int64, device=device)
         self._ends = torch.tensor(model.end_ids, device=device)
-        weight, bias = model.image_head()
-        self._head = exact(weight.detach()), None if bias is None else exact(bias.detach())
+        self._head = CodeHead(model, settings.head, keep=True)
         self._limit = limit or RowLimit()
         self._row_bytes = model.costs.step_bytes(length + max(prompts.lengths))
         self._chunk = max(1, LOGITS_BYTES // (settings.block * model.codebook_size * 4))
@@ -162,7 +163,7 @@ class _Writer:
         for start in range(0, len(going), self._chunk):
             part = slice(start, start + self._chunk)
             own, codes = going[part], tokens[part, place]
-            chosen, logp, confidence = self._sampled(F.linear(hidden[part], *self._head), codes, own, step)
+            chosen, logp, confidence = self._sampled(self._head(GuidedStates(hidden[part])), codes, own, step)
             self._broken |= ~torch.isfinite(logp).all()
             missing = codes == MASK
             order = confidence.masked_fill(~missing, torch.inf).argsort(dim=1, stable=True)
@@ -178,12 +179,12 @@ class _Writer:
             self.logp[own, place] = torch.where(kept, logp.to(self.logp.dtype), self.logp[own, place])
 
     def _hidden(self, tokens: Tensor, prompts: list[int], place: slice) -> Tensor:
-        """Hidden states [B, b, D] of one block, ready for the head, of rows with these prompts."""
+        """Hidden states [B, b, D] of one block, of rows with these prompts."""
         return self._limit.split(
             len(tokens),
             self._row_bytes,
             tokens.device,
-            lambda part: exact(self.model.block_hidden(tokens[part], self.prompts, prompts[part], place)),
+            lambda part: self.model.block_hidden(tokens[part], self.prompts, prompts[part], place),
         )
 
     def _sampled(self, logits: Tensor, codes: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,6 +47,7 @@ from .answers import NO_NUMBERS, Concepts, answers
 from .cuda_graphs.capture import MODES, CaptureCache, Mode
 from .cuda_graphs.slots import Bucket, CapturedSlots
 from .dsog import Dsog, settle
+from .head import check_head
 from .loop import ImageLoop
 from .previews import Previews
 from .resident_concepts import Residents
@@ -91,6 +92,9 @@ class RolloutEngine:
             `CapturableModel` takes the named ones.
         repeats: calls of one kind follow one another, as in training: "auto" then captures at first sight.
         products: "same" as the model's precision, or "fp8" in the linear layers of its blocks (models/fp8.py).
+        head: how the head of the codes is applied (head.py): "16bit" multiplies the 16-bit hidden states of either half
+            and guides the logits, "float32" guides hidden states and multiplies in float32; both give float32 logits.
+            "auto" is 16bit on a GPU where the model is of 16 bits.
     """
 
     def __init__(
@@ -105,10 +109,11 @@ class RolloutEngine:
         capture: str = "auto",
         repeats: bool = False,
         products: str = "same",
+        head: str = "auto",
     ):
         if products not in ("same", "fp8"):
             raise UserError(f"products={products!r}: must be same or fp8")
-        self.repeats = repeats
+        self.repeats, self.head = repeats, check_head(model, head)
         self.products: Fp8Products | nullcontext[None] = Fp8Products(model) if products == "fp8" else nullcontext()
         self.model, self.vq, self.tokenizer = model, vq, tokenizer
         self.schedule = checks.schedule(model.rule.schedule if schedule is None else schedule)
@@ -232,7 +237,7 @@ class RolloutEngine:
         if self.vq is None and (decode or dsog):
             raise UserError("pixels are wanted: give RolloutEngine an image tokenizer, or decode=False and no dsog")
         settings = LoopSettings(
-            steps, strength, temperature, self.schedule, seed, record, self.max_rows, self.ops_backend
+            steps, strength, temperature, self.schedule, seed, record, self.max_rows, self.ops_backend, self.head
         )
         judging = dsog.judging(steps, rows) if dsog else None
         prompt_index = torch.arange(len(texts)).repeat_interleave(samples)
@@ -463,4 +468,5 @@ class RolloutEngine:
             max_rows=self.max_rows,
             backend=self.ops_backend,
             limit=self.limit,
+            head=self.head,
         )

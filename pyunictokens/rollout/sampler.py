@@ -1,4 +1,4 @@
-"""One MaskGIT step over a batch of rows: prompts once, image rows and code columns only, guidance before the head.
+"""One MaskGIT step over a batch of rows: prompts once, image rows and code columns only, guidance within the head.
 
 Every row has its own sample id, timestep, temperature and mask length, so rows at different timesteps share a batch.
 The state of a trajectory lies in its slot; who runs in which slot is loop.py's business. Everything taken here has been
@@ -17,17 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import MASK, ops
 from ..models import MaskedModel, Prefix
 from ..utils.memory import RowLimit
+from .head import CodeHead, GuidedStates
 from .remasking import most_sure_again
 from .scheduler import Candidate
 
 LOGITS_BYTES = 512 << 20
-"""Largest logits tensor held at once; more rows than fit go through head and step in parts."""
+"""Largest logits tensor held at once; more rows than fit go through head and step in parts. Where each row has guidance
+of its own and the head's products are of 16 bits there are two such tensors for a moment."""
 
 FIRST_BYTES = 256 << 20
 """Most bytes of hidden states of step 0 that are kept for candidates that begin later."""
@@ -50,6 +51,8 @@ class LoopSettings:
     record: bool
     max_rows: int
     backend: str | None = None
+    head: str = "auto"
+    """How the head of the codes is applied (head.py)."""
 
 
 @dataclass
@@ -114,7 +117,7 @@ class EagerSlots:
         decay = model.rule.temperatures(settings.temperature, steps)
         self._temperature = torch.tensor(decay, dtype=torch.float32, device=device)
         self._wanted = wanted_masks(settings.schedule, steps, count).to(device)
-        self._head = image_head_fp32(model)
+        self._head = CodeHead(model, settings.head, keep=True)
         self._chunk = max(1, LOGITS_BYTES // (count * model.codebook_size * 4))
         self._row_bytes = model.costs.step_bytes(count)
 
@@ -167,14 +170,14 @@ class EagerSlots:
         slots, samples, steps = host.to(device, non_blocking=True).unbind(1)
         codes = self.codes[slots]
         numbers = self._numbers(active, at, steps)
-        guided = self._guided_hidden(active, at, codes, numbers.timestep)
+        states = self._states(active, at, codes, numbers.timestep)
         unknown = (codes == MASK).sum(-1)
         mask_len = torch.minimum(numbers.wanted, unknown - 1).clamp(min=1)
         noise = None if self._noise is None else self._noise([c.sample_id for c in active], at)
         for start in range(0, len(active), self._chunk):
             part = slice(start, start + self._chunk)
             gumbel = (None, None) if noise is None else (noise[0][part], noise[1][part])
-            logits = F.linear(guided[part], *self._head)
+            logits = self._head(states.part(start, start + self._chunk))
             for rows, seed in self._seeds(active[part]):
                 out = ops.maskgit_step(
                     logits[rows],
@@ -216,17 +219,16 @@ class EagerSlots:
         for record, values in zip(self.records, (codes, out.chosen, out.logp), strict=False):
             record[slots, steps] = values.to(record.dtype)
 
-    def _guided_hidden(self, active: Sequence[Candidate], at: list[int], codes: Tensor, timestep: Tensor) -> Tensor:
-        """Hidden states [B, N, D] ready for the head, in at least float32; `timestep` [B] as the model takes it."""
+    def _states(self, active: Sequence[Candidate], at: list[int], codes: Tensor, timestep: Tensor) -> GuidedStates:
+        """What the head is applied to, of every row; `timestep` [B] as the model takes it."""
         scale, rows = self.settings.guidance_scale, range(len(active))
         looks = [-1 - row if at[row] else self._look_of_row[active[row].row] for row in rows]
         cond = [(self._prompt_of_row[active[row].row], looks[row]) for row in rows]
         if scale == 0:
-            return self._hidden_of(cond, codes, timestep)
+            return GuidedStates(self._hidden_of(cond, codes, timestep))
         empty = len(self.prompts) - 1
         hidden = self._hidden_of(cond + [(empty, look) for look in looks], codes, timestep)
-        with_prompt, without = hidden.chunk(2)
-        return (1 + scale) * with_prompt - scale * without
+        return GuidedStates(*hidden.chunk(2), scale)
 
     def _hidden_of(self, wanted: list[tuple[int, int]], codes: Tensor, timestep: Tensor) -> Tensor:
         """Hidden states of (prompt, look) pairs, those that are equal computed once. Look −1 − b is row b's own."""
@@ -246,7 +248,7 @@ class EagerSlots:
                 len(order),
                 self._row_bytes,
                 codes.device,
-                lambda part: exact(self.model.image_hidden(some[part], self.prompts, prompts[part], at[part])),
+                lambda part: self.model.image_hidden(some[part], self.prompts, prompts[part], at[part]),
             )
             if order == wanted:
                 self._remember(order, hidden)
@@ -260,17 +262,6 @@ class EagerSlots:
             room = (len(self._first) + 1) * its.numel() * its.element_size() <= FIRST_BYTES
             if self._keep_first and key[1] >= 0 and room:
                 self._first[key] = its.clone()
-
-
-def exact(hidden: Tensor) -> Tensor:
-    """At least float32: guidance, head and softmax of half-precision models run there."""
-    return hidden if hidden.dtype == torch.float64 else hidden.float()
-
-
-def image_head_fp32(model: MaskedModel) -> tuple[Tensor, Tensor | None]:
-    """The head of the codes in the precision of :func:`exact`."""
-    weight, bias = model.image_head()
-    return exact(weight.detach()), None if bias is None else exact(bias.detach())
 
 
 def empty_records(rows: int, steps: int, count: int, codebook: int, device: torch.device) -> tuple[Tensor, ...]:

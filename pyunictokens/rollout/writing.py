@@ -37,6 +37,7 @@ class BlockTexts:
         max_rows: int,
         backend: str | None,
         limit: RowLimit,
+        head: str = "auto",
     ):
         self.writer, self.tokenizer = writing(model), tokenizer
         rule = self.writer.blocks
@@ -48,7 +49,7 @@ class BlockTexts:
         heat = checks.number("temperature", heat, "0 takes the likeliest token")
         self._numbers = (*rule.plan(length, block, steps), heat)
         self._seed, self._sample_ids, self._limit = seed, sample_ids, limit
-        self._max_rows, self._backend = max_rows, backend
+        self._max_rows, self._backend, self._head = max_rows, backend, head
 
     def written(self, prompts: checks.Texts, samples: int, raw: bool, record: bool) -> TextRollout:
         """Texts that follow `prompts`."""
@@ -90,7 +91,8 @@ class BlockTexts:
         ids = checks.sample_ids(self._sample_ids, len(prompts) * samples)
         first, place = checks.unique_index(list(map(tuple, prompts)))
         prompt_index = torch.arange(len(prompts)).repeat_interleave(samples)
-        settings = BlockSettings(length, block, steps, heat, self._seed, record, self._max_rows, self._backend)
+        shared = self._max_rows, self._backend, self._head
+        settings = BlockSettings(length, block, steps, heat, self._seed, record, *shared)
         made = write(
             writer,
             writer.prefill([prompts[number] for number in first]),

@@ -174,7 +174,13 @@ class _Run:
         if model.concept is not None and tokenizer.token_id(model.concept.sks) is None:
             tokenizer = tokenizer.with_concept(model.concept.tokens)
         engine = RolloutEngine(
-            model, vq, tokenizer, capture=config.capture, repeats=True, products=config.rollout_products
+            model,
+            vq,
+            tokenizer,
+            capture=config.capture,
+            repeats=True,
+            products=config.rollout_products,
+            head=config.rollout_head,
         )
         dsog = config.dsog
         initial = _UNKNOWN if isinstance(dsog.initial, str) else dsog.initial

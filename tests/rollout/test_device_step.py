@@ -30,6 +30,7 @@ from pyunictokens.utils.errors import UserError
 
 from .tiny import CONFIG, tiny_model
 
+aten = torch.ops.aten
 PROMPTS = [[1, 2, 3], [4], list(range(9)), [1, 2, 7]]
 
 
@@ -172,6 +173,10 @@ class OnlyOnTheGpu(TorchDispatchMode):
 
     seen = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.overloads: list[object] = []
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique2"), (
@@ -181,6 +186,9 @@ class OnlyOnTheGpu(TorchDispatchMode):
             where = value if isinstance(value, torch.device) else getattr(value, "device", None)
             assert where is None or where.type == "cuda", f"{name} works on the {where.type}"
         self.seen += 1
+        self.overloads.append(function)
+        if function is torch.ops.aten.addmm.dtype_out:  # torch's fake of it takes no beta
+            return kwargs["out"]
         return function(*args, **(kwargs or {}))
 
 
@@ -207,6 +215,10 @@ def test_the_step_can_be_captured_on_a_gpu(guidance):
         with OnlyOnTheGpu() as watch:
             advance(state, hidden, image_head(model), n.seed)
         assert watch.seen > 100
+        products = [watch.overloads.count(kind) for kind in (aten.mm.dtype, aten.addmm.dtype_out)]
+        assert products == [1, int(guidance > 0)], (
+            "the head: 16-bit products with float32 results, guided in the second"
+        )
         with pytest.raises(AssertionError, match="waits for the device"), OnlyOnTheGpu():
             state.codes.nonzero()
         with pytest.raises(AssertionError, match="works on the cpu"), OnlyOnTheGpu():

@@ -12,23 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import MASK, ops
 from ...models import CapturableModel, MaskedModel, Prefix
 from ...utils.errors import UserError
-from ..sampler import LOGITS_BYTES, LoopSettings, exact, image_head_fp32, wanted_masks
+from ..head import CodeHead, GuidedStates
+from ..sampler import LOGITS_BYTES, LoopSettings, wanted_masks
 from .capture import CapturedSteps, GraphPool, Mode
 
-HiddenOf = Callable[[Tensor, Tensor], Tensor]
-"""codes int64 [B, N] (−1 unknown), timesteps float [B] → guided hidden states [B, N, D]. It waits for nothing, so it
-can be captured."""
-Head = Callable[[], tuple[Tensor, Tensor | None]]
-"""Weight [K, D] and bias [K] of the code columns, read anew at every call."""
+HiddenOf = Callable[[Tensor, Tensor], GuidedStates]
+"""codes int64 [B, N] (−1 unknown), timesteps float [B] → hidden states [B, N, D], guided ones twice. It waits for
+nothing, so it can be captured."""
 
 
 @dataclass
@@ -125,7 +122,7 @@ class StepState:
 def advance(
     state: StepState,
     hidden_of: HiddenOf,
-    head: Head,
+    head: CodeHead,
     seed: int,
     backend: str | None = None,
 ) -> None:
@@ -139,13 +136,13 @@ def advance(
     unknown = (state.codes == MASK).sum(-1)
     mask_len = torch.minimum(state.wanted[at], unknown - 1).clamp(min=1)
     temperature = state.temperature[at]
-    hidden, (weight, bias) = hidden_of(state.codes, at / len(state.wanted)), head()
-    part = max(1, LOGITS_BYTES // (count * weight.shape[0] * 4))
+    states = hidden_of(state.codes, at / len(state.wanted))
+    part = max(1, LOGITS_BYTES // (count * head.entries * 4))
     index = torch.arange(rows, device=state.codes.device)
     for start in range(0, rows, part):
         some = slice(start, start + part)
         out = ops.maskgit_step(
-            F.linear(hidden[some], weight, bias),
+            head(states.part(start, start + part)),
             state.codes[some],
             mask_len=mask_len[some],
             temperature=temperature[some],
@@ -201,12 +198,9 @@ class GuidedHidden:
             raise UserError(f"prompts of lengths {prompts.lengths}: these hidden states were made for {mine.lengths}")
         torch._foreach_copy_(mine.tensors(), prompts.tensors())
 
-    def __call__(self, codes: Tensor, timestep: Tensor) -> Tensor:
-        hidden = exact(self._step(codes[self._order], timestep[self._order]))[self._back]
-        if self.scale == 0:
-            return hidden
-        cond, uncond = hidden.chunk(2)
-        return (1 + self.scale) * cond - self.scale * uncond
+    def __call__(self, codes: Tensor, timestep: Tensor) -> GuidedStates:
+        hidden = self._step(codes[self._order], timestep[self._order])[self._back]
+        return GuidedStates(hidden) if self.scale == 0 else GuidedStates(*hidden.chunk(2), self.scale)
 
 
 class DeviceLoop:
@@ -222,7 +216,7 @@ class DeviceLoop:
     def __init__(
         self,
         hidden_of: HiddenOf,
-        head: Head,
+        head: CodeHead,
         state: StepState,
         seed: int,
         *,
@@ -245,9 +239,9 @@ class DeviceLoop:
         self.steps.close()
 
 
-def image_head(model: MaskedModel) -> Head:
-    """The head of the codes in at least float32, converted at every call so that new weights are seen."""
-    return partial(image_head_fp32, model)
+def image_head(model: MaskedModel, kind: str = "auto") -> CodeHead:
+    """The head of the codes (`CodeHead`), whose weights are read at every call so that new ones are seen."""
+    return CodeHead(model, kind)
 
 
 def read_by(model: MaskedModel) -> list[Tensor]:

@@ -76,7 +76,7 @@ class Bucket:
             while len(self._loops) >= STRUCTURES:
                 self._loops.popitem(last=False)[1].close()
             hidden = GuidedHidden(self.model, prompts, of_slot, self.settings.guidance_scale, self.count)
-            settings, head = self.settings, image_head(self.model)
+            settings, head = self.settings, image_head(self.model, self.settings.head)
             found = DeviceLoop(
                 hidden,
                 head,

@@ -261,6 +261,7 @@ class ServingEngine:
                 engine.schedule,
                 limit=engine.limit,
                 backend=engine.ops_backend,
+                head=engine.head,
             )
             lane = bench.lanes[count] = _Lane(slots)
         candidate = Candidate(-1, request.first_sample + sample, slot=self._free.pop())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...models import MaskedModel, Prefix
 from ...utils.memory import RowLimit
+from ..head import GuidedStates
 from ..sampler import EagerSlots, LoopSettings, StepNumbers
 from ..scheduler import Candidate
 
@@ -50,8 +51,9 @@ class MixedSlots(EagerSlots):
         *,
         limit: RowLimit,
         backend: str | None,
+        head: str = "auto",
     ):
-        nobodys = LoopSettings(1, 0.0, 0.0, schedule, 0, False, slots, backend)
+        nobodys = LoopSettings(1, 0.0, 0.0, schedule, 0, False, slots, backend, head)
         rows = [0] * slots
         super().__init__(model, empty, rows, rows, slots, count, nobodys, limit=limit, keep_first=False)
         self._empty = empty
@@ -99,7 +101,7 @@ class MixedSlots(EagerSlots):
             start += count
         return runs
 
-    def _guided_hidden(self, active: Sequence[Candidate], at: list[int], codes: Tensor, timestep: Tensor) -> Tensor:
+    def _states(self, active: Sequence[Candidate], at: list[int], codes: Tensor, timestep: Tensor) -> GuidedStates:
         strengths = [self._own[candidate.slot].strength for candidate in active]
         guided = sum(strength > 0 for strength in strengths)
         looks = [-1 - row if step else self._look_of_row[active[row].slot] for row, step in enumerate(at)]
@@ -107,9 +109,6 @@ class MixedSlots(EagerSlots):
         empty = len(self.prompts) - 1
         hidden = self._hidden_of(cond + [(empty, look) for look in looks[:guided]], codes, timestep)
         if not guided:
-            return hidden
-        rows = len(active)
-        s = torch.tensor(strengths[:guided], dtype=torch.float64)[:, None, None]
-        more, less = (1 + s).to(hidden), s.to(hidden)
-        with_prompt = more * hidden[:guided] - less * hidden[rows:]
-        return with_prompt if guided == rows else torch.cat([with_prompt, hidden[guided:rows]])
+            return GuidedStates(hidden)
+        rows, strength = len(active), torch.tensor(strengths[:guided], dtype=torch.float64)
+        return GuidedStates(hidden[:rows], hidden[rows:], strength)
