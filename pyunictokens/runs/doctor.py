@@ -84,6 +84,7 @@ def examine() -> Findings:
         "backends": _backends(),
         "steps": _steps(),
         "attention": _attention(),
+        "gelu": _gelu(),
         "toy": toy_status(),
     }
     report["problems"] = _problems(report)
@@ -201,6 +202,19 @@ def _attention() -> dict[str, str]:
     return {"way": way, "why": why}
 
 
+def _gelu() -> dict[str, str]:
+    """Whether GELU is part of the product before it, and why it is not."""
+    try:
+        import torch
+
+        from ..models.fused_gelu import gelu_way
+
+        way, why = gelu_way(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as error:  # a finding, like any other
+        return {"way": "unknown", "why": str(error)}
+    return {"way": way, "why": why}
+
+
 def _backends() -> Findings:
     try:
         from .. import ops
@@ -280,6 +294,7 @@ def render(report: Findings, console: Console) -> None:
         table.add_row("gpu", f"none: {gpu['why']}; nvcc {'found' if gpu.get('nvcc') else 'not found'}")
     table.add_row("rollout steps", f"{report['steps']['mode']}: {report['steps']['why']}")
     table.add_row("attention", _plain(f"{report['attention']['way']}: {report['attention']['why']}"))
+    table.add_row("product with GELU", _plain(f"{report['gelu']['way']}: {report['gelu']['why']}"))
     toy = report["toy"]
     table.add_row(
         "embedded toy", f"{toy['files']} files, {toy['mib']} MiB, checksums agree" if toy["ok"] else toy["why"]

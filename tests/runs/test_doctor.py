@@ -34,6 +34,8 @@ def test_report_is_json_and_names_what_is_here() -> None:
     assert report["steps"]["mode"] in ("loop", "replay", "eager") and report["steps"]["why"]
     assert report["attention"]["way"] and report["attention"]["why"]
     assert report["attention"]["way"] in _render(report)
+    assert report["gelu"]["way"] in ("fused", "plain") and report["gelu"]["why"]
+    assert "product with GELU" in _render(report)
     assert report["cpu"]["torch_threads"] == torch.get_num_threads()
     assert report["gpu"]["present"] == torch.cuda.is_available()
 

@@ -5,11 +5,11 @@ Module names are those of the published checkpoint. Who sees what is decided by 
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.reference import partial_rotary
 from ...ops.rotary import qk_norm_rotary
+from ..fused_gelu import linear_gelu
 from .attention import Attention
 from .sizes import ShowoConfig
 
@@ -48,7 +48,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(linear_gelu(self.fc1, x))
 
 
 class Block(nn.Module):
