@@ -26,10 +26,12 @@ from pathlib import Path
 
 from experiments.kernel_table import cuobjdump
 
-ENTRY = {"BFloat16": 25.0, "Float16": 25.0, "float": 30.0}
+ENTRY = {"BFloat16": 24.0, "Float16": 24.0, "float": 24.0}
 """Most instructions an unknown entry may cost in the step kernel on sm_90a, by dtype of the logits."""
 PACK = {"BFloat16": 8, "Float16": 8, "float": 4}
 """Entries of one vector of 16 bytes."""
+ROUND = 8
+"""Entries that one round of the race takes (kTogether packs), of any dtype."""
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 ELSEWHERE = re.compile(r"ATOM|LDG|CALL")
 TRITON = {  # kernel → what its code on sm_90 must hold, in bfloat16 at a width and codebook that are multiples of 16
@@ -118,19 +120,17 @@ def entry_cost(code: Code, pack: int) -> float:
     races = [
         loop
         for loop in code.loops()
-        if code.count("MUFU.EX2", loop) >= pack and code.count("IMAD.WIDE.U32", loop) >= 16
+        if code.count("MUFU.EX2", loop) >= ROUND and code.count("IMAD.WIDE.U32", loop) >= 16
     ]
     if not wide or not races:
         raise ValueError(f"{code.name}: no loop that fills the cache by vectors, or none that races")
     fill = min((last - first + 1) / (pack * code.count("STS.128", (first, last))) for first, last in wide)
-    blocks = pack // 4
+    products = 16 * ROUND // 4  # of the Philox blocks of a round
     raced = []
     for loop in races:
-        met = {
-            products: spent for products, spent in code.rounds(loop, "IMAD.WIDE.U32").items() if products >= 16 * blocks
-        }
+        met = [spent for number, spent in code.rounds(loop, "IMAD.WIDE.U32").items() if number >= products]
         if met:
-            raced.append(min(met.values()) / pack)
+            raced.append(min(met) / ROUND)
     if not raced:
         raise ValueError(f"{code.name}: no way through the race that forms its noise")
     return fill + max(raced)  # there are two versions of the loop; the dearer one counts

@@ -46,8 +46,7 @@ struct HostTeam {
 
 template <typename T, bool cached>
 void emulate(const MaskgitStepCudaArgs& args, const HostTeam& block) {
-  const std::int64_t packs = (args.step.entries + team::Pack<T>::kCount - 1) / team::Pack<T>::kCount;
-  std::vector<team::Pack<T>> cache(std::size_t(packs + 1));
+  std::vector<team::Pack<T>> cache(std::size_t(team::packs_of<T>(args.step.entries)));
   for (std::uint32_t b = 0; b < args.step.batch; ++b) {
     for (std::uint32_t n = 0; n < args.step.positions; ++n) {
       team::Shared shared;

@@ -104,8 +104,7 @@ __global__ void __launch_bounds__(kThreads, cached ? 4 : 3) step_kernel(const Ma
 
 template <typename T>
 cudaError_t launch(const MaskgitStepCudaArgs& args, int device, cudaStream_t stream) {
-  const std::int64_t packs = (args.step.entries + team::Pack<T>::kCount - 1) / team::Pack<T>::kCount;
-  const std::int64_t bytes = packs * 16;
+  const std::int64_t bytes = team::packs_of<T>(args.step.entries) * 16;
   const std::int64_t blocks = args.step.batch * args.step.positions;
   if (blocks > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
   int room = 0;

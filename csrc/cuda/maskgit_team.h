@@ -8,8 +8,8 @@
 // so nothing that a thread keeps may live from one phase to the next: it is in Shared or in the result of max and sum.
 //
 // The race is that of the CPU core (maskgit_rows.h): argmax_k(e_k / E_k), e_k = exp(l_k - max l), with E >= v. The largest
-// logit runs first. A group of four entries (one Philox block) that cannot win against it even with the smallest
-// E = 2^-33 draws nothing; of the others only entries with e >= best v pay for a logarithm, which is a few of a row. Skipping
+// logit runs first. Eight entries that cannot win against it even with the smallest
+// E = 2^-33 draw nothing; of the others only entries with e >= best v pay for a logarithm, which is a few of a row. Skipping
 // never changes the winner, so the order in which threads arrive does not either. Everything else is done for every unknown
 // entry, so its instructions are counted (.ci/aot.sh).
 #pragma once
@@ -34,6 +34,7 @@ constexpr float kSlack = 0.9999f;  // what the tests below may lose to rounding;
 
 struct Shared {
   unsigned long long winner;  // score of the race above, complement of the entry below
+  PhiloxPrefix noise;         // of the token noise of this position
   std::uint32_t histogram[kBins], sections[kSections];
   unsigned long long limit;  // select(): the largest key that is masked
   std::int64_t remaining;
@@ -45,6 +46,17 @@ struct alignas(16) Pack {
   static constexpr int kCount = 16 / int(sizeof(T));
   T value[kCount];
 };
+
+// Packs that go through the race together, so that what a round of it needs is paid for by eight entries: number p of each
+// equal section of the row, which is read without gaps and without bank conflicts.
+template <typename T>
+constexpr std::uint32_t kTogether = 8 / Pack<T>::kCount;
+
+// Packs of a row, up to a multiple of kTogether; what lies beyond the row is -inf.
+template <typename T>
+PYUNICTOKENS_HD constexpr std::int64_t packs_of(std::int64_t entries) {
+  return (entries + 7) / 8 * kTogether<T>;
+}
 
 template <typename T>
 struct Row {
@@ -115,7 +127,7 @@ PYUNICTOKENS_TEAM float largest_of(const Pack<T>& pack) {
 #pragma unroll
   for (int wide = Pack<T>::kCount / 2; wide > 0; wide /= 2) {
 #pragma unroll
-    for (int i = 0; i < wide; ++i) x[i] = x[i] < x[i + wide] ? x[i + wide] : x[i];
+    for (int i = 0; i < wide; ++i) x[i] = std::fmax(x[i], x[i + wide]);
   }
   return x[0];
 }
@@ -205,32 +217,41 @@ struct Position {
   const float* gumbel;  // K explicit values, or null
 };
 
-// The entries x of one pack run, with e = exp(x - top) up to the common factor that `slack` knows. `best`, slack times the
-// best score, was true a moment ago. The blocks of a pack are formed together, so that they share the keys.
-template <class Team, int kCount>
-PYUNICTOKENS_TEAM void race_pack(std::uint32_t pack, const float* x, float top, const float* e, float best, float slack,
-                                 const PhiloxBlock& counter, const PhiloxKeys& rounds, Shared& shared) {
-  PhiloxBlock noise[kCount / 4];
+// Entry i of a round that begins with the pack `pack`.
+template <typename T>
+PYUNICTOKENS_TEAM std::uint32_t entry_of(const Row<T>& row, std::uint32_t pack, int i) {
+  constexpr int kCount = Pack<T>::kCount;
+  return kCount * (pack + std::uint32_t(i / kCount) * (row.packs / kTogether<T>)) + std::uint32_t(i % kCount);
+}
+
+// The entries of one round run, with e = exp(x - top) up to the common factor that `slack` knows. `best`, slack times the best
+// score, was true a moment ago. The blocks are formed together, so that they share the keys. The few entries that may take
+// the lead read their logit again: eight fewer registers for all others.
+template <class Team, typename T, bool cached>
+PYUNICTOKENS_TEAM void race_packs(const Row<T>& row, std::uint32_t pack, float top, const float* e, float best, float slack,
+                                  const PhiloxKeys& rounds, Shared& shared) {
+  constexpr int kEntries = kTogether<T> * Pack<T>::kCount;
+  const PhiloxPrefix prefix = shared.noise;
+  PhiloxBlock noise[kEntries / 4];
   bool runs = false;
 #pragma unroll
-  for (int g = 0; g < kCount / 4; ++g) {
-    noise[g] = counter;
-    noise[g].word[3] |= kCount / 4 * pack + std::uint32_t(g);
-    noise[g] = philox4x32(noise[g], rounds);
+  for (int g = 0; g < kEntries / 4; ++g) {
+    noise[g] = philox4x32(prefix, entry_of(row, pack, 4 * g) / 4, rounds);
   }
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < kEntries; ++i) {
     const float one_more = float_of_bits(noise[i / 4].word[i % 4] >> 9 | 0x3F800000u);  // 1 + at most the v of noise.h
     runs |= e[i] >= std::fma(best, one_more, -best);
   }
   if (!runs) return;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < kEntries; ++i) {
     const std::uint32_t word = noise[i / 4].word[i % 4];
     const float v = float_of_bits(word >> 9 | 0x3F800000u) - 1.0f;
-    if (!(e[i] >= slack * race_score(Team::peek(&shared.winner)) * v)) continue;
-    const float score = quotient(std::exp(x[i] - top), noise_exponential(word));
-    Team::raise(&shared.winner, race_key(bits_of_float(score), kCount * pack + std::uint32_t(i)));
+    const std::uint32_t entry = entry_of(row, pack, i);
+    if (!(e[i] >= slack * race_score(Team::peek(&shared.winner)) * v) || entry >= row.entries) continue;
+    const float score = quotient(std::exp(logit<T, cached>(row, entry) - top), noise_exponential(word));
+    Team::raise(&shared.winner, race_key(bits_of_float(score), entry));
   }
 }
 
@@ -261,34 +282,39 @@ PYUNICTOKENS_TEAM unsigned long long top_of_thread(const Row<T>& row, std::uint3
 template <class Team, typename T, bool cached, bool fused>
 PYUNICTOKENS_TEAM float sum_of_thread(const Row<T>& row, const Position& at, const PhiloxKeys& rounds, float top,
                                       std::uint32_t thread, std::uint32_t threads, Shared& shared) {
-  constexpr int kCount = Pack<T>::kCount;
+  constexpr int kCount = Pack<T>::kCount, kEntries = kTogether<T> * kCount;
   const bool draw = at.known < 0 && at.gumbel == nullptr, given = at.known < 0 && at.gumbel != nullptr;
   const float shift = top * kLog2e, scale = fused ? power_of_two(std::fma(top, -kLog2e, shift)) : 1.0f;
   const float slack = kSlack / scale;
   float sum = 0.0f, best_given = -INFINITY;
   std::uint32_t entry = 0;
-  const std::uint32_t whole = whole_packs(row);
-  for (std::uint32_t pack = thread; pack < row.packs; pack += threads) {
-    const Pack<T> raw = cached         ? row.cache[pack]
-                        : pack < whole ? load_whole<T, cached>(row, pack)
-                                       : load_parts(row, pack);
+  const std::uint32_t whole = whole_packs(row), section = row.packs / kTogether<T>;
+  for (std::uint32_t pack = thread; pack < section; pack += threads) {
     const float best = draw ? slack * race_score(Team::peek(&shared.winner)) : INFINITY;
-    float x[kCount], e[kCount], part = 0.0f;
-    widen_all(raw, x);
+    float x[kEntries], e[kEntries], part = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
+    for (std::uint32_t t = 0; t < kTogether<T>; ++t) {
+      const std::uint32_t one = pack + t * section;
+      const Pack<T> raw = cached        ? row.cache[one]
+                          : one < whole ? load_whole<T, cached>(row, one)
+                                        : load_parts(row, one);
+      widen_all(raw, x + t * kCount);
+    }
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i)
       e[i] = power_of_two(fused ? std::fma(x[i], kLog2e, -shift) : (x[i] - top) * kLog2e);
 #pragma unroll
-    for (int i = 0; i < kCount; i += 2) part += e[i] + e[i + 1];
+    for (int i = 0; i < kEntries; i += 2) part += e[i] + e[i + 1];
     sum += part;
     if (part >= 0x1p-33f * best)  // at least the largest e, so a test that is only necessary
-      race_pack<Team, kCount>(pack, x, top, e, best, slack, at.counter, rounds, shared);
+      race_packs<Team, T, cached>(row, pack, top, e, best, slack, rounds, shared);
     if (given) {
-      for (int i = 0; i < kCount; ++i) {
-        const std::uint32_t k = kCount * pack + std::uint32_t(i);
-        if (k >= row.entries) break;
-        const float score = x[i] + at.gumbel[k];
-        entry = score > best_given ? k : entry;
+      for (int i = 0; i < kEntries; ++i) {
+        const std::uint32_t k = entry_of(row, pack, i);
+        if (k >= row.entries) continue;
+        const float score = logit<T, cached>(row, k) + at.gumbel[k];
+        // a thread does not meet its entries in order, and a tie goes to the first
+        entry = score > best_given || (score == best_given && k < entry) ? k : entry;
         best_given = score > best_given ? score : best_given;
       }
     }
@@ -320,6 +346,7 @@ PYUNICTOKENS_TEAM Choice choose(const Team& team, const Row<T>& row, const Posit
     const bool draw = at.known < 0 && at.gumbel == nullptr;
     const float score = draw ? quotient(1.0f, noise_exponential(noise_word(at.counter, entry, at.seed))) : 0.0f;
     shared.winner = race_key(bits_of_float(score), entry);
+    shared.noise = philox_prefix(at.counter, rounds);
   });
   const float sum = team.sum([&](std::uint32_t thread) {
     return std::fabs(top) < kFused
@@ -341,7 +368,7 @@ PYUNICTOKENS_TEAM void row(const Team& team, const MaskgitStepCudaArgs& all, std
   Row<T> row;
   row.logits = static_cast<const T*>(args.logits) + (b * args.stride_batch + n * args.stride_position);
   row.entries = std::uint32_t(args.entries);
-  row.packs = (row.entries + Pack<T>::kCount - 1) / Pack<T>::kCount;
+  row.packs = std::uint32_t(packs_of<T>(args.entries));
   row.aligned = reinterpret_cast<std::uintptr_t>(row.logits) % 16 == 0;
   row.cache = cache;
   const std::uint64_t sample = std::uint64_t(args.sample_ids[b * all.sample_stride]);

@@ -156,7 +156,7 @@ bool same(FloatType type, int threads, int blocks, std::int64_t batch, std::int6
     return MaskgitStepCudaArgs{one, 1, 1, 1, 1, to.keys.data(), done.data(), philox_keys(one.seed)};
   };
   const MaskgitStepCudaArgs args = arguments(threaded);
-  const std::size_t packs = std::size_t(entries / team::Pack<T>::kCount + 2);
+  const std::size_t packs = std::size_t(team::packs_of<T>(entries));
   std::vector<std::vector<team::Pack<T>>> caches(running_blocks);
   for (auto& cache : caches) cache.resize(packs);
   {

@@ -48,11 +48,48 @@ PYUNICTOKENS_HD static inline PhiloxKeys philox_keys(std::uint64_t seed) {
 
 PYUNICTOKENS_HD static inline PhiloxBlock philox4x32(PhiloxBlock counter, const PhiloxKeys& keys) {
   std::uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const std::uint64_t p0 = std::uint64_t(kPhiloxM0) * c0, p1 = std::uint64_t(kPhiloxM1) * c2;
+    c0 = std::uint32_t(p1 >> 32) ^ c1 ^ keys.word[2 * round];
+    c1 = std::uint32_t(p1);
+    c2 = std::uint32_t(p0 >> 32) ^ c3 ^ keys.word[2 * round + 1];
+    c3 = std::uint32_t(p0);
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// What blocks whose counters differ in the lower bits of their last word alone have in common. That word does not reach all
+// others before the fourth round: of the first three rounds two products are left to each block, and no key.
+struct PhiloxPrefix {
+  std::uint32_t word[5];
+};
+
+PYUNICTOKENS_HD static inline PhiloxPrefix philox_prefix(const PhiloxBlock& counter, const PhiloxKeys& keys) {
+  const std::uint64_t p0 = std::uint64_t(kPhiloxM0) * counter.word[0], p1 = std::uint64_t(kPhiloxM1) * counter.word[2];
+  const std::uint64_t q0 = std::uint64_t(kPhiloxM0) * (std::uint32_t(p1 >> 32) ^ counter.word[1] ^ keys.word[0]);
+  const std::uint64_t r1 = std::uint64_t(kPhiloxM1) * (std::uint32_t(q0 >> 32) ^ std::uint32_t(p0) ^ keys.word[3]);
+  return {{std::uint32_t(p0 >> 32) ^ counter.word[3] ^ keys.word[1], std::uint32_t(p1) ^ keys.word[2],
+           std::uint32_t(r1 >> 32) ^ keys.word[4], std::uint32_t(q0) ^ keys.word[5], std::uint32_t(r1) ^ keys.word[6]}};
+}
+
+// philox4x32 of the counter that `prefix` was made of, with `low` in its last word: bits that are zero there.
+PYUNICTOKENS_HD static inline PhiloxBlock philox4x32(const PhiloxPrefix& prefix, std::uint32_t low,
+                                                     const PhiloxKeys& keys) {
+  const std::uint64_t second = std::uint64_t(kPhiloxM1) * (prefix.word[0] ^ low);
+  const std::uint64_t third = std::uint64_t(kPhiloxM0) * (std::uint32_t(second >> 32) ^ prefix.word[1]);
+  std::uint64_t p0 = std::uint64_t(kPhiloxM0) * (std::uint32_t(second) ^ prefix.word[2]);
+  std::uint64_t p1 = std::uint64_t(kPhiloxM1) * (std::uint32_t(third >> 32) ^ prefix.word[3]);
+  std::uint32_t c0 = std::uint32_t(p1 >> 32) ^ prefix.word[4], c1 = std::uint32_t(p1);
+  std::uint32_t c2 = std::uint32_t(p0 >> 32) ^ std::uint32_t(third) ^ keys.word[7], c3 = std::uint32_t(p0);
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+  for (int round = 4; round < kPhiloxRounds; ++round) {
+    p0 = std::uint64_t(kPhiloxM0) * c0;
+    p1 = std::uint64_t(kPhiloxM1) * c2;
     c0 = std::uint32_t(p1 >> 32) ^ c1 ^ keys.word[2 * round];
     c1 = std::uint32_t(p1);
     c2 = std::uint32_t(p0 >> 32) ^ c3 ^ keys.word[2 * round + 1];
