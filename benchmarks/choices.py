@@ -3,6 +3,7 @@
     python -m benchmarks.choices                 # --only uvit: some of them
 
     attention   prompt and own keys put together, or attended apart and joined (models/showo/shared_prefix.py)
+    buffers     a layer of an image step over buffers that stay, or with keys put together (models/showo/buffers.py)
     head        a few rows through a large head as W·xᵀ, or as x·Wᵀ (models/showo/vocabulary.py)
     uvit        attention over 80 keys or 77, a gate copied before its GELU or not, squares summed or torch's norm
                 (models/uvit.py)
@@ -30,6 +31,8 @@ from pyunictokens.kernels import engine, plan
 from pyunictokens.kernels.launch import recording
 from pyunictokens.models import PromptKV
 from pyunictokens.models.showo.attention import PromptAttention
+from pyunictokens.models.showo.buffers import BufferedAttention
+from pyunictokens.models.showo.padding import padded
 from pyunictokens.ops.backends import cpu as _native
 
 ROUNDS = 15
@@ -71,6 +74,34 @@ def attention(group: int, codes: int, heads: int, width: int, lengths: list[int]
         "joined",
         lambda: joined(0, q, k, v),
     )
+
+
+def buffers(group: int, codes: int, heads: int, width: int, lengths: list[int], room: int) -> None:
+    """The same rows over prompts padded to `room` positions, as captured steps have them; the empty one is not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    every = [*lengths, 3]
+    prompts = PromptKV(
+        [[draw(heads, length, width)] for length in every],
+        [[draw(heads, length, width)] for length in every],
+        [0] * len(every),
+    )
+    prompts = padded(prompts.select(range(len(lengths))), room) + prompts.select([len(lengths)])
+    prompt_of_row = sorted(row % len(lengths) for row in range(group)) + [len(lengths)] * group
+    q, k, v = (draw(2 * group, codes + 2, heads, width).transpose(1, 2) for _ in range(3))
+    together = PromptAttention(prompts, prompt_of_row, joined=False)
+    stay = BufferedAttention(prompts, prompt_of_row, codes + 2, width)
+    with torch.no_grad():
+        compare(
+            f"attention, {group} rows of {codes} codes over {len(lengths)} padded prompts",
+            "buffers",
+            lambda: stay(0, q, k, v),
+            "together",
+            lambda: together(0, q, k, v),
+        )
 
 
 def head(rows: int, entries: int, width: int) -> None:
@@ -182,13 +213,16 @@ def host(tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", choices=["attention", "head", "uvit", "products", "host"], help="one kind instead of all"
+        "--only", choices=["attention", "buffers", "head", "uvit", "products", "host"], help="one kind instead of all"
     )
     only = parser.parse_args().only
     torch.set_num_threads(1)
     if only in (None, "attention"):
         attention(4, 256, 8, 64, [27])
         attention(9, 64, 4, 32, [20, 31, 40])
+    if only in (None, "buffers"):
+        buffers(4, 256, 8, 64, [123], 128)
+        buffers(9, 64, 4, 32, [20, 31, 40], 49)
     if only in (None, "head"):
         for rows in (1, 4, 8, 9, 16):
             head(rows, 54402, 512)

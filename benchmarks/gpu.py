@@ -220,6 +220,7 @@ def smoke(out: Path, device: str) -> None:
     for mode in ("eager", "replay", "loop"):
         probe(f"captured step: {mode}", lambda mode=mode: _counted(mode, device))
     probe("joined attention, forward and backward", lambda: _joined(device, dtype))
+    probe("attention over buffers", lambda: _buffered(device, dtype))
 
 
 def _counted(mode: str, device: str) -> str:
@@ -264,6 +265,29 @@ def _joined(device: str, dtype: Any) -> str:
     theirs = torch.autograd.grad(full, leaves, upstream)
     pairs = [(out, full), *zip(mine, theirs, strict=True)]
     worst = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    assert worst < limit, f"{worst:.1e} from one softmax, allowed {limit:.0e}"
+    return f"{worst:.1e} off one softmax"
+
+
+def _buffered(device: str, dtype: Any) -> str:
+    import torch
+
+    from pyunictokens.models.showo.attention import PromptKV
+    from pyunictokens.models.showo.buffers import BufferedAttention
+    from pyunictokens.models.showo.padding import padded
+
+    with torch.no_grad():
+        q, k, v = (torch.randn(3, 4, 40, 64, device=device, dtype=dtype) for _ in range(3))
+        keys, values = ([[torch.randn(4, size, 64, device=device, dtype=dtype)] for size in (9, 3)] for _ in range(2))
+        prompts = PromptKV(keys, values, [0, 0])
+        room = padded(prompts.select([0]), 128) + prompts.select([1])
+        out = BufferedAttention(room, [0, 0, 1], 40, 64)(0, q, k, v)
+        worst = 0.0
+        for row, prompt in enumerate((0, 0, 1)):
+            past = (torch.cat([part[prompt][0], own[row]], 1).double() for part, own in ((keys, k), (values, v)))
+            exact = torch.nn.functional.scaled_dot_product_attention(q[row].double(), *past)
+            worst = max(worst, float((out[row].double() - exact).norm() / exact.norm()))
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     assert worst < limit, f"{worst:.1e} from one softmax, allowed {limit:.0e}"
     return f"{worst:.1e} off one softmax"

@@ -219,10 +219,10 @@ def levers() -> str:
         ("products of the blocks in e4m3", products, eight, '`products="fp8"`'),
         ("q/k norm and rotary in one kernel: 22 passes become 4", 22 * tensor, 4 * tensor, "on a GPU"),
         (
-            "prompt's keys and values in front of the row's own, one call: 15 passes become 2",
+            "prompt's keys and values in buffers beside the row's own, one call: 15 passes become 6",
             15 * tensor,
-            2 * tensor,
-            "no",
+            6 * tensor,
+            "on a GPU, captured steps",
         ),
         ("head as two bfloat16 products with float32 results", head, 2 * STEP.head / GPU.matrix + again, "on a GPU"),
         ("GELU in the product's epilogue: 2 passes of the inner width", 2 * inner, 0.0, "on a GPU"),

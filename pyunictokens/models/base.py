@@ -373,13 +373,18 @@ class ImageStep(Protocol):
 
     def __call__(self, codes_BN: Tensor, timestep_B: Tensor) -> Tensor: ...
 
+    def refresh(self) -> None:
+        """Take what now lies in the tensors of the prefix. It is called between captured steps, never inside one."""
+        ...
+
 
 class CapturableModel(MaskedModel):
     """A model whose image steps can be captured as a CUDA graph."""
 
     @abstractmethod
     def image_step(self, prefix: Prefix, prefix_of_row: Sequence[int], count: int) -> ImageStep:
-        """The step of rows of `count` codes over the tensors of `prefix` where they lie: others may be copied in."""
+        """The step of rows of `count` codes over the tensors of `prefix` where they lie: others may be copied in, and
+        the step's `refresh` is called then."""
 
     def padded(self, prefix: Prefix) -> Prefix:
         """`prefix` for :meth:`image_step` alone, in tensors of few different shapes: prompts of different lengths fit

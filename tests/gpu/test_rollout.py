@@ -11,6 +11,7 @@ from torch import Tensor
 from pyunictokens import DsogThreshold, RolloutEngine
 from pyunictokens.models import PromptKV
 from pyunictokens.models.showo.attention import CausalAfterPrompt, PromptAttention
+from pyunictokens.models.showo.buffers import BufferedAttention
 from pyunictokens.models.showo.padding import padded
 from pyunictokens.rollout import Dsog
 
@@ -90,6 +91,33 @@ def test_attention_over_padded_prompts(device: str) -> None:
     room = PromptAttention(padded(prompts, 256), rows, joined=True)(0, q, k, v)
     exact = plain(q, k, v, prompts, rows, False)
     assert (room.double() - exact).abs().max() <= 1.5 * (bare.double() - exact).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("room", [0, 256])
+@pytest.mark.parametrize("each_layer", [True, False])
+@torch.no_grad()
+def test_attention_over_buffers(device: str, room: int, each_layer: bool) -> None:
+    """The kernel of the device reads as many keys of a row as its length says, after other prompts were loaded too."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = [0, 0, 1, 2, 2]
+    q, k, v, prompts = problem(6, [5, 70, 129], rows, heads=2, new=66, width=64, dtype=dtype)
+    q, k, v = (each.detach().to(device) for each in (q, k, v))
+    prompts = prompts.with_tensors([each.detach().to(device) for each in prompts.tensors()])
+    mine = padded(prompts, room) if room else prompts
+    mine = mine.with_tensors([each.clone() for each in mine.tensors()])
+    attend = BufferedAttention(mine, rows, 66, 64, each_layer)
+    for turn in range(2):
+        exact = plain(q, k, v, prompts, rows, False)
+        apart = PromptAttention(mine, rows)(0, q, k, v)
+        found = attend(0, q, k, v)
+        assert (found.double() - exact).abs().max() <= 1.5 * (apart.double() - exact).abs().max() + 1e-6
+        if not turn:
+            prompts = prompts.select([1, 0, 2]) if room else prompts.with_tensors([-each for each in prompts.tensors()])
+            for tensor, other in zip(
+                mine.tensors(), (padded(prompts, room) if room else prompts).tensors(), strict=True
+            ):
+                tensor.copy_(other)
+            attend.refresh()
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pyunictokens import MASK, ConceptTokens
 from pyunictokens.models import PromptKV, Showo
 from pyunictokens.models.showo.attention import FullAttention
+from pyunictokens.models.showo.buffers import BufferedAttention
 from pyunictokens.rollout.cuda_graphs.device_step import (
     DeviceLoop,
     GuidedHidden,
@@ -193,9 +194,12 @@ class OnlyOnTheGpu(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize("free", [None, 0])
 @torch.no_grad()
-def test_the_step_can_be_captured_on_a_gpu(guidance):
-    """On fake tensors of a GPU, which need none: devices and shapes are followed, nothing is computed."""
+def test_the_step_can_be_captured_on_a_gpu(monkeypatch, guidance, free):
+    """On fake tensors of a GPU, which need none: devices and shapes are followed, nothing is computed. With memory for
+    buffers of keys in each layer, and without."""
+    monkeypatch.setattr("pyunictokens.models.showo.buffers.free_bytes", lambda _: free)
     n = numbers(4, guidance)
     with FakeTensorMode():
         torch.set_default_dtype(torch.bfloat16)
@@ -214,7 +218,7 @@ def test_the_step_can_be_captured_on_a_gpu(guidance):
         model.encode(x, state.step[:1], FullAttention())  # makes the rotary tables, as the warm-up does
         with OnlyOnTheGpu() as watch:
             advance(state, hidden, image_head(model), n.seed)
-        assert watch.seen > 100
+        assert watch.seen > 100 and isinstance(hidden._step._attend, BufferedAttention)
         products = [watch.overloads.count(kind) for kind in (aten.mm.dtype, aten.addmm.dtype_out)]
         assert products == [1, int(guidance > 0)], (
             "the head: 16-bit products with float32 results, guided in the second"

@@ -128,7 +128,7 @@ class PromptAttention:
             where = slice(rows[0], rows[0] + len(rows)) if contiguous else torch.tensor(rows)
             self._groups.append((where, len(rows), chosen))
         (self._keys, self._values), self._joined = keys_values(prompts), joined
-        self._runs = _runs(prompt_of_row)
+        self._runs = runs_of(prompt_of_row)
 
     def _of_group(self, layers: list[list[Tensor]], layer: int, chosen: list[int]) -> Tensor:
         if len(set(chosen)) == 1:
@@ -194,7 +194,7 @@ class DecodeAttention:
 
     def __init__(self, prompts: Prefix, prompt_of_row: Sequence[int], max_new: int, sliced: bool = True):
         (self._past_keys, self._past_values), self._sliced = keys_values(prompts), sliced
-        self._runs = _runs(prompt_of_row)
+        self._runs = runs_of(prompt_of_row)
         if len({prompt for prompt, _ in self._runs}) != len(self._runs):
             raise ValueError("rows of one prompt must stand together")
         first = self._past_keys[0][0]
@@ -244,7 +244,7 @@ class DecodeAttention:
         self._at += going
 
 
-def _runs(prompt_of_row: Sequence[int]) -> list[tuple[int, int]]:
+def runs_of(prompt_of_row: Sequence[int]) -> list[tuple[int, int]]:
     """(prompt, number of rows) of each run of rows with one prompt."""
     return [(prompt, len(list(rows))) for prompt, rows in groupby(prompt_of_row)]
 

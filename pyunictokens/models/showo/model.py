@@ -125,7 +125,7 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
         cached.check_room(self, math.prod(grid), self.max_text + 1)
 
     def image_step(self, prefix: Prefix, prefix_of_row: Sequence[int], count: int) -> ImageStep:
-        return cached.ImageRows(self, prefix, prefix_of_row, count)
+        return cached.ImageRows(self, prefix, prefix_of_row, count, called_again=True)
 
     def padded(self, prefix: Prefix) -> Prefix:
         return padding.padded(prefix, padding.padded_length(max(prefix.lengths), self.max_text + 1))

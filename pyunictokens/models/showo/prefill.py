@@ -20,6 +20,7 @@ from ...utils.errors import UserError
 from ...utils.fingerprint import bytes_of
 from ..prefix import Prefix
 from .attention import CausalAfterPrompt, DecodeAttention, FullAttention, PromptAttention, PromptKV, Recorded
+from .buffers import BufferedAttention, buffers_serve
 from .prompting import SpecialIds, mmu_clip_allowed
 
 if TYPE_CHECKING:
@@ -75,10 +76,14 @@ class ImageRows:
     """Hidden states [B, N, D] at image codes int [B, N] (−1 unknown), row b over prompt `prompt_of_row[b]`.
 
     Only N + 2 rows are computed (soi, codes, eoi), and no mask is needed: they see their prompt and one another. All
-    that needs the host is made here, so a call can be captured where rows of one prompt length stand together.
+    that needs the host is made here, so a call can be captured where rows of one prompt length stand together. Where
+    one will be `called_again`, keys and values may lie in buffers that stay (buffers.py): after other prompts were
+    copied into the tensors of `prompts`, say :meth:`refresh`.
     """
 
-    def __init__(self, model: Showo, prompts: Prefix, prompt_of_row: Sequence[int], count: int):
+    def __init__(
+        self, model: Showo, prompts: Prefix, prompt_of_row: Sequence[int], count: int, called_again: bool = False
+    ):
         starts = {prompts.next_position[prompt] for prompt in prompt_of_row}
         if len(starts) != 1:
             raise UserError(f"prompts that end at positions {sorted(starts)}: prefill them with one max_text")
@@ -86,7 +91,11 @@ class ImageRows:
         check_room(model, count, start)
         ids, device = SpecialIds.of(model), model.device
         self._model, self._rows = model, len(prompt_of_row)
-        self._attend = PromptAttention(prompts, prompt_of_row)
+        self._attend: PromptAttention | BufferedAttention
+        if called_again and buffers_serve(model.device, model.dtype, model.config.head_dim):
+            self._attend = BufferedAttention(prompts, prompt_of_row, count + 2, model.config.head_dim)
+        else:
+            self._attend = PromptAttention(prompts, prompt_of_row)
         self._ends = torch.tensor([ids.soi, ids.eoi], device=device)
         self._positions = torch.arange(start, start + count + 2, device=device)
 
@@ -95,6 +104,11 @@ class ImageRows:
         ends = model.embed(self._ends).expand(self._rows, 2, -1)
         x = torch.cat([ends[:, :1], model.embed_codes(codes_BN), ends[:, 1:]], dim=1)
         return model.encode(x, self._positions, self._attend)[:, 1:-1]
+
+    def refresh(self) -> None:
+        """Take what now lies in the prompts' tensors."""
+        if isinstance(self._attend, BufferedAttention):
+            self._attend.refresh()
 
 
 def check_room(model: Showo, count: int, start: int) -> None:

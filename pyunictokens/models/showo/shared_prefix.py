@@ -15,8 +15,9 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,6 +54,33 @@ class Kernel(Protocol):
         causal: bool,
         extra: Extra,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """How many of a buffer's positions each row has. The tensors stay where they are; `used` may be written anew."""
+
+    used: Tensor
+    """int32 [B]."""
+    new_starts: Tensor
+    """int32 [B + 1]: 0, L, 2 L, …"""
+    buffer_starts: Tensor
+    """int32 [B + 1]: 0, S, 2 S, …"""
+
+    @classmethod
+    def make(cls, rows: int, new: int, size: int, device: torch.device) -> RowLengths:
+        """For `rows` rows of `new` queries over buffers of `size` positions, of which none is used yet."""
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        return cls(torch.zeros(rows, dtype=torch.int32, device=device), starts * new, starts * size)
+
+
+@runtime_checkable
+class LengthsKernel(Protocol):
+    """A flash kernel that reads of each row's keys as many as a number on the device says. It gives no gradients."""
+
+    def over_lengths(self, q: Tensor, keys: Tensor, values: Tensor, lengths: RowLengths) -> Tensor:
+        """q [B, H, L, E] over keys and values [B, S, H, E]: [B, H, L, E]."""
+        ...
 
 
 class CpuKernel:
@@ -107,6 +135,15 @@ class CudaKernel:
             grad, q, k, v, out, lse, *lengths, 0.0, causal, *noise
         )
 
+    def over_lengths(self, q: Tensor, keys: Tensor, values: Tensor, lengths: RowLengths) -> Tensor:
+        rows, _, new, _ = q.shape
+        packed = q.transpose(1, 2).flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+        starts = lengths.new_starts, lengths.buffer_starts
+        out = _aten._flash_attention_forward(
+            *packed, *starts, new, keys.shape[1], 0.0, False, False, seqused_k=lengths.used
+        )[0]
+        return out.unflatten(0, (rows, new)).transpose(1, 2)
+
 
 class FlashAttnKernel(CudaKernel):
     """The flash-attn package (`pip install pyunictokens[flash]`) where no gradient is wanted; otherwise torch's."""
@@ -122,6 +159,13 @@ class FlashAttnKernel(CudaKernel):
         turned = (tensor.transpose(1, 2) for tensor in (q, k, v))
         out, lse, _ = package.flash_attn_func(*turned, causal=causal, softmax_scale=scale, return_attn_probs=True)
         return out.transpose(1, 2), lse, ()
+
+    def over_lengths(self, q: Tensor, keys: Tensor, values: Tensor, lengths: RowLengths) -> Tensor:
+        package = _flash_attn()
+        if package is None:
+            return super().over_lengths(q, keys, values, lengths)
+        out = package.flash_attn_with_kvcache(q.transpose(1, 2), keys, values, cache_seqlens=lengths.used)
+        return out.transpose(1, 2)
 
 
 @functools.cache

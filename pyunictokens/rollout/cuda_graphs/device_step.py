@@ -197,6 +197,7 @@ class GuidedHidden:
         if prompts.lengths != mine.lengths or prompts.next_position != mine.next_position:
             raise UserError(f"prompts of lengths {prompts.lengths}: these hidden states were made for {mine.lengths}")
         torch._foreach_copy_(mine.tensors(), prompts.tensors())
+        self._step.refresh()
 
     def __call__(self, codes: Tensor, timestep: Tensor) -> GuidedStates:
         hidden = self._step(codes[self._order], timestep[self._order])[self._back]
