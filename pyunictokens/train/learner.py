@@ -83,7 +83,10 @@ class Learner:
 
     def _prepared(self, local: LocalRollouts, number: int) -> tuple[list[ImageTrajectories], AnswerTrajectories | None]:
         """What the update takes of this rank's rollouts of group `number`: the timesteps it looks at, what the
-        objective makes of them (for each inner epoch, or once for all), and the reference's log-probs."""
+        objective makes of them (for each inner epoch, or once for all), and the reference's log-probs.
+
+        Old log-probs that no rollout recorded are taken here only where an optimizer step comes between: in the first
+        inner epoch they are those of the update's own forward pass."""
         config, answers = self.config, local.answers
         by_change = config.timestep_choice == "largest_change"
         images = choose_timesteps(
@@ -95,9 +98,10 @@ class Learner:
         )
         keys = [(config.seed, 3, number, row) for row in local.rows]
         views = self.objective.views(images, local.images.chosen_RTN[:, -1], keys, config.inner_epochs)
-        for images in views if config.alpha_image > 0 else ():
+        for epoch, images in enumerate(views if config.alpha_image > 0 else ()):
             self.objective.check(images)
-            if not len(images.old_logp_RTN):
+            once = epoch == 0 and (len(views) > 1 or config.inner_epochs == 1)
+            if not len(images.old_logp_RTN) and not once:
                 with profiling.phase("reference"):
                     images.old_logp_RTN = self._logprobs(images)
         if config.beta > 0:

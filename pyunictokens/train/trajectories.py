@@ -35,6 +35,7 @@ class ImageTrajectories:
     inputs_RTN: Tensor
     chosen_RTN: Tensor
     old_logp_RTN: Tensor
+    """Empty where no rollout recorded them: they are then those of the policy as it is."""
     empty_prompt: list[int]
     """The prompt of the unconditional half."""
     guidance_scale: float

@@ -226,11 +226,15 @@ def _token_loss(
     weights: Tensor | float,
 ) -> Loss:
     """The loss of a microbatch whose ratios are of tokens: head, log-probs and loss in one operation."""
+    old = part.old_logp_RTN
+    if not len(old):
+        with torch.no_grad():
+            old = _selected(part, hidden, uncond, weight, bias)
     loss, _, stats = ops.maskgit_grpo_loss(
         hidden,
         weight,
         part.chosen_RTN.long(),
-        part.old_logp_RTN,
+        old,
         part.ref_logp_RTN,
         advantages.to(hidden.device),
         bias,
@@ -252,7 +256,7 @@ def _image_loss(
 ) -> Loss:
     return settings.objective.loss(
         logp,
-        part.old_logp_RTN,
+        part.old_logp_RTN if len(part.old_logp_RTN) else logp.detach(),
         part.ref_logp_RTN,
         advantages.to(logp.device),
         weights=settings.alpha_image * weights,

@@ -16,6 +16,8 @@ from pyunictokens.rewards import RewardBatch
 from pyunictokens.train import GrpoConfig, load_policy, read_metrics, reinforce
 from pyunictokens.train.distributed.ranks import Ranks
 from pyunictokens.train.reinforcement import Bundle
+from pyunictokens.train.statistics import UpdateStats
+from pyunictokens.train.update import streamed_backward
 from pyunictokens.utils.errors import UserError
 from tests.train.ranks import together
 from tests.train.world import grpo_config, tiny_model, tiny_tokenizer, tiny_vq
@@ -154,6 +156,22 @@ def test_a_reward_that_fails_is_named(tmp_path: Path) -> None:
 
 class Killed(Exception):
     pass
+
+
+def test_the_second_inner_epoch_is_held_against_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`final_sample` has one view for all epochs, so its old log-probs must be taken before the first step."""
+    chosen = config(steps=1, objective="final_sample", inner_epochs=2, beta=0.0, lr=1e-3, group_size=6)
+    ratios: list[float] = []
+
+    def noted(*given: Any) -> UpdateStats:
+        found = streamed_backward(*given)
+        ratios.append(found.ratio_max)
+        return found
+
+    monkeypatch.setattr("pyunictokens.train.learner.streamed_backward", noted)
+    reinforce(parts(), PROMPTS[:1], colour, chosen, tmp_path / "run")
+    first, second = ratios
+    assert first == pytest.approx(1.0, abs=1e-3) and second > 1.01
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:

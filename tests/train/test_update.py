@@ -14,6 +14,7 @@ from pyunictokens.models import Showo
 from pyunictokens.models.showo import prompting
 from pyunictokens.ops import token_mask
 from pyunictokens.train import Policy
+from pyunictokens.train.objective import Gspo, MaskGrpo, Objective, UniCTask
 from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectories
 from pyunictokens.train.update import LossSettings, answer_logprobs, image_logprobs, streamed_backward
 from tests.train import naive
@@ -183,6 +184,25 @@ def test_first_update_has_ratio_one() -> None:
     stats = streamed_backward(model, advantages, LossSettings(), images, answers)
     assert stats.ratio_max == pytest.approx(1, abs=1e-4) and stats.ratio_mean == pytest.approx(1, abs=1e-5)
     assert stats.clip_fraction == 0 and stats.kl == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", [UniCTask(), Gspo(), MaskGrpo(reduction="mean")])
+@pytest.mark.parametrize("scope", ["all", "newly_unmasked"])
+def test_log_probs_that_nobody_recorded_are_those_of_the_policy_as_it_is(objective: Objective, scope: str) -> None:
+    """What the first inner epoch relies on."""
+    advantages, found = torch.tensor([0.7, -0.4, 0.1, -0.9, 0.5]), []
+    settings = LossSettings(objective=objective, micro_rows=2)
+    for taken in (True, False):
+        model = tiny_model().requires_grad_(True)
+        images = fake_images(model, scope=scope)
+        images.old_logp_RTN = image_logprobs(model, images) if taken else torch.empty(0)
+        stats = streamed_backward(model, advantages, settings, images)
+        assert stats.ratio_max == pytest.approx(1, abs=1e-4)
+        found.append((stats.loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, slopes), (other_loss, other) = found
+    assert other_loss == pytest.approx(loss, abs=1e-5) and slopes.keys() == other.keys()
+    for name, slope in slopes.items():
+        torch.testing.assert_close(other[name], slope, rtol=1e-3, atol=1e-6)
 
 
 def test_golden_values_and_gradients(
