@@ -154,7 +154,7 @@ def reinforce(
         if texts:
             bundle = bundle.as_text()
         if devices is not None:
-            sizes = Sizes.of(bundle.model, settings.trainable, bundle.model.dtype)
+            sizes = Sizes.of(bundle.model, settings, bundle.model.dtype)
             console().print("\n".join(plan_lines(sizes, devices)), markup=False, highlight=False, soft_wrap=True)
             return
         if concept is not None:

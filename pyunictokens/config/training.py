@@ -224,6 +224,9 @@ class GrpoConfig:
     """AdamW's weight decay. Concept rows are never decayed: their scale carries meaning."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are shortened to it."""
+    ema_decay: float = 0.0
+    """Decay of the average of the weights over optimizer steps, as 0.95; 0 keeps none. With it held-out prompts are
+    measured on the average, which is what best/ and final/ hold; rollouts take the weights of the last step."""
     beta: float = 0.01
     """Weight of the divergence from the reference policy; 0 leaves the reference pass out."""
     clip_low: float = 0.2
@@ -383,6 +386,8 @@ class GrpoConfig:
         at_least(0, checkpoint_every=self.checkpoint_every, sample_every=self.sample_every)
         at_least(0, keep_best=self.keep_best, reward_timeout=self.reward_timeout, clip_high=self.clip_high)
         within(0, 1, visual_ratio=self.visual_ratio, clip_low=self.clip_low)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay}: must be ≥ 0 and < 1 (0 keeps no average of the weights)")
         within(0, MAX_SEED, seed=self.seed)
         within(1, MOST, group_size=self.group_size, groups=self.groups or 1, timesteps=self.timesteps)
         within(1, MOST, max_new_tokens=self.max_new_tokens)

@@ -51,7 +51,7 @@ class Memory:
     """Bytes on the device while reinforcement updates, by what they hold."""
 
     state: float
-    """Weights, and of what learns gradients, moments and float32 master weights."""
+    """Weights, and of what learns gradients, moments, float32 master weights and, where one is kept, their average."""
     update: float
     """The microbatch's activations and its own gradients."""
     least_update: float
@@ -181,6 +181,7 @@ def _memory(costs: ShowoCosts, settings: RunConfig, parts: list[WeightStatus]) -
     learned = cost.learned_parameters(config, grpo.trainable, rows=rows, rank=rank)
     bits = BITS if grpo.trainable == "lora" and grpo.lora.base == "nf4" else None
     state = cost.sharded_state_bytes(config, grpo.trainable, rows=rows, rank=rank, itemsize=itemsize, block_bits=bits)
+    state += 4 * learned if grpo.ema_decay else 0
 
     def update(packed: int, recomputed: int) -> float:
         row = costs.activation_bytes(PROMPT, costs.count, guided, grpo.trainable, recomputed)

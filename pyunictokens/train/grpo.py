@@ -303,6 +303,7 @@ class _Run:
                 self.save()
             if not why:
                 self._measure(measured)
+        self.optimizer.settle()
         if self.layers is not None:
             self.layers.undo()
         if self.ranks.first:
@@ -319,21 +320,22 @@ class _Run:
         done = [each for each in held_out.history if each.step == self.step]  # a run that went on here
         if done:
             held_out.history.remove(done[0])
-        with self._sampling(), profiling.phase("held-out prompts"):
-            now = (
-                done[0]
-                if done
-                else held_out.measure(self.step, self.collector.engine, self.rewards, config, self.ranks)
-            )
-        said = held_out.add(now, self.training, config.held_out.by)
-        if measured is not None and not done:
-            measured.write(now.line())
-        if measured is not None and self.step == 0 and not done:
-            self._held_out_headroom(now)
-        if said.best is now:
-            with nullcontext() if self.layers is None else self.layers.whole():
-                if self.ranks.first:
-                    save_best(self.folder.path, now, self.policy.export)
+        with self.optimizer.averaged():
+            with self._sampling(), profiling.phase("held-out prompts"):
+                now = (
+                    done[0]
+                    if done
+                    else held_out.measure(self.step, self.collector.engine, self.rewards, config, self.ranks)
+                )
+            said = held_out.add(now, self.training, config.held_out.by)
+            if measured is not None and not done:
+                measured.write(now.line())
+            if measured is not None and self.step == 0 and not done:
+                self._held_out_headroom(now)
+            if said.best is now:
+                with nullcontext() if self.layers is None else self.layers.whole():
+                    if self.ranks.first:
+                        save_best(self.folder.path, now, self.policy.export)
         self.best = said.best
         why = held_out.why_it_ends(said, config.held_out)
         if why and self.ranks.first:

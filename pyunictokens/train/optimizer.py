@@ -4,12 +4,16 @@ Parameters of lower precision get float32 master weights that the optimizer work
 step of 1e-6 would vanish in bfloat16's rounding, and so would the last of many gradients added up. With several ranks
 gradients are summed over them once a step, and every rank does the same step. State is kept by parameter name, so that
 it can be saved. distributed/sharded_optimizer.py spreads its state over ranks.
+
+With `ema_decay` the average of the weights over steps is kept as well (Polyak and Juditsky, 1992): steps that are large
+enough to find something new are too large to settle, and the average settles without waiting for the rate to fall.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +26,8 @@ from .distributed.ranks import Ranks
 
 PARTS = ("exp_avg", "exp_avg_sq", "step")
 """AdamW's state of one tensor."""
+AVERAGED = "average_steps"
+"""In a checkpoint, the number of steps that the average of the weights holds."""
 
 
 def learning_rate(step: int, *, lr: float, steps: int, warmup: int = 0, schedule: str = "constant") -> float:
@@ -50,6 +56,7 @@ def make_optimizer(config: GrpoConfig, named: Mapping[str, nn.Parameter], ranks:
         max_grad_norm=config.max_grad_norm,
         undecayed=frozenset(name for name in named if name.startswith("concept.")),
         ranks=ranks,
+        ema_decay=config.ema_decay,
     )
 
 
@@ -60,7 +67,8 @@ class Gathers(Protocol):
 
 
 class Optimizer:
-    """AdamW over `named` parameters; those in `undecayed` get no weight decay."""
+    """AdamW over `named` parameters; those in `undecayed` get no weight decay. `ema_decay` is that of the average of
+    the weights; 0 keeps none."""
 
     def __init__(
         self,
@@ -72,6 +80,7 @@ class Optimizer:
         max_grad_norm: float | None = None,
         undecayed: frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
+        ema_decay: float = 0.0,
     ):
         if not named:
             raise UserError("nothing to train: no parameter requires a gradient")
@@ -91,6 +100,9 @@ class Optimizer:
         self.adam = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.999), eps=eps
         )
+        self.ema_decay = ema_decay
+        self._average = {n: value.detach().clone() for n, value in self._masters.items()} if ema_decay else {}
+        self._averaged_steps = torch.zeros(())
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """What AdamW works on in place of `parameter`."""
@@ -137,18 +149,52 @@ class Optimizer:
             group["lr"] = lr
         self.adam.step()
         with torch.no_grad():
-            self._hand_back()
+            self._put(self._masters)
+            self._add_to_average()
         return norm
 
-    def _hand_back(self) -> None:
-        """Bring the masters' new numbers into the parameters."""
+    def _add_to_average(self) -> None:
+        """The first steps count more, so that the average is never mostly the weights that training began with."""
+        if not self._average:
+            return
+        self._averaged_steps += 1
+        steps = float(self._averaged_steps)
+        new = 1.0 - min(self.ema_decay, (1.0 + steps) / (10.0 + steps))
+        for name, value in self._average.items():
+            value.lerp_(self._masters[name].detach(), new)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        """Bring `values`, which lie as the masters do, into the parameters."""
         for name, parameter in self.named.items():
-            if self._masters[name] is not parameter:
-                parameter.copy_(self._masters[name])
+            if values[name] is not parameter:
+                parameter.copy_(values[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside this context the parameters hold the average, where one is kept. All ranks enter and leave together,
+        and no graph may be alive across its borders."""
+        if not self._average:
+            yield
+            return
+        own = {n: p.detach().clone() if self._masters[n] is p else self._masters[n] for n, p in self.named.items()}
+        with torch.no_grad():
+            self._put(self._average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._put(own)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Leave the average in the parameters for good, where one is kept; no step may follow."""
+        if self._average:
+            self._put(self._average)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments, step counts and master weights as a flat table of tensors."""
-        tensors: dict[str, Tensor] = {}
+        """Moments, step counts, master weights and their average as a flat table of tensors."""
+        tensors: dict[str, Tensor] = self._averaging()
+        tensors.update({f"average.{name}": value for name, value in self._average.items()})
         for name, parameter in self.named.items():
             master = self._masters[name]
             if master is not parameter:
@@ -156,6 +202,10 @@ class Optimizer:
             for part, value in self.adam.state.get(master, {}).items():
                 tensors[f"optim.{name}.{part}"] = torch.as_tensor(value)
         return tensors
+
+    def _averaging(self) -> dict[str, Tensor]:
+        """How many steps the average holds, which every rank knows."""
+        return {AVERAGED: self._averaged_steps} if self._average else {}
 
     def shards(self) -> dict[str, Tensor]:
         """State that is spread over ranks, by the same names; empty here, where every rank has all."""
@@ -172,6 +222,9 @@ class Optimizer:
     def load_state_dict(self, tensors: Mapping[str, Tensor], origin: object = "checkpoint") -> None:
         """Put what :meth:`state_dict` gave back. Raises UserError for a tensor of another shape."""
         with torch.no_grad():
+            self._restore_averaging(tensors, origin)
+            for name, value in self._average.items():
+                value.copy_(fitting(tensors, f"average.{name}", value.shape, origin))
             for name, parameter in self.named.items():
                 master = self._masters[name]
                 if master is not parameter:
@@ -185,6 +238,10 @@ class Optimizer:
                     ).to("cpu" if part == "step" else master.device, copy=True)
                     for part in PARTS
                 }
+
+    def _restore_averaging(self, tensors: Mapping[str, Tensor], origin: object) -> None:
+        if self._average:
+            self._averaged_steps.copy_(fitting(tensors, AVERAGED, torch.Size(), origin))
 
 
 def _into(master: Gathers) -> Callable[[Tensor], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,8 @@ def test_what_the_hosts_memory_takes_off_the_gpu() -> None:
     assert sizes.needed(Mode("full", offload=True), ranks) == offloaded
     ahead = Needed(offloaded.update, 2 * (3 * 100 + 50) + 12 * 25, offloaded.host)
     assert sizes.needed(Mode("full", offload=True, ahead=True), ranks) == ahead
+    averaged = replace(sizes, averaged=True).needed(Mode("full"), ranks)
+    assert averaged.update == sizes.needed(Mode("full"), ranks).update + 4 * 350 / 2
 
 
 def test_which_mode_is_taken() -> None:
@@ -74,7 +77,7 @@ def test_which_mode_is_taken() -> None:
 
 def test_a_run_gathers_as_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = uct.models.load(write_checkpoint(tmp_path / "llada", "llada")).model
-    whole = Sizes.of(model, "full", model.dtype).needed(Mode("full"), 1).rollout
+    whole = Sizes.of(model, GrpoConfig(trainable="full"), model.dtype).needed(Mode("full"), 1).rollout
 
     def ahead(memory: float, **settings: Any) -> bool:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))

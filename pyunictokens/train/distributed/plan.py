@@ -96,17 +96,21 @@ class Sizes:
     itemsize: int
     full: bool
     """Whether all weights learn; else adapters do."""
+    averaged: bool = False
+    """Whether an average of the weights is kept (`grpo.ema_decay`)."""
 
     @classmethod
-    def of(cls, model: MaskedModel, trainable: str, dtype: torch.dtype) -> Sizes:
+    def of(cls, model: MaskedModel, config: GrpoConfig, dtype: torch.dtype) -> Sizes:
         each = [sum(value.numel() for value in layer.parameters()) for layer in model.shardable_layers() or ()]
         total = sum(value.numel() for value in model.parameters())
-        return cls(sum(each), max(each, default=0), total - sum(each), dtype.itemsize, trainable == "full")
+        full, averaged = config.trainable == "full", config.ema_decay > 0
+        return cls(sum(each), max(each, default=0), total - sum(each), dtype.itemsize, full, averaged)
 
     def needed(self, mode: Mode, ranks: int) -> Needed:
         """What lies on each of `ranks` ranks."""
         total, b, learn = self.layers + self.rest, self.itemsize, float(self.full)
-        state = learn * (8 + (4 if b < 4 else 0))  # AdamW's moments, and float32 masters of smaller weights
+        # AdamW's moments, float32 masters of smaller weights, and their average
+        state = learn * (8 + (4 if b < 4 else 0) + (4 if self.averaged else 0))
         if mode.shard != "full":
             state *= total / (ranks if mode.shard == "optimizer" else 1)
             return Needed((b + learn * (4 + b)) * total + state, b * total + state)
@@ -156,7 +160,7 @@ def gathers_ahead(model: MaskedModel, config: GrpoConfig, ranks: Ranks) -> bool:
     at once do not fit the GPU of some rank."""
     if config.rollout_gather != "auto" or ranks.device.type != "cuda":
         return config.rollout_gather == "ahead"
-    needed = Sizes.of(model, config.trainable, model.dtype).needed(Mode("full", config.offload), ranks.world)
+    needed = Sizes.of(model, config, model.dtype).needed(Mode("full", config.offload), ranks.world)
     ahead = ranks.any(needed.rollout > ROOM * torch.cuda.get_device_properties(ranks.device).total_memory)
     if ahead and ranks.first:
         log.info("rollouts gather each layer as it runs: all weights at once would take %.1f GB", needed.rollout / GB)

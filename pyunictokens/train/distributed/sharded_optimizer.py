@@ -46,6 +46,7 @@ class ShardedOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         undecayed: frozenset[str] = frozenset(),
         ranks: Ranks,
+        ema_decay: float = 0.0,
     ):
         self._mesh = ranks.mesh()
         # float32 parameters gather their gradients themselves, others here; those that are spread in their masters
@@ -55,7 +56,13 @@ class ShardedOptimizer(Optimizer):
             if not isinstance(value, DTensor)
         }
         super().__init__(
-            named, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, undecayed=undecayed, ranks=ranks
+            named,
+            lr=lr,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            undecayed=undecayed,
+            ranks=ranks,
+            ema_decay=ema_decay,
         )
 
     def _spread(self, whole: Tensor) -> Tensor:
@@ -93,23 +100,26 @@ class ShardedOptimizer(Optimizer):
         total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
         return math.sqrt(float(self.ranks.sum(total)))
 
-    def _hand_back(self) -> None:
+    def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.named.items():
-            if name not in self._sums:
-                if self._masters[name] is not parameter:
-                    parameter.copy_(self._masters[name])
+            if values[name] is parameter:
                 continue
-            with profiling.phase("synchronisation"), self.ranks.noticing():
-                parameter.copy_(self._masters[name].to(parameter.dtype).full_tensor())  # type: ignore[attr-defined]
+            value = values[name].to(parameter.dtype)
+            if name in self._sums and isinstance(value, DTensor):  # whole parameters of spread masters
+                with profiling.phase("synchronisation"), self.ranks.noticing():
+                    value = value.full_tensor()
+            parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: all of it is in :meth:`shards`."""
-        return {}
+        """Hardly anything: what is large is in :meth:`shards`."""
+        return self._averaging()
 
     def shards(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             state[f"master.{name}"] = master.detach()
+            if name in self._average:
+                state[f"average.{name}"] = self._average[name]
             for part, value in self.adam.state.get(master, {}).items():
                 state[f"optim.{name}.{part}"] = value
         return state
@@ -118,6 +128,10 @@ class ShardedOptimizer(Optimizer):
     def restore(self, tensors: Mapping[str, Tensor], shards: Path | None, origin: object = "checkpoint") -> None:
         """Put back what any number of ranks saved; parameters are taken as they are now, so load them first."""
         held = self._read(shards, origin) if shards is not None else None
+        self._restore_averaging(tensors, origin)
+        for name, value in self._average.items():
+            key, shape = f"average.{name}", self.named[name].shape
+            value.copy_(self._spread(fitting(tensors, key, shape, origin)) if held is None else held[key])
         for name, parameter in self.named.items():
             master = self._masters[name]
             if held is not None:
@@ -145,12 +159,11 @@ class ShardedOptimizer(Optimizer):
         known = shapes(folder)
         state: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
-            for key in (f"master.{name}", f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
+            needed = [f"master.{name}", *([f"average.{name}"] if self._average else [])]
+            for key in (*needed, f"optim.{name}.exp_avg", f"optim.{name}.exp_avg_sq"):
                 if key in known:
                     state[key] = torch.zeros_like(self._masters[name])
-                if known.get(key, parameter.shape) != parameter.shape or (
-                    key.startswith("master.") and key not in known
-                ):
+                if known.get(key, parameter.shape) != parameter.shape or (key in needed and key not in known):
                     found = f"of shape {tuple(known[key])}" if key in known else "missing"
                     raise UserError(f"{origin}: {key} is {found}, this run needs {tuple(parameter.shape)}")
             if f"optim.{name}.step" in known:
