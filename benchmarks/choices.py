@@ -4,6 +4,7 @@
 
     attention   prompt and own keys put together, or attended apart and joined (models/showo/shared_prefix.py)
     buffers     a layer of an image step over buffers that stay, or with keys put together (models/showo/buffers.py)
+    adjoining   queries, keys and values from one product, or from three (models/adjoining.py)
     head        a few rows through a large head as W·xᵀ, or as x·Wᵀ (models/showo/vocabulary.py)
     uvit        attention over 80 keys or 77, a gate copied before its GELU or not, squares summed or torch's norm
                 (models/uvit.py)
@@ -102,6 +103,19 @@ def buffers(group: int, codes: int, heads: int, width: int, lengths: list[int], 
             "together",
             lambda: together(0, q, k, v),
         )
+
+
+def adjoining(rows: int, positions: int, width: int) -> None:
+    """`rows` rows of `positions` through three square layers."""
+    x, weight, bias = torch.randn(rows, positions, width), torch.randn(3 * width, width), torch.randn(3 * width)
+    layers = list(zip(weight.chunk(3), bias.chunk(3), strict=True))
+    compare(
+        f"queries, keys and values, {rows} rows of {positions} of {width}",
+        "one product",
+        lambda: F.linear(x, weight, bias),
+        "three",
+        lambda: [F.linear(x, *layer) for layer in layers],
+    )
 
 
 def head(rows: int, entries: int, width: int) -> None:
@@ -213,7 +227,9 @@ def host(tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", choices=["attention", "buffers", "head", "uvit", "products", "host"], help="one kind instead of all"
+        "--only",
+        choices=["attention", "buffers", "adjoining", "head", "uvit", "products", "host"],
+        help="one kind instead of all",
     )
     only = parser.parse_args().only
     torch.set_num_threads(1)
@@ -223,6 +239,10 @@ def main() -> None:
     if only in (None, "buffers"):
         buffers(4, 256, 8, 64, [123], 128)
         buffers(9, 64, 4, 32, [20, 31, 40], 49)
+    if only in (None, "adjoining"):
+        adjoining(4, 258, 256)
+        adjoining(18, 66, 128)
+        adjoining(2, 1026, 512)
     if only in (None, "head"):
         for rows in (1, 4, 8, 9, 16):
             head(rows, 54402, 512)

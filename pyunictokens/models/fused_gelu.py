@@ -31,7 +31,7 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     Gradients, torch.compile, and layers that are more than their weights (LoRA, fp8, four bits, spread over ranks, with
     hooks) take two steps.
     """
-    if _is_plain(layer, x) and _fused(x.device, x.dtype):
+    if is_plain(layer, x) and _fused(x.device, x.dtype):
         assert isinstance(layer, nn.Linear) and layer.bias is not None
         rows = x.reshape(-1, x.shape[-1])
         made = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
@@ -45,7 +45,8 @@ def gelu_way(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple
     return ("plain", wrong) if wrong else ("fused", "GELU is part of the product where no gradient is formed")
 
 
-def _is_plain(layer: nn.Module, x: Tensor) -> bool:
+def is_plain(layer: nn.Module, x: Tensor) -> bool:
+    """Whether layer(x) is x · weightᵀ + bias and nothing else, and no gradient is formed."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(layer) is not nn.Linear:
         return False
     changed = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks

@@ -56,7 +56,8 @@ class Recorded:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.keys.append(k)
-        self.values.append(v)
+        # A part of a product of queries, keys and values would keep all of it.
+        self.values.append(v if v.untyped_storage().nbytes() <= v.nbytes else v.clone())
         return self.attend(layer, q, k, v)
 
     def prompts(self, end: int) -> PromptKV:

@@ -5,10 +5,13 @@ Module names are those of the published checkpoint. Who sees what is decided by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ...ops.reference import partial_rotary
 from ...ops.rotary import qk_norm_rotary
+from ..adjoining import adjoin, all_of
 from ..fused_gelu import linear_gelu
 from .attention import Attention
 from .sizes import ShowoConfig
@@ -27,11 +30,20 @@ class SelfAttention(nn.Module):
             self.q_layernorm = nn.LayerNorm(head, eps=config.layer_norm_eps)
             self.k_layernorm = nn.LayerNorm(head, eps=config.layer_norm_eps)
         self.normalise = config.qk_layernorm
+        self.adjoin()
+
+    def adjoin(self) -> None:
+        """Let queries, keys and values come from one product where no gradient is formed."""
+        adjoin((self.q_proj, self.k_proj, self.v_proj))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
+        super()._apply(fn, recurse)  # moves and casts put each parameter into a place of its own
+        self.adjoin()
+        return self
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attention) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        three = all_of((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in three)
         if self.normalise:
             norm_q, norm_k = self.q_layernorm, self.k_layernorm
             parameters = norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias

@@ -322,6 +322,8 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
         with torch.device("meta"):
             model = cls(config)
         assign(model, {key: value.to(device=device, dtype=dtype) for key, value in weights.items()}, folder)
+        for layer in model.showo.model.layers:
+            layer.self_attn.adjoin()
         return model.requires_grad_(False).eval()
 
     def identity(self) -> dict[str, object]:
