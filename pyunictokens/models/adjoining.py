@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .fused_gelu import is_plain
 
 DEVICES = ("cuda",)
-"""Types of devices where layers multiply together. On a CPU little is gained (docs/measured-facts.md), and log-probs of a
-rollout there are to be rounded as those of the update."""
+"""Types of devices where layers multiply together. On a CPU little is gained (docs/measured-facts.md), and a rollout's
+log-probs there are to be rounded as those of the update."""
 
 
 @torch.no_grad()
