@@ -228,7 +228,8 @@ class EagerSlots:
             return GuidedStates(self._hidden_of(cond, codes, timestep))
         empty = len(self.prompts) - 1
         hidden = self._hidden_of(cond + [(empty, look) for look in looks], codes, timestep)
-        return GuidedStates(*hidden.chunk(2), scale)
+        own, without = hidden.chunk(2)
+        return GuidedStates(own, without, scale)
 
     def _hidden_of(self, wanted: list[tuple[int, int]], codes: Tensor, timestep: Tensor) -> Tensor:
         """Hidden states of (prompt, look) pairs, those that are equal computed once. Look −1 − b is row b's own."""

@@ -201,7 +201,10 @@ class GuidedHidden:
 
     def __call__(self, codes: Tensor, timestep: Tensor) -> GuidedStates:
         hidden = self._step(codes[self._order], timestep[self._order])[self._back]
-        return GuidedStates(hidden) if self.scale == 0 else GuidedStates(*hidden.chunk(2), self.scale)
+        if self.scale == 0:
+            return GuidedStates(hidden)
+        own, without = hidden.chunk(2)
+        return GuidedStates(own, without, self.scale)
 
 
 class DeviceLoop:
