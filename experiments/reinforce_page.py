@@ -1,9 +1,10 @@
-"""Both tables of docs/toyworld.md on the composed world, and docs/reinforce.json with its images.
+"""The tables of docs/toyworld.md on the composed world, and docs/reinforce.json with its images.
 
     python -m experiments.reinforce_page "make reinforce"=reinforce "… --seed 1"=reinforce1
 
-Each run is a folder as `pyunictokens demo --prompts` leaves it; the first one's curve and pictures are shown. How well
-the shipped model draws comes from assets/composed/report.json (experiments/build_composed.py).
+Each run is a folder as `pyunictokens demo --prompts` leaves it. Of the first one the curve and the pictures are shown, and
+its policy is measured once more beside the shipped model, in four and in twelve timesteps. How well the shipped model
+draws comes from assets/composed/report.json (experiments/build_composed.py).
 """
 
 from __future__ import annotations
@@ -11,15 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from pyunictokens.runs.prompt_demo import CURVE, PICTURES, RUN
-from pyunictokens.train.held_out import Measurement, difference
+import torch
+
+from pyunictokens.data.prompts import read_prompts
+from pyunictokens.rewards.ensemble import Ensemble
+from pyunictokens.rollout.engine import RolloutEngine
+from pyunictokens.runs.prompt_demo import CURVE, HELD_OUT, PICTURES, RUN, SETTINGS
+from pyunictokens.toy.composed.model import load_composed, wholly_right
+from pyunictokens.train import load_policy
+from pyunictokens.train.distributed.ranks import Ranks
+from pyunictokens.train.held_out import HeldOut, Measurement, difference
+from pyunictokens.train.tasks import PromptTasks
+from pyunictokens.utils.devices import multiplies_bfloat16
 from pyunictokens.utils.files import read_json, read_json_lines, write_text_atomic
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 REPORT = DOCS.parent / "pyunictokens" / "assets" / "composed" / "report.json"
 BY = "wholly_right"
+TIMESTEPS, WHEN = (4, 12), ("before", "after")
 
 
 def measured(command: str, folder: Path) -> dict[str, object]:
@@ -32,6 +45,30 @@ def measured(command: str, folder: Path) -> dict[str, object]:
     prompts = len(found[0].values[BY])
     numbers = {"prompts": prompts, "seconds": round(seconds), "gain": round(gain, 4), "low": low, "high": high}
     return {"command": command, **numbers, "curve": curve}
+
+
+def by_timesteps(folder: Path) -> dict[str, dict[str, float]]:
+    """How the model before and after a run draws its held-out prompts in four and in twelve timesteps, with the noise
+    of the run's own measurements."""
+    reader = Ensemble({BY: wholly_right()}, {BY: 1.0})
+    bundle = load_composed(dtype=torch.bfloat16 if multiplies_bfloat16() else None)
+    tasks = PromptTasks(read_prompts(folder / HELD_OUT), seed=0)
+
+    def draw(timesteps: int) -> Measurement:
+        engine, config = RolloutEngine.of(bundle), replace(SETTINGS, timesteps=timesteps)
+        return HeldOut(tasks).measure(0, engine, reader, config, Ranks())
+
+    before = {steps: draw(steps) for steps in TIMESTEPS}
+    load_policy(bundle.model, folder / RUN / "final")
+    after = {steps: draw(steps) for steps in TIMESTEPS}
+    few, many = TIMESTEPS
+    gain, error = difference(after[few], before[many], BY)
+    low, high = round(gain - 1.96 * error, 4), round(gain + 1.96 * error, 4)
+    return {
+        "before": {str(steps): round(each.mean(BY), 4) for steps, each in before.items()},
+        "after": {str(steps): round(each.mean(BY), 4) for steps, each in after.items()},
+        "few after against many before": {"gain": round(gain, 4), "low": low, "high": high},
+    }
 
 
 def table(runs: list[dict[str, object]]) -> list[str]:
@@ -49,6 +86,19 @@ def table(runs: list[dict[str, object]]) -> list[str]:
             f"| {last[BY]:.3f} | {run['gain']:+.2f} [{run['low']:+.2f}, {run['high']:+.2f}] |"
         )
     return lines
+
+
+def timesteps_table(found: dict[str, dict[str, float]]) -> list[str]:
+    """The lines of the page's table of timesteps."""
+    few, many = TIMESTEPS
+    told = found["few after against many before"]
+    return [
+        f"| wholly right | in {few} timesteps | in {many} |",
+        "|---|---|---|",
+        *(f"| {when} reinforcement | {found[when][str(few)]:.3f} | {found[when][str(many)]:.3f} |" for when in WHEN),
+        "",
+        f"{few} timesteps after against {many} before: {told['gain']:+.2f} [{told['low']:+.2f}, {told['high']:+.2f}].",
+    ]
 
 
 def drawn(report: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -78,12 +128,18 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="COMMAND=FOLDER")
     pairs = [word.rpartition("=")[::2] for word in parser.parse_args().runs]
     runs = [measured(command, Path(folder)) for command, folder in pairs]
+    runs[0]["timesteps"] = found = by_timesteps(Path(pairs[0][1]))
     write_text_atomic(DOCS / "reinforce.json", "[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
     for name, image in ((CURVE, "reinforce_curve.png"), (PICTURES, "reinforce_before_after.png")):
         shutil.copyfile(Path(pairs[0][1]) / name, DOCS / "images" / image)
     page = DOCS / "toyworld.md"
     text = page.read_text(encoding="utf-8")
-    text = put(put(text, "reinforce", table(runs)), "composed", drawn(read_json(REPORT)))
+    for name, lines in (
+        ("reinforce", table(runs)),
+        ("composed", drawn(read_json(REPORT))),
+        ("timesteps", timesteps_table(found)),
+    ):
+        text = put(text, name, lines)
     write_text_atomic(page, text)
 
 
