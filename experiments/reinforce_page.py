@@ -2,9 +2,9 @@
 
     python -m experiments.reinforce_page "make reinforce"=reinforce "… --seed 1"=reinforce1
 
-Each run is a folder as `pyunictokens demo --prompts` leaves it. Of the first one the curve and the pictures are shown, and
-its policy is measured once more beside the shipped model, in four and in twelve timesteps. How well the shipped model
-draws comes from assets/composed/report.json (experiments/build_composed.py).
+Each run is a folder as `pyunictokens demo --prompts` leaves it. The curve and the pictures are of the first one, whose
+policy is measured once more beside the shipped model, in four and in twelve timesteps. How well the shipped model draws
+comes from assets/composed/report.json (experiments/build_composed.py).
 """
 
 from __future__ import annotations
