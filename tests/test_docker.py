@@ -77,6 +77,45 @@ def test_what_is_installed_exists(file: Path) -> None:
     assert any("PYUNICTOKENS_CUDA=" + ("on" if file.stem == "cuda" else "off") in word for word in words)
 
 
+PYTHON_OF = {"ubuntu24.04": "3.12"}
+"""What `python3` is there."""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_wheel_is_built_for_the_python_that_it_is_installed_in(file: Path) -> None:
+    build, final = (line for line in instructions(file) if line[0] == "FROM")
+    assert build[2:] == ["AS", "build"]
+    copied_over = [line for line in instructions(file) if line[:2] == ["COPY", "--from=build"]]
+    assert copied_over == [["COPY", "--from=build", "/wheels", "/wheels"]]
+    assert any(
+        line[0] == "RUN" and "wheel" in line and line[line.index("-w") + 1] == "/wheels" for line in instructions(file)
+    )
+    kind, _, tag = build[1].partition(":")
+    version = tag.partition("-")[0] if kind == "python" else PYTHON_OF[tag.rpartition("-")[2]]
+    assert final[1].startswith(f"python:{version}-"), "another Python refuses the wheel"
+    assert f'Python :: {version}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_final_stage_has_what_runs_need(file: Path) -> None:
+    lines = instructions(file)
+    final = lines[max(place for place, line in enumerate(lines) if line[0] == "FROM") :]
+    compiler = any("apt-get" in line and {"gcc", "libc6-dev"} <= set(line) for line in final)
+    assert compiler == (file.stem == "cuda"), "Triton compiles its launchers with gcc when kernels first run"
+    assert "--uid 1000" in " ".join(next(line for line in final if "useradd" in line)), "the comment names the id"
+    for line in lines:
+        if "apt-get" in line:
+            assert "update" in line and "-y" in line and "rm" in line, "one layer: no stale list, no question, no rest"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_key_it_shows_is_taken(file: Path) -> None:
+    from pyunictokens.serve.keys import KEY, Keys, KeySettings
+
+    for key in re.findall(rf"{KEY}=(\S+)", file.read_text(encoding="utf-8")):
+        assert Keys([KeySettings(key=key)])
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_commands_it_shows_exist(file: Path) -> None:
     import typer.main
@@ -84,7 +123,7 @@ def test_the_commands_it_shows_exist(file: Path) -> None:
     from pyunictokens.cli import app
 
     text = file.read_text(encoding="utf-8").replace("\\\n#", " ")
-    shown = re.findall(r"pyunictokens:\w+ +(\w.*)$", text, re.MULTILINE)
+    shown = re.findall(r"docker run .*pyunictokens:\w+ +(\w.*)$", text, re.MULTILINE)
     root = typer.main.get_command(app)
     assert shown
     for line in shown:
