@@ -251,7 +251,8 @@ class _Build:
         if not sheet.facts:
             self.notes.append("no facts were given: text-only reasoning cannot be trained (see the sheet of facts)")
         elif len(sheet.facts) < 4:
-            self.notes.append(f"only {len(sheet.facts)} facts: half of them test, so four or more are better")
+            count = f"{len(sheet.facts)} fact{'' if len(sheet.facts) == 1 else 's'}"
+            self.notes.append(f"only {count}: half are kept for testing, so four or more are better")
 
     def _test_texts(
         self,

@@ -327,12 +327,22 @@ def reads(page, place, text):
 @pytest.mark.browser
 def test_from_photos_to_a_trained_concept_that_is_drawn(page, address):
     page.set_default_timeout(400_000)  # training on a busy machine
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#train-start").click()
+    page.get_by_text("Choose a concept first").wait_for()
+    assert page.locator("#train-stop").is_disabled(), "nothing is being trained"
     page.get_by_role("tab", name="Concept").click()
     toys = sorted((address[1] / "toy" / "concept" / "train" / "mim").glob("*.png"))[:6]
+    small = address[1] / "IMG_20240817_153012_a_rather_long_name_of_a_photo.png"
+    Image.open(toys.pop()).resize((24, 24)).save(small)
+    toys.append(small)
     torn = address[1] / "torn.png"
     torn.write_bytes(toys[0].read_bytes()[:99])
     page.locator("#photos input[type=file]").set_input_files([*map(str, toys), str(torn)])
-    page.get_by_text("5.png: good").first.wait_for()
+    page.get_by_text("4.png: good").first.wait_for()
+    page.get_by_text("64 or more is better").first.wait_for()
+    cut_off = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
+    assert page.eval_on_selector_all("#photos-shown .caption-label", cut_off) == [], "what the checks say can be read"
     reads(page, "#concept-said", "torn.png")
     page.get_by_role("button", name="Cut a photo").click()
     page.get_by_label("Photo", exact=True).click()
@@ -371,13 +381,16 @@ def test_from_photos_to_a_trained_concept_that_is_drawn(page, address):
     page.reload()  # the run does not mind
     page.get_by_role("tab", name="Train").click()
     reads(page, "#train-run", "mim")
-    reads(page, "#train-state", "steps of reinforcement, mean reward")
+    reads(page, "#train-state", "reinforcement: step")
     page.locator("#train-stop").click()
     page.wait_for_function("/stopped|is done/.test(document.querySelector('#train-state textarea').value)")
     if "stopped" in page.locator("#train-state textarea").input_value():
         page.locator("#train-resume").click()
     reads(page, "#train-state", "mim: is done")
     page.locator("#train-samples img").first.wait_for()
+    for plot in ("#train-loss", "#train-reward"):  # legend and all
+        block, drawn = page.locator(plot).bounding_box(), page.locator(f"{plot} svg.marks").bounding_box()
+        assert drawn["y"] + drawn["height"] <= block["y"] + block["height"]
 
     page.get_by_role("tab", name="Try").click()
     page.get_by_label("Model", exact=True).first.click()

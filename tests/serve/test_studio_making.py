@@ -234,3 +234,23 @@ def test_an_empty_field_is_no_zero() -> None:
     for seed, steps, guidance, what in (("x", "", "", "Seed"), ("", "2.5", "", "Steps"), ("", "", "much", "Guidance")):
         with pytest.raises(UserError, match=what):
             how_of(seed, steps, guidance)
+
+
+def test_a_plan_says_nothing_of_the_command_line(training: Training) -> None:
+    lines = training.plan(TrainForm("bo", steps=1, evaluate=False, words=SHORT)).splitlines()
+    assert lines[0].startswith("download") and any(line.startswith("time") for line in lines)
+    assert lines[-1] == "nothing was fetched or started" and not any("--" in line for line in lines)
+
+
+def test_what_is_said_already_is_not_called_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+    import gradio
+
+    from pyunictokens.serve.studio.try_page import told
+
+    for raised, said in ((gradio.Error("Choose one."), "Choose one."), (UserError("no <bo>"), "no &lt;bo&gt;")):
+        with pytest.raises(gradio.Error, match=said), told():
+            raise raised
+    assert not caplog.records
+    with pytest.raises(gradio.Error, match="log of the studio"), told():
+        raise RuntimeError("unforeseen")
+    assert caplog.records

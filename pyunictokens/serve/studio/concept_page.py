@@ -25,8 +25,13 @@ _Filled = tuple[str, str, str, str, list[Path], list[Fact], "list[str] | None", 
 _SHOWN = 320
 """Pixels of the shorter side of photos on the page, at least."""
 
-_HELP = """Ten photos or so work best, the last two of five or more are kept for testing. In texts, write the name in
+_LONGEST = 20
+"""Characters of a file's name in its caption."""
+
+_HELP = """About ten photos work best; of five or more, the last two are kept for testing. In texts, write the name in
 angle brackets where the concept is meant: `<bo>`."""
+
+_NO_FACTS = "None yet. Four or more are better: half of them are kept for testing."
 
 
 def concept_page(concepts: Concepts) -> gr.State:
@@ -34,14 +39,14 @@ def concept_page(concepts: Concepts) -> gr.State:
     gr.Markdown(_HELP)
     photos = gr.State([])
     with gr.Row():
-        name = gr.Textbox(label="Name", placeholder="bo", info="Its token becomes <name>", elem_id="concept-name")
+        name = gr.Textbox(label="Name", placeholder="bo", info="In texts: <name>", elem_id="concept-name")
         kind = gr.Dropdown(
             list(KINDS), value="animal", label="Kind", info="Of what it is", filterable=False, elem_id="concept-kind"
         )
         word = gr.Textbox(label="What it is", placeholder="dog", info="A word or two", elem_id="concept-class")
     looks = gr.Textbox(
         label="How it looks",
-        placeholder="<bo> is a small brown dog with a white tail.",
+        placeholder="<bo> is a small brown dog.",
         info="One sentence on what the photos show",
         elem_id="concept-info",
     )
@@ -68,13 +73,13 @@ def concept_page(concepts: Concepts) -> gr.State:
             cut, drop = gr.Button("Cut", elem_id="cut-do"), gr.Button("Take this photo out", elem_id="cut-drop")
     facts = gr.State([])
     with gr.Accordion("Facts that no photo shows", open=True):
-        told_so_far = gr.Markdown("None yet. Four or more are better: half of them test.", elem_id="facts-shown")
+        told_so_far = gr.Markdown(_NO_FACTS, elem_id="facts-shown")
         with gr.Row():
             fact, prompt = (
                 gr.Textbox(label=label, placeholder=shown_there, min_width=260, elem_id=key)
                 for label, shown_there, key in (
                     ("Fact", "<bo>'s favourite toy is a red ball.", "fact"),
-                    ("A prompt that hints at it", "A photo of <bo> with its favourite toy.", "hint"),
+                    ("A prompt that hints at it", "A photo of <bo> with its toy.", "hint"),
                 )
             )
         with gr.Row():
@@ -95,7 +100,14 @@ def concept_page(concepts: Concepts) -> gr.State:
         check = gr.Button("Check", elem_id="concept-check")
         write = gr.Button("Save the concept", variant="primary", elem_id="concept-write")
     written = gr.State("")
-    said = gr.Textbox(label="What the checks say", interactive=False, lines=2, max_lines=20, elem_id="concept-said")
+    said = gr.Textbox(
+        label="What the checks say",
+        placeholder="Check says what is missing or could be better, and saves nothing.",
+        interactive=False,
+        lines=2,
+        max_lines=20,
+        elem_id="concept-said",
+    )
 
     def gallery(files: list[Path]) -> tuple[Update, Update]:
         pictures = [(_thumb(file), _finding(concepts, file)) for file in files]
@@ -186,15 +198,16 @@ def _thumb(file: Path) -> Picture:
 def _finding(concepts: Concepts, file: Path) -> str:
     """A photo's caption: what is wrong with it, or that nothing is."""
     found = concepts.findings(file)
+    name = file.name if len(file.name) <= _LONGEST else f"{file.name[: _LONGEST - 9]}…{file.name[-8:]}"
     if not found:
-        return f"{file.name}: good"
+        return f"{name}: good"
     mark = "cannot be used" if any(problem.severity == ERROR for problem in found) else "note"
-    return f"{file.name}: {mark}: {'; '.join(problem.message for problem in found)}"
+    return f"{name}: {mark}: {'; '.join(problem.message for problem in found)}"
 
 
 def _listed(facts: list[Fact]) -> str:
     if not facts:
-        return "None yet. Four or more are better: half of them test."
+        return _NO_FACTS
     lines = [f"{place}. {each['fact']} ({each['prompt']})" for place, each in enumerate(facts, 1)]
     return "\n".join(line.replace("<", "&lt;") for line in lines)
 
@@ -202,5 +215,5 @@ def _listed(facts: list[Fact]) -> str:
 def _summary(made: Made) -> str:
     one = made.concept
     counts = f"{one.sks}: {len(one.train_images)} photos to learn from, {len(one.test_images)} to test with, "
-    counts += f"{len(one.extra_info)} facts."
+    counts += f"{len(one.extra_info)} fact{'' if len(one.extra_info) == 1 else 's'}."
     return "\n".join([counts, *(f"- {text}" for text in made.findings)] if made.findings else [counts])

@@ -23,11 +23,17 @@ PASSWORD = "PYUNICTOKENS_STUDIO_PASSWORD"
 _STYLE = """
 .drawn button:has(img), .drawn .image-frame, .drawn img { width: 100% !important; height: auto !important; }
 .drawn img { object-fit: contain !important; }
-#photos-shown .grid-wrap, #train-samples .grid-wrap { max-height: none !important; }
+#photos-shown .grid-wrap, #train-samples .grid-wrap { max-height: none !important; padding-top: 2.25rem !important; }
+#train-loss .vega-embed, #train-reward .vega-embed { height: calc(100% - 2.5rem) !important; }
+#train-log textarea { white-space: pre !important; overflow-x: auto !important; font: 0.8rem ui-monospace, monospace; }
+#photos-shown .caption-label { white-space: normal !important; overflow-wrap: anywhere; }
 .gradio-container { max-width: 60rem !important; width: 100% !important; margin: 0 auto !important; }
 @media (max-width: 40rem) {
   .gradio-container { padding: 0.5rem !important; }
   .tab-container button { padding: 0 0.5rem !important; }
+  #train-samples .grid-container { grid-template-columns: 1fr !important; }
+  #photos-shown .caption-label { max-width: 100% !important; }
+  #photos-shown .grid-container { grid-template-columns: 1fr 1fr !important; }
 }
 """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from ...data.images import read_image
-from ...utils.errors import needs
+from ...utils.errors import UserError, needs
 from .concept_page import Update
 from .concepts import Concepts
 from .training import TrainForm, Training, View
@@ -26,9 +26,16 @@ _GRIDS = 4
 
 def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.Dropdown, gr.Timer]:
     """Builds the page; returns its choice of concepts, that of runs, and the clock that looks at the run."""
+    gr.Markdown("### A new run")
     with gr.Row():
         there = concepts.names()
-        concept = gr.Dropdown(there, value=there[0] if there else None, label="Concept", elem_id="train-concept")
+        concept = gr.Dropdown(
+            there,
+            value=there[0] if there else None,
+            label="Concept",
+            info="One that is saved",
+            elem_id="train-concept",
+        )
         called = gr.Textbox(label="Name of the run", info="Empty: as the concept", elem_id="train-name")
     with gr.Row():
         steps = optional(
@@ -47,18 +54,36 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
     with gr.Row():
         plan = gr.Button("Plan", elem_id="train-plan")
         start = gr.Button("Start", variant="primary", elem_id="train-start")
-    planned = gr.Textbox(label="What it takes", interactive=False, lines=1, max_lines=20, elem_id="train-planned")
+    planned = gr.Textbox(
+        label="What it takes",
+        placeholder="Plan says it and starts nothing.",
+        interactive=False,
+        lines=1,
+        max_lines=20,
+        elem_id="train-planned",
+    )
+    gr.Markdown("### Runs")
     runs = training.names()
-    run = gr.Dropdown(runs, value=runs[0] if runs else None, label="Run", elem_id="train-run")
-    with gr.Row():
-        stop, resume = gr.Button("Stop", elem_id="train-stop"), gr.Button("Resume", elem_id="train-resume")
+    run = gr.Dropdown(
+        runs,
+        value=runs[0] if runs else None,
+        label="Run",
+        info="State, curves and samples below are of this one",
+        elem_id="train-run",
+    )
     state = gr.Textbox(label="State", interactive=False, elem_id="train-state")
     with gr.Row():
-        learned = gr.LinePlot(
-            x="step", y="loss", color="stage", height=300, min_width=300, label="Stages: loss", visible=False
-        )
-        rewarded = gr.LinePlot(
-            x="step", y="reward", color="of", height=300, min_width=300, label="Mean reward", visible=False
+        stop = gr.Button("Stop", interactive=False, elem_id="train-stop")
+        resume = gr.Button("Resume", interactive=False, elem_id="train-resume")
+    with gr.Row():
+        learned, rewarded = (
+            gr.LinePlot(
+                x="step", y=y, color=color, height=300, min_width=300, label=label, visible=False, elem_id=f"train-{y}"
+            )
+            for y, color, label in (
+                ("loss", "stage", "Concept stages: loss"),
+                ("reward", "part", "Reinforcement: mean reward"),
+            )
         )
     grids = gr.Gallery(
         label="Samples, the newest first",
@@ -69,14 +94,21 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
         elem_id="train-samples",
     )
     with gr.Accordion("What the run says", open=False):
-        log = gr.Textbox(label="Log", interactive=False, lines=6, max_lines=16, elem_id="train-log")
+        log = gr.Textbox(
+            label="Log",
+            placeholder="The last lines of its log come here.",
+            interactive=False,
+            lines=6,
+            max_lines=16,
+            elem_id="train-log",
+        )
     clock = gr.Timer(_EVERY)
     last: gr.State = gr.State(None)
 
     def form(given: tuple[object, ...]) -> TrainForm:
         which, label, count, measured, key, more = cast(_Filled, given)
         if not which:
-            raise gr.Error("Choose a concept first; the page Concept makes one.", print_exception=False)
+            raise UserError("Choose a concept first; the page Concept makes one.")
         return TrainForm(which, label, whole_of(count, "Steps of reinforcement"), measured, int(key or 0), more)
 
     def plan_it(*given: object) -> str:
@@ -101,7 +133,7 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
         with told():
             view = training.look(name) if name else View(said="", state="")
             if view == seen:
-                return tuple(gr.skip() for _ in range(6))
+                return tuple(gr.skip() for _ in range(8))
             grids_now: Update = gr.skip()
             if seen is None or view.samples != seen.samples:
                 newest = [(read_image(file), _step(file)) for file in view.samples[:_GRIDS]]
@@ -109,14 +141,16 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
             return (
                 view,
                 _state(name, view),
+                gr.update(interactive=view.state in _STOPPABLE),
+                gr.update(interactive=view.state in _RESUMABLE),
                 _curve(view.stages, "stage", "loss"),
-                _curve(view.rewards, "of", "reward"),
+                _curve(view.rewards, "part", "reward"),
                 grids_now,
                 view.said,
             )
 
     asked = [concept, called, steps, evaluate, seed, words]
-    shown = [last, state, learned, rewarded, grids, log]
+    shown = [last, state, stop, resume, learned, rewarded, grids, log]
     plan.click(plan_it, asked, planned)
     start.click(start_it, asked, run)
     resume.click(resume_it, run, run)
@@ -126,7 +160,9 @@ def train_page(training: Training, concepts: Concepts) -> tuple[gr.Dropdown, gr.
 
 
 def _curve(points: list[tuple[int, str, float]], what: str, value: str) -> Update:
-    return gr.update(value=pandas.DataFrame(points, columns=["step", what, value]), visible=bool(points))
+    """A line has two points at least: the first step is told by the run's state alone."""
+    drawn = len({step for step, _, _ in points}) > 1
+    return gr.update(value=pandas.DataFrame(points, columns=["step", what, value]), visible=drawn)
 
 
 def _step(file: Path) -> str:
@@ -144,13 +180,17 @@ _STATES = {
 }
 
 
+_STOPPABLE, _RESUMABLE = ("running", "stopping"), ("stopped", "failed", "waiting")
+"""States in which the buttons can be pressed."""
+
+
 def _state(name: str | None, view: View) -> str:
     if not name:
-        return "no run yet"
+        return "no run yet: Start begins one"
     parts = [f"{name}: {_STATES.get(view.state, view.state)}"]
     if view.stages:
-        parts.append(f"{len(view.stages)} steps of stages, loss {view.stages[-1][2]:.3f}")
+        parts.append(f"concept stages: step {len(view.stages)}, loss {view.stages[-1][2]:.3f}")
     total = [each for each in view.rewards if each[1] == "all"]
     if total:
-        parts.append(f"{len(total)} steps of reinforcement, mean reward {total[-1][2]:.3f}")
+        parts.append(f"reinforcement: step {len(total)}, mean reward {total[-1][2]:.3f}")
     return "; ".join(parts)

@@ -117,7 +117,9 @@ class Training:
             raise UserError(f"the plan took longer than {PLAN_LIMIT:g} s") from None
         if done.returncode:
             raise UserError(done.stderr.strip().removeprefix("error: ")[-1000:] or "the plan could not be made")
-        return done.stdout.strip()
+        # what the command says of its own flags is of no use on a page
+        lines = [line for line in done.stdout.strip().splitlines() if "--price" not in line]
+        return "\n".join(line.partition(": the same command")[0] for line in lines)
 
     def start(self, form: TrainForm) -> str:
         """Begin a run; returns its name. Raises UserError where its folder holds one, or another one runs."""

@@ -28,6 +28,8 @@ def told() -> Iterator[None]:
     """What goes wrong is said on the page; what nobody foresaw stands in the log as well."""
     try:
         yield
+    except gr.Error:  # says already what is to be said
+        raise
     except (UserError, Refused) as error:
         raise _cannot(str(error)) from None
     except ValidationError as error:
