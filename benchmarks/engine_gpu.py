@@ -36,6 +36,7 @@ from benchmarks.ops.run import Settings, default_file, machine, versions
 from pyunictokens import MASK, RolloutEngine
 from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig
 from pyunictokens.models.showo import costs as cost
+from pyunictokens.models.showo.kernels import attention_way
 from pyunictokens.rollout import Dsog, DsogThreshold
 from pyunictokens.rollout.cuda_graphs.capture import GraphPool
 from pyunictokens.rollout.cuda_graphs.device_step import DeviceLoop, GuidedHidden, StepState, image_head
@@ -273,7 +274,8 @@ class Bench:
             seconds, rounds, peak = self.time(draw)
             assert loop.state.picked is not None
             drawn[mode] = loop.state.picked.clone()
-            self.note(Number(work, mode, seconds, rounds, rows, "images", flops, peak, loop.steps.report()))
+            note = f"{loop.steps.report()}; attention: {attention_way(torch.device(self.device))[0]}"
+            self.note(Number(work, mode, seconds, rounds, rows, "images", flops, peak, note))
             loop.close()
         for mode, picked in drawn.items():
             if "eager" in drawn:

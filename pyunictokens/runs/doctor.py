@@ -194,7 +194,7 @@ def _attention() -> dict[str, str]:
     try:
         import torch
 
-        from ..models.showo.shared_prefix import attention_way
+        from ..models.showo.kernels import attention_way
 
         way, why = attention_way(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # a finding, like any other

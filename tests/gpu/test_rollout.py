@@ -123,16 +123,17 @@ def test_attention_over_buffers(device: str, room: int, each_layer: bool) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("room", [0, 256])
 @torch.no_grad()
-def test_flash_attn_where_it_is_installed(room: int) -> None:
+def test_flash_attn_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """The package's own kernel against one softmax in fp64, over prompts as they are and padded ones."""
     pytest.importorskip("flash_attn", reason="needs the extra `flash`")
-    from pyunictokens.models.showo.shared_prefix import CudaKernel, FlashAttnKernel, kernel_for
+    from pyunictokens.models.showo.kernels import CudaKernel, FlashAttnKernel, kernel_for
 
     rows = [0, 0, 1, 2, 2]
     q, k, v, prompts = problem(7, [5, 70, 129], rows, heads=2, new=66, width=64, dtype=torch.bfloat16)
     q, k, v = (each.detach().cuda() for each in (q, k, v))
     prompts = prompts.with_tensors([each.detach().cuda() for each in prompts.tensors()])
-    assert isinstance(kernel_for(q), FlashAttnKernel)
+    monkeypatch.setenv("PYUNICTOKENS_ATTENTION", "flash2")
+    assert type(kernel_for(q)) is FlashAttnKernel
     found = PromptAttention(padded(prompts, room) if room else prompts, rows, joined=True)(0, q, k, v)
     exact = plain(q, k, v, prompts, rows, False)
     assert (found.double() - exact).abs().max() <= 3e-2 * exact.abs().max()

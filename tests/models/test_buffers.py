@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pyunictokens.models import PromptKV
 from pyunictokens.models.showo import buffers
 from pyunictokens.models.showo.buffers import WAY, BufferedAttention, buffers_serve
+from pyunictokens.models.showo.kernels import CudaKernel, FlashAttnKernel, LengthsKernel, RowLengths, _package
 from pyunictokens.models.showo.padding import padded
-from pyunictokens.models.showo.shared_prefix import CudaKernel, FlashAttnKernel, LengthsKernel, RowLengths, _flash_attn
 from pyunictokens.rollout.cuda_graphs.device_step import GuidedHidden
 from pyunictokens.utils import profiling
 from tests.models.test_shared_prefix import plain, problem
@@ -55,6 +55,8 @@ def check(attend, prompts, rows, seed):
 class Emulated:
     """A kernel that reads as many keys of each row as its length says, and of the others not even whether they are
     numbers."""
+
+    name = "emulated"
 
     def over_lengths(self, q, keys, values, lengths):
         assert lengths.new_starts.tolist() == [row * q.shape[2] for row in range(len(q) + 1)]
@@ -171,12 +173,12 @@ def test_flash_attn_is_given_the_lengths(monkeypatch):
         return Emulated().over_lengths(q.transpose(1, 2), k_cache, v_cache, lengths).transpose(1, 2)
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_with_kvcache=with_kvcache))
-    _flash_attn.cache_clear()
+    _package.cache_clear()
     monkeypatch.setattr(buffers, "lengths_kernel", lambda *_: FlashAttnKernel())
     q, k, v, prompts = problem(3, [5, 2], [0, 1])
     found = BufferedAttention(prompts, [0, 1], 7, 16)(0, q, k, v)
     assert (found - plain(q, k, v, prompts, [0, 1], False)).abs().max() < 1e-12
-    _flash_attn.cache_clear()
+    _package.cache_clear()
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])

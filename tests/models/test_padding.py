@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyunictokens.models.showo.attention import PromptAttention
+from pyunictokens.models.showo.kernels import CudaKernel
 from pyunictokens.models.showo.padding import FEATURES, GRAIN, padded, padded_length
-from pyunictokens.models.showo.shared_prefix import CudaKernel, joined_attention
+from pyunictokens.models.showo.shared_prefix import joined_attention
 from tests.models.test_shared_prefix import plain, problem
 from tests.rollout.tiny import tiny_model
 

@@ -1,24 +1,13 @@
 """Attention in two parts, joined: values and gradients against one softmax over both, by every kernel that can run."""
 
-import sys
-import types
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyunictokens.models import PromptKV
 from pyunictokens.models.showo.attention import CausalAfterPrompt, PromptAttention
-from pyunictokens.models.showo.shared_prefix import (
-    TOGETHER,
-    CpuKernel,
-    CudaKernel,
-    FlashAttnKernel,
-    _flash_attn,
-    attention_way,
-    joined_attention,
-    kernel_for,
-)
+from pyunictokens.models.showo.kernels import TOGETHER, CpuKernel, CudaKernel, kernel_for
+from pyunictokens.models.showo.shared_prefix import joined_attention
 from pyunictokens.utils import profiling
 from pyunictokens.utils.errors import UserError
 
@@ -110,26 +99,6 @@ def test_a_gpus_kernel_is_called_as_torch_declares_it():
         assert kernel_for(q.float()) is None and kernel_for(q[..., :60]) is None
 
 
-def test_flash_attn_is_used_where_installed_and_no_gradient_is_wanted(monkeypatch):
-    calls = []
-
-    def flash_attn_func(q, k, v, causal, softmax_scale, return_attn_probs):
-        calls.append(q.shape)
-        assert return_attn_probs
-        out, lse, _ = CpuKernel().forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, softmax_scale)
-        return out.transpose(1, 2), lse, None
-
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
-    _flash_attn.cache_clear()
-    monkeypatch.setattr("pyunictokens.models.showo.shared_prefix.kernel_for", lambda q: FlashAttnKernel())
-    q, k, v, prompts = problem(3, [5], [0, 0])
-    with torch.no_grad():
-        ours = PromptAttention(prompts, [0, 0], joined=True)(0, q, k, v)
-    assert calls == [(2, 7, 3, 16)] * 2
-    assert (ours - plain(q, k, v, prompts, [0, 0], False)).abs().max() < 1e-12
-    _flash_attn.cache_clear()
-
-
 def test_misuse_is_named():
     q, k, v, prompts = problem(4, [5], [0, 0])
     with pytest.raises(ValueError, match=r"runs of \[1\] rows for 2 rows"):
@@ -137,28 +106,6 @@ def test_misuse_is_named():
     meta = q.detach().to("meta")
     with pytest.raises(UserError, match="no kernel here gives its log-sum-exp"):
         joined_attention(meta, meta, meta, [(2, meta[0], meta[0])])
-
-
-@pytest.mark.parametrize(
-    ("error", "way", "why"),
-    [
-        (None, FlashAttnKernel.name, "flash-attn is installed"),
-        (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn"), CudaKernel.name, "not installed"),
-        (ImportError("undefined symbol: _ZN3c104"), CudaKernel.name, "flash-attn does not load: undefined symbol"),
-    ],
-)
-def test_which_kernel_is_taken_is_told_with_the_reason(monkeypatch, error, way, why):
-    def load(name: str) -> object:
-        if error is not None:
-            raise error
-        return types.SimpleNamespace()
-
-    monkeypatch.setattr("importlib.import_module", load)
-    _flash_attn.cache_clear()
-    found = attention_way(torch.device("cuda"))
-    assert found[0] == way and why in found[1]
-    assert attention_way(torch.device("cpu"))[0] == TOGETHER
-    _flash_attn.cache_clear()
 
 
 @pytest.mark.parametrize("joined", [True, False])

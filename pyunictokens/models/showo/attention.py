@@ -21,8 +21,9 @@ from torch import Tensor
 from ...utils.profiling import taken
 from ..prefix import Prefix
 from ..sdpa import attend
+from .kernels import TOGETHER, Kernel, kernel_for
 from .padding import FEATURES, reading_marks
-from .shared_prefix import TOGETHER, Kernel, joined_attention, kernel_for
+from .shared_prefix import joined_attention
 
 
 class Attention(Protocol):
@@ -199,6 +200,7 @@ class DecodeAttention:
         if len({prompt for prompt, _ in self._runs}) != len(self._runs):
             raise ValueError("rows of one prompt must stand together")
         first = self._past_keys[0][0]
+        kernel_for(first[None])  # a kernel is tried when it is first asked for, which must not be within a capture
         shape = (len(prompt_of_row), first.shape[0], max_new, first.shape[2])
         layers = range(len(self._past_keys[0]))
         self._keys = [first.new_zeros(shape) for _ in layers]

@@ -24,13 +24,14 @@ from ...utils.profiling import taken
 from ..prefix import Prefix
 from ..sdpa import attend
 from .attention import PromptAttention, keys_values, runs_of
-from .shared_prefix import LengthsKernel, RowLengths, kernel_for
+from .kernels import LengthsKernel, RowLengths, kernel_for, reads_lengths
 
 SHARE = 1 / 16
 """Part of the free memory that one step may take so that each layer has buffers of its own. With more, one pair serves
 all layers: the prompts' part is then written in every layer."""
 
 WAY = "one call over buffers"
+TORCH = "torch's attention"
 
 SWITCH = "PYUNICTOKENS_BUFFERS"
 """Set to 0 in the environment, steps put keys together or join attention as elsewhere."""
@@ -41,7 +42,7 @@ def lengths_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Leng
     if device.type != "cuda":
         return None
     kernel = kernel_for(torch.empty(1, 1, 1, width, dtype=dtype, device="meta"), device.type)
-    return kernel if isinstance(kernel, LengthsKernel) else None
+    return kernel if isinstance(kernel, LengthsKernel) and reads_lengths(kernel, device, dtype) else None
 
 
 def buffers_serve(device: torch.device, dtype: torch.dtype, width: int) -> bool:
@@ -88,7 +89,8 @@ class BufferedAttention:
             self._lengths = RowLengths.make(rows, new, size[1], device)
             self._places = torch.arange(size[1], device=device)
             self._seen = torch.zeros(rows, 1, 1, size[1], dtype=torch.bool, device=device)
-            self._kernel = lengths_kernel(device, dtype, width)
+        self._kernel = lengths_kernel(device, dtype, width)
+        self._way = f"{WAY}: {self._kernel.name if self._kernel is not None else TORCH}"
         self.refresh()
 
     @torch.no_grad()
@@ -115,13 +117,15 @@ class BufferedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return self._apart(layer, q, k, v)
-        taken("shared-prefix attention", WAY)
+        taken("shared-prefix attention", self._way)
         keys, values = self._buffers[layer if self._each_layer else 0]
         if not self._each_layer:
             self._write_prompts(layer, keys, values)
         keys[:, : self._new], values[:, : self._new] = k.transpose(1, 2), v.transpose(1, 2)
-        if self._lengths is None:
-            return attend(q, keys.transpose(1, 2), values.transpose(1, 2))
-        if self._kernel is not None:
+        if self._lengths is not None and self._kernel is not None:
             return self._kernel.over_lengths(q, keys, values, self._lengths)
-        return attend(q, keys.transpose(1, 2), values.transpose(1, 2), self._seen)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if self._lengths is not None:
+            return attend(q, keys, values, self._seen)
+        whole = kernel_for(q) if q.is_cuda else None
+        return attend(q, keys, values) if whole is None else whole.forward(q, keys, values, False)[0]

@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
         adjoin((self.q_proj, self.k_proj, self.v_proj))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
-        super()._apply(fn, recurse)  # moves and casts put each parameter into a place of its own
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # moves and casts put each parameter into a place of its own
         self.adjoin()
         return self
 

@@ -35,7 +35,7 @@ from . import prefill as cached
 from .attention import Attention, FullAttention, PromptKV
 from .costs import ShowoCosts
 from .joining import JoinedDecoder
-from .layers import CausalLM
+from .layers import CausalLM, SelfAttention
 from .sizes import ShowoConfig
 from .vocabulary import TextVocabulary
 
@@ -322,8 +322,9 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
         with torch.device("meta"):
             model = cls(config)
         assign(model, {key: value.to(device=device, dtype=dtype) for key, value in weights.items()}, folder)
-        for layer in model.showo.model.layers:
-            layer.self_attn.adjoin()
+        for module in model.modules():
+            if isinstance(module, SelfAttention):
+                module.adjoin()
         return model.requires_grad_(False).eval()
 
     def identity(self) -> dict[str, object]:
