@@ -181,7 +181,7 @@ void grpo_loss(std::uintptr_t logp, int logp_type, std::uintptr_t old_logp, int 
                const std::string& level) {
   require(tokens >= 0 && (tokens == 0 || tokens_per_advantage >= 1) && alpha_stride >= 0,
           "grpo_loss: a size is out of range");
-  require(tokens == 0 || (logp && old_logp && advantages && alpha && d_logp && out), "grpo_loss: an address is 0");
+  require(tokens == 0 || (logp && old_logp && advantages && alpha && out), "grpo_loss: an address is 0");
   GrpoLossArgs args{};
   args.logp = at<const void>(logp);
   args.old_logp = at<const void>(old_logp);

@@ -319,12 +319,14 @@ def grpo_loss(
     clip_low: float,
     clip_high: float,
     beta: float,
+    gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, four statistics, d loss / d logp), as `reference.grpo_loss`."""
     loss, statistics, d_logp = grpo(
-        logp.detach(), old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta
+        logp.detach(), old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta, gradient=gradient
     )
-    assert d_logp is not None
+    if d_logp is None:
+        return loss, statistics, logp.new_empty(0)
     if d_logp.stride() != logp.stride():
         d_logp = torch.empty_like(logp).copy_(d_logp)
     return loss, statistics, d_logp

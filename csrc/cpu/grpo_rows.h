@@ -9,37 +9,37 @@ namespace {
 
 constexpr int kLanes = 16;
 
-// exp(x) of any x, one tile.
-inline void exp_tile(const float* x, float* value) {
-  for (int i = 0; i < kTile; ++i) {
-    const float bounded = x[i] < -87.0f ? -87.0f : x[i], inside = bounded > 88.72284f ? 88.72284f : bounded;
-    float r;
-    const float shifted = split_exponent(inside, &r);
-    const float e = times_power_of_two((exp_remainder(r) * r) * r + r + 1.0f, shifted);
-    const float low = x[i] < -87.0f ? 0.0f : e, high = x[i] > 88.72284f ? INFINITY : low;
-    value[i] = x[i] == x[i] ? high : x[i];
-  }
+// exp(x) of any x. `q`, where given, becomes x^2 (1/2 + x/6 + ...) = exp(x) - 1 - x, which holds for |x| < 0.34 alone.
+inline float exp_any(float x, float* q = nullptr) {
+  const float bounded = x < -87.0f ? -87.0f : x, inside = bounded > 88.72284f ? 88.72284f : bounded;
+  float r;
+  const float shifted = split_exponent(inside, &r);
+  const float near = (exp_remainder(r) * r) * r;  // for such x the exponent is 0, so r is x
+  if (q != nullptr) *q = near;
+  const float e = times_power_of_two(near + r + 1.0f, shifted);
+  const float low = x < -87.0f ? 0.0f : e, high = x > 88.72284f ? INFINITY : low;
+  return x == x ? high : x;
 }
 
 // exp(x) - 1 and exp(x) - 1 - x, which keep full relative precision where x is near 0.
-inline void exp_minus_tile(const float* x, float* minus_one, float* rest) {
-  exp_tile(x, minus_one);
-  for (int i = 0; i < kTile; ++i) {
-    const float inside = x[i] < -1.0f ? -1.0f : x[i] > 1.0f ? 1.0f : x[i];
-    const float near = (exp_remainder(inside) * inside) * inside, far = minus_one[i] - 1.0f;
-    const float size = x[i] < 0.0f ? -x[i] : x[i];
-    rest[i] = size < 0.34f ? near : far - x[i];
-    minus_one[i] = size < 0.34f ? near + inside : far;
-  }
+inline void exp_minus(float x, float* minus_one, float* rest) {
+  float near;
+  const float far = exp_any(x, &near) - 1.0f, size = x < 0.0f ? -x : x;
+  *rest = size < 0.34f ? near : far - x;
+  *minus_one = size < 0.34f ? near + x : far;
 }
 
-inline void load_tokens(const void* from, FloatType type, std::int64_t start, std::int64_t end, float* to) {
-  if (type == FloatType::kFloat32)
-    load(static_cast<const float*>(from), start, end, to, 0.0f);
-  else if (type == FloatType::kBFloat16)
-    load(static_cast<const BFloat16*>(from), start, end, to, 0.0f);
-  else
-    load(static_cast<const Float16*>(from), start, end, to, 0.0f);
+// Tokens [start, start + 64) as float32: where they lie if that is what they are and they are all there, else in `tile`.
+inline const float* tokens_of(const void* from, FloatType type, std::int64_t start, std::int64_t end, float* tile) {
+  if (type == FloatType::kFloat32) {
+    if (start + kTile <= end) return static_cast<const float*>(from) + start;
+    load(static_cast<const float*>(from), start, end, tile, 0.0f);
+  } else if (type == FloatType::kBFloat16) {
+    load(static_cast<const BFloat16*>(from), start, end, tile, 0.0f);
+  } else {
+    load(static_cast<const Float16*>(from), start, end, tile, 0.0f);
+  }
+  return tile;
 }
 
 inline void add_tile(const float* terms, double* lanes) {
@@ -53,80 +53,97 @@ inline double total(const double* lanes) {
   return sum;
 }
 
-void grpo_block(const GrpoLossArgs& args, std::int64_t first, std::int64_t last, GrpoSums* sums) {
-  const float low = float(1.0 - args.clip_low), high = float(1.0 + args.clip_high), beta = float(args.beta);
-  const float per_rollout = float(-1.0 / args.rollouts);
+// What one tile gives, per token.
+struct GrpoTile {
+  float term[kTile], slope[kTile], clip[kTile], k3[kTile], ratio[kTile];
+};
+
+// The numbers that are the same for all tokens.
+struct GrpoNumbers {
+  float low, high, beta, per_rollout;
+};
+
+// One tile, in one loop, so that nothing between inputs and results leaves the registers. kWhole: every token counts.
+template <bool kGradient, bool kReference, bool kWhole>
+inline void grpo_tile(const GrpoNumbers& n, const float* logp, const float* old, const float* ref,
+                      const float* advantage, const float* share, const std::int32_t* kept, GrpoTile* out) {
+  for (int i = 0; i < kTile; ++i) {
+    const float a = advantage[i], d = exp_any(logp[i] - old[i]);
+    float pull = 0.0f, rest = 0.0f;
+    if (kReference) exp_minus(ref[i] - logp[i], &pull, &rest);
+    const float above = d < n.low ? n.low : d, inside = above > n.high ? n.high : above;
+    const float free = d * a, bounded = inside * a;
+    const bool stopped = ((a > 0.0f) & (d > n.high)) | ((a < 0.0f) & (d < n.low));
+    // Without a penalty k3 must not enter at all: it may be infinite.
+    const float value = (free > bounded ? bounded : free) - (n.beta != 0.0f ? n.beta * rest : 0.0f);
+    const float weight = n.per_rollout * share[i];
+    const bool counts = kWhole || kept[i];
+    out->term[i] = counts ? weight * value : 0.0f;
+    out->clip[i] = counts & stopped ? 1.0f : 0.0f;
+    out->k3[i] = counts ? rest : 0.0f;
+    out->ratio[i] = counts ? d : 0.0f;
+    if (kGradient) {
+      const float slope = (stopped ? 0.0f : free) + (n.beta != 0.0f ? n.beta * pull : 0.0f);
+      out->slope[i] = counts ? weight * slope : 0.0f;
+    }
+  }
+}
+
+template <bool kGradient, bool kReference>
+void grpo_tokens(const GrpoLossArgs& args, std::int64_t first, std::int64_t last, GrpoSums* sums) {
+  const GrpoNumbers numbers = {float(1.0 - args.clip_low), float(1.0 + args.clip_high), float(args.beta),
+                               float(-1.0 / args.rollouts)};
   double loss[kLanes] = {}, clipped[kLanes] = {}, kl[kLanes] = {}, ratios[kLanes] = {};
-  float largest[kTile] = {};
-  std::int64_t count = 0;
+  float largest[kTile] = {}, advantage[kTile], share[kTile];
+  std::int64_t count = 0, of_row = -1;
+  for (int i = 0; i < kTile; ++i) share[i] = *args.alpha;
   for (std::int64_t start = first; start < last; start += kTile) {
-    float logp[kTile], old[kTile], ref[kTile], advantage[kTile], share[kTile], slope[kTile];
-    float term[kTile], clip[kTile], ratio[kTile];
+    float tiles[3][kTile];
     std::int32_t kept[kTile];
+    GrpoTile out;
     const std::int64_t here = last - start < kTile ? last - start : kTile;
-    load_tokens(args.logp, args.logp_type, start, last, logp);
-    load_tokens(args.old_logp, args.old_type, start, last, old);
-    if (args.ref_logp != nullptr)
-      load_tokens(args.ref_logp, args.ref_type, start, last, ref);
-    else
-      std::memcpy(ref, logp, sizeof(ref));
+    const float* logp = tokens_of(args.logp, args.logp_type, start, last, tiles[0]);
+    const float* old = tokens_of(args.old_logp, args.old_type, start, last, tiles[1]);
+    const float* ref = kReference ? tokens_of(args.ref_logp, args.ref_type, start, last, tiles[2]) : nullptr;
     if (args.tokens_per_advantage == 1) {
       load(args.advantages, start, last, advantage, 0.0f);
     } else {
       const std::int64_t row = start / args.tokens_per_advantage, row_end = (row + 1) * args.tokens_per_advantage;
-      for (int i = 0; i < kTile; ++i) advantage[i] = args.advantages[row];
-      for (std::int64_t i = row_end - start; i < here; ++i)
+      if (row != of_row)
+        for (int i = 0; i < kTile; ++i) advantage[i] = args.advantages[row];
+      of_row = row;
+      for (std::int64_t i = row_end - start; i < here; ++i) {
         advantage[i] = args.advantages[(start + i) / args.tokens_per_advantage];
+        of_row = -1;
+      }
     }
-    if (args.alpha_stride != 0)
-      load(args.alpha, start, last, share, 0.0f);
-    else
-      for (int i = 0; i < kTile; ++i) share[i] = *args.alpha;
-    for (int i = 0; i < kTile; ++i) kept[i] = i < here;
-    if (args.mask != nullptr)
-      for (std::int64_t i = 0; i < here; ++i) kept[i] = args.mask[start + i];
-    float gap[kTile] = {}, pull[kTile] = {}, rest[kTile] = {};
-    for (int i = 0; i < kTile; ++i) gap[i] = ref[i] - logp[i];
-    for (int i = 0; i < kTile; ++i) old[i] = logp[i] - old[i];
-    exp_tile(old, ratio);
-    if (args.ref_logp != nullptr) exp_minus_tile(gap, pull, rest);
-    std::int32_t kept_here = 0;
-    for (int i = 0; i < kTile; ++i) {
-      const float a = advantage[i], d = ratio[i];
-      const float above = d < low ? low : d, inside = above > high ? high : above;
-      const float free = d * a, bounded = inside * a;
-      const bool stopped = ((a > 0.0f) & (d > high)) | ((a < 0.0f) & (d < low));
-      const float value = free > bounded ? bounded : free;
-      term[i] = value;
-      slope[i] = stopped ? 0.0f : free;
-      clip[i] = stopped ? 1.0f : 0.0f;
+    if (args.alpha_stride != 0) load(args.alpha, start, last, share, 0.0f);
+    if (args.mask == nullptr && here == kTile) {
+      grpo_tile<kGradient, kReference, true>(numbers, logp, old, ref, advantage, share, kept, &out);
+      count += kTile;
+    } else {
+      for (int i = 0; i < kTile; ++i) kept[i] = i < here;
+      if (args.mask != nullptr)
+        for (std::int64_t i = 0; i < here; ++i) kept[i] = args.mask[start + i];
+      grpo_tile<kGradient, kReference, false>(numbers, logp, old, ref, advantage, share, kept, &out);
+      for (int i = 0; i < kTile; ++i) count += kept[i];
     }
-    // Without a penalty k3 must not enter at all: it may be infinite.
-    for (int i = 0; beta != 0.0f && i < kTile; ++i) {
-      term[i] -= beta * rest[i];
-      slope[i] += beta * pull[i];
-    }
-    for (int i = 0; i < kTile; ++i) {
-      const float weight = per_rollout * share[i];
-      term[i] = kept[i] ? weight * term[i] : 0.0f;
-      slope[i] = kept[i] ? weight * slope[i] : 0.0f;
-      clip[i] = kept[i] ? clip[i] : 0.0f;
-      rest[i] = kept[i] ? rest[i] : 0.0f;
-      ratio[i] = kept[i] ? ratio[i] : 0.0f;
-      largest[i] = largest[i] < ratio[i] ? ratio[i] : largest[i];
-      kept_here += kept[i];
-    }
-    count += kept_here;
-    add_tile(term, loss);
-    add_tile(clip, clipped);
-    add_tile(rest, kl);
-    add_tile(ratio, ratios);
-    if (here == kTile)
-      std::memcpy(args.d_logp + start, slope, sizeof(slope));
-    else
-      for (std::int64_t i = 0; i < here; ++i) args.d_logp[start + i] = slope[i];
+    for (int i = 0; i < kTile; ++i) largest[i] = largest[i] < out.ratio[i] ? out.ratio[i] : largest[i];
+    add_tile(out.term, loss);
+    add_tile(out.clip, clipped);
+    add_tile(out.k3, kl);
+    add_tile(out.ratio, ratios);
+    if (kGradient) std::memcpy(args.d_logp + start, out.slope, sizeof(float) * std::size_t(here));
   }
   *sums = {total(loss), total(clipped), total(kl), total(ratios), max_of_tile(largest), count};
+}
+
+void grpo_block(const GrpoLossArgs& args, std::int64_t first, std::int64_t last, GrpoSums* sums) {
+  const bool gradient = args.d_logp != nullptr, reference = args.ref_logp != nullptr;
+  const auto block = gradient    ? reference ? grpo_tokens<true, true> : grpo_tokens<true, false>
+                     : reference ? grpo_tokens<false, true>
+                                 : grpo_tokens<false, false>;
+  block(args, first, last, sums);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct GrpoLossArgs {
   const bool* mask;           // [tokens] or null; what is read at a false token has no effect
   double rollouts;            // the loss is divided by it
   double clip_low, clip_high, beta;
-  float* d_logp;  // [tokens]: gradient of the loss
+  float* d_logp;  // [tokens]: gradient of the loss; null where none is wanted
   float* out;     // [5]: loss, clip fraction, mean k3, largest ratio, mean ratio
 };
 

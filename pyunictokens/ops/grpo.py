@@ -5,7 +5,8 @@ Equation (UniCTokens-R1's clipped objective, normalised as in Dr. GRPO: no divis
     loss = −1/R Σ_i Σ_j mask·alpha·( min(D·A, clip(D, 1−clip_low, 1+clip_high)·A) − beta·k3 )
     D = exp(logp − old_logp),   k3 = exp(ref_logp − logp) − (ref_logp − logp) − 1
 
-Both operations form their gradients in the forward pass; backward multiplies them by the gradient of the loss.
+Both operations form their gradients in the forward pass, where they are wanted; backward multiplies them by the
+gradient of the loss.
 Gradients go to the policy only: old_logp, ref_logp, advantages and alpha are constants.
 """
 
@@ -72,6 +73,7 @@ def grpo_loss(
         float(clip_low),
         float(clip_high),
         float(beta),
+        torch.is_grad_enabled() and logp.requires_grad,
         backend,
     )
     return loss, _stats(statistics)
@@ -216,7 +218,7 @@ def _loss_arguments(
 
 _LOSS = "Tensor old_logp, Tensor? ref_logp, Tensor advantages, Tensor alpha"
 _CLIP = "float clip_low, float clip_high, float beta"
-_SMALL = f"Tensor logp, {_LOSS}, Tensor? mask, {_CLIP}, str backend"
+_SMALL = f"Tensor logp, {_LOSS}, Tensor? mask, {_CLIP}, bool gradient, str backend"
 _FUSED = (
     f"Tensor hidden, Tensor weight, Tensor target, {_LOSS}, Tensor? bias, Tensor? hidden_uncond, Tensor? mask, "
     f"float guidance_scale, float temperature, {_CLIP}, int needs, bool entropy, str backend"
@@ -227,7 +229,7 @@ _BIAS, _UNCOND = 7, 8
 
 @torch.library.custom_op("pyunictokens::grpo_loss", mutates_args=(), schema=f"({_SMALL}) -> (Tensor, Tensor, Tensor)")
 def _grpo_loss(*arguments: Argument) -> tuple[Tensor, ...]:
-    logp, old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta, backend = arguments
+    logp, old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta, gradient, backend = arguments
     check.tensor("logp", logp, check.FLOATS)
     alpha, mask = _loss_arguments(
         logp.shape, "the shape of logp", logp, old_logp, ref_logp, advantages, alpha, clip_low, clip_high, beta, mask
@@ -235,18 +237,20 @@ def _grpo_loss(*arguments: Argument) -> tuple[Tensor, ...]:
     backend = choose("grpo_loss", backend, logp.device, logp.dtype)
     with no_autocast(logp):
         return entry("grpo_loss", backend).forward(
-            logp, old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta
+            logp, old_logp, ref_logp, advantages, alpha, mask, clip_low, clip_high, beta, gradient
         )
 
 
 @_grpo_loss.register_fake
-def _(logp: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = working_dtype(logp)
-    return logp.new_empty((), dtype=dtype), logp.new_empty(4, dtype=dtype), torch.empty_like(logp)
+def _(logp: Tensor, *rest: Argument) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, wanted = working_dtype(logp), rest[-2]
+    slopes = torch.empty_like(logp) if wanted else logp.new_empty(0)
+    return logp.new_empty((), dtype=dtype), logp.new_empty(4, dtype=dtype), slopes
 
 
 def _grpo_setup(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # of the outputs only the loss has a gradient; for the others zeros would be made
+    ctx.gradient = inputs[-2]
     ctx.save_for_backward(output[2])
 
 
@@ -254,6 +258,8 @@ def _grpo_setup(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, 
 def _grpo_backward(ctx: Context, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     (d_logp,) = ctx.saved_tensors
     rest = [None] * (len(ctx.needs_input_grad) - 1)
+    if not ctx.gradient:
+        raise UserError("grpo_loss: was called with gradient=False, so there is none; pass True")
     return None if grad_loss is None else grad_loss.to(d_logp.dtype) * d_logp, *rest
 
 

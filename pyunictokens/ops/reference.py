@@ -212,8 +212,10 @@ def grpo_loss(
     clip_low: float,
     clip_high: float,
     beta: float,
+    gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss = −1/R Σ mask·alpha·(min(D·A, clip(D)·A) − beta·k3); also the four statistics and d loss/d logp."""
+    """loss = −1/R Σ mask·alpha·(min(D·A, clip(D)·A) − beta·k3); also the four statistics and d loss/d logp, which is
+    empty without `gradient`."""
     dtype = working_dtype(logp)
     advantage = _per_token(advantages.to(dtype), logp.shape)
     value, slope, clipped, k3, ratio = _objective(
@@ -226,11 +228,12 @@ def grpo_loss(
         beta,
     )
     share = -alpha.to(dtype) / logp.shape[0]
-    terms, slopes = share * value, share * slope
+    terms, slopes = share * value, share * slope if gradient else value.new_empty(0)
     if mask is not None:
         mask = mask.expand(logp.shape)
         zero = terms.new_zeros(())
-        terms, slopes = torch.where(mask, terms, zero), torch.where(mask, slopes, zero)
+        terms = torch.where(mask, terms, zero)
+        slopes = torch.where(mask, slopes, zero) if gradient else slopes
     return terms.sum(), _statistics(clipped, k3, ratio, None, mask), slopes.to(logp.dtype)
 
 

@@ -60,6 +60,11 @@ def test_values(
     for name, value in statistics.items():
         assert torch.allclose(getattr(stats, name).double(), value, rtol=1e-5, atol=1e-7), name
     assert stats.entropy is None
+    with torch.no_grad():
+        quiet, same = uct.ops.grpo_loss(
+            leaf, old, ref, advantages, alpha=weights, beta=beta, mask=keep, backend="triton"
+        )
+    assert torch.equal(quiet, loss) and torch.equal(same.kl, stats.kl), "without a gradient the rest is the same"
     (got,), (want,) = torch.autograd.grad(loss, [leaf]), torch.autograd.grad(wanted, [truth])
     assert got.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import pyunictokens as uct
+from pyunictokens.utils.errors import UserError
 
 from . import naive
 
@@ -41,6 +42,34 @@ def test_values_gradients_and_statistics(shape: tuple[int, ...], with_ref: bool,
         assert torch.allclose(getattr(stats, key), value), key
         assert not getattr(stats, key).requires_grad
     assert stats.entropy is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 4099), (1, 1)])
+def test_without_a_gradient_the_rest_is_the_same_and_none_is_formed(
+    shape: tuple[int, ...], masked: bool, backend: str
+) -> None:
+    logp, old, ref, advantages = _inputs(shape, torch.float32)
+    mask = torch.rand(shape) > 0.4 if masked else None
+    leaf = logp.clone().requires_grad_()
+
+    def both(of: Tensor) -> tuple[Tensor, Tensor]:
+        loss, stats = uct.ops.grpo_loss(of, old, ref, advantages, alpha=0.6, beta=0.04, mask=mask, backend=backend)
+        return loss, torch.stack([stats.clip_fraction, stats.kl, stats.ratio_max, stats.ratio_mean])
+
+    wanted, statistics = both(leaf)
+    assert wanted.requires_grad
+    with torch.no_grad():
+        quiet = both(leaf)
+    for loss, stats in (quiet, both(logp)):
+        assert torch.equal(loss, wanted) and torch.equal(stats, statistics) and not loss.requires_grad
+    constants = old, ref, advantages, torch.tensor(0.6), mask, 0.2, 0.2, 0.04
+    *rest, slopes = torch.ops.pyunictokens.grpo_loss(logp, *constants, False, backend)
+    assert slopes.numel() == 0 and torch.equal(rest[0], wanted)
+    loss, *_ = torch.ops.pyunictokens.grpo_loss(leaf, *constants, False, backend)
+    with pytest.raises(UserError, match="gradient=False, so there is none"):
+        loss.backward()
 
 
 def test_golden_loss_and_gradient(showo_cases: dict[str, Tensor], showo_meta: dict) -> None:

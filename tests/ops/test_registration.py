@@ -64,10 +64,11 @@ def test_opcheck_losses(backend: str) -> None:
     shape, advantages = (R, T, N), torch.randn(R)
     old, ref = torch.randn(shape), torch.randn(shape)
     for mask, reference, beta in ((torch.rand(shape) > 0.5, ref, 0.1), (None, None, 0.0)):
-        torch.library.opcheck(
-            OPS.grpo_loss,
-            (_leaf(*shape), old, reference, advantages, torch.tensor(0.6), mask, 0.2, 0.2, beta, backend),
-        )
+        for logp, wanted in ((_leaf(*shape), True), (torch.randn(shape), False)):
+            torch.library.opcheck(
+                OPS.grpo_loss,
+                (logp, old, reference, advantages, torch.tensor(0.6), mask, 0.2, 0.2, beta, wanted, backend),
+            )
         for bias, uncond, scale, needs in ((h["bias"], h["uncond"], 1.5, 15), (None, None, 0.0, 5)):
             torch.library.opcheck(
                 OPS.maskgit_grpo_loss,
@@ -200,7 +201,7 @@ def _good(backend: str) -> dict[str, list[Any]]:
     return {
         "selected_logprob": [hidden, weight, target, *head, backend],
         "selected_logprob_backward": [logp, logp, hidden, weight, target, *head, 15, backend],
-        "grpo_loss": [logp, logp, logp, rollouts, torch.rand(R, T, N), logp > 0, 0.2, 0.2, 0.01, backend],
+        "grpo_loss": [logp, logp, logp, rollouts, torch.rand(R, T, N), logp > 0, 0.2, 0.2, 0.01, True, backend],
         "maskgit_grpo_loss": [
             hidden, weight, target, logp, logp, rollouts, torch.rand(()), *head[:2], target > 1, *head[2:],
             0.2, 0.2, 0.01, 15, True, backend,

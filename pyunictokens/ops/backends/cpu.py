@@ -129,14 +129,27 @@ def grpo_loss(
     clip_low: float,
     clip_high: float,
     beta: float,
+    gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, the four statistics, d loss/d logp) in one pass; inputs of 16 bits are widened tile by tile."""
+    """(loss, the four statistics, d loss/d logp) in one pass; inputs of 16 bits are widened tile by tile. Without
+    `gradient` none is formed, and it is empty."""
     tokens_per_rollout = max(logp.numel() // logp.shape[0], 1)
     if mask is not None:
         mask = mask.expand(logp.shape)
     alpha = alpha.expand(logp.shape) if alpha.numel() > 1 else alpha
     out, d_logp = loss_over_tokens(
-        logp, old_logp, ref_logp, advantages, tokens_per_rollout, alpha, mask, logp.shape[0], clip_low, clip_high, beta
+        logp,
+        old_logp,
+        ref_logp,
+        advantages,
+        tokens_per_rollout,
+        alpha,
+        mask,
+        logp.shape[0],
+        clip_low,
+        clip_high,
+        beta,
+        gradient,
     )
     return out[0].clone(), out[1:].clone(), d_logp.to(logp.dtype)
 
@@ -153,8 +166,10 @@ def loss_over_tokens(
     clip_low: float,
     clip_high: float,
     beta: float,
+    gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The call behind `grpo_loss`: (loss and statistics as one vector, d loss/d logp in float32, shaped like logp).
+    """The call behind `grpo_loss`: (loss and statistics as one vector, d loss/d logp in float32, shaped like logp, or
+    empty where no `gradient` is wanted).
 
     Token j, counted over all dimensions, has advantage j // tokens_per_advantage. alpha: one number or one a token.
     """
@@ -162,7 +177,7 @@ def loss_over_tokens(
     logp, old_logp, ref_logp = _readable(logp), _readable(old_logp), None if ref_logp is None else _readable(ref_logp)
     advantages, alpha = advantages.float().contiguous(), alpha.float().contiguous()
     mask = None if mask is None else mask.contiguous()
-    out, d_logp = torch.empty(5), torch.empty(logp.shape)
+    out, d_logp = torch.empty(5), torch.empty(logp.shape if gradient else 0)
     _core.grpo_loss(
         logp.data_ptr(),
         _TYPE[logp.dtype],
@@ -180,7 +195,7 @@ def loss_over_tokens(
         clip_low,
         clip_high,
         beta,
-        d_logp.data_ptr(),
+        d_logp.data_ptr() if gradient else 0,
         out.data_ptr(),
         torch.get_num_threads(),
         level,
