@@ -3,8 +3,9 @@
 Cost model. A head over M tokens is a product of M×D with D×K, 2·M·D·K operations. Forward needs one product; forward
 and backward need three (logits, gradient of the hidden states, gradient of the weight), whoever does it and however.
 Tokens outside a mask need none. `grpo_loss` reads three numbers a token and writes one gradient; `maskgit_step` reads
-every logit once. The time of a case on a machine is bounded by operations over its matrix rate and by bytes over its
-copy bandwidth; `bound` names the larger.
+every logit once; `qk_norm_rotary` reads and writes q and k, and its backward reads them and two gradients and writes
+two. The time of a case on a machine is bounded by operations over its matrix rate and by bytes over its copy bandwidth;
+`bound` names the larger.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 
 import pyunictokens as uct
 
-OPERATIONS = ("selected_logprob", "grpo_loss", "maskgit_grpo_loss", "maskgit_step")
+OPERATIONS = ("selected_logprob", "grpo_loss", "maskgit_grpo_loss", "maskgit_step", "qk_norm_rotary")
 ALPHA, CLIP, BETA = 0.6, 0.2, 0.01
+QK = ("q", "k", "q_weight", "q_bias", "k_weight", "k_bias")
 UNKNOWN = 0.7
 """Share of unknown codes in a step."""
 TEXT_HEAD = 58523
@@ -28,7 +30,8 @@ TEXT_HEAD = 58523
 
 @dataclass(frozen=True)
 class Case:
-    """One workload. `sizes` holds R, T, N, D, K for heads, R, T, N for grpo_loss, B, N, K for maskgit_step."""
+    """One workload. `sizes` holds R, T, N, D, K for heads, R, T, N for grpo_loss, B, N, K for maskgit_step, B, H, N, E
+    for qk_norm_rotary (heads H of width E, the first half of which turns)."""
 
     operation: str
     shape: str
@@ -74,6 +77,9 @@ class Case:
             return {"forward": float(self.tokens * (self.sizes["K"] * item + 8 + 8 + 8 + 4 + 1))}
         if self.operation == "grpo_loss":
             return {"forward": 12.0 * self.tokens, "both": 16.0 * self.tokens}
+        if self.operation == "qk_norm_rotary":
+            tensor = float(self.tokens * self.sizes["H"] * self.sizes["E"] * item)
+            return {"forward": 4 * tensor, "both": 10 * tensor}
         states = (2 if self.guidance else 1) * self.tokens * self.kept() * self.sizes["D"] * item
         weight = self.sizes["D"] * self.sizes["K"] * item
         return {"forward": states + weight, "both": 2.0 * (states + weight)}
@@ -109,7 +115,7 @@ class Inputs:
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """The tensors whose gradients are wanted."""
-        names = ("hidden", "hidden_uncond", "weight", "bias") if "weight" in self.tensors else ("logp",)
+        names = ("hidden", "hidden_uncond", "weight", "bias") if "weight" in self.tensors else ("logp", *QK)
         return tuple(self.tensors[name] for name in names if name in self.tensors)
 
     def double(self) -> Inputs:
@@ -149,6 +155,17 @@ def make(case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Inputs:
         made.tensors["codes"] = torch.where(known, given, uct.MASK)
         made.tensors["mask_len"] = torch.full((batch,), positions // 3, device=device)
         made.tensors["sample_ids"] = torch.arange(batch, device=device)
+        return made
+    if case.operation == "qk_norm_rotary":
+        batch, heads, positions, width = (sizes[key] for key in "BHNE")
+        for name in "qk":  # as a layer's products leave them: the heads of a position side by side
+            made.tensors[name] = normal(batch, positions, heads, width).transpose(1, 2)
+            made.tensors[f"{name}_weight"], made.tensors[f"{name}_bias"] = normal(width) + 1, normal(width)
+            made.tensors[f"upstream_{name}"] = normal(batch, heads, positions, width)
+        angle = normal(positions, max(2, width // 4 * 2), scale=3.0, kind=torch.float32)
+        made.tensors["cos"], made.tensors["sin"] = angle.cos().to(dtype), angle.sin().to(dtype)
+        for leaf in made.leaves:
+            leaf.requires_grad_()
         return made
     shape = tuple(sizes[key] for key in "RTN")
     made.tensors["advantages"] = normal(shape[0], kind=torch.float32)
@@ -198,6 +215,10 @@ def _loss(shape: str, sizes: tuple[int, int, int]) -> Case:
     return Case("grpo_loss", shape, dict(zip("RTN", sizes, strict=True)))
 
 
+def _rotary(shape: str, sizes: tuple[int, int, int, int]) -> Case:
+    return Case("qk_norm_rotary", shape, dict(zip("BHNE", sizes, strict=True)))
+
+
 TOY = (9, 12, 64, 192, 1024)
 """R, T, N, D, K of a training step of the embedded toy."""
 
@@ -212,6 +233,7 @@ def suite(device: str, smoke: bool = False) -> list[Case]:
             _head(heads[0], "smoke guided", (3, 2, 8, 16, 40), guidance=5.0, bias=True),
             _step("smoke", (2, 16, 40)),
             _loss("smoke", (3, 2, 64)),
+            _rotary("smoke", (2, 3, 16, 8)),
         ]
     toy = [*(_head(operation, "toy", TOY) for operation in heads), _step("toy", (18, 64, 1024))]
     if device == "cpu":
@@ -225,6 +247,7 @@ def suite(device: str, smoke: bool = False) -> list[Case]:
             _loss("8.2 M tokens", (160, 50, 1024)),
             _head("maskgit_grpo_loss", "4096×512×4096", (4, 4, 256, 512, 4096)),
             _head("maskgit_grpo_loss", "4096×512×4096 newly_unmasked", (4, 4, 256, 512, 4096), scope="newly_unmasked"),
+            _rotary("B18 H6 N64 E32", (18, 6, 64, 32)),
             *toy,
         ]
     show = {
@@ -242,6 +265,7 @@ def suite(device: str, smoke: bool = False) -> list[Case]:
         _head(heads[0], f"{first} newly_unmasked", show[first], scope="newly_unmasked"),
         _head(heads[0], f"{first} masked", show[first], scope="masked"),
         _head(heads[0], f"{first} guided", show[first], guidance=5.0),
+        _rotary("B18 H32 N1026 E64", (18, 32, 1026, 64)),
         _head(heads[1], first, show[first]),
         _head(heads[1], "text head K 58523", (9, 1, 1024, 2048, TEXT_HEAD)),
         *toy,
@@ -254,7 +278,13 @@ def suite(device: str, smoke: bool = False) -> list[Case]:
     ]
 
 
-_SIZES = {"selected_logprob": "RTNDK", "grpo_loss": "RTN", "maskgit_grpo_loss": "RTNDK", "maskgit_step": "BNK"}
+_SIZES = {
+    "selected_logprob": "RTNDK",
+    "grpo_loss": "RTN",
+    "maskgit_grpo_loss": "RTNDK",
+    "maskgit_step": "BNK",
+    "qk_norm_rotary": "BHNE",
+}
 
 
 def own(text: str) -> Case:
@@ -286,6 +316,6 @@ def own(text: str) -> Case:
 
 def small(case: Case) -> Case:
     """The same kind of case, small enough for float64: what a side is checked on before it is timed."""
-    tiny = {"B": 2, "R": 3, "T": 2, "N": 16, "D": 64, "K": 160}
+    tiny = {"B": 2, "R": 3, "T": 2, "N": 16, "D": 64, "K": 160, "H": 3, "E": 64}
     sizes = {key: min(size, tiny[key]) for key, size in case.sizes.items()}
     return Case(case.operation, "check", sizes, case.scope, case.guidance, case.spread, case.bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 import pyunictokens as uct
 
 from . import plain
-from .cases import Case, Inputs, make, small
+from .cases import QK, Case, Inputs, make, small
 from .peers import Peer
 from .schema import Check
 
@@ -27,11 +27,13 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return distance if distance == distance else float("inf")
 
 
-def truth(inputs: Inputs) -> Tensor:
+def truth(inputs: Inputs) -> Tensor | tuple[Tensor, ...]:
     """The result in float64, from plain PyTorch."""
     i = inputs
     if i.case.operation == "selected_logprob":
         return plain.selected_logprob(i.hidden, i.weight, i.target, i.get("bias"))
+    if i.case.operation == "qk_norm_rotary":
+        return plain.qk_norm_rotary(*(i.tensors[name] for name in ("q", "k", "cos", "sin", *QK[2:])))
     if i.case.operation == "grpo_loss":
         return plain.grpo_loss(i.logp, i.old_logp, i.ref_logp, i.advantages)
     return plain.maskgit_grpo_loss(
@@ -48,8 +50,11 @@ def truth(inputs: Inputs) -> Tensor:
     )
 
 
-def backward(inputs: Inputs, result: Tensor) -> None:
+def backward(inputs: Inputs, result: Tensor | tuple[Tensor, ...]) -> None:
     """The gradients of `result`, under the upstream gradient of the case where it is no scalar."""
+    if isinstance(result, tuple):
+        torch.autograd.backward(result, [inputs.upstream_q, inputs.upstream_k])
+        return
     result.backward(inputs.upstream.to(result.dtype) if result.dim() else None)
 
 
@@ -69,9 +74,8 @@ def check(peer: Peer, case: Case, device: str, dtype: torch.dtype) -> Check:
         wanted = truth(exact)
         backward(exact, wanted)
         found = result()
-        assert isinstance(found, Tensor)
         backward(inputs, found)
-        value = relative(found, wanted)
+        value = max(map(relative, _each(found), _each(wanted)))
         pairs = zip(inputs.leaves, exact.leaves, strict=True)
         gradient = max(
             float("inf") if mine.grad is None else relative(mine.grad, theirs.grad)  # type: ignore[arg-type]
@@ -82,6 +86,10 @@ def check(peer: Peer, case: Case, device: str, dtype: torch.dtype) -> Check:
     if not worst <= allowed:
         raise AssertionError(f"wrong: {worst:.1e} from float64, allowed {allowed:.0e}")
     return Check(case.operation, peer.name, str(dtype).removeprefix("torch."), value, gradient)
+
+
+def _each(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _step(peer: Peer, inputs: Inputs) -> float:

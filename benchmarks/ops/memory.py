@@ -33,7 +33,7 @@ def training_call(call: Callable[[], object], inputs: Inputs) -> Callable[[], ob
     def run() -> object:
         result = call()
         if inputs.case.operation != "maskgit_step":
-            assert isinstance(result, Tensor)
+            assert isinstance(result, Tensor | tuple)
             check.backward(inputs, result)
         return result
 

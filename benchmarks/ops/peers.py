@@ -18,10 +18,11 @@ from torch import Tensor
 
 import pyunictokens as uct
 from pyunictokens.ops import registry as _dispatch
+from pyunictokens.ops.rotary import qk_norm_rotary
 from pyunictokens.utils.errors import UserError
 
 from . import plain
-from .cases import ALPHA, BETA, CLIP, Case, Inputs
+from .cases import ALPHA, BETA, CLIP, QK, Case, Inputs
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 Build = Callable[[Inputs], Call]
@@ -128,7 +129,17 @@ def _ours(backend: str | None) -> dict[str, Build]:
             )
         )
 
-    return {"selected_logprob": logprob, "grpo_loss": loss, "maskgit_grpo_loss": both, "maskgit_step": step}
+    def rotary(i: Inputs) -> Call:
+        tensors = [i.tensors[name] for name in ("q", "k", "cos", "sin", *QK[2:])]
+        return lambda: qk_norm_rotary(*tensors, plain.QK_EPS, backend=backend)
+
+    return {
+        "selected_logprob": logprob,
+        "grpo_loss": loss,
+        "maskgit_grpo_loss": both,
+        "maskgit_step": step,
+        "qk_norm_rotary": rotary,
+    }
 
 
 # --- plain PyTorch, eager and compiled -------------------------------------------------------------------------------
@@ -153,7 +164,18 @@ def _eager(wrap: Callable[[Callable[..., object]], Callable[..., object]]) -> di
         function = wrap(plain.maskgit_step)
         return lambda: function(i.logits, i.codes, i.mask_len)  # type: ignore[return-value]
 
-    return {"selected_logprob": logprob, "grpo_loss": loss, "maskgit_grpo_loss": both, "maskgit_step": step}
+    def rotary(i: Inputs) -> Call:
+        function = wrap(plain.qk_norm_rotary)
+        tensors = [i.tensors[name] for name in ("q", "k", "cos", "sin", *QK[2:])]
+        return lambda: function(*tensors)  # type: ignore[return-value]
+
+    return {
+        "selected_logprob": logprob,
+        "grpo_loss": loss,
+        "maskgit_grpo_loss": both,
+        "maskgit_step": step,
+        "qk_norm_rotary": rotary,
+    }
 
 
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:

@@ -16,6 +16,7 @@ import pyunictokens as uct
 from .cases import ALPHA, BETA, CLIP
 
 STEP_TEMPERATURE = 1.0
+QK_EPS = 1e-5
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -47,6 +48,27 @@ def grpo_loss(logp: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: 
     if mask is not None:
         tokens = tokens * mask
     return -tokens.sum() / logp.shape[0]
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Layer norm over each head of q and k, then its first entries turned by position."""
+
+    def turned(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, QK_EPS)
+        moved, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        first, second = moved.chunk(2, dim=-1)
+        return torch.cat([moved * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+    return turned(q, q_weight, q_bias), turned(k, k_weight, k_bias)
 
 
 def maskgit_grpo_loss(

@@ -63,8 +63,9 @@ def draw(report: Report, operation: str, file: Path) -> bool:
     return True
 
 
-OPERATIONS_EACH = {"grpo_loss": 30.0, "maskgit_step": 8.0}
-"""Roughly, of a token and of a logit, where a case counts no matrix products: only for the place on a roofline."""
+OPERATIONS_EACH = {"grpo_loss": 30.0, "maskgit_step": 8.0, "qk_norm_rotary": 60.0}
+"""Roughly, of a token, of a logit, and of an entry of q and k, where a case counts no matrix products: only for the
+place on a roofline."""
 
 
 def roofline(report: Report, operation: str, file: Path) -> bool:
@@ -86,7 +87,7 @@ def roofline(report: Report, operation: str, file: Path) -> bool:
     for info in report.cases:
         if info.operation != operation or phase not in info.bytes:
             continue
-        each = info.sizes["K"] if operation == "maskgit_step" else 1.0
+        each = info.sizes["K"] if operation == "maskgit_step" else info.sizes.get("H", 1.0) * info.sizes.get("E", 1.0)
         tokens = 1.0
         for key in "BRTN":
             tokens *= info.sizes.get(key, 1.0)

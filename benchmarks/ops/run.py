@@ -373,7 +373,7 @@ def _turn(call: Callable[[], object], inputs: Inputs, phase: str) -> clock.Turn:
         return call()
 
     def back(result: object) -> object:
-        assert isinstance(result, Tensor)
+        assert isinstance(result, Tensor | tuple)
         check.backward(inputs, result)
         return None
 
