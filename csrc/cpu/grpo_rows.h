@@ -17,8 +17,8 @@ inline float exp_any(float x, float* q = nullptr) {
   const float near = (exp_remainder(r) * r) * r;  // for such x the exponent is 0, so r is x
   if (q != nullptr) *q = near;
   const float e = times_power_of_two(near + r + 1.0f, shifted);
-  const float low = x < -87.0f ? 0.0f : e, high = x > 88.72284f ? INFINITY : low;
-  return x == x ? high : x;
+  const float low = x < -87.0f ? 0.0f : e;
+  return x <= 88.72284f ? low : x + INFINITY;  // NaN stays
 }
 
 // exp(x) - 1 and exp(x) - 1 - x, which keep full relative precision where x is near 0.
@@ -64,7 +64,7 @@ struct GrpoNumbers {
 };
 
 // One tile, in one loop, so that nothing between inputs and results leaves the registers. kWhole: every token counts.
-template <bool kGradient, bool kReference, bool kWhole>
+template <bool kGradient, bool kReference, bool kPenalty, bool kWhole>
 inline void grpo_tile(const GrpoNumbers& n, const float* logp, const float* old, const float* ref,
                       const float* advantage, const float* share, const std::int32_t* kept, GrpoTile* out) {
   for (int i = 0; i < kTile; ++i) {
@@ -73,9 +73,9 @@ inline void grpo_tile(const GrpoNumbers& n, const float* logp, const float* old,
     if (kReference) exp_minus(ref[i] - logp[i], &pull, &rest);
     const float above = d < n.low ? n.low : d, inside = above > n.high ? n.high : above;
     const float free = d * a, bounded = inside * a;
-    const bool stopped = ((a > 0.0f) & (d > n.high)) | ((a < 0.0f) & (d < n.low));
+    const bool stopped = (d - inside) * a > 0.0f;  // beyond a bound, and on the side where that ends the gain
     // Without a penalty k3 must not enter at all: it may be infinite.
-    const float value = (free > bounded ? bounded : free) - (n.beta != 0.0f ? n.beta * rest : 0.0f);
+    const float value = (free > bounded ? bounded : free) - (kPenalty ? n.beta * rest : 0.0f);
     const float weight = n.per_rollout * share[i];
     const bool counts = kWhole || kept[i];
     out->term[i] = counts ? weight * value : 0.0f;
@@ -83,13 +83,13 @@ inline void grpo_tile(const GrpoNumbers& n, const float* logp, const float* old,
     out->k3[i] = counts ? rest : 0.0f;
     out->ratio[i] = counts ? d : 0.0f;
     if (kGradient) {
-      const float slope = (stopped ? 0.0f : free) + (n.beta != 0.0f ? n.beta * pull : 0.0f);
+      const float slope = (stopped ? 0.0f : free) + (kPenalty ? n.beta * pull : 0.0f);
       out->slope[i] = counts ? weight * slope : 0.0f;
     }
   }
 }
 
-template <bool kGradient, bool kReference>
+template <bool kGradient, bool kReference, bool kPenalty>
 void grpo_tokens(const GrpoLossArgs& args, std::int64_t first, std::int64_t last, GrpoSums* sums) {
   const GrpoNumbers numbers = {float(1.0 - args.clip_low), float(1.0 + args.clip_high), float(args.beta),
                                float(-1.0 / args.rollouts)};
@@ -119,13 +119,13 @@ void grpo_tokens(const GrpoLossArgs& args, std::int64_t first, std::int64_t last
     }
     if (args.alpha_stride != 0) load(args.alpha, start, last, share, 0.0f);
     if (args.mask == nullptr && here == kTile) {
-      grpo_tile<kGradient, kReference, true>(numbers, logp, old, ref, advantage, share, kept, &out);
+      grpo_tile<kGradient, kReference, kPenalty, true>(numbers, logp, old, ref, advantage, share, kept, &out);
       count += kTile;
     } else {
       for (int i = 0; i < kTile; ++i) kept[i] = i < here;
       if (args.mask != nullptr)
         for (std::int64_t i = 0; i < here; ++i) kept[i] = args.mask[start + i];
-      grpo_tile<kGradient, kReference, false>(numbers, logp, old, ref, advantage, share, kept, &out);
+      grpo_tile<kGradient, kReference, kPenalty, false>(numbers, logp, old, ref, advantage, share, kept, &out);
       for (int i = 0; i < kTile; ++i) count += kept[i];
     }
     for (int i = 0; i < kTile; ++i) largest[i] = largest[i] < out.ratio[i] ? out.ratio[i] : largest[i];
@@ -139,10 +139,14 @@ void grpo_tokens(const GrpoLossArgs& args, std::int64_t first, std::int64_t last
 }
 
 void grpo_block(const GrpoLossArgs& args, std::int64_t first, std::int64_t last, GrpoSums* sums) {
-  const bool gradient = args.d_logp != nullptr, reference = args.ref_logp != nullptr;
-  const auto block = gradient    ? reference ? grpo_tokens<true, true> : grpo_tokens<true, false>
-                     : reference ? grpo_tokens<false, true>
-                                 : grpo_tokens<false, false>;
+  const bool reference = args.ref_logp != nullptr, penalty = reference && args.beta != 0.0;
+  const auto with = penalty     ? grpo_tokens<true, true, true>
+                    : reference ? grpo_tokens<true, true, false>
+                                : grpo_tokens<true, false, false>;
+  const auto without = penalty     ? grpo_tokens<false, true, true>
+                       : reference ? grpo_tokens<false, true, false>
+                                   : grpo_tokens<false, false, false>;
+  const auto block = args.d_logp != nullptr ? with : without;
   block(args, first, last, sums);
 }
 
