@@ -54,7 +54,7 @@ ops=("$python" -m benchmarks.ops --device $device --resume --out "$out/ops-gpu.j
 engine=("$python" -m benchmarks.engine_gpu --device $device --resume --out "$out/engine-gpu.json" --budget 88)
 tests=("$python" -m pytest -q -m gpu --tb=short -p no:cacheprovider --junitxml "$out/tests.xml")
 "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadfile) || echo "!!! pytest-xdist is not installed: tests run one by one"
-proofs=(tests/gpu/test_values.py tests/gpu/test_rotary.py tests/gpu/test_head.py tests/gpu/test_fused_gelu.py tests/gpu/test_graph_loop.py tests/gpu/test_capture.py tests/gpu/test_rollout.py)
+proofs=(tests/gpu/test_values.py tests/gpu/test_rotary.py tests/gpu/test_scores.py tests/gpu/test_head.py tests/gpu/test_fused_gelu.py tests/gpu/test_graph_loop.py tests/gpu/test_capture.py tests/gpu/test_rollout.py)
 if [ "$mode" = --dry-run ]; then
   device=cpu patience=10 all=3000 # a machine that others use as well may take its time: nothing is measured
   ops=("$python" -m benchmarks.ops --device cpu --smoke --resume --out "$out/ops-gpu.json")

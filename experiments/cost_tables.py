@@ -233,7 +233,33 @@ def levers() -> str:
     return "\n".join(lines)
 
 
+LOSS_HEADS = [("codes of an image", GROUP * STEPS * CONFIG.num_vq_tokens, 8192), ("text", 400, 58523)]
+"""Heads that statistics in the epilogue are predicted for (name, tokens, entries), in bfloat16."""
+
+
+def epilogue() -> str:
+    """Row statistics of the loss in the product's epilogue: bytes saved, and how fast the product must then be."""
+    from pyunictokens.kernels import plan
+
+    lines = [
+        "| head | bytes a logit before | after | ms of memory saved | ms of the product by cuBLAS "
+        "| share of cuBLAS at which nothing is gained |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, tokens, entries in LOSS_HEADS:
+        before = 4 + 4 * (1 if entries <= plan.RESIDENT else 2) + 2
+        after = 4 + 4 + 2 + 24 / plan.PART
+        saved = (before - after) * tokens * entries / GPU.bandwidth
+        product = 2.0 * tokens * entries * CONFIG.hidden_size / GPU.matrix
+        lines.append(
+            f"| {name}: {tokens} tokens, {entries} entries | {before} | {after:.2f} | {1e3 * saved:.3f} "
+            f"| {1e3 * product:.3f} | {product / (product + saved):.2f} |"
+        )
+    return "\n".join(lines)
+
+
 PARTS = {"phases": phases, "memory": memory, "assumptions": assumptions, "predictions": predictions, "levers": levers}
+PARTS["epilogue"] = epilogue
 
 
 def updated(text: str, parts: Mapping[str, Callable[[], str]] = PARTS, page: str = FILE.name) -> str:

@@ -12,6 +12,7 @@ listed too. Says nothing about time.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import re
@@ -59,6 +60,8 @@ HEADS = {  # B, H, L, E, R of what turns
 }
 PLAIN_TOO = (8192, 58523, 1001)
 """Codebooks that are also run without any option; the others differ from them in block sizes alone."""
+SCORE_TILES = {256: (90,), 128: (100,)}
+"""Columns of a tile of `score_tiles` → the targets that launch it; cards before sm_90 have no TMA."""
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
 TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
 
@@ -136,7 +139,7 @@ def _queries_and_keys(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def _operations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """All operations of one shape: plain, with every option, and with the number of rows on the device."""
-    from pyunictokens.kernels import engine
+    from pyunictokens.kernels import engine, scores
 
     r, t, n, width, entries = shape
 
@@ -147,7 +150,7 @@ def _operations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     number, each = of(1, dtype=torch.float32).view(()), of(r, t, n, dtype=torch.float32)
     advantages, mask, bias = of(r, dtype=torch.float32), of(r, t, n, dtype=torch.bool), of(entries)
     everything = (bias, hidden, mask, 5.0)
-    before = engine.settings.engine, engine.settings.counted, engine.settings.deterministic
+    before = dataclasses.astuple(engine.settings), scores.assumed
     try:
         for logp in (each, each.to(dtype)):
             engine.grpo_loss(logp, logp, None, advantages, number, None, 0.2, 0.2, 0.0)
@@ -163,16 +166,19 @@ def _operations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             for engine.settings.counted, engine.settings.deterministic in cases:
                 ref, alpha = (None, number) if options[2] is None else (each, each)
                 loss = (target, each, ref, advantages, alpha, *options[:3], options[3], 1.3, 0.2, 0.2, 0.01)
-                engine.maskgit_grpo_loss(hidden, weight, *loss, 15, options[2] is not None)
+                for engine.settings.statistics, scores.assumed in (("rows", 9), ("product", 9), ("product", 10)):
+                    engine.maskgit_grpo_loss(hidden, weight, *loss, 15, options[2] is not None)
                 for engine.settings.engine in ("chunked", "fused"):
                     engine.maskgit_grpo_loss(hidden, weight, *loss, 0, True)
     finally:
-        engine.settings.engine, engine.settings.counted, engine.settings.deterministic = before
+        engine.settings, scores.assumed = engine.Settings(*before[0]), before[1]
 
 
 def _variant(launch: Any) -> Variant:
     """What Triton would make of the arguments of a launch: types, ones and None as constants, multiples of sixteen."""
     signature, constants, divisible = [], dict(launch.constants), []
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     names = launch.kernel.arg_names
     for position, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         if value is None or (isinstance(value, int) and value == 1):
@@ -181,13 +187,16 @@ def _variant(launch: Any) -> Variant:
             signature.append((name, TYPES[value.dtype]))
             if value.storage_offset() * value.element_size() % 16 == 0:
                 divisible.append(position)
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature.append((name, f"tensordesc<{TYPES[value.base.dtype][1:]}[{block}]>"))
         elif isinstance(value, int):
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if value % 16 == 0:
                 divisible.append(position)
         else:
             signature.append((name, "fp32"))
-    function, types = launch.kernel.fn, {kind for _, kind in signature}
+    function, types = launch.kernel.fn, " ".join(kind for _, kind in signature)
     return Variant(
         function.__module__,
         function.__name__,
@@ -196,8 +205,13 @@ def _variant(launch: Any) -> Variant:
         tuple(divisible),
         launch.warps,
         launch.stages,
-        next((name for kind, name in (("*bf16", "bfloat16"), ("*fp16", "float16")) if kind in types), "float32"),
+        next((name for kind, name in (("bf16", "bfloat16"), ("fp16", "float16")) if kind in types), "float32"),
     )
+
+
+def targets_of(variant: Variant) -> tuple[int, ...]:
+    """The targets that a variant can be launched on."""
+    return SCORE_TILES[dict(variant.constants)["BLOCK_N"]] if variant.name == "score_tiles" else TARGETS
 
 
 def compiled(variant: Variant, target: int) -> Any:
@@ -290,7 +304,7 @@ def _compile_one(job: tuple[Variant, int]) -> Usage | str:
 
 def compile_all(found: list[Variant], processes: int) -> dict[tuple[Variant, int], Usage | str]:
     """Usage of every variant on every target; where it does not compile, why."""
-    jobs = list(itertools.product(found, TARGETS))
+    jobs = [(variant, target) for variant in found for target in targets_of(variant)]
     with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent_process) as pool:
         results = []
         for done, result in enumerate(pool.map(_compile_one, jobs, chunksize=4), 1):
@@ -331,11 +345,14 @@ def table(usages: dict[tuple[Variant, int], Usage | str]) -> str:
     for key, targets in sorted(groups.items()):
         cells = []
         for target in TARGETS:
+            if target not in targets:
+                cells.append("never launched")
+                continue
             most = max(u.registers for u in targets[target]), max(u.shared for u in targets[target]) / 1024
             least = min(u.occupancy(target) for u in targets[target])
             cells.append(f"{most[0]} / {most[1]:.1f} / {100 * least:.0f}")
         kernel, *rest = key
-        lines.append(f"| `{kernel}` | {' | '.join(rest)} | {len(targets[TARGETS[0]])} | {' | '.join(cells)} |")
+        lines.append(f"| `{kernel}` | {' | '.join(rest)} | {max(map(len, targets.values()))} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -37,6 +37,7 @@ ELSEWHERE = re.compile(r"ATOM|LDG|CALL")
 TRITON = {  # kernel → what its code on sm_90 must hold, in bfloat16 at a width and codebook that are multiples of 16
     "logprob_tiles": ("HGMMA", r"LDGSTS\.E\S*\.128"),
     "product_tiles": ("HGMMA", r"LDGSTS\.E\S*\.128"),
+    "score_tiles": ("HGMMA", "UTMALDG", "UTMASTG"),
     "loss_rows": (r"LDG\.E\S*\.128",),
     "logprob_rows": (r"LDG\.E\S*\.128",),
     "gather_rows": (r"LDG\.E\S*\.128", r"STG\.E\S*\.128"),
@@ -46,6 +47,10 @@ TRITON = {  # kernel → what its code on sm_90 must hold, in bfloat16 at a widt
     "norm_rotary": (r"LDG\.E\S*\.128", r"STG\.E\S*\.128"),
     "norm_rotary_backward": (r"LDG\.E\S*\.128", r"STG\.E\S*\.128"),
 }
+
+
+BLACKWELL = {"score_tiles": (r"UTC\w*MMA", "UTMALDG", "UTMASTG")}
+"""The same on sm_100, whose products are tcgen05's."""
 
 
 @dataclass(frozen=True)
@@ -175,31 +180,46 @@ def _step_problems(code: Code, target: str, say: list[str]) -> list[str]:
 
 
 def triton_problems(say: list[str]) -> list[str]:
-    """What is wrong with the Triton kernels on sm_90."""
+    """What is wrong with the Triton kernels on sm_90, and with those that sm_100 has tiles of its own for."""
     import torch
 
-    from experiments.kernel_table import HEADS, SHAPES, Variant, _operations, _queries_and_keys, _variant, machine_code
+    from experiments.kernel_table import (
+        HEADS,
+        SHAPES,
+        Variant,
+        _operations,
+        _queries_and_keys,
+        _variant,
+        machine_code,
+        targets_of,
+    )
     from pyunictokens.kernels.launch import recording
 
     with recording() as launches:
         _operations(SHAPES["Show-o 512²"], torch.bfloat16)
         _queries_and_keys(HEADS["Show-o 512²"], torch.bfloat16)
-    chosen: dict[str, Variant] = {}
-    for launch in launches:
-        variant = _variant(launch)
-        if variant.name in TRITON and (variant.dtype == "bfloat16" or variant.name == "grpo_tokens"):
-            chosen.setdefault(variant.name, variant)
-    found = [f"{name}: never launched" for name in TRITON.keys() - chosen.keys()]
-    for name, variant in chosen.items():
+    wanted = {90: TRITON, 100: BLACKWELL}
+    chosen: dict[tuple[str, int], Variant] = {}
+    for variant in map(_variant, launches):
+        if variant.dtype == "bfloat16" or variant.name == "grpo_tokens":
+            for target in targets_of(variant):
+                if variant.name in wanted.get(target, {}):
+                    chosen.setdefault((variant.name, target), variant)
+    every = {(name, target) for target, names in wanted.items() for name in names}
+    found = [f"{name} sm_{target}: never launched" for name, target in every - chosen.keys()]
+    for (name, target), variant in chosen.items():
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(machine_code(variant, 90))
+            file.write(machine_code(variant, target))
             file.flush()
             code = next(functions(disassembled(Path(file.name))))
         text = "\n".join(code.instructions)
-        say.append(f"{name} sm_90: {len(code.instructions)} instructions, {text.count('HGMMA')} warp-group products")
-        found += [f"{name} sm_90: nothing like {wanted}" for wanted in TRITON[name] if not re.search(wanted, text)]
+        products = len(re.findall(r"HGMMA|UTC\w*MMA", text))
+        say.append(f"{name} sm_{target}: {len(code.instructions)} instructions, {products} warp-group products")
+        found += [
+            f"{name} sm_{target}: nothing like {each}" for each in wanted[target][name] if not re.search(each, text)
+        ]
         if LOCAL.search(text):
-            found.append(f"{name} sm_90: uses local memory")
+            found.append(f"{name} sm_{target}: uses local memory")
     return found
 
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import epilogue, head, rows
+from . import epilogue, head, measured, rows, scores
 from .grpo import dense, grpo
 from .launch import capturing
 from .plan import BIAS_SLICES, choose
@@ -41,6 +42,9 @@ class Settings:
     """"chunked" or "fused" instead of the cost model's choice (where no gradient is formed)."""
     counted: bool | None = None
     """Read the number of kept tokens on the device (as while capturing) or not; None: only while capturing."""
+    statistics: str | None = None
+    """Who forms a softmax' statistics on the way to a gradient: "rows" (the row kernel), "product" (its epilogue, where
+    that can run); None: what `measured` found to be faster."""
 
 
 settings = Settings()
@@ -62,7 +66,9 @@ class Head:
         temperature: float,
         needs: int = 0,
         mask_M: Tensor | None = None,
+        joins: bool = False,
     ):
+        """`joins`: whoever visits the scores can make use of parts of their statistics (`self.parts_3mP`)."""
         wide = torch.promote_types(hidden.dtype, weight.dtype)
         self.dtype = torch.float32 if wide == torch.float64 else wide
         width = hidden.shape[-1]
@@ -89,7 +95,20 @@ class Head:
         entries, size = len(weight), self.dtype.itemsize
         self.plan = choose(self.total, width, entries, size, gradient=bool(needs), engine=settings.engine)
         self.gathered = guided or self.index is not None or self.dtype != hidden.dtype
+        self.form: str | None = "rows"
+        if joins and needs and self.total and settings.statistics != "rows":
+            like = self.weight_KD if self.gathered else self.hidden_MD
+            if not scores.objection(like, self.weight_KD):
+                self.form = settings.statistics or measured.remembered(self._key(), like)
         self._allocate(guided)
+
+    def _key(self) -> measured.Key:
+        """What the faster form depends on."""
+        (entries, width), rows_ = self.weight_KD.shape, self.plan.inner
+        device = self.weight_KD.device
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        dtype, shape = str(self.dtype).removeprefix("torch."), (measured.bucket(rows_), width, entries)
+        return measured.Key(card, measured.SOFTWARE, dtype, *shape, self.bias_K is not None, self.count is not None)
 
     def _allocate(self, guided: bool) -> None:
         """Buffers of one chunk, and the gradients: empty ones, each of its own, where an operation needs none."""
@@ -97,7 +116,12 @@ class Head:
         (entries, width), m = self.weight_KD.shape, self.plan.rows
         single: dict[str, Any] = {"dtype": torch.float32, "device": device}
         chunked = self.plan.engine == "chunked"
-        self.scores_mK = torch.empty(self.plan.inner if chunked else 0, entries, **single)
+        # Rows of logits that TMA writes begin at multiples of 16 bytes, others follow each other without a gap.
+        self.pitch = entries if self.form == "rows" else scores.pitch(entries)
+        self.buffer = torch.empty(self.plan.inner * self.pitch if chunked else 0, **single)
+        parts = 0 if self.form == "rows" else scores.parts_of(entries)
+        self.parts = torch.empty(3 * self.plan.inner * parts, **single)
+        self.parts_3mP: Tensor | None = None
         # In float16 the gradient's factor is kept apart, so the rows for the weight's gradient are gathered with it.
         self.fold = self.dtype != torch.float16
         again = not self.fold and bool(self.needs & NEEDS_WEIGHT)
@@ -130,13 +154,39 @@ class Head:
             rows_mD = self._rows(start, stop)
             for first in range(start, stop, plan.inner):
                 piece = slice(first - start, min(first + plan.inner, stop) - start)
-                scores_mK = self.scores_mK[: piece.stop - piece.start]
-                multiply(rows_mD[piece], self.weight_KD.T, scores_mK, self.count, first)
                 d_scores_mK = self.d_scores_mK[piece] if self.needs else None
                 factor_m = None if self.factor_m is None else self.factor_m[piece]
-                visit(scores_mK, d_scores_mK, factor_m, first)
+                look = partial(self._look, visit, rows_mD[piece], d_scores_mK, factor_m, first)
+                if self.form is None:
+                    self.form = measured.faster(self._key(), look, self.d_scores_mK[piece])
+                look(self.form)
             if self.needs:
                 self._back(rows_mD, start, stop)
+
+    def _look(
+        self,
+        visit: Epilogue,
+        rows_mD: Tensor,
+        d_scores_mK: Tensor | None,
+        factor_m: Tensor | None,
+        start: int,
+        form: str,
+    ) -> None:
+        visit(self._scores(form, rows_mD, start), d_scores_mK, factor_m, start)
+
+    def _scores(self, form: str, rows_mD: Tensor, start: int) -> Tensor:
+        """The scores of some rows, formed by the library's product, or by the one that leaves parts of statistics."""
+        m, entries = len(rows_mD), len(self.weight_KD)
+        if form == "rows":
+            self.parts_3mP = None
+            scores_mK = self.buffer[: m * entries].view(m, entries)
+            multiply(rows_mD, self.weight_KD.T, scores_mK, self.count, start)
+        else:
+            self.parts_3mP = self.parts[: 3 * m * scores.parts_of(entries)].view(3, m, -1)
+            scores_mK = self.buffer[: m * self.pitch].view(m, self.pitch)[:, :entries]
+            operands = rows_mD, self.weight_KD, self.bias_K, self.count, scores_mK, self.parts_3mP
+            scores.fill(*operands, start, self.temperature)
+        return scores_mK
 
     def _back(self, rows_mD: Tensor, start: int, stop: int) -> None:
         m = stop - start
@@ -275,7 +325,7 @@ def maskgit_grpo_loss(
     shape, device = target.shape, hidden.device
     mask = dense(mask, shape)
     mask_M = None if mask is None else mask.view(-1)
-    head_ = Head(hidden, weight, bias, hidden_uncond, guidance_scale, temperature, needs, mask_M)
+    head_ = Head(hidden, weight, bias, hidden_uncond, guidance_scale, temperature, needs, mask_M, joins=True)
     logp = (torch.empty if mask is None else torch.zeros)(shape, dtype=torch.float32, device=device)
     spread = torch.empty(shape, dtype=torch.float32, device=device) if entropy else None
     alpha = alpha.reshape(()) if alpha.numel() == 1 else alpha.expand(shape).contiguous()
@@ -286,7 +336,7 @@ def maskgit_grpo_loss(
         assert d_scores_mK is not None
         tensors = scores_mK, head_.bias_K, target_M, head_.index, head_.count, old, ref, advantages, alpha
         where = logp, spread, d_scores_mK, factor_m, start
-        epilogue.loss(*tensors, *where, temperature, clip_low, clip_high, beta)
+        epilogue.loss(*tensors, *where, temperature, clip_low, clip_high, beta, head_.parts_3mP)
 
     if needs:
         head_.run(visit)

@@ -2,7 +2,8 @@
 
 One program a row. x = (scores + bias)/temperature, so scores are the bare product. Three kernels over the same pieces:
 `logprob_rows` looks, `gradient_rows` turns the row into grad·(onehot − softmax) given what was seen before, `loss_rows`
-does both with the GRPO slope in between. A row of up to `RESIDENT` entries is read once and stays in registers, a
+does both with the GRPO slope in between; where the product has left parts of the statistics (`scores`), it joins those
+instead of looking. A row of up to `RESIDENT` entries is read once and stays in registers, a
 longer one is passed over twice. −inf rules an entry out.
 
 With `FOLD` the gradient's factor is multiplied in; without it (float16, whose range is too small for a factor times a
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from .grpo import objective
 from .launch import launch, power_of_two
+from .plan import RESIDENT
 from .rows import rows_here, token_of
 
-RESIDENT = 16384
-"""Longest row kept in registers: 32 numbers a thread with sixteen warps."""
+# The longest row kept in registers, RESIDENT, is 32 numbers a thread with sixteen warps.
 
 
 @triton.jit
@@ -73,6 +74,22 @@ def _survey(row_ptr, bias_ptr, entries, sharpness, BLOCK: tl.constexpr):
         e, eg = _moments(x, here)
         top, mass, spread = merge(top, mass, spread, here, e, eg)
     return top, mass, spread
+
+
+@triton.jit
+def _joined(parts_ptr, row, rows, parts, PARTS: tl.constexpr):
+    """(top, mass, spread) of a row from its parts, in one order."""
+    lane = tl.arange(0, PARTS)
+    inside = lane < parts
+    at = parts_ptr + row.to(tl.int64) * parts + lane
+    plane = tl.cast(rows, tl.int64) * parts
+    tops = tl.load(at, mask=inside, other=float("-inf"))
+    mass = tl.load(at + plane, mask=inside, other=0.0)
+    spread = tl.load(at + 2 * plane, mask=inside, other=0.0)
+    top = tl.max(tops, 0)
+    gap = tl.where(tops == float("-inf"), 0.0, tops - top)
+    e = tl.exp(gap)
+    return top, tl.sum(mass * e, 0), tl.sum((spread + mass * gap) * e, 0)
 
 
 @triton.jit
@@ -166,9 +183,12 @@ def loss_rows(
     entropy_ptr,
     d_scores_ptr,
     factor_ptr,
+    parts_ptr,
     start,
     rows,
     entries,
+    pitch,  # numbers from one row of scores to the next
+    parts,  # of one row
     tokens,  # of one rollout
     sharpness,
     low,
@@ -179,18 +199,21 @@ def loss_rows(
     FOLD: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """logp and entropy of the tokens of a chunk, and the gradient of the GRPO loss in their scores."""
     row = tl.program_id(0)
     if row < rows_here(count_ptr, start, rows):
         token = token_of(index_ptr, start, row, True)
         at = row.to(tl.int64) * entries
-        row_ptr = scores_ptr + at
+        row_ptr = scores_ptr + row.to(tl.int64) * pitch
         chosen = tl.load(target_ptr + token)
         x_chosen = _one(row_ptr, bias_ptr, chosen, entries, sharpness)
         lane = tl.arange(0, BLOCK)
         x = _logits(row_ptr, bias_ptr, lane, entries, sharpness)
-        if WHOLE:
+        if parts_ptr is not None:
+            top, mass, spread = _joined(parts_ptr, row, rows, parts, PARTS)
+        elif WHOLE:
             top = tl.max(x, 0)
             mass, spread = _moments(x, top)
         else:
@@ -290,23 +313,31 @@ def loss(
     clip_low: float,
     clip_high: float,
     beta: float,
+    parts_3mP: Tensor | None = None,
 ) -> None:
-    """As `logprob` and `gradient` together, with the slope of the GRPO loss as the gradient of each token."""
+    """As `logprob` and `gradient` together, with the slope of the GRPO loss as the gradient of each token.
+
+    parts_3mP: what `scores.fill` left of these rows. A row then need not be in registers as a whole.
+    """
     rows, entries = scores_mK.shape
     block, whole, warps = _block(entries)
+    if parts_3mP is not None:
+        block, whole, warps = power_of_two(entries, 256, 2048), False, 4
+    parts = 0 if parts_3mP is None else parts_3mP.shape[2]
     rollouts = len(advantages_R)
     tensors = (scores_mK, bias_K, target_M, index, count, old_M, ref_M, advantages_R, alpha)
-    numbers = start, rows, entries, len(target_M) // rollouts, 1.0 / temperature
+    numbers = start, rows, entries, scores_mK.stride(0), parts, len(target_M) // rollouts, 1.0 / temperature
     launch(
         loss_rows,
         (rows,),
         *tensors,
-        *(logp_M, entropy_M, d_scores_mK, factor_m),
+        *(logp_M, entropy_M, d_scores_mK, factor_m, parts_3mP),
         *numbers,
         *(1.0 - clip_low, 1.0 + clip_high, beta, -1.0 / rollouts),
         DENSE_ALPHA=alpha.numel() != 1,
         FOLD=factor_m is None,
         BLOCK=block,
         WHOLE=whole,
+        PARTS=power_of_two(parts, 1, 1 << 30),
         warps=warps,
     )

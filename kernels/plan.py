@@ -27,6 +27,12 @@ TILE_SHARE = {2: 0.60, 4: 0.30}
 multiplications for float32."""
 LOGITS_RATE = 3e12
 """Assumed bytes per second at which logits are written and read: memory, as a copy reaches it."""
+EPILOGUE_SHARE = 0.85
+"""Assumed rate of `scores.score_tiles` relative to cuBLAS: large tiles with TMA, statistics in the epilogue."""
+RESIDENT = 16384
+"""Longest row that a row kernel keeps in registers and so reads once."""
+PART = 128
+"""Columns of a row whose statistics the product leaves as one part."""
 LAUNCH_SECONDS = 4e-6
 """Assumed time between two kernels of a chunk."""
 
@@ -59,6 +65,22 @@ def costs(tokens: int, width: int, entries: int, size: int) -> dict[str, float]:
     }
 
 
+def statistics_costs(tokens: int, width: int, entries: int, size: int) -> dict[str, float]:
+    """Estimated seconds of logits, their statistics and their gradient for all tokens: where the two forms differ.
+
+        rows      2·M·K·D / rate            +  (4 + 4·passes + w)·M·K / logits rate    (2 passes beyond RESIDENT)
+        product   2·M·K·D / (share · rate)  +  (4 + 4 + w + 24/PART)·M·K / logits rate
+
+    An estimate for the page and `bench plan` alone: which form runs is measured (`measured`).
+    """
+    logits, work = float(tokens) * entries, 2.0 * tokens * entries * width / MATRIX_RATE[size]
+    passes = 1 if entries <= RESIDENT else 2
+    return {
+        "rows": work + (4 + 4 * passes + size) * logits / LOGITS_RATE,
+        "product": work / EPILOGUE_SHARE + (8 + size + 24 / PART) * logits / LOGITS_RATE,
+    }
+
+
 def _cut(tokens: int, width: int, entries: int, size: int) -> tuple[int, int]:
     """(rows, inner) of a plan: gathered rows on their way back cost as much as three numbers of the compute dtype."""
     inner = max(LEAST_ROWS, LOGITS_BYTES // (4 * entries) // 128 * 128)
@@ -84,12 +106,14 @@ def extra_bytes(
 ) -> int:
     """Upper bound of what a call holds besides its inputs and the gradients that it returns.
 
-    Logits, their gradient, gathered rows, the rows on their way back in float32, the weight's gradient in float32, the
-    bias' gradient in its slices; and per token two indices and five numbers.
+    Logits (rows may begin at multiples of 16 bytes), parts of their statistics, their gradient, gathered rows, the rows
+    on their way back in float32, the weight's gradient in float32, the bias' gradient in its slices; and per token
+    two indices and five numbers.
     """
     total = 4 * plan.inner * entries if plan.engine == "chunked" else 4 * 4 * 64 * plan.rows
     total += gathered * plan.rows * width * size + tokens * (2 * 4 + 5 * 4)
     if gradient:
+        total += plan.inner * 12 * (1 + -(-entries // PART))
         total += plan.rows * entries * size + 4 * plan.rows * width
         total += 4 * BIAS_SLICES * entries
         if size < 4:

@@ -19,7 +19,7 @@ CHECKS = sorted(path.name for path in HERE.glob("check_*.py"))
 
 
 def test_there_are_checks() -> None:
-    assert CHECKS == ["check_grpo.py", "check_head.py", "check_parts.py", "check_rotary.py"]
+    assert CHECKS == ["check_grpo.py", "check_head.py", "check_parts.py", "check_rotary.py", "check_scores.py"]
 
 
 @pytest.mark.slow

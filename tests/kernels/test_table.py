@@ -25,7 +25,15 @@ def test_every_kernel_is_noted_and_one_compiles_for_every_target(
     found = kernel_table.variants()
     assert {variant.name for variant in found} == {
         *("grpo_tokens", "compact_tokens", "gather_rows", "scatter_rows", "column_sums"),
-        *("logprob_rows", "gradient_rows", "loss_rows", "logprob_tiles", "combine_splits", "product_tiles"),
+        *(
+            "logprob_rows",
+            "gradient_rows",
+            "loss_rows",
+            "logprob_tiles",
+            "combine_splits",
+            "product_tiles",
+            "score_tiles",
+        ),
         *("norm_rotary", "norm_rotary_backward"),
     }
     assert {variant.dtype for variant in found} == {"float32", "bfloat16", "float16"}
