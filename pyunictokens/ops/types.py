@@ -22,6 +22,8 @@ class Context(Protocol):
     """Guidance scale and temperature."""
     backend: str
     eps: float
+    gradient: bool
+    """Whether the forward pass formed one."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
