@@ -131,7 +131,8 @@ def _ours(backend: str | None) -> dict[str, Build]:
 
     def rotary(i: Inputs) -> Call:
         tensors = [i.tensors[name] for name in ("q", "k", "cos", "sin", *QK[2:])]
-        return lambda: qk_norm_rotary(*tensors, plain.QK_EPS, backend=backend)
+        q, k, cos, sin, q_weight, q_bias, k_weight, k_bias = tensors
+        return lambda: qk_norm_rotary(q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, plain.QK_EPS, backend=backend)
 
     return {
         "selected_logprob": logprob,
