@@ -38,12 +38,13 @@ SETTINGS = GrpoConfig(
     trainable="full",
     objective="final_sample",
     advantage="std",
-    steps=150,
+    steps=100,
     groups=6,
     group_size=8,
     lr=2e-4,
     schedule="cosine",
     warmup=3,
+    ema_decay=0.95,
     temperature=1.0,
     beta=0.0,
     guidance_scale=0.0,
@@ -53,7 +54,7 @@ SETTINGS = GrpoConfig(
     checkpoint_every=50,
     sample_every=50,
     dsog=DsogConfig(enabled=False),
-    held_out=HeldOutConfig(every=30, images=2, by="wholly_right", patience=0),
+    held_out=HeldOutConfig(every=25, images=2, by="wholly_right", patience=0),
 )
 """What was found to learn fastest on two cores (docs/toyworld.md): the finished sample's log-probs under random masks,
 advantages with their spread divided out, no guidance, few timesteps, all weights."""
