@@ -250,7 +250,7 @@ def _(logp: Tensor, *rest: Argument) -> tuple[Tensor, Tensor, Tensor]:
 
 def _grpo_setup(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # of the outputs only the loss has a gradient; for the others zeros would be made
-    ctx.gradient = inputs[-2]
+    ctx.gradient = bool(inputs[-2])
     ctx.save_for_backward(output[2])
 
 
