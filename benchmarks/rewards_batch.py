@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import reward_costs as cost
 from benchmarks.machine import results
 from benchmarks.run_cpu import machine
 from pyunictokens.rewards import Ensemble, RewardBatch
-from pyunictokens.rewards import costs as cost
 from pyunictokens.rewards.load import load_rewards
 from pyunictokens.toy.rewards import load_toy_rewards
 from pyunictokens.utils.files import read_json, write_json

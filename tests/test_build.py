@@ -112,7 +112,7 @@ def test_what_is_missing_names_its_extra(tmp_path: Path) -> None:
         ("from pyunictokens.data.images import read_picture", "PIL", "data"),
         ("from pyunictokens.config.settings import load_yaml; load_yaml('x.yaml')", "yaml", "train"),
         ("from pyunictokens.evaluate.metrics import word_bleu; word_bleu('a b', 'a b')", "sacrebleu", "evaluate"),
-        ("from pyunictokens.rewards.costs import require; require('facenet_pytorch', 'rewards')",
+        ("from pyunictokens.rewards.networks import require; require('facenet_pytorch', 'rewards')",
          "facenet_pytorch", "rewards"),
     ]  # fmt: skip
     body = f"import os; os.chdir({str(tmp_path)!r}); open('x.yaml', 'w').close()\nimport pyunictokens as uct\n"

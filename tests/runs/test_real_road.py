@@ -77,7 +77,7 @@ def test_sizes_of_the_model_are_those_of_the_published_tensors(source: str, keys
 def test_sizes_of_the_reward_models_are_those_of_their_networks() -> None:
     """In float32, as they are published; ERNIE's vocabulary is larger than that of transformers' default."""
     transformers, facenet = pytest.importorskip("transformers"), pytest.importorskip("facenet_pytorch")
-    from pyunictokens.rewards.costs import paper_configs
+    from benchmarks.reward_costs import paper_configs
 
     configs = paper_configs()
     configs.tier.vocab_size = 40000
