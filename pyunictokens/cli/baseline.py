@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .groups import MACHINE, MODELS, Machine, Models, spread, useful_rate
-from .shell import Bars, ConfigOption, OverridesArgument, command, console, guarded
+from .shell import Bars, ConfigOption, OverridesArgument, command, console, guarded, say
 from .table_options import RateOption, TableClipOption
 
 if TYPE_CHECKING:
@@ -81,12 +81,12 @@ def train(
             job.progress, job.stop = bars, stop
             trained = run(chosen, job)
     except Stopped as stopped:  # asked for, and saved: a good end
-        console().print(f"{stopped}; go on with the same command and --resume", markup=False)
+        say(f"{stopped}; go on with the same command and --resume")
         return
     facts = ", ".join(f"{key} {value}" for key, value in trained.facts.items() if not isinstance(value, list))
-    console().print(f"{out}: {trained.title}" + (f" ({facts})" if facts else ""), markup=False)
+    say(f"{out}: {trained.title}" + (f" ({facts})" if facts else ""))
     more = command("evaluate", "table", root, "--name", data.name, "-m", f"{name}:{out}")
-    console().print(f"a row of a table: {more}", markup=False)
+    say(f"a row of a table: {more}")
 
 
 def methods() -> None:
@@ -123,7 +123,7 @@ def _show_plan(method: Method[S], settings: S, plan: Plan, machine: Machine, rat
     lines += [f"needed     {each}" for each in plan.needs]
     lines += list(plan.notes)
     for line in lines:
-        console().print(line, markup=False)
+        say(line)
 
 
 app.command("train")(guarded(train))

@@ -13,7 +13,7 @@ import typer
 
 from ..utils.errors import UserError
 from . import data_import, data_negatives, data_plusplus
-from .shell import USER_ERROR, Bars, SeedOption, command, console, guarded
+from .shell import USER_ERROR, Bars, SeedOption, command, console, guarded, plain_table, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,21 +61,18 @@ def check(
         typer.echo(json.dumps(rows, indent=1))
     elif problems:
         from rich.markup import escape
-        from rich.table import Table
 
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        table.add_column()
-        table.add_column(overflow="fold")
+        table = plain_table("", "")
+        table.show_header = False
         for problem in problems:
             colour = "red" if problem.severity == ERROR else "yellow"
             place = escape(problem.file) + (f" [dim]{escape(problem.field)}[/dim]" if problem.field else "")
             table.add_row(f"[{colour}]{problem.severity}[/{colour}]", f"{place}\n{escape(problem.message)}")
-        out = console()
-        out.print(table)
+        console().print(table)
         counts = ((errors, "error"), (len(problems) - errors, "warning"))
-        out.print(", ".join(f"{number} {what}{'' if number == 1 else 's'}" for number, what in counts))
+        say(", ".join(f"{number} {what}{'' if number == 1 else 's'}" for number, what in counts))
     else:
-        console().print(f"{root}: {len(names)} concept{'s' if len(names) != 1 else ''}, no problems", markup=False)
+        say(f"{root}: {len(names)} concept{'s' if len(names) != 1 else ''}, no problems")
     if errors:
         raise typer.Exit(USER_ERROR)
 
@@ -129,13 +126,6 @@ def new(
     if not class_word:
         raise UserError("--class is missing: say what it is in a word or two, as in --class dog")
     with Bars() as bars:
-        done = 0
-
-        def step(current: str) -> None:
-            nonlocal done
-            done += 1
-            bars("reading photos", done, max(done, len(photos)), {"note": current})
-
         made = new_concept(
             root,
             name,
@@ -147,21 +137,19 @@ def new(
             negatives=negatives,
             test_photos=test_photos,
             force=force,
-            progress=step,
+            progress=bars.each("reading photos", len(photos)),
         )
-    out = console()
     concept = made.concept
-    out.print(
+    say(
         f"{concept.name}: {len(concept.train_images)} photos to learn from, {len(concept.test_images)} to test with, "
-        f"{len(concept.extra_info)} facts; images of other things: {made.negatives}",
-        markup=False,
+        f"{len(concept.extra_info)} facts; images of other things: {made.negatives}"
     )
     for note in made.notes:
-        out.print(f"note: {note}", markup=False)
+        say(f"note: {note}")
     real = command("train", root, name, "--out", f"runs/{name}", "--model", "show-o-512")
-    out.print(f"next: {real}", markup=False)
-    out.print("with --plan it says first what that takes: download, memory, hours and cost", markup=False)
-    out.print(f"without --model {toy_on_photographs(root, name)}", markup=False)
+    say(f"next: {real}")
+    say("with --plan it says first what that takes: download, memory, hours and cost")
+    say(f"without --model {toy_on_photographs(root, name)}")
 
 
 def toy(
@@ -188,7 +176,7 @@ def toy(
         raise UserError(f"{root / 'concept' / 'train' / name}: is there already: choose another name or folder")
     write_toy_concept(root, seed=seed, kind=kind, name=name)
     following = command("train", root, name, "--out", f"runs/{name}")
-    console().print(f"{name} written to {root}; next: {following}", markup=False)
+    say(f"{name} written to {root}; next: {following}")
 
 
 def list_(root: RootArgument) -> None:
@@ -199,14 +187,11 @@ def list_(root: RootArgument) -> None:
         pyunictokens data list toydata/
     """
     from rich.markup import escape
-    from rich.table import Table
 
     from ..data.folder import list_concepts, read_concept
     from ..data.parse import ERROR
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("name", "kind", "class", "images", "test", "facts", "errors"):
-        table.add_column(title, overflow="fold")
+    table = plain_table("name", "kind", "class", "images", "test", "facts", "errors")
     for name in list_concepts(root):
         try:
             concept, problems = read_concept(root, name)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import UserError
-from .shell import Bars, command, console
+from .shell import Bars, command, say
 
 
 def import_(
@@ -43,23 +43,16 @@ def import_(
         raise UserError(f"layout {layout!r}: must be one of {', '.join(FOREIGN)}")
     suite = open_suite(f"{layout}:{folder}", name or [])
     with Bars() as bars:
-        done = 0
-
-        def step(current: str) -> None:
-            nonlocal done
-            done += 1
-            bars("reading photos", done, done, {"note": current})
-
+        step = bars.each("reading photos")
         made = import_suite(suite, root, negatives=negatives or (), force=force, progress=step)
-    out = console()
     for each in made:
         concept = each.concept
         photos = f"{len(concept.train_images)} photos to learn from, {len(concept.test_images)} to test with"
-        out.print(f"{concept.name} ({concept.kind}, {concept.class_word}): {photos}", markup=False)
+        say(f"{concept.name} ({concept.kind}, {concept.class_word}): {photos}")
     notes: dict[str, list[str]] = {}
     for each in made:
         for note in each.notes:
             notes.setdefault(note, []).append(each.concept.name)
     for note, names in notes.items():
-        out.print(f"note: {', '.join(names) if len(names) < len(made) else 'all'}: {note}", markup=False)
-    out.print(f"next: {command('train', root, suite.names[0], '--out', f'runs/{suite.names[0]}')}", markup=False)
+        say(f"note: {', '.join(names) if len(names) < len(made) else 'all'}: {note}")
+    say(f"next: {command('train', root, suite.names[0], '--out', f'runs/{suite.names[0]}')}")

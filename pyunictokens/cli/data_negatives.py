@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .shell import Bars, DeviceOption, SeedOption, console
+from .shell import Bars, DeviceOption, SeedOption, say
 
 
 def negatives(
@@ -74,27 +74,24 @@ def negatives(
         )
         found.save(out / RANKED)
         write_page(found, out / "index.html", progress=bars)
-    say = console().print
     counts = {kind: len(found.negatives(kind)) for kind in ("hard", "easy")}
     soft = sum(1 for picture in found.pictures if picture.band)
     say(
         f"{len(found.pictures)} pictures ranked: {soft} soft positives in {bands} bands, {counts['hard']} hard and "
-        f"{counts['easy']} easy negatives",
-        markup=False,
+        f"{counts['easy']} easy negatives"
     )
     empty = sum(1 for number in range(1, bands + 1) if not found.band(number))
     if empty:
-        say(f"warning: {empty} of {bands} bands are empty: give more pictures, or fewer --bands", markup=False)
+        say(f"warning: {empty} of {bands} bands are empty: give more pictures, or fewer --bands")
     if found.doubtful:
         first = found.doubtful[0]
         say(
             f"warning: {len(found.doubtful)} pictures have a cosine of {alike:g} or more to a photo of "
             f"<{concept.name}>, as {first.path} ({first.nearest:.3f}): look at them on the page, and take out what "
-            "shows it",
-            markup=False,
+            "shows it"
         )
     for file, why in found.left_out[:5]:
-        say(f"left out: {file}: {why}", markup=False)
+        say(f"left out: {file}: {why}")
     if len(found.left_out) > 5:
-        say(f"left out: {len(found.left_out) - 5} more, on the page", markup=False)
-    say(f"{out / RANKED}, {out / 'index.html'}", markup=False)
+        say(f"left out: {len(found.left_out) - 5} more, on the page")
+    say(f"{out / RANKED}, {out / 'index.html'}")

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..utils.errors import UserError
-from .shell import USER_ERROR, Bars, command, console
+from .shell import USER_ERROR, Bars, command, say
 from .table_options import key_variable
 
 RootArgument = Annotated[Path, typer.Argument(help="The data folder, the one that holds concept/train/.")]
@@ -65,17 +65,16 @@ def propose(
     endpoint = Endpoint(config)
     with Bars() as bars:
         done = ask(concepts, endpoint, sheet, settings, bars)
-    say = console().print
     for note in done.notes:
-        say(f"note: {note}", markup=False)
+        say(f"note: {note}")
     for failure in done.failures:
-        say(f"nothing usable: {failure}", markup=False)
+        say(f"nothing usable: {failure}")
     asked = endpoint.counters
     counted = f"asked {asked.answered} times, {asked.prompt_tokens} + {asked.completion_tokens} tokens"
-    say(f"{sheet}: {done.new} new rows, {done.kept} were there; {counted}", markup=False)
+    say(f"{sheet}: {done.new} new rows, {done.kept} were there; {counted}")
     if done.new or done.kept:
-        say("review it: write yes or no into `accept`, change any text, and then:", markup=False)
-        say(f"  {command('data', 'accept', root, sheet)}", markup=False)
+        say("review it: write yes or no into `accept`, change any text, and then:")
+        say(f"  {command('data', 'accept', root, sheet)}")
     if done.failures:
         raise typer.Exit(USER_ERROR)
 
@@ -102,7 +101,7 @@ def accept(
     for name in names or []:
         if name not in known:
             raise UserError(f"{sheet}: has no rows of {name!r}; it has {', '.join(known) or 'none at all'}")
-    say, total, undecided = console().print, 0, 0
+    total, undecided = 0, 0
     problems: list[str] = []
     for name in names or known:
         try:
@@ -113,12 +112,12 @@ def accept(
         total, undecided = total + sum(done.written.values()), undecided + done.open
         written = ", ".join(f"{count} {kind}" for kind, count in done.written.items()) or "nothing new"
         more = f", {done.there} were there" if done.there else ""
-        say(f"{name}: {written} written{more}; {done.open} rows are not reviewed", markup=False)
+        say(f"{name}: {written} written{more}; {done.open} rows are not reviewed")
         for note in done.notes:
-            say(f"note: {name}: {note}", markup=False)
+            say(f"note: {name}: {note}")
     if problems:
         raise UserError("\n".join(problems))
     if not total and undecided:
-        say("nothing was accepted: write yes into the column `accept` of rows that are right", markup=False)
+        say("nothing was accepted: write yes into the column `accept` of rows that are right")
     elif total:
-        say(f"next: {command('data', 'check', root)}", markup=False)
+        say(f"next: {command('data', 'check', root)}")

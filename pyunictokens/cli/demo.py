@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .shell import Bars, DeviceOption, DtypeOption, OverridesArgument, SeedOption, console
+from .shell import Bars, DeviceOption, DtypeOption, OverridesArgument, SeedOption, console, plain_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,31 +52,23 @@ def demo(
     if prompts:
         with Bars() as bars:
             found = run_prompt_demo(out, seed=seed, words=overrides or [], device=device, dtype=dtype, progress=bars)
-        console().print(found.sentence, markup=False)
+        say(found.sentence)
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
-        console().print(
-            f"{minutes} min {seconds} s; the curve: {found.curve}, pictures: {found.pictures}", markup=False
-        )
+        say(f"{minutes} min {seconds} s; the curve: {found.curve}, pictures: {found.pictures}")
         return
     with Bars() as bars:
         outcome = run_demo(out, kind=kind, seed=seed, words=overrides or [], device=device, dtype=dtype, progress=bars)
     show_results(outcome.results)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    console().print(f"{minutes} min {seconds} s; the report: {outcome.report}", markup=False)
+    say(f"{minutes} min {seconds} s; the report: {outcome.report}")
 
 
 def show_results(results: Mapping[str, EvalResult]) -> None:
     """The table of headline measures, one column an evaluation."""
-    from rich.table import Table
-
     from ..runs.demo import headline_rows
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
-    if len(results) > 1:
-        table.add_column("change [95 %]")
+    titles = ["", *results, *(["change [95 %]"] if len(results) > 1 else [])]
+    table = plain_table(*titles, right=results)
     for row in headline_rows(results):
-        table.add_row(*row[: len(results) + (2 if len(results) > 1 else 1)])
+        table.add_row(*row[: len(titles)])
     console().print(table)

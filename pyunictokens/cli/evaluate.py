@@ -17,15 +17,7 @@ from . import evaluate_paper, evaluate_table
 from .demo import show_results
 from .generate import ConceptOption, NameOption, RunArgument
 from .groups import MACHINE, MODELS, Machine, Models, spread
-from .shell import (
-    Bars,
-    ClipOption,
-    ConfigOption,
-    OverridesArgument,
-    TrustOption,
-    console,
-    guarded,
-)
+from .shell import Bars, ClipOption, ConfigOption, OverridesArgument, TrustOption, guarded, say
 from .table_options import ProtocolOption
 
 DEFAULT = "run"
@@ -127,10 +119,10 @@ def evaluate(
             raise UserError(f"--against {against}: no such file")
         results = {against.stem: EvalResult.load(against), **results}
     show_results(results)
-    console().print(f"protocol {settings.protocol}", markup=False)
+    say(f"protocol {settings.protocol}")
     for note in result.notes:
-        console().print(f"note: {note}", markup=False)
-    console().print(str(out), markup=False)
+        say(f"note: {note}")
+    say(str(out))
 
 
 app = typer.Typer(

@@ -14,7 +14,7 @@ import typer
 from ..utils.errors import UserError
 from .evaluate_table import show
 from .groups import MACHINE, MODELS, SCORING, Machine, Models, Scoring, spread, useful_rate
-from .shell import Bars, ConfigOption, OverridesArgument, console
+from .shell import Bars, ConfigOption, OverridesArgument, as_words, console, say
 from .table_options import MODELS_HELP, RateOption
 from .train import Preset
 
@@ -143,10 +143,8 @@ def paper(
     _show_plan(todo, rate, machine)
     if plan:
         return
-    options = {"--model": models.model, "--vq": models.vq, "--tokenizer": models.tokenizer, "--vision": models.vision}
-    options |= {"--rewards": rewards, "--preset": base, "--config": str(config.absolute()) if config else None}
-    options |= {"--device": machine.device, "--dtype": machine.dtype}
-    arguments = [text for key, value in options.items() if value is not None for text in (key, str(value))]
+    options = {**models.given, "--rewards": rewards, "--preset": base, "--config": config and config.absolute()}
+    arguments = as_words({**options, "--device": machine.device, "--dtype": machine.dtype})
     with Bars() as bars, stop_on_signals(bars.say) as stop:
         try:
             failed = work_here.train(arguments, workers, _gpus(machine.device), bars, stop, bars.say)
@@ -156,11 +154,11 @@ def paper(
             made = work_here.fill(each, bars)
             if made is None:
                 continue
-            console().print(f"{work.TABLES[each].title}: {out / each / 'table.md'}", markup=False)
+            say(f"{work.TABLES[each].title}: {out / each / 'table.md'}")
             show(made[0])
             for line in failures_told(made[0].failures, 5):
-                console().print(f"not judged: {line}", markup=False)
-            console().print(f"beside the paper: {out / each / 'paper.html'}", markup=False)
+                say(f"not judged: {line}")
+            say(f"beside the paper: {out / each / 'paper.html'}")
     if failed:
         raise UserError(
             f"{len(failed)} trainings are not done ({'; '.join(failed[:5])}): see {out}/runs/VARIANT/.jobs/NAME.log; "
@@ -222,13 +220,12 @@ def _show_plan(todo: Plan, rate: float | None, machine: Machine) -> None:
     useful, where = useful_rate(rate, machine)
     stages, grpo, measuring, rivals = todo.hours(useful)
     calls = sum(cell.judge_calls for cell in todo.cells)
-    console().print(
+    say(
         f"about {stages:.3g} hours of stages, {grpo:.3g} of reinforcement and {measuring:.3g} of measuring, "
         f"{rivals:.3g} of rivals {where}, and {calls} calls of the judge; "
-        "previews' scores and the judge's own time are not in the hours",
-        markup=False,
+        "previews' scores and the judge's own time are not in the hours"
     )
     for line in todo.left_out:
-        console().print(f"left out: {line}", markup=False)
+        say(f"left out: {line}")
     for line in todo.missing:
-        console().print(f"to fetch first: {line}", markup=False)
+        say(f"to fetch first: {line}")

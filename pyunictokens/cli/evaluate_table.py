@@ -13,7 +13,17 @@ import typer
 from ..utils.errors import UserError
 from .generate import ConceptOption
 from .groups import MACHINE, SCORING, Machine, Scoring, spread
-from .shell import Bars, ConfigOption, OverridesArgument, TokenizerOption, VisionOption, VqOption, console
+from .shell import (
+    Bars,
+    ConfigOption,
+    OverridesArgument,
+    TokenizerOption,
+    VisionOption,
+    VqOption,
+    console,
+    plain_table,
+    say,
+)
 from .table_options import MODELS_HELP
 
 if TYPE_CHECKING:
@@ -115,13 +125,13 @@ def table(
     made.save(out)
     index = write_gallery(made, out / "pages", {subject.name: subject for subject in subjects}) if pages else None
     show(made)
-    console().print(f"protocol {reading.name}: {reading.about}", markup=False)
+    say(f"protocol {reading.name}: {reading.about}")
     for line in told(made.failures):
-        console().print(f"not judged: {line}", markup=False)
+        say(f"not judged: {line}")
     for note in dict.fromkeys(made.notes):
-        console().print(f"note: {note}", markup=False)
+        say(f"note: {note}")
     where = f"{out / 'table.md'}" + (f", {index}" if index else "")
-    console().print(f"{filled.made} of {len(made.records)} records were new; {where}", markup=False)
+    say(f"{filled.made} of {len(made.records)} records were new; {where}")
 
 
 def compare(
@@ -167,7 +177,7 @@ def compare(
     other = model_b or (one if one in b.models else b.models[0])
     records_a, records_b = a.of(one), b.of(other)
     changes = tables.compare(records_a, records_b)
-    console().print(f"{one} → {other}, on the items both have", markup=False)
+    say(f"{one} → {other}, on the items both have")
     means = [
         {key: metric.mean for key in changes if (metric := tables.metric_of(records, key)) is not None}
         for records in (records_a, records_b)
@@ -190,14 +200,11 @@ def _measured(place: Path) -> Path:
 def show(table: Table) -> None:
     """The paper's columns as rows, one column a model: a terminal is higher than wide."""
     from rich.markup import escape
-    from rich.table import Table as Grid
 
     from ..evaluate.tables import metric_of
 
-    grid = Grid(box=None, padding=(0, 2, 0, 0))
-    grid.add_column("")
-    for model in table.models:
-        grid.add_column(escape(model), justify="right")
+    models = [escape(model) for model in table.models]
+    grid = plain_table("", *models, right=models)
     for column in table.columns:
         metrics = [metric_of(table.of(model), column.key) for model in table.models]
         shown = ["–" if metric is None else f"{metric.mean:.3f}" for metric in metrics]
@@ -206,11 +213,8 @@ def show(table: Table) -> None:
 
 
 def _differences(changes: dict[str, Metric], first: dict[str, float], second: dict[str, float]) -> None:
-    from rich.table import Table as Grid
-
-    grid = Grid(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "A", "B", "B − A [95 %]", "items"):
-        grid.add_column(title, justify="left" if not title else "right")
+    titles = ("A", "B", "B − A [95 %]", "items")
+    grid = plain_table("", *titles, right=titles)
     for key, change in changes.items():
         span = f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
         grid.add_row(key, f"{first[key]:.3f}", f"{second[key]:.3f}", span, str(change.n))

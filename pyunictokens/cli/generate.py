@@ -22,7 +22,7 @@ from .shell import (
     OverridesArgument,
     ProfileOption,
     SeedOption,
-    console,
+    say,
     show_phases,
 )
 
@@ -202,7 +202,6 @@ def generate(
     grid = _grid(size, bench)
     known = None if image is None or mask is None else known_codes(image, mask, grid, bench)
     engine = RolloutEngine.of(bench, settings.schedule)
-    out_console = console()
     answer = ""
     with Bars() as bars, Recorder(bench.device) as recorder, trace(profile):
         if use_reason:
@@ -228,10 +227,10 @@ def generate(
     assert rollout.pixels is not None
     files = save_images(rollout.pixels, out, rows)
     if answer:
-        out_console.print(f"answer: {answer}", markup=False)
-    out_console.print(f"{out} ({', '.join(file.name for file in files)})", markup=False)
+        say(f"answer: {answer}")
+    say(f"{out} ({', '.join(file.name for file in files)})")
     if len(rows) < number:
-        out_console.print(f"stopped: {len(rows)} of {number} images were finished and are saved", markup=False)
+        say(f"stopped: {len(rows)} of {number} images were finished and are saved")
         raise typer.Exit(INTERRUPTED)
     if profile is not None:
         show_phases(recorder.report(bench.model.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -99,14 +99,13 @@ class Machine:
 
 MODELS, SCORING, MACHINE = Models(), Scoring(), Machine()
 """The groups as they are where nothing is given: the defaults of parameters."""
-GROUPS: tuple[type, ...] = (Models, Scoring, Machine)
 
 
 def spread(command: Callable[..., R]) -> Callable[..., R]:
     """`command` with the fields of its parameters of a group in their place, as options of the command line."""
     hints = get_type_hints(command, include_extras=True)
     signature = inspect.signature(command)
-    groups = {name: kind for name, kind in hints.items() if kind in GROUPS}
+    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
     own: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         if name not in groups:

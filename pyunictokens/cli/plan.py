@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .shell import console
+from .shell import console, plain_table, say
 
 if TYPE_CHECKING:
     from ..data.concept import Concept
@@ -35,34 +35,29 @@ def show_plan(
     useful = None if rate is None else rate * 1e12
     parts = {"stages": stages, "grpo": grpo, "evaluate": evaluate}
     plan = plan_run(sources, concept, settings, rewards, **parts, rate=useful, toy=toy)
-    out = console()
     if isinstance(rewards, str):
-        out.print(f"reward models: {rewards}, not looked at", markup=False)
+        say(f"reward models: {rewards}, not looked at")
     _show_parts(plan)
     for line in [*_memory(plan), *_fits(plan), *_hours(plan, price)]:
-        out.print(line, markup=False)
-    out.print("nothing was fetched or started: the same command without --plan does it", markup=False)
+        say(line)
+    say("nothing was fetched or started: the same command without --plan does it")
 
 
 def _show_parts(plan: RunPlan) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    out = console()
     if not plan.parts:
-        out.print("download: nothing; the toy's files come with the package", markup=False)
+        say("download: nothing; the toy's files come with the package")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("part", "network", "GB", "licence", "where"):
-        table.add_column(title, justify="right" if title == "GB" else "left", overflow="fold")
+    table = plain_table("part", "network", "GB", "licence", "where", right=("GB",))
     for part in plan.parts:
         where = f"here: {part.found}" if part.ok else f"to fetch: {part.source}"
         size = "?" if part.gigabytes is None else f"{part.gigabytes:.3g}"
         table.add_row(part.name, *map(escape, (part.network, size, part.licence, where)))
-    out.print(table)
+    console().print(table)
     unknown = [part.name for part in plan.parts if not part.ok and part.gigabytes is None]
     more = f", and {', '.join(unknown)} of unknown size" if unknown else ""
-    out.print(f"download: {plan.download:.3g} GB{more}", markup=False)
+    say(f"download: {plan.download:.3g} GB{more}")
 
 
 def _memory(plan: RunPlan) -> list[str]:

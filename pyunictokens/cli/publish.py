@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .shell import console
+from .shell import say
 
 
 def publish(
@@ -36,4 +36,4 @@ def publish(
 
     pipe = Pipeline.from_pretrained(run, device="cpu", name=name)
     place = pipe.push_to_hub(to, base_model=base, with_facts=with_facts, private=not public)
-    console().print(place, markup=False, soft_wrap=True)
+    say(place)

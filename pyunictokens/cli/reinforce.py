@@ -20,8 +20,8 @@ from .shell import (
     TokenizerOption,
     TrustOption,
     VqOption,
-    console,
     quiet,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def reinforce(
             bundle = bundle.as_text()
         if devices is not None:
             sizes = Sizes.of(bundle.model, settings, bundle.model.dtype)
-            console().print("\n".join(plan_lines(sizes, devices)), markup=False, highlight=False, soft_wrap=True)
+            say("\n".join(plan_lines(sizes, devices)))
             return
         if concept is not None:
             owning_rows(bundle.model).attach(ConceptTokens.load(concept).to(bundle.device))
@@ -168,7 +168,7 @@ def reinforce(
         judges: object = [named(word, ranks.device, "--reward", looks) for word in reward or ()]
         for judge in judges if isinstance(judges, list) and ranks.first else ():
             if isinstance(judge, Preference):
-                console().print(str(judge), markup=False)
+                say(str(judge))
         if not reward:
             own = values["rewards"]
             chosen = RewardConfig.from_mapping(cast("Mapping[str, object]", settled(own)), f"{config}: rewards")
@@ -193,19 +193,17 @@ def reinforce(
                 )
         except Stopped as stopped:  # asked for, and saved: a good end
             if ranks.first:
-                console().print(f"{stopped}; go on with the same command and --resume", markup=False)
+                say(f"{stopped}; go on with the same command and --resume")
             return
     if ranks.first:
         ended = f"{result.steps} steps, mean reward of the last {result.last['reward_mean']:.3f}" if result.last else ""
-        console().print(f"{result.folder}: {ended}", markup=False)
+        say(f"{result.folder}: {ended}")
         if result.best is not None:
             by = settings.held_out.by
             first, last, best = (each.mean(by) for each in (result.held_out[0], result.held_out[-1], result.best))
-            console().print(
+            say(
                 f"held-out prompts, {by}: {first:.3f} before, {last:.3f} at the end, best {best:.3f} after "
-                f"{result.best.step} steps ({result.folder / 'best'})",
-                markup=False,
-                soft_wrap=True,
+                f"{result.best.step} steps ({result.folder / 'best'})"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .shell import DeviceOption, console, guarded
+from .shell import DeviceOption, guarded, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,9 +60,8 @@ def serve(
     assert found is not None
     server = RewardServer(found.ensemble, key, host=host, port=port, device=place)
     names = ", ".join(server.names) or "reward models"
-    say = console()
-    with stop_on_signals(lambda text: say.print("ending when all who have asked are answered")) as stop:
-        say.print(f"{server.address}: {names} on {place}; Ctrl-C ends", markup=False)
+    with stop_on_signals(lambda text: say("ending when all who have asked are answered")) as stop:
+        say(f"{server.address}: {names} on {place}; Ctrl-C ends")
         server.serve(stop)
 
 

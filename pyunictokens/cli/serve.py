@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .groups import MACHINE, MODELS, Machine, Models, spread
-from .shell import RunsArgument, console
+from .shell import RunsArgument, say
 
 
 @spread
@@ -83,8 +83,7 @@ def serve(
     requests.setLevel(logging.INFO)
     requests.propagate = False
     names = [listed.name for listed in server.catalog.list()]
-    say = console()
-    with stop_on_signals(lambda text: say.print("ending when what runs is done; once more ends at once")) as stop:
+    with stop_on_signals(lambda text: say("ending when what runs is done; once more ends at once")) as stop:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        say.print(f"{server.address}/v1: {', '.join(names[:10])}{more}; Ctrl-C ends", markup=False)
+        say(f"{server.address}/v1: {', '.join(names[:10])}{more}; Ctrl-C ends")
         server.serve(stop)

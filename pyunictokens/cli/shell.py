@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
@@ -29,6 +29,7 @@ from ..utils.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
+    from rich.table import Table
     from rich.text import Text
 
     from ..utils.profiling import PhaseReport
@@ -102,6 +103,26 @@ OverridesArgument = Annotated[
 def console(stderr: bool = False) -> Console:
     """A rich console on stdout or stderr. Control characters in what is printed are shown, not obeyed."""
     return _console_class()(stderr=stderr, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line on stdout as it stands: brackets in it are no markup."""
+    console().print(text, markup=False)
+
+
+def plain_table(*titles: str, right: Collection[str] = ()) -> Table:
+    """A table without lines. Its columns are headed `titles`; those in `right` stand on the right, all fold."""
+    from rich.table import Table
+
+    made = Table(box=None, padding=(0, 2, 0, 0))
+    for title in titles:
+        made.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    return made
+
+
+def as_words(options: Mapping[str, object]) -> list[str]:
+    """The command-line words of options by name; those that are None are left out."""
+    return [word for name, value in options.items() if value is not None for word in (name, str(value))]
 
 
 @functools.cache
@@ -363,6 +384,17 @@ class Bars:
     def say(self, text: str) -> None:
         """A line of text above the bars."""
         self._progress.console.print(text, markup=False, soft_wrap=True)
+
+    def each(self, name: str, least: int = 0) -> Callable[[str], None]:
+        """A function to call with each thing that is done, which moves the bar `name` of at least `least` things."""
+        done = 0
+
+        def step(current: str) -> None:
+            nonlocal done
+            done += 1
+            self(name, done, max(done, least), {"note": current})
+
+        return step
 
     def counter(self, name: str) -> Callable[[int, int], None]:
         """A function of (done, total) that moves the bar `name`."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .groups import MACHINE, MODELS, Machine, Models, spread
-from .shell import RunsArgument, console
+from .shell import RunsArgument, as_words, say
 
 
 @spread
@@ -60,8 +60,7 @@ def studio(
     if folder is None and not runs:
         folder = Path("runs")
         folder.mkdir(exist_ok=True)
-    given = {**models.given, "--device": machine.device}
-    options = [word for key, value in given.items() if value is not None for word in (key, str(value))]
+    options = as_words({**models.given, "--device": machine.device})
     training = Training(folder or Path("runs"), data, options)
     serving = ServingEngine()
     catalog = Catalog(
@@ -72,7 +71,6 @@ def studio(
         dtype=machine.dtype,
         in_use=serving.concepts_in_use,
     )
-    say = console()
-    with stop_on_signals(lambda text: say.print("ending")) as stop:
-        shown = lambda address: say.print(f"{address} shows {len(catalog.list())} models; Ctrl-C ends", markup=False)  # noqa: E731
+    with stop_on_signals(lambda text: say("ending")) as stop:
+        shown = lambda address: say(f"{address} shows {len(catalog.list())} models; Ctrl-C ends")  # noqa: E731
         serve_studio(Studio(catalog, serving, choices), Concepts(data), training, host, port, shown, stop)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import UserError
 from ..utils.signals import stop_on_signals
-from .shell import Bars, console
+from .shell import Bars, console, plain_table, say
 
 if TYPE_CHECKING:
     from ..runs.sweep import Job
@@ -62,7 +62,7 @@ def train_sweep(
     rows = collect(out, everyone)
     page = write_results(out, rows)
     _show(rows)
-    console().print(f"{page}; the numbers: {out / 'results.csv'}, {out / 'results.json'}", markup=False)
+    say(f"{page}; the numbers: {out / 'results.csv'}, {out / 'results.json'}")
     failed = [row.status.name for row in rows if row.status.state == "failed" and row.status.name in names]
     if failed:
         raise UserError(
@@ -89,16 +89,13 @@ def _gpus(device: str) -> int:
 def _show(rows: list[Row]) -> None:
     from collections import Counter
 
-    from rich.table import Table
-
     from ..runs.sweep_results import summary
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "before", "after", "change [95 %]"):
-        table.add_column(title, justify="right" if title else "left")
+    numbers = ("before", "after", "change [95 %]")
+    table = plain_table("", *numbers, right=numbers)
     for _, title, before, after, change in summary(rows):
         span = f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
         table.add_row(title, f"{before.mean:.3f}", f"{after.mean:.3f}", span)
     counts = Counter(row.status.state for row in rows)
-    console().print(", ".join(f"{number} {state}" for state, number in sorted(counts.items())))
+    say(", ".join(f"{number} {state}" for state, number in sorted(counts.items())))
     console().print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,9 +24,10 @@ from .shell import (
     OverridesArgument,
     ProfileOption,
     TrustOption,
+    as_words,
     command,
-    console,
     quiet,
+    say,
     show_phases,
 )
 
@@ -52,22 +54,20 @@ class Preset(str, Enum):
     quality = "quality"
 
 
-@spread
-def train(
-    root: Annotated[Path | None, typer.Argument(help="The data folder; default: the one in --config.")] = None,
-    name: Annotated[str | None, typer.Argument(help="The concept; default: the one in --config.")] = None,
-    overrides: OverridesArgument = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder. Default: runs/NAME.")] = None,
+@dataclass(frozen=True)
+class RunOptions:
+    """What one run is told, by the options of the same names."""
+
     stages: Annotated[
         Stages | None,
         typer.Option(
             "--stages", help="staged: one stage after another; joint: one for both tasks; none: start from --start."
         ),
-    ] = None,
+    ] = None
     grpo: Annotated[
         bool | None,
         typer.Option("--grpo/--no-grpo", help="Whether to reinforce after the stages. Default: what --config says."),
-    ] = None,
+    ] = None
     start: Annotated[
         str | None,
         typer.Option(
@@ -77,15 +77,15 @@ def train(
             "own, the long form alone.",
             metavar="RUN",
         ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False,
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")] = False
     evaluate: Annotated[
         bool | None,
         typer.Option(
             "--evaluate/--no-evaluate",
             help="Whether to measure before and after, and to report. Default: what --config says.",
         ),
-    ] = None,
+    ] = None
     rewards: Annotated[
         str | None,
         typer.Option(
@@ -94,19 +94,18 @@ def train(
             help="Reward models (docs/rewards.md), http://HOST:PORT of served ones, or MODULE:FUNCTION that takes a "
             "device and returns them. Default: the toy's, or paper, the four of the paper.",
         ),
-    ] = None,
-    trust: TrustOption = False,
-    clip: ClipOption = None,
+    ] = None
+    trust: TrustOption = False
+    clip: ClipOption = None
     preset: Annotated[
         Preset | None,
         typer.Option(
             "--preset",
             help="Settings to start from (docs/training.md). Default: toy for the embedded model, else paper.",
         ),
-    ] = None,
-    models: Models = MODELS,
-    config: ConfigOption = None,
-    device: DeviceOption = "auto",
+    ] = None
+    config: ConfigOption = None
+    device: DeviceOption = "auto"
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -114,8 +113,22 @@ def train(
             help="auto, float32 or bfloat16 (gradients do not fit float16). Default: what grpo.dtype says, "
             "which is auto: bfloat16 on a GPU (the toy keeps float32), else float32.",
         ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None,
+    ] = None
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same result. Default: 0.")] = None
+    profile: ProfileOption = None
+
+
+RUN_OPTIONS = RunOptions()
+
+
+@spread
+def train(
+    root: Annotated[Path | None, typer.Argument(help="The data folder; default: the one in --config.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The concept; default: the one in --config.")] = None,
+    overrides: OverridesArgument = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder. Default: runs/NAME.")] = None,
+    options: RunOptions = RUN_OPTIONS,
+    models: Models = MODELS,
     concepts: Annotated[
         str | None,
         typer.Option(
@@ -131,7 +144,6 @@ def train(
         str | None,
         typer.Option("--ray", metavar="ADDRESS", help="Jobs on a Ray cluster: auto, local, ray://HOST:PORT."),
     ] = None,
-    profile: ProfileOption = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would be fetched, with memory, hours and cost; do nothing.")
     ] = False,
@@ -172,80 +184,56 @@ def train(
     """
     from ..train.distributed.ranks import Ranks
 
-    words = list(overrides or [])
-    root, name, words = _separate(root, name, words)
-    if plan and concepts is not None:
+    root, name, words = _separate(root, name, list(overrides or []))
+    if concepts is None:
+        if shard is not None or ray is not None:
+            raise UserError("--shard and --ray are for many concepts: give --concepts as well")
+        with Ranks.open(options.device) as ranks:
+            if not ranks.first:
+                quiet()
+            return _train_one(ranks, root, name, words, out, options, models.sources, (price, rate) if plan else None)
+    if plan:
         raise UserError("--plan is of one concept: name it in place of --concepts (`evaluate paper --plan` plans many)")
-    if concepts is not None:
-        if name is not None or start is not None or resume:
-            raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError("--concepts starts its own processes: run it without torchrun (--workers, --ray)")
-        from ..config.settings import load_yaml
-        from ..runs.run_dir import PARTS, Origin
-        from .sweep import train_sweep
+    if name is not None or options.start is not None or options.resume:
+        raise UserError("--concepts goes without NAME, --start and --resume: what is done is never done again")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--concepts starts its own processes: run it without torchrun (--workers, --ray)")
+    from ..config.settings import load_yaml
+    from ..runs.run_dir import PARTS, Origin
+    from .sweep import train_sweep
 
-        given = {
-            "--stages": stages and stages.value,
-            "--rewards": rewards,
-            "--clip": clip,
-            "--preset": preset and preset.value,
-            **models.given,
-            "--config": config and str(config.absolute()),
-            "--device": device,
-            "--dtype": dtype,
-            "--seed": seed,
-        }
-        arguments = [text for key, value in given.items() if value is not None for text in (key, str(value))]
-        arguments += ["--trust"] if trust else []
-        wanted = Origin.of(load_yaml(config) if config is not None else {}, str(config)).parts or PARTS
-        grpo, evaluate = (
-            ("grpo" in wanted if grpo is None else grpo),
-            ("evaluation" in wanted if evaluate is None else evaluate),
-        )
-        arguments += [] if grpo else ["--no-grpo"]
-        arguments += [] if evaluate else ["--no-evaluate"]
-        return train_sweep(
-            root,
-            concepts,
-            out,
-            arguments,
-            words,
-            workers=workers,
-            retries=retries,
-            shard=shard,
-            ray=ray,
-            grpo=grpo,
-            evaluate=evaluate,
-            device=device,
-        )
-    if shard is not None or ray is not None:
-        raise UserError("--shard and --ray are for many concepts: give --concepts as well")
-    with Ranks.open(device) as ranks:
-        if not ranks.first:
-            quiet()
-        _train_one(
-            ranks,
-            root,
-            name,
-            words,
-            out,
-            stages,
-            grpo,
-            start,
-            resume,
-            evaluate,
-            rewards,
-            trust,
-            clip,
-            preset,
-            models.sources,
-            config,
-            dtype,
-            seed,
-            profile,
-            (price, rate) if plan else None,
-        )
+    config, stages, preset = options.config, options.stages, options.preset
+    wanted = Origin.of(load_yaml(config) if config is not None else {}, str(config)).parts or PARTS
+    parts = {
+        "grpo": "grpo" in wanted if options.grpo is None else options.grpo,
+        "evaluate": "evaluation" in wanted if options.evaluate is None else options.evaluate,
+    }
+    given = {
+        "--stages": stages and stages.value,
+        "--rewards": options.rewards,
+        "--clip": options.clip,
+        "--preset": preset and preset.value,
+        **models.given,
+        "--config": config and config.absolute(),
+        "--device": options.device,
+        "--dtype": options.dtype,
+        "--seed": options.seed,
+    }
+    arguments = as_words(given) + (["--trust"] if options.trust else [])
+    arguments += [f"--no-{part}" for part, is_wanted in parts.items() if not is_wanted]
+    train_sweep(
+        root,
+        concepts,
+        out,
+        arguments,
+        words,
+        workers=workers,
+        retries=retries,
+        shard=shard,
+        ray=ray,
+        device=options.device,
+        **parts,
+    )
 
 
 def _train_one(
@@ -254,25 +242,11 @@ def _train_one(
     name: str | None,
     words: list[str],
     out: Path | None,
-    stages: Stages | None,
-    grpo: bool | None,
-    start: str | None,
-    resume: bool,
-    evaluate: bool | None,
-    rewards: str | None,
-    trust: bool,
-    clip: str | None,
-    preset: Preset | None,
+    options: RunOptions,
     sources: Sources,
-    config: Path | None,
-    dtype: str | None,
-    seed: int | None,
-    profile: Path | None,
     plan: tuple[float | None, float | None] | None,
 ) -> None:
     """One concept, by this process among its ranks."""
-    from dataclasses import replace
-
     from ..config.settings import load_yaml, with_overrides
     from ..data.folder import load_concept
     from ..data.photographs import of_photographs, toy_on_photographs
@@ -295,6 +269,7 @@ def _train_one(
     from ..utils.profiling import PhaseReport, trace
     from ..utils.signals import Stopped, stop_on_signals
 
+    config, start, resume, rewards = options.config, options.start, options.resume, options.rewards
     if resume and config is None and out is not None and (out / CONFIG).is_file():
         config = out / CONFIG  # what the run was started with
     values = load_yaml(config) if config is not None else {}
@@ -307,11 +282,11 @@ def _train_one(
         raise UserError("which concept? Give ROOT and NAME, or a --config that holds root and name")
     concept = load_concept(root, name)
     sources = Sources.choose(sources, origin)
-    base = preset.value if preset else origin.preset or ("toy" if sources.is_toy else "paper")
-    settings = RunConfig.make(base, values, str(config), words, seed)
-    if stages is Stages.joint:
+    base = options.preset.value if options.preset else origin.preset or ("toy" if sources.is_toy else "paper")
+    settings = RunConfig.make(base, values, str(config), words, options.seed)
+    if options.stages is Stages.joint:
         settings = replace(settings, stages=replace(settings.stages, stages=("joint",)))
-    kept = dtype or settings.grpo.dtype
+    kept = options.dtype or settings.grpo.dtype
     if plan is not None and kept == "auto" and not sources.is_toy:
         kept = "bfloat16"  # a plan made on a laptop is of the GPU that will run it
     kept = resolved_dtype(sources, ranks.device, kept)
@@ -326,23 +301,23 @@ def _train_one(
     before = Run.find(start) if start is not None else None
     begin = before.concept_tokens(concept.name) if before is not None else None
     wanted = origin.parts or PARTS
-    learn = "stages" in wanted if stages is None else stages is not Stages.none
+    learn = "stages" in wanted if options.stages is None else options.stages is not Stages.none
     section = values.get("grpo")
     if not resume or config is None or (isinstance(section, Mapping) and "question_form" in section):
         settings = settings.asked_as(before is not None and before.published, learn)  # else: of an earlier version
-    grpo = "grpo" in wanted if grpo is None else grpo
-    evaluate = "evaluation" in wanted if evaluate is None else evaluate
-    check_objective(settings.grpo.objective, words, out, trust=trust)
+    grpo = "grpo" in wanted if options.grpo is None else options.grpo
+    evaluate = "evaluation" in wanted if options.evaluate is None else options.evaluate
+    check_objective(settings.grpo.objective, words, out, trust=options.trust)
     if grpo and rewards is None and origin.rewards is None and not sources.is_toy:
         rewards = PAPER_REWARDS
-    chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=trust, kind=concept.kind)
+    chosen, trusted = choose_rewards(rewards, origin.rewards, out, trust=options.trust, kind=concept.kind)
     if sources.is_toy and of_photographs(concept):
         warnings.warn(toy_on_photographs(root, name), stacklevel=1)
     if plan is not None:
         price, rate = plan
         given = {"stages": learn, "grpo": grpo, "evaluate": evaluate}
         return show_plan(concept, settings, sources, chosen, str(ranks.device), price=price, rate=rate, **given)
-    clip = clip or origin.clip
+    clip = options.clip or origin.clip
     scorers = with_clip(load_scorers(sources, ranks.device, chosen, trust=trusted), clip, ranks.device)
     parts = Parts(begin, learn, grpo, evaluate, resume=resume, start_from=start)
     if ranks.first:
@@ -352,7 +327,7 @@ def _train_one(
         with (
             Bars(quiet=not ranks.first) as bars,
             stop_on_signals(bars.say, patient=ranks.world > 1) as stop,
-            trace(profile if ranks.first else None),
+            trace(options.profile if ranks.first else None),
         ):
             context = RunContext(bundle, concept, settings, out, scorers, chosen, clip, ranks, bars, stop)
             outcome = run_concept(context, parts)
@@ -360,7 +335,7 @@ def _train_one(
         if not ranks.first:
             return
         said = f"{stopped}; go on with: {command('train', '--out', out, '--resume')}"
-        console().print(said, markup=False)
+        say(said)
         return
     if not ranks.first:
         return
@@ -368,7 +343,7 @@ def _train_one(
         show_results(outcome.results)
     if grpo and (out / PHASES).is_file():
         show_phases(PhaseReport.load(out / PHASES))
-    console().print(f"{out}" + (f"; the report: {outcome.report}" if outcome.report else ""), markup=False)
+    say(f"{out}" + (f"; the report: {outcome.report}" if outcome.report else ""))
 
 
 def _separate(root: Path | None, name: str | None, words: list[str]) -> tuple[Path | None, str | None, list[str]]:
