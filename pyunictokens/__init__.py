@@ -6,25 +6,15 @@ is first asked for, so that ``import pyunictokens`` needs torch alone. It does n
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from .utils.lazy import lazy
 
 __version__ = "0.1.0"
 
 MASK = -1
 """The value of an image code that is not known yet, in every tensor of codes of this library."""
 
-_PARTS = ("data", "evaluate", "models", "ops", "rewards", "rollout", "train")
-_NAMES = {
-    "ConceptTokens": "models.concept_tokens",
-    "DsogThreshold": "rollout.dsog",
-    "MagvitV2": "models.magvit",
-    "RolloutEngine": "rollout.engine",
-    "Showo": "models.showo.model",
-    "TextTokenizer": "models.tokenizer",
-    "pipeline": "runs.pipe",
-    "prompting": "models",
-}
 
 if TYPE_CHECKING:
     from . import data, evaluate, models, ops, rewards, rollout, train
@@ -57,17 +47,17 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name in _PARTS:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name == "prompting":
-        return importlib.import_module(f"{__name__}.models.showo.prompting")
-    if name in _NAMES:
-        found: object = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-        return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "models.concept_tokens": ("ConceptTokens",),
+        "rollout.dsog": ("DsogThreshold",),
+        "models.magvit": ("MagvitV2",),
+        "rollout.engine": ("RolloutEngine",),
+        "models.showo.model": ("Showo",),
+        "models.tokenizer": ("TextTokenizer",),
+        "runs.pipe": ("pipeline",),
+        "models": ("prompting",),
+    },
+    modules=("data", "evaluate", "models", "ops", "rewards", "rollout", "train"),
+)

@@ -6,39 +6,9 @@ than it must.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-_NAMES = {
-    "Concept": "concept",
-    "QA": "concept",
-    "Recognition": "concept",
-    "concept_name": "concept",
-    "Problem": "parse",
-    "list_concepts": "folder",
-    "load_concept": "folder",
-    "read_concept": "folder",
-    "check_folder": "check",
-    "render_problems": "check",
-    "black_image": "images",
-    "load_batch": "images",
-    "load_pixels": "images",
-    "make_grid": "images",
-    "read_image": "images",
-    "save_image": "images",
-    "NewConcept": "new",
-    "new_concept": "new",
-    "facts_template": "facts",
-    "read_facts": "facts",
-    "EpochSampler": "batches",
-    "GenerationItem": "batches",
-    "TextOnlyItem": "batches",
-    "UnderstandingItem": "batches",
-    "generation_items": "batches",
-    "text_only_items": "batches",
-    "understanding_items": "batches",
-    "visual_items": "batches",
-}
+from ..utils.lazy import lazy
 
 if TYPE_CHECKING:
     from .batches import (
@@ -90,12 +60,25 @@ __all__ = [
     "visual_items",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "concept": ("Concept", "QA", "Recognition", "concept_name"),
+        "parse": ("Problem",),
+        "folder": ("list_concepts", "load_concept", "read_concept"),
+        "check": ("check_folder", "render_problems"),
+        "images": ("black_image", "load_batch", "load_pixels", "make_grid", "read_image", "save_image"),
+        "new": ("NewConcept", "new_concept"),
+        "facts": ("facts_template", "read_facts"),
+        "batches": (
+            "EpochSampler",
+            "GenerationItem",
+            "TextOnlyItem",
+            "UnderstandingItem",
+            "generation_items",
+            "text_only_items",
+            "understanding_items",
+            "visual_items",
+        ),
+    },
+)

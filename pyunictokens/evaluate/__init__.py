@@ -3,8 +3,9 @@ tables for any models."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy
 
 if TYPE_CHECKING:
     from . import metrics
@@ -18,17 +19,6 @@ if TYPE_CHECKING:
     from .suites import open_suite
     from .table_files import Table
 
-_HOMES = {
-    "benchmark": ("SPLITS", "unifybench"),
-    "clip": ("Embeddings", "OpenClip"),
-    "core": ("Baseline", "Unsupported"),
-    "report.page": ("write_report",),
-    "result": ("EvalResult", "Metric", "bootstrap"),
-    "runner": ("TableSettings", "fill"),
-    "scoring": ("Scorer",),
-    "suites": ("open_suite",),
-    "table_files": ("Table",),
-}
 
 __all__ = [
     "SPLITS",
@@ -49,11 +39,18 @@ __all__ = [
     "write_report",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name == "metrics":
-        return importlib.import_module(f"{__name__}.metrics")
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "benchmark": ("SPLITS", "unifybench"),
+        "clip": ("Embeddings", "OpenClip"),
+        "core": ("Baseline", "Unsupported"),
+        "report.page": ("write_report",),
+        "result": ("EvalResult", "Metric", "bootstrap"),
+        "runner": ("TableSettings", "fill"),
+        "scoring": ("Scorer",),
+        "suites": ("open_suite",),
+        "table_files": ("Table",),
+    },
+    modules=("metrics",),
+)

@@ -5,16 +5,9 @@ Names are looked up when they are first asked for, so importing this package cos
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-_NAMES = {
-    "ToyRewards": "rewards",
-    "load_toy": "model",
-    "load_toy_rewards": "rewards",
-    "toy_folder": "model",
-    "write_toy_concept": "concept",
-}
+from ..utils.lazy import lazy
 
 if TYPE_CHECKING:
     from .concept import write_toy_concept
@@ -23,8 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ToyRewards", "load_toy", "load_toy_rewards", "toy_folder", "write_toy_concept"]
 
-
-def __getattr__(name: str) -> object:
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "rewards": ("ToyRewards", "load_toy_rewards"),
+        "model": ("load_toy", "toy_folder"),
+        "concept": ("write_toy_concept",),
+    },
+)

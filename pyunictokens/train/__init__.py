@@ -5,26 +5,9 @@ Names are looked up when they are first asked for, so importing this package cos
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-_NAMES = {
-    "DsogConfig": "..config.training",
-    "GrpoConfig": "..config.training",
-    "GrpoResult": ".reinforcement",
-    "LoraConfig": "..config.training",
-    "Policy": ".policy",
-    "StageConfig": "..config.training",
-    "TrainConfig": "..config.training",
-    "as_prompt": ".prompts",
-    "as_question": ".prompts",
-    "RunResult": ".grpo",
-    "load_policy": ".policy",
-    "read_metrics": ".metrics",
-    "reinforce": ".reinforcement",
-    "train_concept_tokens": ".concept_tokens.stages",
-    "train_grpo": ".reinforcement",
-}
+from ..utils.lazy import lazy
 
 if TYPE_CHECKING:
     from ..config.training import DsogConfig, GrpoConfig, LoraConfig, StageConfig, TrainConfig
@@ -53,12 +36,15 @@ __all__ = [
     "train_grpo",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        ".config.training": ("DsogConfig", "GrpoConfig", "LoraConfig", "StageConfig", "TrainConfig"),
+        "reinforcement": ("GrpoResult", "reinforce", "train_grpo"),
+        "policy": ("Policy", "load_policy"),
+        "prompts": ("as_prompt", "as_question"),
+        "grpo": ("RunResult",),
+        "metrics": ("read_metrics",),
+        "concept_tokens.stages": ("train_concept_tokens",),
+    },
+)
