@@ -19,16 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..utils.errors import UserError
 from .amused import AmusedVQ
-from .base import MaskedModel
 from .bundle import ModelBundle, Sources
 from .checkpoint import resolve, whole_number
-from .costs import ModelCosts
 from .llada import read_words
-from .llama_body import LORA_TARGETS, Body, filled, id_prefix, read_body, write_body
+from .llama_body import Body, BodyModel, filled, id_prefix, read_body, write_body
 from .prefix import Prefix
 from .registry import Family
 from .sampling_rule import SamplingRule
@@ -62,11 +60,10 @@ class PromptTokenizer(TextTokenizer):
         return super().encode(BEFORE + text + AFTER) if text else []
 
 
-class Dimoo(MaskedModel):
+class Dimoo(BodyModel):
     """Lumina-DiMOO behind `MaskedModel`."""
 
     family = "lumina-dimoo"
-    lora_targets = LORA_TARGETS
     rule = SamplingRule(
         "cosine", "constant", "added", steps=64, guidance_scale=4.0, temperature=1.0, remasking="most_sure"
     )
@@ -123,13 +120,6 @@ class Dimoo(MaskedModel):
         """The rows of the codes alone, the last of all, as a view of the published head."""
         return self.model.head()[self.first_code :], None
 
-    def shardable_layers(self) -> nn.ModuleList:
-        return self.model.transformer.blocks
-
-    @property
-    def costs(self) -> ModelCosts:
-        return self.model.costs(self.codebook_size, math.prod(self.grid))
-
     # --- files -----------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -138,14 +128,7 @@ class Dimoo(MaskedModel):
     ) -> Dimoo:
         """Load a published checkpoint with its tokenizer: a folder or hub id, whole or sharded."""
         folder, config, sizes, weights = read_body(path, "lumina-dimoo")
-        usual = Ids()
-        ids = Ids(
-            whole_number(config, "newline_id", usual.newline, folder),
-            whole_number(config, "boi_id", usual.boi, folder),
-            whole_number(config, "eoi_id", usual.eoi, folder),
-            whole_number(config, "answer_id", usual.answer, folder),
-            whole_number(config, "answer_end_id", usual.answer_end, folder),
-        )
+        ids = Ids(*(whole_number(config, f"{name}_id", usual, folder) for name, usual in vars(Ids()).items()))
         codebook, side, text = (
             whole_number(config, key, default, folder)
             for key, default in (("codebook_size", 8192), ("grid_side", 32), ("max_text", 512))
@@ -154,9 +137,6 @@ class Dimoo(MaskedModel):
             model = cls(Body(sizes), read_words(folder), ids, codebook, side, text)
         filled(model, weights, dtype, device, folder)
         return model
-
-    def identity(self) -> dict[str, object]:
-        return {**super().identity(), "layers": self.model.config.n_layers}
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write what :meth:`from_pretrained` reads, the tokenizer included; the image tokenizer is saved on its own."""

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..utils.errors import UserError, needs
 from .base import ImageTokenizer, WritingModel
 from .bundle import ModelBundle, Sources
-from .costs import ModelCosts
-from .llama_body import LORA_TARGETS, Body, filled, id_prefix, read_body, write_body
+from .llama_body import Body, BodyModel, filled, id_prefix, read_body, write_body
 from .prefix import Prefix
 from .registry import Family
 from .sampling_rule import BlockRule
@@ -36,11 +35,10 @@ if TYPE_CHECKING:
 END_OF_TURN = "<|eot_id|>"
 
 
-class LlamaWriter(WritingModel):
+class LlamaWriter(BodyModel, WritingModel):
     """A body that writes text. Tokens are ids of the whole vocabulary, as published."""
 
     family = "llada"
-    lora_targets = LORA_TARGETS
     blocks = BlockRule(length=128, block=32, steps=128, temperature=0.0)
     about: Mapping[str, object] = {"architectures": ["LLaDAModelLM"], "model_type": "llada"}
 
@@ -82,16 +80,6 @@ class LlamaWriter(WritingModel):
 
     def image_head(self) -> tuple[Tensor, None]:
         return self.model.head(), None
-
-    def shardable_layers(self) -> nn.ModuleList:
-        return self.model.transformer.blocks
-
-    @property
-    def costs(self) -> ModelCosts:
-        return self.model.costs(self.codebook_size, self.grid[1])
-
-    def identity(self) -> dict[str, object]:
-        return {**super().identity(), "layers": self.model.config.n_layers}
 
     @classmethod
     def from_pretrained(

@@ -13,6 +13,7 @@ Shape suffixes: B rows, L positions, P prompt positions, D width, H heads, E hea
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..utils.errors import UserError
 from ..utils.files import save_safetensors_atomic, write_json
+from .base import MaskedModel
 from .checkpoint import assign, load_state_dict, read_config, real_number, resolve, whole_number
 from .costs import Cost, ModelCosts
 from .prefix import Prefix
@@ -229,6 +231,23 @@ class Body(nn.Module):
         config, weight = self.config, self.transformer.wte.weight
         total = sum(parameter.numel() for parameter in self.parameters()) - weight.numel()
         return WholeSequenceCosts(total, config.n_layers, config.d_model, codebook, count, weight.element_size())
+
+
+class BodyModel(MaskedModel):
+    """What all models over a :class:`Body` share."""
+
+    model: Body
+    lora_targets = LORA_TARGETS
+
+    def shardable_layers(self) -> nn.ModuleList:
+        return self.model.transformer.blocks
+
+    @property
+    def costs(self) -> ModelCosts:
+        return self.model.costs(self.codebook_size, math.prod(self.grid))
+
+    def identity(self) -> dict[str, object]:
+        return {**super().identity(), "layers": self.model.config.n_layers}
 
 
 class WholeSequenceCosts(ModelCosts):

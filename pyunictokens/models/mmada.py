@@ -22,15 +22,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..utils.errors import UserError
 from .base import BlockAnsweringModel
 from .bundle import ModelBundle, Sources
 from .checkpoint import whole_number
-from .costs import ModelCosts
 from .llada import LlamaWriter, read_words, text_tokenizer
-from .llama_body import LORA_TARGETS, Body, filled, id_prefix, read_body
+from .llama_body import Body, BodyModel, filled, id_prefix, read_body
 from .magvit import MagvitV2
 from .prefix import Prefix
 from .registry import Family
@@ -94,11 +93,10 @@ class MmadaWriter(LlamaWriter):
         return Mmada.from_pretrained(path, dtype, device).writer
 
 
-class Mmada(BlockAnsweringModel):
+class Mmada(BodyModel, BlockAnsweringModel):
     """MMaDA behind `MaskedModel`: its codes are those of an image; `writer` is the same body as a model of text."""
 
     family = "mmada"
-    lora_targets = LORA_TARGETS
     rule = SamplingRule("cosine", "product", "added", steps=15, guidance_scale=3.5, temperature=1.0)
 
     def __init__(self, body: Body, words: PreTrainedTokenizerFast, ids: Ids, codebook: int, count: int, max_text: int):
@@ -167,13 +165,6 @@ class Mmada(BlockAnsweringModel):
         """The rows of the codes alone, as a view of the published head."""
         return self.model.head()[self.ids.first_code : self.ids.first_code + self.codebook_size], None
 
-    def shardable_layers(self) -> nn.ModuleList:
-        return self.model.transformer.blocks
-
-    @property
-    def costs(self) -> ModelCosts:
-        return self.model.costs(self.codebook_size, math.prod(self.grid))
-
     # --- text ------------------------------------------------------------------------------------------------------
 
     def question_text(self, question: str) -> str:
@@ -215,7 +206,7 @@ class Mmada(BlockAnsweringModel):
         return model
 
     def identity(self) -> dict[str, object]:
-        return {**super().identity(), "layers": self.model.config.n_layers, "first_code_id": self.ids.first_code}
+        return {**super().identity(), "first_code_id": self.ids.first_code}
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that :meth:`from_pretrained` reads, the tokenizer included."""
