@@ -25,7 +25,7 @@ from ..train.bad_steps import BadSteps
 from ..train.metrics import MetricsLog
 from ..train.optimizer import Optimizer, fitting, learning_rate
 from ..utils.errors import UserError
-from ..utils.files import save_safetensors_atomic, verify_safetensors
+from ..utils.files import save_safetensors_atomic
 from ..utils.signals import Stopped
 from .base import Job, PhotoSettings, Settings
 
@@ -52,12 +52,10 @@ def learn(
     schedule: str = "constant",
     max_grad_norm: float | None = None,
     max_bad_steps: int = 3,
-    after: Callable[[], None] = lambda: None,
 ) -> None:
     """Take `steps` steps of AdamW on `named`, from the checkpoint of `what` where `job.resume` finds one.
 
     what: the part of a method that this is; a method of two parts calls twice, under two names.
-    after: called after each step, as to put back rows that must not change.
 
     Raises UserError where `max_bad_steps` steps in a row have a loss or gradient that is not finite, Stopped where
     `job.stop` says so; a checkpoint is written first.
@@ -88,7 +86,6 @@ def learn(
             if not problem:
                 norm = optimizer.step(rate)
                 problem = "" if math.isfinite(norm) else f"gradient of length {norm:g}"
-            after()
             bad.count(f"{what}, step {step}", problem)
             values: dict[str, object] = {"step": step, "loss": total, "grad_norm": norm, "lr": rate}
             metrics.write({**values, "skipped": problem} if problem else values)
@@ -159,7 +156,6 @@ def _restore(job: Job[Settings], what: str, named: Mapping[str, nn.Parameter], o
         return 0
     try:
         tensors = load_tensors(file)
-        verify_safetensors(file, tensors)
         state = json.loads(tensors["state"].numpy().tobytes())
         step, of = int(state["step"]), str(state["what"])
     except (UserError, KeyError, TypeError, ValueError) as error:

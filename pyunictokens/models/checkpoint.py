@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, needs
-from ..utils.files import AnyJson, read_json, read_json_table, refuse_lfs_pointer, unreadable, verify_safetensors
+from ..utils.files import AnyJson, read_json, read_json_table, read_safetensors, unreadable
 from .packed import unpack
 
 WEIGHT_FILES = (
@@ -193,7 +193,7 @@ def _load_shards(index: Path, shards: list[str]) -> dict[str, Tensor]:
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of one .safetensors, .bin or .pt file, on the CPU; packed ones (packed.py) as float32. Raises
     UserError naming the file, also where it carries a checksum that does not fit."""
-    content = unpickle(file) if file.suffix != ".safetensors" else _read_safetensors(file)
+    content = unpickle(file) if file.suffix != ".safetensors" else read_safetensors(file)
     for key in _NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -215,30 +215,12 @@ def refuse_odd(value: Tensor, origin: object) -> None:
 
 def unpickle(file: Path) -> object:
     """What torch.save wrote into `file`, tensors and plain containers alone: no code of the file runs."""
-    _whole(file)
+    if not file.exists():
+        raise UserError(f"{file}: no such file; the checkpoint is incomplete")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no weights make the readers raise whatever they stumble over
         raise UserError(f"{file}: cannot be read as weights, it may be cut short: {unreadable(file, error)}") from None
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    with needs("train"):
-        from safetensors.torch import load_file
-
-    _whole(file)
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except Exception as error:  # as above
-        refuse_lfs_pointer(file)
-        raise UserError(f"{file}: not a whole safetensors file, download it again: {error}") from error
-    verify_safetensors(file, tensors)
-    return tensors
-
-
-def _whole(file: Path) -> None:
-    if not file.exists():
-        raise UserError(f"{file}: no such file; the checkpoint is incomplete")
 
 
 def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.limits import at_least
@@ -116,27 +116,11 @@ class Counters:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
 
-    def add(
-        self,
-        *,
-        answered: int = 0,
-        retried: int = 0,
-        failed: int = 0,
-        cached: int = 0,
-        prompt_tokens: int = 0,
-        completion_tokens: int = 0,
-        cost: float = 0.0,
-        seconds: Sequence[float] = (),
-    ) -> None:
-        """Add to the counters; from any thread."""
+    def add(self, *, seconds: Sequence[float] = (), **amounts: float) -> None:
+        """Add `amounts` to the counters of these names, and latencies; from any thread."""
         with self._lock:
-            self.answered += answered
-            self.retried += retried
-            self.failed += failed
-            self.cached += cached
-            self.prompt_tokens += prompt_tokens
-            self.completion_tokens += completion_tokens
-            self.cost += cost
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
             self.seconds.extend(seconds)
 
     def latency(self, share: float = 0.5) -> float:
@@ -148,17 +132,8 @@ class Counters:
 
     def summary(self) -> dict[str, float | int]:
         """Numbers for a log or a report."""
-        return {
-            "answered": self.answered,
-            "retried": self.retried,
-            "failed": self.failed,
-            "cached": self.cached,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "cost": self.cost,
-            "p50_s": self.latency(0.5),
-            "p95_s": self.latency(0.95),
-        }
+        counts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "seconds"}
+        return {**counts, "p50_s": self.latency(0.5), "p95_s": self.latency(0.95)}
 
 
 @dataclass(frozen=True)

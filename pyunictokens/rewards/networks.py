@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .base import Device, check_pixels
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+K = TypeVar("K", bound="Network")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,6 +67,14 @@ class Network:
         self.config = config
         self.device = torch.device(device)
         self._modules: tuple[nn.Module, ...] | None = None
+
+    @classmethod
+    def located(cls: type[K], config: NetworkConfig, device: Device) -> K:
+        """A network whose files are looked for now and read when it is first asked. Raises UserError naming what is
+        missing."""
+        network = cls(config, device)
+        network.locate()
+        return network
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,8 +24,15 @@ from ..config.training import LoraConfig
 from ..models import ConceptTokens, MaskedModel, owning_rows
 from ..models.four_bit import is_quantised, quantise_base, unpacked
 from ..utils.errors import UserError, needs
-from ..utils.files import named_errors, read_json, save_safetensors_atomic, write_bytes_atomic, write_json
-from .checkpoint.tensors import read_tensors, write_tensors
+from ..utils.files import (
+    named_errors,
+    read_json,
+    read_safetensors,
+    save_safetensors_atomic,
+    write_bytes_atomic,
+    write_json,
+)
+from .checkpoint.tensors import write_tensors
 from .microbatch import is_spread
 
 if TYPE_CHECKING:
@@ -118,7 +125,9 @@ class Policy:
                     layer.enable_adapters(False)
             elif self.kind == "full":
                 assert self._reference_file is not None
-                undo.enter_context(_swapped(dict(self.model.named_parameters()), read_tensors(self._reference_file)))
+                undo.enter_context(
+                    _swapped(dict(self.model.named_parameters()), read_safetensors(self._reference_file))
+                )
             yield
 
     def _enable_adapters(self) -> None:
@@ -136,7 +145,7 @@ class Policy:
         start = {f"concept.{name}": value for name, value in self._concept_start.items()}
         if self.kind == "full":
             assert self._reference_file is not None
-            start |= read_tensors(self._reference_file)
+            start |= read_safetensors(self._reference_file)
         other = total = 0
         for name, value in self.named_parameters().items():
             before = start.get(name, self._adapter_start.get(name))
@@ -284,7 +293,7 @@ def _read_adapter(folder: Path, about: Mapping[str, object]) -> tuple[LoraConfig
     """Settings and tensors of the adapter in `folder`, by PEFT's names: PEFT's files, or those of version 0.1."""
     if (folder / "adapter.safetensors").is_file():
         settings = from_mapping(LoraConfig, about.get("lora"), origin=f"{folder / 'policy.json'}: lora")
-        old = read_tensors(folder / "adapter.safetensors")
+        old = read_safetensors(folder / "adapter.safetensors")
         return settings, {_peft_name(name): value for name, value in old.items()}
     file = folder / "adapter_config.json"
     found = read_json(file)
@@ -299,7 +308,7 @@ def _read_adapter(folder: Path, about: Mapping[str, object]) -> tuple[LoraConfig
             raise UserError(
                 f"{file}: {key}={found[key]!r}: plain LoRA alone is read here; load it with PEFT and merge it"
             )
-    return settings, read_tensors(folder / "adapter_model.safetensors")
+    return settings, read_safetensors(folder / "adapter_model.safetensors")
 
 
 def _merge_adapters(model: MaskedModel) -> None:
@@ -332,7 +341,7 @@ def _holds(file: Path, wanted: Mapping[str, Tensor]) -> bool:
     if not file.exists():
         return False
     try:
-        found = read_tensors(file)
+        found = read_safetensors(file)
     except UserError as error:
         log.warning("written anew: %s", error)
         return False

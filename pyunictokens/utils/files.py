@@ -155,6 +155,23 @@ def _seal(table: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, mapped into memory. Raises UserError where it is missing or damaged, or does
+    not have the checksum that it carries."""
+    with needs("train"):
+        from safetensors.torch import load_file
+
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except Exception as error:  # whatever a reader stumbles over
+        refuse_lfs_pointer(path)
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+    verify_safetensors(path, tensors)
+    return tensors
+
+
 def verify_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise UserError where the file carries a checksum and `tensors`, read from it, do not have it."""
     with needs("train"):

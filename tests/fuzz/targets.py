@@ -106,9 +106,9 @@ def picture(data: bytes) -> None:
 
 def safetensors(data: bytes) -> None:
     from pyunictokens.models.checkpoint import load_state_dict
-    from pyunictokens.train.checkpoint.tensors import read_tensors
+    from pyunictokens.utils.files import read_safetensors
 
-    read_tensors(_put(data, "weights", "model.safetensors"))
+    read_safetensors(_put(data, "weights", "model.safetensors"))
     load_state_dict(_room() / "weights")
 
 

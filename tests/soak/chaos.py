@@ -25,8 +25,7 @@ from pyunictokens.runs.context import Parts, RunContext
 from pyunictokens.runs.pipeline import _Run, run_concept
 from pyunictokens.runs.run_dir import CONFIG, EvaluationConfig, RunConfig
 from pyunictokens.train import read_metrics
-from pyunictokens.train.checkpoint.tensors import read_tensors
-from pyunictokens.utils.files import read_json
+from pyunictokens.utils.files import read_json, read_safetensors
 from pyunictokens.utils.signals import Stopped, stop_on_signals
 from tests.train.world import World, experts, grpo_config, red_preview, stage_config, tiny_model
 
@@ -125,7 +124,7 @@ def contents(out: Path) -> dict[str, Any]:
         if "checkpoints" not in file.parts and not file.name.startswith("."):
             found[str(file.relative_to(out))] = file.read_bytes()
     last = max((out / "checkpoints").glob("step_*"))
-    tensors = read_tensors(last / "tensors.safetensors")
+    tensors = read_safetensors(last / "tensors.safetensors")
     found["checkpoint"] = {name: value.tolist() for name, value in tensors.items() if not name.startswith("rng")}
     samples = sorted((out / "samples").iterdir()) if (out / "samples").is_dir() else []
     found["samples"] = {file.name: file.read_bytes() for file in samples}

@@ -59,7 +59,7 @@ def alone(here: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(run: Path) -> dict[str, torch.Tensor]:
     """Everything that a run learned."""
     files = sorted((run / "final").rglob("*.safetensors"))
-    return {name: value for file in files for name, value in state.read_tensors(file).items()}
+    return {name: value for file in files for name, value in state.read_safetensors(file).items()}
 
 
 def equal(run: Path, other: Path) -> None:
@@ -371,8 +371,8 @@ def test_saving_beside_the_steps_changes_nothing_and_fails_loudly(
     for step in (1, 2):
         folder = tmp_path / "run" / "checkpoints" / f"step_{step:06d}"
         if step == 2:
-            wanted = state.read_tensors(alone / "few" / "checkpoints" / folder.name / "tensors.safetensors")
-            found = state.read_tensors(folder / "tensors.safetensors")
+            wanted = state.read_safetensors(alone / "few" / "checkpoints" / folder.name / "tensors.safetensors")
+            found = state.read_safetensors(folder / "tensors.safetensors")
             assert all(torch.equal(found[name], wanted[name]) for name in wanted if not name.startswith("rng"))
         assert json.loads((folder / "state.json").read_text())["step"] == step
     saver, done = Saver(background=True), []

@@ -107,7 +107,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(kind: str, here: World, tmp
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "straight")
     assert torch.equal(resumed.concept.embed, straight.concept.embed)
     one, other = (tmp_path / name / "checkpoints" / "step_000006" for name in ("straight", "broken"))
-    first, second = (state.read_tensors(folder / "tensors.safetensors") for folder in (one, other))
+    first, second = (state.read_safetensors(folder / "tensors.safetensors") for folder in (one, other))
     trained = [name for name in first if not name.startswith("rng")]
     assert trained and all(torch.equal(first[name], second[name]) for name in trained)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyunictokens.train.checkpoint import tensors
+from pyunictokens.utils import files
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.fingerprint import of_file
 
@@ -28,7 +29,7 @@ EVERY = {
 def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "x.safetensors"
     digest = tensors.write_tensors(path, EVERY)
-    for read in (load_file(path), tensors.read_tensors(path)):
+    for read in (load_file(path), files.read_safetensors(path)):
         assert read.keys() == EVERY.keys()
         for name, value in EVERY.items():
             assert read[name].dtype == value.dtype and torch.equal(read[name], value), name
@@ -46,15 +47,15 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tensors.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         tensors.write_tensors(path, {"a": torch.zeros(3)})
-    assert torch.equal(tensors.read_tensors(path)["a"], torch.ones(3))
+    assert torch.equal(files.read_safetensors(path)["a"], torch.ones(3))
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_files_that_are_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(UserError, match="no such file"):
-        tensors.read_tensors(path)
+        files.read_safetensors(path)
     tensors.write_tensors(path, EVERY)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        tensors.read_tensors(path)
+        files.read_safetensors(path)

@@ -81,10 +81,7 @@ class Ber(WithNetwork[ImageTextEncoder | Matcher]):
 
     @classmethod
     def from_settings(cls, settings: BerConfig, device: Device) -> Ber:
-        """BER over the paper's network; its files are looked for now and read when it is first asked."""
-        network = Blip2(settings, device)
-        network.locate()
-        return cls(network, settings.head)
+        return cls(Blip2.located(settings, device), settings.head)
 
     @torch.no_grad()
     def similarity(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.checkpoint import load_tensors
 from ...models.weight_files import WeightFiles
 from ...utils.errors import UserError, require
 from ..base import Device, RewardBatch, WithNetwork
@@ -89,7 +90,7 @@ class OpenClip(Network):
         if self.config.model not in open_clip.list_models():
             raise UserError(f"model={self.config.model!r}: open_clip knows no such architecture, as in ViT-B-32")
         net = open_clip.create_model(self.config.model, load_weights=False, device="cpu", output_dict=True)
-        weights = read_weights(folder)
+        weights = load_tensors(folder)
         try:
             net.load_state_dict({key.removeprefix("module."): value for key, value in weights.items()})
         except RuntimeError as error:
@@ -120,30 +121,13 @@ class OpenClip(Network):
         return (images * self.texts(batch.prompts).to(images.device)).sum(dim=-1)
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file, safetensors or torch's, without what a trainer wrapped around them."""
-    if file.suffix == ".safetensors":
-        return dict(require("safetensors.torch", "rewards").load_file(file))
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for files that are none of its own
-        raise UserError(f"{file}: cannot be read as weights: {type(error).__name__}: {error}") from error
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{file}: holds no table of weights")
-    return found
-
-
 @register("clip", label="CLIP score", settings=ClipConfig, files=_CLIP, judges_previews=True)
 class ClipScore(WithNetwork[OpenClip]):
     """The cosine of image and prompt."""
 
     @classmethod
     def from_settings(cls, settings: ClipConfig, device: Device) -> ClipScore:
-        network = OpenClip(settings, device)
-        network.locate()
-        return cls(network)
+        return cls(OpenClip.located(settings, device))
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Scores [R] in [-1, 1]."""
@@ -161,15 +145,14 @@ class Aesthetic(WithNetwork[OpenClip]):
 
     def __init__(self, encoder: OpenClip, head: Path):
         super().__init__(encoder)
-        weights = read_weights(head)
+        weights = load_tensors(head)
         if set(weights) != {"weight", "bias"} or weights["weight"].ndim != 2 or len(weights["weight"]) != 1:
             raise UserError(f"{head}: no linear head: wanted are weight [1, D] and bias [1]")
         self._weight, self._bias = weights["weight"].float(), weights["bias"].float()
 
     @classmethod
     def from_settings(cls, settings: AestheticConfig, device: Device) -> Aesthetic:
-        network, head = OpenClip(settings, device), Path(settings.head).expanduser()
-        network.locate()
+        network, head = OpenClip.located(settings, device), Path(settings.head).expanduser()
         if not head.is_file():
             raise UserError(f"{head}: no such file: give head=FILE, LAION's linear head for {settings.model}")
         return cls(network, head)

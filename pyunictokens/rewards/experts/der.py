@@ -82,10 +82,7 @@ class Der(WithNetwork[ImageEncoder | PatchEncoder]):
 
     @classmethod
     def from_settings(cls, settings: DerConfig, device: Device) -> Der:
-        """DER over the paper's network; its files are looked for now and read when it is first asked."""
-        network = Dinov2(settings, device)
-        network.locate()
-        return cls(network, settings.match)
+        return cls(Dinov2.located(settings, device), settings.match)
 
     def _features(self, pixels: Tensor) -> Tensor:
         """[B, D] of mean, [B, P, D] of best."""

@@ -30,10 +30,7 @@ class Fer(WithNetwork[FaceEncoder]):
 
     @classmethod
     def from_settings(cls, settings: FerConfig, device: Device) -> Fer:
-        """FER over the paper's networks; their files are looked for now and read when it is first asked."""
-        network = MtcnnFaceNet(settings, device)
-        network.locate()
-        return cls(network)
+        return cls(MtcnnFaceNet.located(settings, device))
 
     def _faces(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         found_B, face_BD = self._encoder.encode_faces(pixels)

@@ -30,9 +30,7 @@ class Likeness:
 
     @classmethod
     def from_settings(cls, settings: DerConfig, device: Device) -> Likeness:
-        network = Dinov2(settings, device)
-        network.locate()
-        return cls(Der(network, settings.match))
+        return cls(Der(Dinov2.located(settings, device), settings.match))
 
     @property
     def bytes(self) -> int:

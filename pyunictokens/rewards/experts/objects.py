@@ -20,10 +20,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from ...models.checkpoint import load_tensors
 from ...utils.errors import UserError, require
 from ..base import Device, RewardBatch
 from ..registry import register
-from .clip import read_weights
 from .plain import COLOURS
 
 PLACES = ("left of", "right of", "above", "below", "on")
@@ -213,7 +213,7 @@ class TorchvisionDetector:
                 self._names = list(models.get_model_weights(settings.model).DEFAULT.meta["categories"])
             net = models.get_model(settings.model, weights=None, weights_backbone=None, num_classes=len(self._names))
             try:
-                net.load_state_dict(read_weights(Path(settings.path).expanduser()))
+                net.load_state_dict(load_tensors(Path(settings.path).expanduser()))
             except RuntimeError as error:
                 raise UserError(f"{settings.path}: no checkpoint of {settings.model}: {error}") from error
             self._net = net.requires_grad_(False).eval().to(self.device)

@@ -82,9 +82,7 @@ class PickScore(WithNetwork[PickClip]):
 
     @classmethod
     def from_settings(cls, settings: PickConfig, device: Device) -> PickScore:
-        network = PickClip(settings, device)
-        network.locate()
-        return cls(network)
+        return cls(PickClip.located(settings, device))
 
     @torch.no_grad()
     def score(self, batch: RewardBatch) -> Tensor:

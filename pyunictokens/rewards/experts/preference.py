@@ -199,15 +199,11 @@ def _usual(files: WeightFiles) -> str:
 
 
 def _dino(weights: str | None, device: Device) -> ImageEncoder:
-    network = Dinov2(DerConfig(weights or _usual(Dinov2.files)), device)
-    network.locate()
-    return network
+    return Dinov2.located(DerConfig(weights or _usual(Dinov2.files)), device)
 
 
 def _clip(weights: str | None, device: Device) -> ImageEncoder:
-    network = OpenClip(ClipConfig(weights or _usual(OpenClip.files)), device)
-    network.locate()
-    return network
+    return OpenClip.located(ClipConfig(weights or _usual(OpenClip.files)), device)
 
 
 FEATURES |= {"dino": _dino, "clip": _clip}

@@ -75,10 +75,7 @@ class Tier(WithNetwork[TextEncoder]):
 
     @classmethod
     def from_settings(cls, settings: TierConfig, device: Device) -> Tier:
-        """TIER over the paper's network; its files are looked for now and read when it is first asked."""
-        network = SentenceEncoder(settings, device)
-        network.locate()
-        return cls(network)
+        return cls(SentenceEncoder.located(settings, device))
 
     @torch.no_grad()
     def score(self, batch: RewardBatch) -> Tensor:

@@ -31,9 +31,9 @@ from ...config.training import GrpoConfig
 from ...models import MaskedModel
 from ...utils import fingerprint
 from ...utils.errors import UserError
-from ...utils.files import AnyJson, folder_lock, read_json, safe_name, sweep, sync_folder, write_json
+from ...utils.files import AnyJson, folder_lock, read_json, read_safetensors, safe_name, sweep, sync_folder, write_json
 from ..distributed.ranks import Ranks
-from .tensors import read_tensors, write_tensors
+from .tensors import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ class RunFolder:
             for file in sorted(wanted)[self.ranks.rank :: self.ranks.world]:
                 _hold_against(folder / file, wanted[file])
             if self.ranks.first:
-                read_tensors(folder / "tensors.safetensors")
+                read_safetensors(folder / "tensors.safetensors")
         except UserError as error:
             return str(error)
         return ""
@@ -271,7 +271,7 @@ class RunFolder:
         folder = self.checkpoints / f"step_{step:06d}"
         state = self._state(step)
         shards = folder / SHARDS if state.get("shards") else None
-        return Checkpoint(step, read_tensors(folder / "tensors.safetensors"), state, folder, shards)
+        return Checkpoint(step, read_safetensors(folder / "tensors.safetensors"), state, folder, shards)
 
 
 def _write_shards(folder: Path, shards: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Safetensors files written one tensor at a time, so that saving a model needs no second copy of it in memory.
 
-The file is written aside, flushed to disk and renamed; the checksum of its bytes is taken on the way. Reading maps the
-file into memory. The safetensors format: eight bytes of header length, a JSON header, raw data.
+The file is written aside, flushed to disk and renamed; the checksum of its bytes is taken on the way.
+The safetensors format: eight bytes of header length, a JSON header, raw data.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...utils.errors import UserError, needs
-from ...utils.files import named_errors, refuse_lfs_pointer, sync_folder, verify_safetensors
+from ...utils.files import named_errors, sync_folder
 
 _NAMES = {
     torch.float64: "F64",
@@ -76,20 +75,3 @@ def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
             data: memoryview = flat.view(torch.uint8).numpy().data
             for start in range(0, len(data), _CHUNK):
                 yield data[start : start + _CHUNK]
-
-
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped into memory. Raises UserError when it is missing or damaged."""
-    with needs("train"):
-        from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # whatever a reader stumbles over
-        refuse_lfs_pointer(path)
-        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
-    verify_safetensors(path, tensors)
-    return tensors
