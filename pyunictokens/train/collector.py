@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -60,6 +61,13 @@ class RolloutSummary:
     """The same of what the previews showed, with DSOG."""
     accepted: int = 0
     previewed: int = 0
+
+    @classmethod
+    def scored(cls, texts: list[str], prompts: list[str], score: EnsembleScore) -> RolloutSummary:
+        """Rollouts without previews, with their rewards."""
+        parts = {name: value.float().cpu() for name, value in score.parts.items()}
+        invalid = tuple(map(str, score.invalid))
+        return cls(texts, prompts, score.total.float().cpu(), parts, score.no_face, invalid)
 
     @classmethod
     def merged(cls, parts: Sequence[RolloutSummary]) -> RolloutSummary:
@@ -124,39 +132,23 @@ class _Asked:
     """The prompts as judges of images read them."""
 
 
-class Collector:
-    """Samples groups from the model as it is, and moves DSOG's threshold."""
+class Groups(ABC):
+    """The groups of a step: their rollouts are dealt over the ranks, and what is light about them is gathered."""
 
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        tasks: TaskSource,
-        rewards: Rewards,
-        preview_judge: PreviewJudge | ByReward | None,
-        threshold: DsogThreshold,
-        objective: Objective,
-        config: GrpoConfig,
-        ranks: Ranks | None = None,
-    ):
-        self.engine, self.tasks, self.rewards, self.preview_judge = engine, tasks, rewards, preview_judge
-        self.threshold, self.objective, self.config = threshold, objective, config
-        self.ranks = ranks or Ranks()
-        self._hung: NoAnswer | None = None
-        self._lost_steps: dict[str, float] = {}
-        """Steps that candidates of a rollout took which previews rejected, by the kind of task: a running mean."""
+    tasks: TaskSource
+    objective: Objective
+    config: GrpoConfig
+    ranks: Ranks
 
     def collect(self, step: int, with_codes: bool = False) -> list[Group]:
         """The groups of step `step`: all noise follows from the seed and the step, whatever the ranks.
 
-        All groups are compared with the threshold as it is, which then moves once a group, in their order.
-
         Raises NotFinite, on all ranks alike, where a model or an image decoder of any rank gave numbers that are not
-        finite; the threshold then stays.
+        finite.
         """
-        size, count, before = self.config.group_size, self.config.groups, self.threshold.value
+        size, count, threshold = self.config.group_size, self.config.groups, self._threshold_now()
         tasks = [self.tasks.draw(step * count + group) for group in range(count)]
-        costs = [self._cost_of_row(task) for task in tasks for _ in range(size)]
-        mine = deal(costs, self.ranks.world)[self.ranks.rank]
+        mine = self._mine(tasks)
         local: dict[int, LocalRollouts] = {}
         pending: list[tuple[int, Callable[[], RolloutSummary]]] = []
         problem = ""
@@ -176,12 +168,58 @@ class Collector:
         groups = []
         for group, task in enumerate(tasks):
             summary = RolloutSummary.merged([part for place, part in everything if place == group])
-            self._note_cost(task, summary, size)
-            if summary.previewed:
-                self.threshold.update(summary.accepted / summary.previewed)
+            self._note(task, summary)
             advantages = self.objective.advantages(summary.rewards, torch.zeros(size, dtype=torch.int64))
-            groups.append(Group(task, summary, advantages, before, local.get(group)))
+            groups.append(Group(task, summary, advantages, threshold, local.get(group)))
         return groups
+
+    @abstractmethod
+    def _mine(self, tasks: Sequence[Task]) -> range:
+        """This rank's rollouts, counted through all groups of `tasks`."""
+
+    @abstractmethod
+    def _sample(
+        self, task: Task, number: int, rows: range, with_codes: bool
+    ) -> tuple[LocalRollouts, Callable[[], RolloutSummary]]:
+        """`rows` of one group, and who waits for their scores; `number` counts the groups of the run."""
+
+    def _threshold_now(self) -> float:
+        """What previews of this step are compared with; 0 where there are none."""
+        return 0.0
+
+    @abstractmethod
+    def _note(self, task: Task, summary: RolloutSummary) -> None:
+        """Learn from a finished group; they are told in their order."""
+
+
+class Collector(Groups):
+    """Samples groups from the model as it is, and moves DSOG's threshold: all groups of a step are compared with it as
+    it is, then it moves once a group. It stays where a step's numbers were not finite."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tasks: TaskSource,
+        rewards: Rewards,
+        preview_judge: PreviewJudge | ByReward | None,
+        threshold: DsogThreshold,
+        objective: Objective,
+        config: GrpoConfig,
+        ranks: Ranks | None = None,
+    ):
+        self.engine, self.tasks, self.rewards, self.preview_judge = engine, tasks, rewards, preview_judge
+        self.threshold, self.objective, self.config = threshold, objective, config
+        self.ranks = ranks or Ranks()
+        self._hung: NoAnswer | None = None
+        self._lost_steps: dict[str, float] = {}
+        """Steps that candidates of a rollout took which previews rejected, by the kind of task: a running mean."""
+
+    def _mine(self, tasks: Sequence[Task]) -> range:
+        costs = [self._cost_of_row(task) for task in tasks for _ in range(self.config.group_size)]
+        return deal(costs, self.ranks.world)[self.ranks.rank]
+
+    def _threshold_now(self) -> float:
+        return self.threshold.value
 
     def _cost_of_row(self, task: Task) -> float:
         """What a rollout of such a task is expected to cost, in steps of an image: its steps, those of the update, and
@@ -192,11 +230,14 @@ class Collector:
         passes = 3 * config.inner_epochs + (1 if config.beta > 0 else 0)
         return config.timesteps * (1 + passes * config.timestep_fraction) + self._lost_steps.get(task.mode, 0.0)
 
-    def _note_cost(self, task: Task, summary: RolloutSummary, size: int) -> None:
+    def _note(self, task: Task, summary: RolloutSummary) -> None:
+        size = self.config.group_size
         at = self.config.dsog.preview_step or max(1, self.config.timesteps // 5)
         lost = at * max(0, summary.previewed - size) / size
         before = self._lost_steps.get(task.mode, lost)
         self._lost_steps[task.mode] = 0.7 * before + 0.3 * lost
+        if summary.previewed:
+            self.threshold.update(summary.accepted / summary.previewed)
 
     def calibrate(self) -> None:
         """Start DSOG's threshold where the wanted part of previews passes: it looks at previews of the first tasks'
@@ -269,7 +310,6 @@ class Collector:
     def _sample(
         self, task: Task, number: int, rows: range, with_codes: bool
     ) -> tuple[LocalRollouts, Callable[[], RolloutSummary]]:
-        """`rows` of one group, and who waits for their scores; `number` counts the groups of the run."""
         tasks = self.tasks
         asked = self._asked(task, number, rows)
         answers, texts, prompts, judged = asked.answers, asked.texts, asked.prompts, asked.judged
@@ -292,19 +332,11 @@ class Collector:
         del pixels, batch  # handed over, and as large as everything else together
 
         def finish() -> RolloutSummary:
-            score = scoring()
-            return RolloutSummary(
-                texts,
-                prompts,
-                score.total.float().cpu(),
-                {name: value.float().cpu() for name, value in score.parts.items()},
-                score.no_face,
-                tuple(map(str, score.invalid)),
-                codes,
-                preview_codes,
-                dsog.accepted if dsog is not None else 0,
-                dsog.previewed if dsog is not None else 0,
-            )
+            summary = RolloutSummary.scored(texts, prompts, scoring())
+            summary.codes, summary.preview_codes = codes, preview_codes
+            if dsog is not None:
+                summary.accepted, summary.previewed = dsog.accepted, dsog.previewed
+            return summary
 
         mask = ops.token_mask(images.inputs, self.objective.token_scope) if images.inputs is not None else None
         local = LocalRollouts(

@@ -9,7 +9,7 @@ the ranks, and the tokens of a text are the codes of its trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +21,9 @@ from ..rewards.base import EnsembleScore, RewardBatch, Rewards
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import TextRollout
 from ..utils import profiling
-from ..utils.errors import NotFinite, UserError
+from ..utils.errors import UserError
 from ..utils.timeout import ask
-from .collector import Group, LocalRollouts, RolloutSummary
+from .collector import Groups, LocalRollouts, RolloutSummary
 from .distributed.ranks import Ranks
 from .objective import Objective
 from .tasks import Task, TaskSource
@@ -82,7 +82,7 @@ def written(
     )
 
 
-class TextCollector:
+class TextCollector(Groups):
     """Samples groups of texts from the model as it is. There are no previews."""
 
     def __init__(
@@ -102,50 +102,23 @@ class TextCollector:
     def calibrate(self) -> None:
         """Nothing: there are no previews."""
 
-    def collect(self, step: int, with_codes: bool = False) -> list[Group]:
-        """The groups of step `step`, as `Collector.collect` gives them: all noise follows from the seed and the step.
-        Raises NotFinite, on all ranks alike, where a model gave numbers that are not finite."""
-        size, count = self.config.group_size, self.config.groups
-        tasks = [self.tasks.draw(step * count + group) for group in range(count)]
-        mine = self.ranks.share(count * size)
-        local: dict[int, LocalRollouts] = {}
-        scored: list[tuple[int, RolloutSummary]] = []
-        problem = ""
-        try:
-            for group, task in enumerate(tasks):
-                rows = range(max(mine.start - group * size, 0), min(mine.stop - group * size, size))
-                if rows:
-                    local[group], summary = self._sample(task, step * count + group, rows)
-                    scored.append((group, summary))
-        except NotFinite as error:
-            problem = f"rollouts of group {group}: {error}"
-        told = self.ranks.gather((problem, scored))
-        if problem := next((problem for problem, _ in told if problem), ""):
-            raise NotFinite(problem)
-        groups = []
-        for group, task in enumerate(tasks):
-            summary = RolloutSummary.merged([part for _, some in told for place, part in some if place == group])
-            advantages = self.objective.advantages(summary.rewards, torch.zeros(size, dtype=torch.int64))
-            groups.append(Group(task, summary, advantages, 0.0, local.get(group)))
-        return groups
+    def _note(self, task: Task, summary: RolloutSummary) -> None:
+        """Nothing: rollouts of texts cost alike."""
 
-    def _sample(self, task: Task, number: int, rows: range) -> tuple[LocalRollouts, RolloutSummary]:
+    def _mine(self, tasks: Sequence[Task]) -> range:
+        return self.ranks.share(len(tasks) * self.config.group_size)
+
+    def _sample(
+        self, task: Task, number: int, rows: range, with_codes: bool
+    ) -> tuple[LocalRollouts, Callable[[], RolloutSummary]]:
         config = self.config
         ids = [number * config.group_size + row for row in rows]
         prompt = self._read(task, self.tasks.for_model(task.prompt))
         rollout = written(self.engine, [prompt] * len(rows), config, 2 * config.seed, ids, record=True)
-        score = self._scored(task, rollout.texts)
         scope = self.objective.token_scope
         images = ImageTrajectories.of_texts(self.model, rollout, "newly_unmasked" if scope == "all" else scope)
-        summary = RolloutSummary(
-            rollout.texts,
-            [task.prompt] * len(rows),
-            score.total.float().cpu(),
-            {name: value.float().cpu() for name, value in score.parts.items()},
-            score.no_face,
-            tuple(map(str, score.invalid)),
-        )
-        return LocalRollouts(rows, images, None), summary
+        summary = RolloutSummary.scored(rollout.texts, [task.prompt] * len(rows), self._scored(task, rollout.texts))
+        return LocalRollouts(rows, images, None), lambda: summary
 
     @profiling.phase("rewards")
     def _scored(self, task: Task, texts: Sequence[str]) -> EnsembleScore:

@@ -65,6 +65,20 @@ class _Work:
 
 
 @dataclass(frozen=True)
+class _Stage:
+    """One stage under way."""
+
+    name: str
+    plan: StagePlan
+    concept: ConceptTokens
+    tokenizer: TextTokenizer
+    """It knows the concept's tokens."""
+    generator: torch.Generator
+    begin: dict[str, Tensor]
+    """The rows as the stage found them."""
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """What one stage does."""
 
@@ -195,18 +209,7 @@ class _Stages:
         else:
             concept = self._same(start or self._new())
         with ExitStack() as undo:
-            metrics = None
-            if self.ranks.first:
-                metrics = undo.enter_context(
-                    MetricsLog(
-                        self.out,
-                        from_step=self.steps_done,
-                        name="stages.jsonl",
-                        report_to=self.report_to,
-                        called="-".join(self.out.resolve().parts[-2:]),
-                        settings=to_mapping(self.config),
-                    )
-                )
+            metrics = undo.enter_context(self._log()) if self.ranks.first else None
             for number, stage in enumerate(self.config.stages):
                 if stage in finished:
                     continue
@@ -223,6 +226,16 @@ class _Stages:
                 concept.save(self.out / "concept")
             self.ranks.barrier()
         return concept
+
+    def _log(self) -> MetricsLog:
+        return MetricsLog(
+            self.out,
+            from_step=self.steps_done,
+            name="stages.jsonl",
+            report_to=self.report_to,
+            called="-".join(self.out.resolve().parts[-2:]),
+            settings=to_mapping(self.config),
+        )
 
     def _describe(self, about: Path, resume: bool) -> None:
         """Write down of what the stages are, or compare it with what is there."""
@@ -343,13 +356,14 @@ class _Stages:
         optimizer = Optimizer(named, lr=lr, weight_decay=config.weight_decay, eps=config.eps)
         begin = {name: value.detach().clone() for name, value in named.items()}
         frozen = _frozen_rows(concept, plan.learning)
-        tokenizer = self.plain.with_concept(concept.tokens)
         if begun is not None:
             begin = {name: value.to(self.model.device) for name, value in begun.begin.items()}
             optimizer.load_state_dict(begun.optimizer, self.out)
             generator.set_state(begun.generator)
             questions.load_state_dict(begun.questions)
             prompts.load_state_dict(begun.prompts)
+
+        now = _Stage(stage, plan, concept, self.plain.with_concept(concept.tokens), generator, begin)
 
         def save(step: int) -> None:
             if metrics is not None:
@@ -363,7 +377,7 @@ class _Stages:
             work = self._dealt(questions.next(), prompts.next() if plan.mixed else [], plan)
             norm = math.nan
             rate = learning_rate(step, lr=lr, steps=steps, warmup=config.warmup, schedule=config.schedule)
-            losses = self._losses(work, concept, tokenizer, plan, generator, begin, stage)
+            losses = self._losses(work, now)
             if not all(map(math.isfinite, losses.values())):
                 problem = f"loss {losses['loss']:g}"
             else:
@@ -374,14 +388,8 @@ class _Stages:
                 for name, value in named.items():
                     value[frozen] = begin[name][frozen]
             self.bad.count(f"stage {stage}, step {step}", problem)
-            values: dict[str, object] = {
-                "step": self.steps_done,
-                "stage": stage,
-                **losses,
-                "grad_norm": norm,
-                "lr": rate,
-            }
-            values.update({"skipped": problem} if problem else {})
+            values: dict[str, object] = {"step": self.steps_done, "stage": stage}
+            values |= {**losses, "grad_norm": norm, "lr": rate, **({"skipped": problem} if problem else {})}
             if metrics is not None:
                 metrics.write(values)
             self.steps_done += 1
@@ -408,21 +416,12 @@ class _Stages:
         drawn = range(max(rows.start, count) - count, max(rows.stop, count) - count)
         return _Work(questions, prompts, mine, drawn)
 
-    def _losses(
-        self,
-        work: _Work,
-        concept: ConceptTokens,
-        tokenizer: TextTokenizer,
-        plan: StagePlan,
-        generator: torch.Generator,
-        begin: dict[str, Tensor],
-        stage: str,
-    ) -> dict[str, float]:
+    def _losses(self, work: _Work, now: _Stage) -> dict[str, float]:
         """The losses of a step over all ranks; the gradients of this rank's part are added to the rows'."""
-        weight = 1.0 - self.config.weight_generation if plan.mixed else 1.0
-        asked = self._understanding(work, concept, tokenizer, plan, generator)
-        drawn = self._generation(work, concept, tokenizer, generator) if plan.mixed else None
-        pulled = self._pull(stage, concept, begin) if self.ranks.first else 0.0
+        weight = 1.0 - self.config.weight_generation if now.plan.mixed else 1.0
+        asked = self._understanding(work, now)
+        drawn = self._generation(work, now) if now.plan.mixed else None
+        pulled = self._pull(now) if self.ranks.first else 0.0
         total = pulled + sum(
             (factor * part for factor, part in ((weight, asked), (1.0 - weight, drawn)) if part is not None), 0.0
         )
@@ -432,62 +431,51 @@ class _Stages:
         own.append(float(pulled.detach()) if isinstance(pulled, Tensor) else pulled)
         understanding, generation, pull = (sum(column) for column in zip(*self.ranks.gather(own), strict=True))
         found = {"loss": weight * understanding + (1.0 - weight) * generation, "loss_understanding": understanding}
-        if plan.mixed:
+        if now.plan.mixed:
             found["loss_generation"] = generation
         return found if math.isfinite(pull) else {**found, "loss": math.nan}
 
-    def _understanding(
-        self,
-        work: _Work,
-        concept: ConceptTokens,
-        tokenizer: TextTokenizer,
-        plan: StagePlan,
-        generator: torch.Generator,
-    ) -> Tensor | None:
+    def _understanding(self, work: _Work, now: _Stage) -> Tensor | None:
         """This rank's part of the mean over all answer tokens of the step; None where it has no question."""
         rows = []
         for item in work.questions:
             form = self.config.question_form
             if form == "both":
-                form = "prefix" if bool(torch.rand((), generator=generator) < 0.5) else "expand"
+                form = "prefix" if bool(torch.rand((), generator=now.generator) < 0.5) else "expand"
             if form == "unictokens":
-                wrapped = published_question(concept.introduce(item.question))
+                wrapped = published_question(now.concept.introduce(item.question))
             else:
-                question = as_question(concept, item.question, plan.question_groups, form)
+                question = as_question(now.concept, item.question, now.plan.question_groups, form)
                 wrapped = self.answering.question_text(question)
-            rows.append(text_row(tokenizer, self.answering, wrapped, item.answer))
+            rows.append(text_row(now.tokenizer, self.answering, wrapped, item.answer))
         if not work.asked:
             return None
         prefixes = [self.images.prefix(work.questions[row].image) for row in work.asked]
         total = sum(len(row.answer) for row in rows) if self.ranks.world > 1 else None
         return understanding_loss(self.answering, reduce(add, prefixes), [rows[row] for row in work.asked], total)
 
-    def _generation(
-        self, work: _Work, concept: ConceptTokens, tokenizer: TextTokenizer, generator: torch.Generator
-    ) -> Tensor | None:
+    def _generation(self, work: _Work, now: _Stage) -> Tensor | None:
         """This rank's part of the mean over all masked codes of the step; None where it has no image."""
         prompts = []
         for item in work.images:
-            dropped = bool(torch.rand((), generator=generator) < self.config.condition_dropout)
-            text = [] if dropped else tokenizer.encode(as_prompt(concept, item.prompt))
+            dropped = bool(torch.rand((), generator=now.generator) < self.config.condition_dropout)
+            text = [] if dropped else now.tokenizer.encode(as_prompt(now.concept, item.prompt))
             prompts.append(self.model.prompt_ids(text))
-        codes = self.images.augmented([item.image for item in work.images], generator, work.drawn)
+        codes = self.images.augmented([item.image for item in work.images], now.generator, work.drawn)
         count = math.prod(self.model.grid)
-        mask, timestep = random_mask(len(work.images), count, self.config.mask_schedule, generator)
+        mask, timestep = random_mask(len(work.images), count, self.config.mask_schedule, now.generator)
         if not work.drawn:
             return None
         rows = slice(work.drawn.start, work.drawn.stop)
         total = int(mask.sum()) if self.ranks.world > 1 else None
         return generation_loss(self.model, codes, mask[rows], prompts[rows], timestep[rows], total)
 
-    def _pull(self, stage: str, concept: ConceptTokens, begin: dict[str, Tensor]) -> Tensor | float:
+    def _pull(self, now: _Stage) -> Tensor | float:
         """L2 distance of the rows of `<name>` from where the stage found them, in stages that draw."""
-        if not PLANS[stage].draws or self.config.l2_pull == 0:
+        if not now.plan.draws or self.config.l2_pull == 0:
             return 0.0
-        parts = [
-            (value[concept.rows("sks")] - begin[name][concept.rows("sks")]).square().sum()
-            for name, value in concept.named_parameters()
-        ]
+        sks = now.concept.rows("sks")
+        parts = [(value[sks] - now.begin[name][sks]).square().sum() for name, value in now.concept.named_parameters()]
         return self.config.l2_pull * torch.stack(parts).sum()
 
 
