@@ -127,9 +127,7 @@ def losses(
         yield F.cross_entropy(logits_AV, target_A, reduction="sum") / total
 
 
-def vlm_plan(
-    job: Job[Settings], steps: int, samples: int, learned: Callable[[int], int], notes: Sequence[str] = ()
-) -> Plan:
+def vlm_plan(job: Job[Settings], steps: int, samples: int, learned: Callable[[int], int]) -> Plan:
     """A plan of `steps` steps with `samples` samples each on the model that `job` names.
 
     learned: numbers that learn, of the model's width. Sizes are those of the config, where it is on this machine.
@@ -137,7 +135,7 @@ def vlm_plan(
     place = job.sources.model or ""
     absent = lacking([place])
     if absent:
-        return Plan(steps, downloads=absent, notes=(*notes, "its size is not known before it is here"))
+        return Plan(steps, downloads=absent, notes=("its size is not known before it is here",))
     from ..models.checkpoint import resolve
 
     with needs("evaluate"):
@@ -148,4 +146,4 @@ def vlm_plan(
     numbers = learned(int(config.get_text_config().hidden_size))
     # forward, and backward to what learns: 2 + 2 operations a weight and token
     flops = 4.0 * held * _TOKENS * steps * samples
-    return Plan(steps, flops, bytes_of(held, numbers, job.dtype), notes=tuple(notes))
+    return Plan(steps, flops, bytes_of(held, numbers, job.dtype))

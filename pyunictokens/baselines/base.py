@@ -236,6 +236,12 @@ class Method(ABC, Generic[S]):
         """The settings to start from: the published recipe, or what fits the embedded toy."""
         return cast(S, self.settings())
 
+    def named(self, job: Job[S]) -> Job[S]:
+        """`job` with the model that the publication trained, where none is named."""
+        if job.sources.model is not None:
+            return job
+        return replace(job, sources=replace(job.sources, model=self.model))
+
     def row(self, settings: S) -> str:
         """What the row of a training with these settings is called; where they change the method, it says so."""
         return self.title

@@ -28,7 +28,6 @@ def drawing_loss(
     prompts: Sequence[str],
     generator: torch.Generator,
     dropout: float = 0.1,
-    schedule: str = "cosine",
 ) -> Tensor:
     """Mean cross-entropy of the masked codes of images under their prompts; a prompt is replaced by the empty one with
     probability `dropout`, so that guidance keeps working."""
@@ -36,7 +35,7 @@ def drawing_loss(
     for prompt in prompts:
         dropped = bool(torch.rand((), generator=generator) < dropout)
         ids.append(bundle.model.prompt_ids([] if dropped else tokenizer.encode(prompt)))
-    mask_BN, timestep_B = random_mask(len(ids), codes_BN.shape[1], schedule, generator)
+    mask_BN, timestep_B = random_mask(len(ids), codes_BN.shape[1], "cosine", generator)
     return generation_loss(bundle.model, codes_BN, mask_BN, ids, timestep_B)
 
 

@@ -201,7 +201,7 @@ class Rap(Method[RapSettings]):
 
     def plan(self, job: Job[RapSettings]) -> Plan:
         """The database costs one pass of CLIP an image; post-training is counted."""
-        job, settings = self._named(job), job.settings
+        job, settings = self.named(job), job.settings
         clip = [] if "=" in settings.clip else [settings.clip]
         if not settings.post_train:
             absent = lacking([job.sources.model, *clip])
@@ -214,7 +214,7 @@ class Rap(Method[RapSettings]):
 
     def train(self, job: Job[RapSettings]) -> Mapping[str, object]:
         """Make the database; post-train where wanted."""
-        job, settings = self._named(job), job.settings
+        job, settings = self.named(job), job.settings
         embeddings = _embeddings(settings.clip, job.device)
         others = [one for one in _concepts(job) if one.name != job.concept.name]
         database = Database.of([job.concept, *(others if settings.everyone else [])], embeddings, settings.facts)
@@ -285,11 +285,6 @@ class Rap(Method[RapSettings]):
         aside.rename(job.folder / _ADAPTER)
         finished(job)
         return {"steps": steps, "learned": sum(value.numel() for value in named.values())}
-
-    def _named(self, job: Job[RapSettings]) -> Job[RapSettings]:
-        if job.sources.model is None:
-            return replace(job, sources=replace(job.sources, model=self.model))
-        return job
 
 
 def with_lora(model: PreTrainedModel, settings: RapSettings) -> PeftModel:

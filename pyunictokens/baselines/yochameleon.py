@@ -116,7 +116,7 @@ class YoChameleon(Method[YoChameleonSettings]):
 
     def plan(self, job: Job[YoChameleonSettings]) -> Plan:
         """Counted from the ranking, the folder's questions and the sizes of the model."""
-        job, settings = self._named(job), job.settings
+        job, settings = self.named(job), job.settings
         rows = 1 + settings.generation + settings.understanding
         if not settings.ranked:
             told = vlm_plan(job, 0, settings.batch, lambda width: 2 * rows * width)
@@ -127,7 +127,7 @@ class YoChameleon(Method[YoChameleonSettings]):
 
     def train(self, job: Job[YoChameleonSettings]) -> Mapping[str, object]:
         """Learn the rows; they are saved when all steps are taken."""
-        job, settings = self._named(job), job.settings
+        job, settings = self.named(job), job.settings
         samples = samples_of(job.concept, ranking_of(job), settings)
         chameleon = Chameleon(str(job.sources.model), job.device, job.dtype, settings.decoder)
         tokens = Tokens.of(settings)
@@ -167,11 +167,6 @@ class YoChameleon(Method[YoChameleonSettings]):
         rows = TokenRows(chameleon.model, tokens.every, reserved_ids(chameleon, tokens))
         rows.restore(reading.folder)
         return Asked(chameleon, tokens, subject, reading.sampling.max_new_tokens)
-
-    def _named(self, job: Job[YoChameleonSettings]) -> Job[YoChameleonSettings]:
-        if job.sources.model is None:
-            return replace(job, sources=replace(job.sources, model=self.model))
-        return job
 
 
 def ranking_of(job: Job[YoChameleonSettings]) -> Ranking:

@@ -10,7 +10,7 @@ The language model inside may be any (vicuna, Phi): the checkpoint says which.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -64,14 +64,14 @@ class YoLlava(Method[YoLlavaSettings]):
 
     def plan(self, job: Job[YoLlavaSettings]) -> Plan:
         """Counted from the folder's questions and the sizes of the model."""
-        job = self._named(job)
+        job = self.named(job)
         steps = steps_of(len(self.samples(job)), job.settings)
         rows = len(self.tokens(job))
         return vlm_plan(job, steps, job.settings.batch, lambda width: 2 * rows * width)
 
     def train(self, job: Job[YoLlavaSettings]) -> Mapping[str, object]:
         """Learn the rows; they are saved when all steps are taken."""
-        job = self._named(job)
+        job = self.named(job)
         backbone = Backbone(str(job.sources.model), job.device, job.dtype)
         names = self.tokens(job)
         rows = self._rows(backbone, names, job.settings.seed)
@@ -121,12 +121,6 @@ class YoLlava(Method[YoLlavaSettings]):
         ids = add_tokens(backbone.model, backbone.processor.tokenizer, names, seed)
         return TokenRows(backbone.model, names, ids)
 
-    def _named(self, job: Job[YoLlavaSettings]) -> Job[YoLlavaSettings]:
-        """`job` with the model that the publication trained, where none is named."""
-        if job.sources.model is None:
-            return replace(job, sources=replace(job.sources, model=self.model))
-        return job
-
 
 class YoLlavaPhi(YoLlava):
     """The same on a LLaVA whose language model is Phi-1.5."""
@@ -134,7 +128,7 @@ class YoLlavaPhi(YoLlava):
     name, title, model = "yollava-phi", "Yo'LLaVA (Phi-1.5)", ""
     about = "the same on a LLaVA with Phi-1.5 inside, which --model names; it answers"
 
-    def _named(self, job: Job[YoLlavaSettings]) -> Job[YoLlavaSettings]:
+    def named(self, job: Job[YoLlavaSettings]) -> Job[YoLlavaSettings]:
         if job.sources.model is None:
             raise UserError(
                 "yollava-phi: no LLaVA with Phi-1.5 is published in the layout of transformers: give --model, the "

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.concept import in_words
+from ..data.concept import Concept, in_words
 from ..rewards.registry import labels
 from ..utils.errors import UserError
 
@@ -185,6 +185,12 @@ class Subject:
     notes: list[str] = field(default_factory=list)
     """What the folder does not hold and therefore cannot be measured."""
 
+    @classmethod
+    def of_concept(cls, concept: Concept, facts: Sequence[str], references: Sequence[Path]) -> Subject:
+        """A concept folder as a subject without items."""
+        about = (concept.name, concept.class_word, concept.kind, concept.info)
+        return cls(*about, list(facts), list(references), list(concept.test_images))
+
     @property
     def sks(self) -> str:
         return f"<{self.name}>"
@@ -196,6 +202,15 @@ class Subject:
     def of(self, task: str) -> list[Item]:
         """Items of one task, in order."""
         return [item for item in self.items if item.task == task]
+
+    def add_recognition(self, others: Sequence[Path]) -> None:
+        """Ask whether it is in each of its test photos, and in each of `others`, which show something else."""
+        question = f"Can you see {self.sks} in this picture? Answer with yes or no."
+        if not self.test_images or not others:
+            self.notes.append("recognition: needs test photos of this concept and of others: not measured")
+            return
+        self.items += [Item("recognition", question, "yes", path, "positive") for path in self.test_images]
+        self.items += [Item("recognition", question, "no", path, "negative") for path in others]
 
     def note_lacking(self, tasks: Sequence[str]) -> None:
         """Note each of `tasks` that has no items, where nothing else was noted of it."""

@@ -55,12 +55,7 @@ def read(root: Path, name: str) -> Subject:
         if other != name
         for path in pictures(folder / "concept" / "test" / other)
     ]
-    question = f"Can you see {subject.sks} in this picture? Answer with yes or no."
-    if subject.test_images and others:
-        subject.items += [Item("recognition", question, "yes", path, "positive") for path in subject.test_images]
-        subject.items += [Item("recognition", question, "no", path, "negative") for path in _spread(others, NEGATIVES)]
-    else:
-        subject.notes.append("recognition: needs test photos of this concept and of others: not measured")
+    subject.add_recognition(_spread(others, NEGATIVES))
     subject.items += _visual(test / "vqa.json", subject)
     subject.items += _text(test / "qa.json", subject)
     return subject

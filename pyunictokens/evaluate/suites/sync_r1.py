@@ -39,15 +39,8 @@ def read(root: Path, name: str) -> Subject:
 
 def subject_of(concept: Concept, tasks: Iterable[str] = TASKS) -> Subject:
     """A concept as a subject, with the items of `tasks`."""
-    subject = Subject(
-        concept.name,
-        concept.class_word,
-        concept.kind,
-        concept.info,
-        concept.extra_info[:1],
-        (concept.test_images or concept.train_images)[:1],
-        list(concept.test_images),
-    )
+    photos = concept.test_images or concept.train_images
+    subject = Subject.of_concept(concept, concept.extra_info[:1], photos[:1])
     tasks = list(tasks)
     asked = _test_data(concept, subject)
     for task in tasks:

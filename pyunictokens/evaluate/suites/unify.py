@@ -34,15 +34,7 @@ def read(root: Path, name: str) -> Subject:
 
 def subject_of(concept: Concept, tasks: Iterable[str] = TASKS) -> Subject:
     """A concept as a subject, with the items of `tasks`."""
-    subject = Subject(
-        concept.name,
-        concept.class_word,
-        concept.kind,
-        concept.info,
-        list(concept.extra_info),
-        list(concept.train_images),
-        list(concept.test_images),
-    )
+    subject = Subject.of_concept(concept, concept.extra_info, concept.train_images)
     tasks = list(tasks)
     for task in tasks:
         if task == "recognition":

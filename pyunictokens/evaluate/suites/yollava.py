@@ -40,12 +40,7 @@ def read(root: Path, name: str) -> Subject:
     subject = Subject(name, word, kind_of(word), references=pictures(root / "train" / name))
     subject.test_images = pictures(root / "test" / name)
     others = [path for other in folders(root / "test") if other != name for path in pictures(root / "test" / other)]
-    question = f"Can you see {subject.sks} in this picture? Answer with yes or no."
-    if subject.test_images and others:
-        subject.items += [Item("recognition", question, "yes", path, "positive") for path in subject.test_images]
-        subject.items += [Item("recognition", question, "no", path, "negative") for path in others]
-    else:
-        subject.notes.append("recognition: needs test photos of this concept and of others: not measured")
+    subject.add_recognition(others)
     for where, image, entry in _visual(root, name):
         path = here(image, root / "test" / name)
         if path is None:
