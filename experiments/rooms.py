@@ -1,4 +1,4 @@
-"""Write the table of lines by room in docs/architecture.md from the repository's history: ``python -m experiments.rooms``.
+"""Write the tables of lines by room in docs/architecture.md from git's history: ``python -m experiments.rooms``.
 
 Counted are all lines of the package's Python files, empty ones and comments too, at two commits: FIRST, and HEAD or
 ``--now REV``. It wants the whole history; a shallow clone has no FIRST.

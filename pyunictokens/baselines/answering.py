@@ -6,14 +6,14 @@ end of text is what is learned, and nothing else has a loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.limits import MOST, above, within
 from ..data.batches import understanding_items
@@ -22,7 +22,7 @@ from ..data.images import read_image
 from ..evaluate.baselines.vlm import Backbone
 from ..utils.errors import needs
 from .base import BaselineSettings, Job, Plan, Settings
-from .loop import batch_of
+from .loop import Losses, batch_of, learn
 from .planning import bytes_of, lacking, numbers_of
 
 if TYPE_CHECKING:
@@ -81,6 +81,34 @@ def steps_of(count: int, settings: AnsweringSettings) -> int:
 def picked(count: int, settings: AnsweringSettings, step: int) -> list[int]:
     """The samples of a step."""
     return batch_of(count, settings.batch, settings.seed, step)
+
+
+def learn_samples(
+    job: Job[AnsweringSettings],
+    what: str,
+    named: Mapping[str, nn.Parameter],
+    losses: Losses,
+    samples: int,
+    eps: float = 1e-8,
+    schedule: str = "constant",
+) -> int:
+    """:func:`learn` over so many samples as the job's settings say; returns its steps. With another schedule than
+    "constant" 3 % of them warm up."""
+    settings, steps = job.settings, steps_of(samples, job.settings)
+    warmup = 0 if schedule == "constant" else round(0.03 * steps)
+    learn(
+        job,
+        what,
+        named,
+        losses,
+        steps=steps,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        eps=eps,
+        warmup=warmup,
+        schedule=schedule,
+    )
+    return steps
 
 
 def shown(path: Path | None, flip: float, generator: torch.Generator) -> list[Image]:

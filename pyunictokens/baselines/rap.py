@@ -40,7 +40,7 @@ from ..utils.files import AnyJson, read_json, save_safetensors_atomic, write_jso
 from . import answering
 from .answering import AnsweringSettings, Sample, steps_of, vlm_plan
 from .base import Job, Method, Plan, Reading, Settings
-from .loop import finished, learn
+from .loop import finished
 from .planning import lacking
 
 if TYPE_CHECKING:
@@ -265,19 +265,8 @@ class Rap(Method[RapSettings]):
                 batch.append(([*shown, *(read_image(entry.image) for entry in entries)], text, sample.answer))
             return answering.losses(backbone, batch, placed=True)
 
-        steps = steps_of(len(samples), settings)
         backbone.model.train()
-        learn(
-            job,
-            "post_training",
-            named,
-            losses,
-            steps=steps,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            warmup=round(0.03 * steps),
-            schedule="cosine",
-        )
+        steps = answering.learn_samples(job, "post_training", named, losses, len(samples), schedule="cosine")
         aside = job.folder / f".{_ADAPTER}.part"
         shutil.rmtree(aside, ignore_errors=True)
         backbone.model.save_pretrained(str(aside))

@@ -35,7 +35,7 @@ from . import answering
 from .answering import AnsweringSettings, Sample, steps_of, vlm_plan
 from .base import Job, Method, Plan, Reading, Settings
 from .chameleon import Chameleon, decoder_weights
-from .loop import finished, learn
+from .loop import finished
 from .token_rows import TokenRows
 
 if TYPE_CHECKING:
@@ -140,17 +140,7 @@ class YoChameleon(Method[YoChameleonSettings]):
             for prompt, answer in made:
                 yield chameleon.loss(prompt, answer) / total
 
-        steps = steps_of(len(samples), settings)
-        learn(
-            job,
-            "tokens",
-            rows.named(),
-            losses,
-            steps=steps,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-        )
+        steps = answering.learn_samples(job, "tokens", rows.named(), losses, len(samples), settings.eps)
         rows.save(job.folder)
         finished(job)
         drawn = sum(isinstance(each, Drawing) for each in samples)

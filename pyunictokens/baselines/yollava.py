@@ -24,7 +24,7 @@ from ..utils.errors import UserError
 from . import answering
 from .answering import AnsweringSettings, samples_of, steps_of, vlm_plan
 from .base import Job, Method, Plan, Reading, Settings
-from .loop import finished, learn
+from .loop import finished
 from .token_rows import TokenRows, add_tokens
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ class YoLlava(Method[YoLlavaSettings]):
             ]
             return answering.losses(backbone, asked)
 
-        steps = steps_of(len(samples), settings)
-        lr, decay = settings.lr, settings.weight_decay
-        learn(job, "tokens", rows.named(), losses, steps=steps, lr=lr, weight_decay=decay)
+        steps = answering.learn_samples(job, "tokens", rows.named(), losses, len(samples))
         rows.save(job.folder)
         finished(job)
         return {"rows": len(names), "steps": steps, "tokens": names, "before": before}

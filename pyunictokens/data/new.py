@@ -227,8 +227,8 @@ class _Build:
                 "num_testing_info": len(sheet.facts) // 2,
             },
         )
-        conversations = {Path(file).stem: _as_json(_merged(general, own["train"][file])) for file in files}
-        write_json(self.train / "conversations.json", {**conversations, "text_only": _as_json(loose)})
+        conversations = {Path(file).stem: wording.as_json(_merged(general, own["train"][file])) for file in files}
+        write_json(self.train / "conversations.json", {**conversations, "text_only": wording.as_json(loose)})
         positive = [
             {"image": f"{base}/{file}", "query": query, "answer": words.yes()}
             for index, file in enumerate(files)
@@ -262,9 +262,11 @@ class _Build:
     ) -> None:
         """The JSON files of the test half: questions about each photo, questions about none, prompts."""
         sheet, words = self.sheet, self.words
-        tests = {Path(file).stem: _as_json(_merged(general, own[file])) for file, _ in self.sources["test"]}
+        tests = {Path(file).stem: wording.as_json(_merged(general, own[file])) for file, _ in self.sources["test"]}
         write_json(self.test / "vqa.json", tests)
-        write_json(self.test / "text_only.json", _as_json([(words.reworded(query), answer) for query, answer in loose]))
+        write_json(
+            self.test / "text_only.json", wording.as_json([(words.reworded(query), answer) for query, answer in loose])
+        )
         prompts = {
             FACT_PROMPTS: [fact.prompt for fact in sheet.facts],
             f"explicit_{FACT_PROMPTS}": [fact.explicit for fact in sheet.facts],
@@ -333,10 +335,6 @@ def drawn_negatives(seed: str, count: int, side: int = 128) -> list[Image.Image]
 def _merged(*lists: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """All questions once; where one is asked again, the later answer holds."""
     return list({question: (question, answer) for each in lists for question, answer in each}.values())
-
-
-def _as_json(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"query": query, "answer": answer} for query, answer in pairs]
 
 
 Photos = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

@@ -125,3 +125,8 @@ class Wording:
     def dense_prompts(self) -> list[str]:
         """Long prompts with many details."""
         return [prompt.format(sks=self.sks) for prompt in _DENSE]
+
+
+def as_json(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Questions with their answers as a concept folder has them."""
+    return [{"query": query, "answer": answer} for query, answer in pairs]

@@ -8,7 +8,6 @@ metric may read it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ..data.images import save_image
 from ..data.install import list_concept
 from ..data.photographs import TRUTH
 from ..utils.errors import UserError, needs
-from ..utils.files import AnyJson, write_json
+from ..utils.files import write_json
 from .drawing import render
 from .facts import FACTS, at_place, draw_facts, thing
 from .grammar import RECOGNITIONS, change_subject, subject_questions
@@ -133,7 +132,7 @@ class _Writer:
             (f"what is beside {x}?", item),
             (f"where is {x}?", at_place(scene.word("place"))),
         ]
-        return _as_json(pairs)
+        return wording.as_json(pairs)
 
     def _without_picture(self, facts: range) -> list[dict[str, str]]:
         """Questions that need no picture: about the looks, and about some of the facts with all of them listed."""
@@ -144,7 +143,7 @@ class _Writer:
             pairs.append((wording.text_only_question(self.facts, request), self.facts[k]))
             question = FACTS[k].question.format(x=self.sks)
             pairs.append((f"Information: {listed}. {question}?", FACTS[k].short(self.values[k])))
-        return _as_json(pairs)
+        return wording.as_json(pairs)
 
     def _conversations(self, scenes: list[Attributes]) -> None:
         talk: dict[str, object] = {str(index): self._seen(scene) for index, scene in enumerate(scenes)}
@@ -239,12 +238,3 @@ class _Writer:
             self._picture(random_scene(rng), folder / f"{i}.png")
         save_image(Image.new("RGB", (512, 512)), self.root / "black_512x512.png")
         list_concept(self.root, self.name, [f"{i}.png" for i in range(TRAIN_IMAGES)])
-
-
-def _as_json(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"query": query, "answer": answer} for query, answer in pairs]
-
-
-def expected_slots(truth: Mapping[str, AnyJson], prompt: str) -> dict[str, str]:
-    """What a picture for `prompt` should show, subject included, as words by slot; KeyError for an unknown prompt."""
-    return {**truth["subject"], **truth["prompts"][prompt]}

@@ -16,7 +16,7 @@ from pyunictokens.data.folder import load_concept
 from pyunictokens.models.showo import prompting
 from pyunictokens.toy import grammar as grammar
 from pyunictokens.toy import world as toy
-from pyunictokens.toy.concept import expected_slots, write_toy_concept
+from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.utils.errors import UserError
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -176,7 +176,7 @@ def test_a_toy_concept_is_a_complete_folder(tmp_path, kind):
     for key, prompts in concept.generation_prompts.items():
         for prompt in prompts:
             assert "<bo>" in prompt, key
-            slots = expected_slots(truth, prompt)
+            slots = {**truth["subject"], **truth["prompts"][prompt]}
             assert slots["shape"] == truth["subject"]["shape"] and all(slots[s] in toy.SLOTS[s] for s in slots)
     for (prompt, index), fact in zip(concept.fact_pairs, truth["facts"], strict=True):
         assert concept.extra_info[index] == fact["fact"] and truth["prompts"][prompt] == fact["slots"]
