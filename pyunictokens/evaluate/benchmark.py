@@ -11,16 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from ..data.concept import Concept
 from ..data.images import load_batch, read_image
 from ..data.photographs import TRUTH
+from ..rewards.base import ImageTextEncoder
 from ..utils.errors import UserError
 from ..utils.files import read_json
 from ..utils.json import Json
-from .baselines.ours import Engine, EngineModel, Expander, Sampling
-from .clip import Embeddings, ImageTextEncoder
+from .baselines.ours import EngineModel, Expander, Sampling
+from .clip import Embeddings
 from .core import Asker, checked
 from .protocol import DEFAULT_SAMPLES, SYNC_R1, BenchProtocol, protocol_named
 from .result import EvalResult, ItemRecord, to_bytes
@@ -28,6 +29,9 @@ from .sample_cache import Record
 from .scoring import AttributeReader, AttributesOf, Reward, RewardOf, Scorer
 from .suites import sync_r1, unify
 from .tasks import TASKS, Subject, wanted_tasks
+
+if TYPE_CHECKING:
+    from ..rollout.engine import RolloutEngine
 
 SPLITS = tuple(TASKS)
 _REFERENCES = 8  # kept with the result, for the report
@@ -42,7 +46,7 @@ class Truth(TypedDict):
 
 
 def unifybench(
-    engine: Engine,
+    engine: RolloutEngine,
     concept: Concept,
     tokens: Expander | None,
     *,

@@ -23,21 +23,9 @@ from torch import Tensor
 
 from ..data.images import from_pil, load_pixels, to_pil
 from ..models.checkpoint import local_or_hub
+from ..rewards.base import ImageTextEncoder
 from ..utils.errors import UserError, require
 from ..utils.files import unreadable
-
-
-@runtime_checkable
-class ImageTextEncoder(Protocol):
-    """What CLIP scores ask of a network: images and texts in one space."""
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Embeddings [B, D] of pixels [B, 3, H, W] in [-1, 1]."""
-        ...
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D]."""
-        ...
 
 
 @runtime_checkable

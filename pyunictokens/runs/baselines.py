@@ -17,13 +17,14 @@ from ..baselines.base import FILE, Reading, Trained
 from ..baselines.registry import METHODS, method
 from ..evaluate.baselines import Spec, baseline, parse
 from ..evaluate.baselines.ours import Sampling
-from ..evaluate.clip import Embeddings, ImageTextEncoder, OpenClip
+from ..evaluate.clip import Embeddings, OpenClip
 from ..evaluate.core import Baseline, Model
 from ..evaluate.protocol import OURS, BenchProtocol
 from ..evaluate.runner import TableSettings
 from ..evaluate.scoring import Scorer
 from ..evaluate.tasks import Subject
 from ..models.bundle import ModelBundle, Sources
+from ..rewards.base import ImageTextEncoder
 from ..toy.model import toy_folder
 from ..utils import fingerprint
 from ..utils.devices import pick_device, pick_dtype

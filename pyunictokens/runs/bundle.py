@@ -15,9 +15,8 @@ from ..utils.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from ..evaluate.clip import ImageTextEncoder
     from ..evaluate.scoring import AttributeReader
-    from ..rewards.base import FaceEmbedding, PreviewJudge, Rewards
+    from ..rewards.base import FaceEmbedding, ImageTextEncoder, PreviewJudge, Rewards
 
 
 PAPER_REWARDS = "paper"

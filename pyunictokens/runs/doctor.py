@@ -82,9 +82,9 @@ def examine() -> Findings:
         "core": _core(),
         "gpu": _gpu(),
         "backends": _backends(),
-        "steps": _steps(),
-        "attention": _attention(),
-        "gelu": _gelu(),
+        "steps": _chosen("mode", "..rollout.cuda_graphs.capture", "best_mode"),
+        "attention": _chosen("way", "..models.showo.kernels", "attention_way"),
+        "gelu": _chosen("way", "..models.fused_gelu", "gelu_way"),
         "toy": toy_status(),
     }
     report["problems"] = _problems(report)
@@ -176,43 +176,16 @@ def _gpu() -> Findings:
     return {"present": True, "devices": devices, **result}
 
 
-def _steps() -> dict[str, str]:
-    """How the rollout's steps run on the GPU, or why there is nothing to choose."""
+def _chosen(what: str, module: str, choose: str) -> dict[str, str]:
+    """What the function `choose` of a module takes on the GPU (or the CPU, without one), and why."""
     try:
         import torch
 
-        from ..rollout.cuda_graphs.capture import best_mode
-
-        mode, why = best_mode(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        function = getattr(importlib.import_module(module, __package__), choose)
+        taken, why = function(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # a finding, like any other
-        return {"mode": "unknown", "why": str(error)}
-    return {"mode": mode, "why": why}
-
-
-def _attention() -> dict[str, str]:
-    """Which kernel reads prompts that rows share, and why it is that one."""
-    try:
-        import torch
-
-        from ..models.showo.kernels import attention_way
-
-        way, why = attention_way(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    except Exception as error:  # a finding, like any other
-        return {"way": "unknown", "why": str(error)}
-    return {"way": way, "why": why}
-
-
-def _gelu() -> dict[str, str]:
-    """Whether GELU is part of the product before it, and why it is not."""
-    try:
-        import torch
-
-        from ..models.fused_gelu import gelu_way
-
-        way, why = gelu_way(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    except Exception as error:  # a finding, like any other
-        return {"way": "unknown", "why": str(error)}
-    return {"way": way, "why": why}
+        return {what: "unknown", "why": str(error)}
+    return {what: taken, "why": why}
 
 
 def _backends() -> Findings:

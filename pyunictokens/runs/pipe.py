@@ -28,6 +28,7 @@ from ..train.policy import copy_adapter
 from ..utils.devices import pick_device, pick_dtype
 from ..utils.errors import UserError
 from ..utils.files import read_json, read_json_table, write_json
+from .asking import grid_of
 from .model_card import card_of
 from .run_dir import ABOUT, BASE, CONFIG, Run
 
@@ -190,9 +191,7 @@ class Pipeline:
             return None
         step, usual = self.bundle.vq.downsampling, self.bundle.model.grid
         sides = (height or usual[0] * step, width or usual[1] * step)
-        if sides[0] % step or sides[1] % step:
-            raise UserError(f"height={height}, width={width}: both must be multiples of {step}, the pixels of one code")
-        return sides[0] // step, sides[1] // step
+        return grid_of(*sides, step, f"height={height}, width={width}")
 
     # --- publishing ------------------------------------------------------------------------------------------------
 

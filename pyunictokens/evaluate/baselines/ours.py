@@ -23,91 +23,7 @@ from ..tasks import Subject
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
-class EngineModule(Protocol):
-    """What is asked of the engine's model."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) in codes."""
-        ...
-
-
-class ImageTokenizer(Protocol):
-    """What is asked of the engine's image tokenizer (`MagvitV2` has it)."""
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels a code, along one side."""
-        ...
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes int [B, N] of pixels [B, 3, H, W] in [-1, 1]."""
-        ...
-
-
-class Images(Protocol):
-    @property
-    def pixels(self) -> Tensor | None:
-        """[R, 3, H, W], rows prompt-major."""
-        ...
-
-
-class Answers(Protocol):
-    @property
-    def texts(self) -> Sequence[str]:
-        """One a question."""
-        ...
-
-
-class Engine(Protocol):
-    """What the evaluation asks of a rollout engine (`RolloutEngine` has it)."""
-
-    @property
-    def model(self) -> EngineModule: ...
-
-    @property
-    def vq(self) -> ImageTokenizer | None: ...
-
-    @property
-    def features_side(self) -> int | None:
-        """Pixels along one side of the squares whose features the model takes; None where it takes codes."""
-        ...
-
-    def look(self, pixels: Tensor) -> Tensor:
-        """What questions are asked about of pixels [B, 3, H, W]: codes or features."""
-        ...
-
-    def generate_images(
-        self,
-        prompts: Sequence[str],
-        *,
-        samples: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-        sample_ids: Sequence[int],
-        known_codes: Tensor | None,
-        record: bool,
-    ) -> Images:
-        """`samples` images of every prompt; noise by (seed, sample id)."""
-        ...
-
-    def generate_text(
-        self,
-        images: Tensor,
-        questions: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        raw: bool = False,
-    ) -> Answers:
-        """One answer a question about its image, codes [B, N]; a `raw` question is read as it stands, without the
-        model's own wording around it."""
-        ...
+    from ...rollout.engine import RolloutEngine
 
 
 class Expander(Protocol):
@@ -136,7 +52,7 @@ class EngineModel:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: RolloutEngine,
         tokens: Expander | None,
         subject: Subject,
         sampling: Sampling | None = None,

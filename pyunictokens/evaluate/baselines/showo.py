@@ -20,17 +20,19 @@ from ...data.images import from_pil, square
 from ...rewards.base import plain_text
 from ...utils.errors import UserError
 from ..tasks import Subject
-from .ours import Engine, EngineModel, Sampling, single
+from .ours import EngineModel, Sampling, single
 from .prompts import described, references, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ...rollout.engine import RolloutEngine
+
 
 class ShowoText(EngineModel):
     """Show-o + TP."""
 
-    def __init__(self, engine: Engine, subject: Subject, sampling: Sampling | None = None):
+    def __init__(self, engine: RolloutEngine, subject: Subject, sampling: Sampling | None = None):
         super().__init__(engine, None, subject, sampling)
 
     def shown(self, images: Sequence[Image], question: str) -> tuple[Tensor, str]:
@@ -43,7 +45,7 @@ class ShowoText(EngineModel):
 class ShowoImage(EngineModel):
     """Show-o + IP. Raises UserError for a subject without references, or a grid that has no left half."""
 
-    def __init__(self, engine: Engine, subject: Subject, sampling: Sampling | None = None):
+    def __init__(self, engine: RolloutEngine, subject: Subject, sampling: Sampling | None = None):
         super().__init__(engine, None, subject, sampling)
         if self.grid % 2:
             raise UserError(f"{self.grid}×{self.grid} codes: an image prompt needs an even number of columns")
