@@ -154,10 +154,17 @@ def headline(folder: Path) -> str:
 def install(sizes: dict[str, Any]) -> str:
     """What an installation takes (experiments/install_sizes.py), as a sentence."""
     gpu = sizes["gpu_libraries_bytes"] / 1e9
-    return (
+    text = (
         f"The wheel has {sizes['wheel_bytes'] / 1e6:.0f} MB, a shallow clone {sizes['clone_bytes'] / 1e6:.0f} MB. With "
         f"all that `cli` needs, torch {sizes['torch'].partition('+')[0]} included, "
         f"{sizes['packages_bytes'] / 1e9:.1f} GB are installed, {gpu:.1f} GB of them torch's libraries for a GPU."
+    )
+    if "minutes" not in sizes:
+        return text
+    pip, clone = (sizes["minutes"][line]["core_seconds"] / 60 for line in ("pip", "clone"))
+    return text + (
+        f" Once the packages are fetched, `pip install` takes {pip:.1f} minutes of one core's work, and `git clone` "
+        f"with `make install`, which compiles the core and brings what the tests need, {clone:.1f}."
     )
 
 
