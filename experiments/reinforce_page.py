@@ -2,9 +2,10 @@
 
     python -m experiments.reinforce_page "make reinforce"=reinforce "… --seed 1"=reinforce1
 
-Each run is a folder as `pyunictokens demo --prompts` leaves it. The curve and the pictures are of the first one, whose
-policy is measured once more beside the shipped model, in four and in twelve timesteps. How well the shipped model draws
-comes from assets/composed/report.json (experiments/build_composed.py).
+Each run is a folder as `pyunictokens demo --prompts` leaves it. The curves and pictures of the first two are shown, and
+the policy of the first is measured once more beside the shipped model, in four and in twelve timesteps. How well the
+shipped model draws comes from assets/composed/report.json (experiments/build_composed.py). Runs of other commands that
+docs/reinforce.json holds already stay in it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,14 @@ def measured(command: str, folder: Path) -> dict[str, object]:
     low, high = round(gain - 1.96 * error, 4), round(gain + 1.96 * error, 4)
     prompts = len(found[0].values[BY])
     numbers = {"prompts": prompts, "seconds": round(seconds), "gain": round(gain, 4), "low": low, "high": high}
-    return {"command": command, **numbers, "curve": curve}
+    of_kind: dict[str, list[int]] = {}
+    for place, line in enumerate(read_json_lines(folder / HELD_OUT)):
+        of_kind.setdefault(str(line["kind"]), []).append(place)
+    kinds = {
+        kind: [round(sum(each.values[BY][at] for at in places) / len(places), 4) for each in (found[0], found[-1])]
+        for kind, places in sorted(of_kind.items())
+    }
+    return {"command": command, **numbers, "kinds": kinds, "curve": curve}
 
 
 def by_timesteps(folder: Path) -> dict[str, dict[str, float]]:
@@ -88,6 +96,19 @@ def table(runs: list[dict[str, object]]) -> list[str]:
     return lines
 
 
+def by_kind(runs: list[dict[str, object]]) -> list[str]:
+    """The lines of the page's table of kinds of prompts: before, and after each run that says it."""
+    told = [(run["command"], run["kinds"]) for run in runs if isinstance(run.get("kinds"), dict)]
+    first = told[0][1]
+    assert isinstance(first, dict)
+    rows = [("before", {kind: values[0] for kind, values in first.items()})]
+    for command, kinds in told:
+        assert isinstance(kinds, dict)
+        rows.append((f"`{command}`", {kind: values[1] for kind, values in kinds.items()}))
+    lines = [f"| wholly right | {' | '.join(first)} |", "|---|" + "---|" * len(first)]
+    return lines + [f"| {name} | {' | '.join(f'{values[kind]:.2f}' for kind in first)} |" for name, values in rows]
+
+
 def timesteps_table(found: dict[str, dict[str, float]]) -> list[str]:
     """The lines of the page's table of timesteps."""
     few, many = TIMESTEPS
@@ -128,16 +149,21 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="COMMAND=FOLDER")
     pairs = [word.rpartition("=")[::2] for word in parser.parse_args().runs]
     runs = [measured(command, Path(folder)) for command, folder in pairs]
+    file = DOCS / "reinforce.json"
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    runs += [each for each in earlier if each["command"] not in {run["command"] for run in runs}]
     runs[0]["timesteps"] = found = by_timesteps(Path(pairs[0][1]))
-    write_text_atomic(DOCS / "reinforce.json", "[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
-    for name, image in ((CURVE, "reinforce_curve.png"), (PICTURES, "reinforce_before_after.png")):
-        shutil.copyfile(Path(pairs[0][1]) / name, DOCS / "images" / image)
+    write_text_atomic(file, "[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    for (_, folder), shown in zip(pairs, ("reinforce", "reinforce_long"), strict=False):
+        shutil.copyfile(Path(folder) / CURVE, DOCS / "images" / f"{shown}_curve.png")
+        shutil.copyfile(Path(folder) / PICTURES, DOCS / "images" / f"{shown}_before_after.png")
     page = DOCS / "toyworld.md"
     text = page.read_text(encoding="utf-8")
     for name, lines in (
         ("reinforce", table(runs)),
         ("composed", drawn(read_json(REPORT))),
         ("timesteps", timesteps_table(found)),
+        ("kinds", by_kind(runs)),
     ):
         text = put(text, name, lines)
     write_text_atomic(page, text)
