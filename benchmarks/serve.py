@@ -1,25 +1,23 @@
 """What serving costs beside drawing alone, on the embedded toy: ratios, both sides in turn in one run.
 
-    python -m benchmarks.serve --table                # minutes; benchmarks/results/serve-cpu.json and the table of it
-                                                      # in docs/serving.md
+    python -m benchmarks.serve                        # minutes; writes benchmarks/results/serve-cpu.json
     python -m benchmarks.serve --quick                # seconds: every piece in small
     python -m benchmarks.serve --only throughput,latency
-    python -m benchmarks.serve --only= --table        # measures nothing: the table from the results that are there
+    python -m benchmarks.serve --table                # the table in docs/serving.md, from the results
 
 throughput  64 clients, each of whom begins at a random moment and asks again when answered, against one offline batch
             (`generate_images`) of as many rows. Each request has a seed of its own, as clients have.
-latency     Poisson arrivals at half of that throughput against requests one after another: p95 of each; the same
-            arrivals also with one worker, and with all images side by side (`--batch-from 1`).
-queue       what steps cost by the images under way, with one thread and with all, and orders of drawing simulated over
-            it, with a bound for all (benchmarks/serve_queue.py).
+latency     Poisson arrivals at half of that throughput against requests one after another: p95 of each; also with all
+            images side by side (`--batch-from 1`), the same arrivals.
+queue       what steps cost by the images under way, and other orders of drawing simulated over it, with a bound for all
+            (benchmarks/serve_queue.py).
 cold        the first image of a concept that is on disk against one that is at hand: open, seat and draw.
 storm       requests over HTTP to `pyunictokens serve`, a share of which is malformed, aborted or disconnected
             (benchmarks/serve_storm.py): the server's memory, lost and mixed-up answers.
 
-All but the storm drive engine and catalog in this process. Workers are threads, so time is that of the clock, which
-jumps over stretches without work to the next arrival; other programs on the machine take part of it. The sides take
-turns; the page says where the machine was loaded, and ratios of a loaded machine are not to be believed. `cold` reads
-files the system has in memory.
+All but the storm drive engine and catalog in this thread, and their clock is the processor time of this thread, which
+jumps over stretches without work to the next arrival: other programs on the machine take time, and not this one. What
+they do to caches remains, so the sides take turns. `cold` reads files the system has in memory.
 """
 
 from __future__ import annotations
@@ -44,7 +42,6 @@ from benchmarks.run_cpu import machine
 from pyunictokens.models import ConceptTokens, Sources
 from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.rollout.serving import BATCH_FROM, Drawn, Ended, ImageRequest, ServingEngine
-from pyunictokens.rollout.serving.workers import fitting
 from pyunictokens.serve.catalog import Catalog, Limits
 from pyunictokens.toy.model import load_toy
 from pyunictokens.utils.errors import UserError
@@ -57,18 +54,18 @@ BEGIN, END = "<!-- numbers: begin -->\n", "<!-- numbers: end -->"
 STEPS, GUIDANCE = 12, 3.0
 """As `pyunictokens serve` draws with the toy where nothing else is asked."""
 
-LONG = {"asks": 1, "rounds": 2, "requests": 100, "resident": 200, "on_disk": 1000, "pairs": 30, "storm": 10_000}
+LONG = {"asks": 1, "rounds": 2, "requests": 40, "resident": 200, "on_disk": 1000, "pairs": 30, "storm": 10_000}
 QUICK = {"asks": 1, "rounds": 1, "requests": 6, "resident": 3, "on_disk": 8, "pairs": 2, "storm": 40}
 
 
 class Clock:
-    """Seconds, and what was jumped over."""
+    """Processor seconds of this thread, and what was jumped over."""
 
     def __init__(self) -> None:
         self._jumped = 0.0
 
     def __call__(self) -> float:
-        return time.perf_counter() + self._jumped
+        return time.thread_time() + self._jumped
 
     def wait_until(self, moment: float) -> None:
         self._jumped += max(0.0, moment - self())
@@ -88,14 +85,13 @@ def play(
     arrivals: Sequence[tuple[float, ImageRequest]],
     then: Callable[[int], ImageRequest | None] = lambda number: None,
     batch_from: int = BATCH_FROM,
-    workers: int | None = None,
 ) -> tuple[float, list[float]]:
     """Requests that arrive at given seconds, and what a client asks next when his n-th request is answered (`then`).
 
     Returns (seconds from the first arrival to the last answer, the seconds each request took, in order of arrival).
     """
     clock = Clock()
-    serving = ServingEngine(CLIENTS, 4 * CLIENTS + len(arrivals), clock, batch_from, workers)
+    serving = ServingEngine(CLIENTS, 4 * CLIENTS + len(arrivals), clock, batch_from)
     due = sorted(enumerate(arrivals), key=lambda each: -each[1][0])
     begin = clock() - min(at for at, _ in arrivals)
     under_way: dict[int, tuple[int, float]] = {}
@@ -107,7 +103,7 @@ def play(
         while due and begin + due[-1][1][0] <= clock():
             place, (at, request) = due.pop()
             under_way[serving.add_request(engine, request, user=str(place))] = place, begin + at
-        for event in serving.step(max(0.0, begin + due[-1][1][0] - clock()) if due else None):
+        for event in serving.step():
             drawn += isinstance(event, Drawn)
             if not isinstance(event, Ended):
                 continue
@@ -129,9 +125,9 @@ def throughput(engine: RolloutEngine, sizes: dict[str, int], steps: int) -> dict
     rows = CLIENTS * sizes["asks"]
 
     def offline() -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         engine.generate_images(_prompts(rows, dice), steps=steps, guidance_scale=GUIDANCE, seed=1, record=False)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     def served(batch: float) -> float:
         asked = dict.fromkeys(range(CLIENTS), 1)
@@ -169,7 +165,6 @@ def latency(engine: RolloutEngine, sizes: dict[str, int], steps: int, rows_per_s
     dice = random.Random(1)
     busy: list[float] = []
     mixed: list[float] = []
-    single: list[float] = []
     idle: list[float] = []
     for _ in range(sizes["rounds"]):
         at, arrivals = 0.0, []
@@ -178,44 +173,27 @@ def latency(engine: RolloutEngine, sizes: dict[str, int], steps: int, rows_per_s
             arrivals.append((at, _request(prompt, dice.getrandbits(30), steps)))
         busy += play(engine, arrivals)[1]
         mixed += play(engine, arrivals, batch_from=1)[1]
-        single += play(engine, arrivals, workers=1)[1]
         for prompt in _prompts(max(4, sizes["requests"] // 4), dice):
             idle += play(engine, [(0.0, _request(prompt, dice.getrandbits(30), steps))])[1]
-    p50, p95 = ([_quantile(side, part) for side in (busy, mixed, single, idle)] for part in (0.5, 0.95))
-
-    def against_idle(side: int) -> dict[str, float]:
-        return {"p95_ratio": round(p95[side] / p95[-1], 3), "p50_ratio": round(p50[side] / p50[-1], 3)}
-
+    p50, p95 = ([_quantile(side, part) for side in (busy, mixed, idle)] for part in (0.5, 0.95))
     return {
         "requests": len(busy),
         "load": 0.5,
-        **against_idle(0),
-        "side_by_side": against_idle(1),
-        "one_worker": against_idle(2),
+        "p95_ratio": round(p95[0] / p95[2], 3),
+        "p50_ratio": round(p50[0] / p50[2], 3),
+        "side_by_side": {"p95_ratio": round(p95[1] / p95[2], 3), "p50_ratio": round(p50[1] / p50[2], 3)},
         "half_load_seconds": {"p50": round(p50[0], 4), "p95": round(p95[0], 4)},
-        "idle_seconds": {"p50": round(p50[-1], 4), "p95": round(p95[-1], 4)},
+        "idle_seconds": {"p50": round(p50[2], 4), "p95": round(p95[2], 4)},
     }
 
 
-def queue(engine: RolloutEngine, steps: int) -> dict[str, Any]:
-    """Orders of drawing, simulated over what steps cost now, at half of what these costs let workers draw."""
-    steps, threads = max(4, steps), torch.get_num_threads()  # neither the first nor the last
-    workers = fitting(engine.model.device, engine.model.costs.parameters, threads)
-    together = serve_queue.measure(engine, steps, 8, GUIDANCE, threads)
-    apart = serve_queue.measure(engine, steps, 8, GUIDANCE, threads // workers) if workers > 1 else together
-    crowd = serve_queue.measure_crowd(engine, steps, 8, GUIDANCE, workers) if workers > 1 else 1.0
-    most = serve_queue.most_a_second(apart, workers, crowd)
-    held = {
-        "costs": asdict(together),
-        "costs_apart": asdict(apart),
-        "workers": workers,
-        "crowd": crowd,
-        "rate": most / 2,
-        "cheapest": 1 / most,
-        "batch_from": BATCH_FROM,
-        "most": CLIENTS,
-    }
-    return {**held, **serve_queue.report(held)}
+def queue(engine: RolloutEngine, sizes: dict[str, int], steps: int, known: dict[str, Any]) -> dict[str, Any]:
+    """Orders of drawing, simulated over what steps cost now; `known`: what `throughput` found."""
+    costs = serve_queue.measure(engine, max(3, steps), 8, GUIDANCE)  # neither the first nor the last
+    rate, cheapest = known["rows"] / known["served_seconds"] / 2, known["offline_seconds"] / known["rows"]
+    found = serve_queue.report(costs, rate, cheapest, BATCH_FROM, CLIENTS)
+    numbers = {"rate": rate, "cheapest": cheapest, "batch_from": BATCH_FROM, "most": CLIENTS}
+    return {"costs": asdict(costs), **numbers, **found}
 
 
 def _quantile(values: Sequence[float], part: float) -> float:
@@ -234,19 +212,19 @@ def write_runs(folder: Path, count: int) -> None:
 def cold(folder: Path, sizes: dict[str, int], steps: int) -> dict[str, Any]:
     """A concept from disk against one at hand."""
     resident, on_disk = sizes["resident"], sizes["on_disk"]
-    serving = ServingEngine(CLIENTS, workers=None)
+    serving = ServingEngine(CLIENTS)
     limits = Limits(concepts=resident)
     catalog = Catalog(folder=folder, flags=Sources(), device="cpu", limits=limits, in_use=serving.concepts_in_use)
 
     def first_image(name: str) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         engine = catalog.seat(catalog.open(name))
         serving.add_request(engine, _request(f"A photo of <{name}> on sand.", 7, steps, name))
         while serving.busy:
             for event in serving.step():
                 if isinstance(event, Ended) and event.error is not None:
                     raise event.error
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     for number in range(resident):
         catalog.seat(catalog.open(f"c{number}"))
@@ -287,7 +265,7 @@ def met(piece: str, report: dict[str, Any]) -> bool:
 
 def table(report: dict[str, Any]) -> str:
     """The table of docs/serving.md."""
-    lines = [f"| on the toy, {report['machine']['cores']} cores | measured | goal | |", "|---|---|---|---|"]
+    lines = ["| on the toy, one core | measured | goal | |", "|---|---|---|---|"]
     for piece, (words, key, way, goal) in GOALS.items():
         if piece not in report:
             lines.append(f"| {words} | not measured | {way} {goal:g} × | |")
@@ -305,20 +283,19 @@ def table(report: dict[str, Any]) -> str:
     if "cold" in report:
         said.append(f"{report['cold']['resident']} concepts at hand, {report['cold']['on_disk']:,} on disk.")
     if "latency" in report:
-        side, single = report["latency"]["side_by_side"], report["latency"]["one_worker"]
+        side = report["latency"]["side_by_side"]
         said.append(
-            f"The median at half load is {report['latency']['p50_ratio']:g} × an idle server's; for the same arrivals "
-            f"it is {single['p50_ratio']:g} × with one worker (`--workers 1`), and p95 {single['p95_ratio']:g} ×; with "
-            f"all images side by side (`--batch-from 1`) {side['p50_ratio']:g} × and {side['p95_ratio']:g} ×."
+            f"The median at half load is {report['latency']['p50_ratio']:g} × an idle server's; with all images side "
+            f"by side (`--batch-from 1`) it is {side['p50_ratio']:g} ×, and p95 {side['p95_ratio']:g} ×."
         )
-    said.append("Both sides in turn; memory and answers are those of a server over HTTP.")
+    said.append("Ratios of processor time, both sides in turn; memory and answers are those of a server over HTTP.")
     if report["machine"]["loaded"]:
-        said.append(f"The machine was loaded (load average {load:g}): seconds and ratios are worth little.")
-    said.append("`python -m benchmarks.serve --table` measures it again.")
+        said.append(f"The machine was loaded (load average {load:g}).")
+    said.append("`python -m benchmarks.serve` measures it again.")
     text = "\n".join(lines) + "\n\n" + "\n".join(said) + "\n"
     if "queue" in report:
         held = report["queue"]
-        text += f"\n{serve_queue.table(held)}\n{serve_queue.bound(held)}\n"
+        text += f"\n{serve_queue.table(held)}\n{serve_queue.bound(held, serve_queue.costs_of(held).alone)}\n"
     return text
 
 
@@ -334,22 +311,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help=f"some of {','.join(PIECES)}; what else the result file holds stays")
     parser.add_argument("--requests", type=int, help="requests of the storm (10000)")
     parser.add_argument("--out", type=Path, help=f"result file; benchmarks/results/{NAME} by default")
-    parser.add_argument("--table", action="store_true", help="write the results into docs/serving.md as well")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the table into docs/serving.md")
     options = parser.parse_args(arguments)
-    if options.quick and options.table:
-        parser.error("--quick --table: the page holds no numbers in small")
-    if options.quick and options.out is None:
+    if options.quick and options.out is None and not options.table:
         options.out = Path(tempfile.gettempdir()) / "serve-quick.json"
     out = options.out or results() / NAME
-    pieces = list(PIECES) if options.only is None else [piece for piece in options.only.split(",") if piece]
-    if options.table and not pieces:
+    if options.table:
         write_text_atomic(PAGE, updated(PAGE.read_text(encoding="utf-8"), read_json(out)))
         return
+    pieces = options.only.split(",") if options.only else list(PIECES)
     if strange := set(pieces) - set(PIECES):
         parser.error(f"--only {','.join(sorted(strange))}: must be some of {', '.join(PIECES)}")
     sizes = dict(QUICK if options.quick else LONG)
     sizes["storm"] = options.requests or sizes["storm"]
     steps = 2 if options.quick else STEPS
+    torch.set_num_threads(1)
     report: dict[str, Any] = read_json(out) if options.only and out.is_file() else {}
     own: dict[str, Any] = {}
     engine = RolloutEngine.of(load_toy())
@@ -365,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure: dict[str, Callable[[], dict[str, Any]]] = {
             "throughput": lambda: throughput(engine, sizes, steps),
             "latency": lambda: latency(engine, sizes, steps, known()["rows"] / known()["served_seconds"]),
-            "queue": lambda: queue(engine, steps),
+            "queue": lambda: queue(engine, sizes, steps, known()),
             "cold": lambda: cold(runs, sizes, steps),
             "storm": lambda: serve_storm.run(runs, sizes["storm"], 0.4 if options.quick else serve_storm.FAULTS),
         }
@@ -377,17 +353,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own[piece] = report[piece]
             print(piece, report[piece], flush=True)
     report = {**(read_json(out) if options.only and out.is_file() else {}), **own}  # another may have written meanwhile
-    loads = [report[piece]["load_average"] for piece in PIECES if piece in report and piece != "storm"] or [0.0]
+    loads = [report[piece]["load_average"] for piece in PIECES if piece in report]
     report["command"] = " ".join(["python -m benchmarks.serve", *(sys.argv[1:] if arguments is None else arguments)])
-    own_load = torch.get_num_threads()  # the storm's numbers are no times
-    report["machine"] = {**machine(), "load_average": max(loads), "loaded": max(loads) > own_load + 0.5}
+    report["machine"] = {**machine(), "load_average": max(loads), "loaded": max(loads) > 1.5}
     report["quick"] = options.quick
     report["settings"] = {**sizes, "steps": steps, "guidance_scale": GUIDANCE}
     write_json(out, report)
     print(out)
-    if options.table:
-        write_text_atomic(PAGE, updated(PAGE.read_text(encoding="utf-8"), report))
-        print(PAGE)
 
 
 if __name__ == "__main__":

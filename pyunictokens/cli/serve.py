@@ -33,16 +33,6 @@ def serve(
         int,
         typer.Option("--batch-from", min=1, help="On a CPU, fewer images than this are drawn two at a time; 1: never."),
     ] = 16,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            min=1,
-            max=64,
-            help="On a CPU, images that are drawn at once, each with its part of the cores; by default two of a small "
-            "model, where there are two cores.",
-        ),
-    ] = None,
     concepts: Annotated[
         int, typer.Option("--concepts", min=1, help="Concepts at hand at once; others are read when asked for.")
     ] = 200,
@@ -72,9 +62,7 @@ def serve(
     from ..serve.server import Server, ServerSettings
     from ..utils.signals import stop_on_signals
 
-    settings = ServerSettings(
-        host, port, max_rows, max_waiting, batch_from, workers, grace=grace, log_prompts=log_prompts
-    )
+    settings = ServerSettings(host, port, max_rows, max_waiting, batch_from, grace=grace, log_prompts=log_prompts)
     server = Server(
         lambda serving: Catalog(
             runs or (),

@@ -62,7 +62,7 @@ def studio(
         folder.mkdir(exist_ok=True)
     options = as_words({**models.given, "--device": machine.device})
     training = Training(folder or Path("runs"), data, options)
-    serving = ServingEngine(workers=None)
+    serving = ServingEngine()
     catalog = Catalog(
         runs or (),
         folder,

@@ -39,8 +39,6 @@ class ServerSettings:
     """Images and answers that may wait; more are told to come back."""
     batch_from: int = BATCH_FROM
     """On a CPU: images, running and waiting, from which they are drawn side by side."""
-    workers: int | None = None
-    """On a CPU: threads that draw images, each with its part of the cores; None: as many as suit the model."""
     most_pixels: int = 40_000_000
     """Of a picture that is sent."""
     patience: float = 10.0
@@ -65,9 +63,7 @@ class Server:
                 "on 127.0.0.1"
             )
         self.settings, self._keys = settings, keys
-        self._serving = ServingEngine(
-            settings.max_rows, settings.max_waiting, batch_from=settings.batch_from, workers=settings.workers
-        )
+        self._serving = ServingEngine(settings.max_rows, settings.max_waiting, batch_from=settings.batch_from)
         self.catalog = make_catalog(self._serving)
         self._socket = listen(settings.host, settings.port, _BACKLOG)
         self.port = int(self._socket.getsockname()[1])

@@ -128,15 +128,10 @@ def play(serving, plan, dice, abort=0.0):
 
 
 @settings(max_examples=8, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    rows=st.sampled_from([1, 3, 64]),
-    batch_from=st.sampled_from([1, 4, 16]),
-    workers=st.sampled_from([1, 2, 3]),
-)
-def test_whatever_else_runs_a_request_gets_what_it_gets_alone(seed, rows, batch_from, workers):
+@given(seed=st.integers(0, 10**6), rows=st.sampled_from([1, 3, 64]), batch_from=st.sampled_from([1, 4, 16]))
+def test_whatever_else_runs_a_request_gets_what_it_gets_alone(seed, rows, batch_from):
     dice = random.Random(seed)
-    serving = ServingEngine(max_rows=rows, max_waiting=9, batch_from=batch_from, workers=workers)
+    serving = ServingEngine(max_rows=rows, max_waiting=9, batch_from=batch_from)
     plan = [any_request(dice) for _ in range(10)]
     found = play(serving, plan, dice, abort=0.1)
     for request, events in found.values():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import serve, serve_queue, serve_storm
 from pyunictokens.rollout.engine import RolloutEngine
@@ -24,10 +22,8 @@ def test_every_piece_in_small(tmp_path: Path) -> None:
     assert report["throughput"]["rows"] == serve.CLIENTS and report["throughput"]["ratio"] > 0.3
     assert report["latency"]["requests"] == serve.QUICK["requests"]
     assert report["cold"]["resident"] == serve.QUICK["resident"] < report["cold"]["on_disk"]
-    assert set(report["latency"]["side_by_side"]) == set(report["latency"]["one_worker"]) == {"p50_ratio", "p95_ratio"}
-    workers = report["queue"]["workers"]
-    assert workers == min(2, torch.get_num_threads()) and "| one worker, all side by side |" in serve.table(report)
-    assert (f"| {workers} workers, each one after another |" in serve.table(report)) == (workers > 1)
+    assert set(report["latency"]["side_by_side"]) == {"p50_ratio", "p95_ratio"}
+    assert "| all side by side (`serve --batch-from 1`) |" in serve.table(report)
     storm = report["storm"]
     assert (
         storm["wrong"] == [] and storm["lost_or_mixed_up"] == storm["rows_held_in_the_end"] == storm["exit_code"] == 0
@@ -44,52 +40,15 @@ def test_the_clock_counts_work_and_jumps_to_the_next_arrival() -> None:
     assert 2000 < seconds < 2100 and len(took) == 3 and max(took) < 50
 
 
-def held(costs: serve_queue.Costs, rate: float, batch_from: int = 16, workers: int = 1, crowd: float = 1.0) -> dict:
-    """As `queue` writes it."""
-    its = {"costs": asdict(costs), "costs_apart": asdict(costs), "workers": workers, "crowd": crowd, "rate": rate}
-    return {**its, "cheapest": costs.alone / workers, "batch_from": batch_from, "most": 64}
-
-
-def test_several_workers_are_simulated_as_queueing_theory_has_them() -> None:
-    linear = serve_queue.Costs(steps=20, step={1: 0.05, 64: 64 * 0.05}, begin=0.0, end=0.0)
-    one = serve_queue.simulate(linear, 0.5, lambda there, now: there[:1])
-    assert serve_queue.simulate_workers(linear, 0.5, 1) == pytest.approx(one), "one worker takes them in turn"
-    two = serve_queue.simulate_workers(linear, 1.0, 2)
-    assert sum(two) / len(two) == pytest.approx(1.177, abs=0.02), "M/D/2 at half load (Tijms, 1994)"
-    crowded = serve_queue.simulate_workers(linear, 1.0, 2, crowd=1.2)
-    assert two[0] == crowded[0] == pytest.approx(1.0) and sum(crowded) > 1.1 * sum(two)
-    report = serve_queue.report(held(linear, rate=1.0, workers=2, crowd=1.2))
-    both = report["orders"]["2 workers, each one after another"]
-    free = report["orders"]["2 workers, each one after another, if they did not slow each other down"]
-    assert both["p95"] > free["p95"] == pytest.approx(1.89, abs=0.03)
-    assert "1.20 × as long" in serve_queue.bound({**held(linear, rate=1.0, workers=2, crowd=1.2), **report})
-
-
 def test_orders_are_simulated_as_queueing_theory_has_them() -> None:
     linear = serve_queue.Costs(steps=20, step={1: 0.05, 64: 64 * 0.05}, begin=0.0, end=0.0)  # a batch saves nothing
     assert linear.alone == pytest.approx(1.0) and linear.of_step(3) == pytest.approx(0.15)
-    report = serve_queue.report(held(linear, rate=0.5, batch_from=1000))
-    found = report["orders"]
-    one, mixed = found["one worker, one after another"], found["one worker, all side by side"]
-    assert report["speed_up"] == 1.0 and len(found) == len(serve_queue.orders(linear, 16, 64))
+    found = serve_queue.report(linear, rate=0.5, cheapest=1.0, batch_from=1000, most=64)["orders"]
+    one, mixed = found["one after another"], found["all side by side (`serve --batch-from 1`)"]
     assert one["p95"] == pytest.approx(3.03, abs=0.15), "M/D/1 at half load"
     assert mixed["p95"] > 1.3 * one["p95"] and mixed["p50"] > one["p50"]
     took = serve_queue.simulate(linear, 0.5, lambda there, now: there[:1])
     assert sum(took) / len(took) == pytest.approx(1.5, abs=0.05), "Pollaczek-Khinchine"
-
-
-def test_the_most_that_workers_draw_is_that_of_their_best_batch() -> None:
-    costs = serve_queue.Costs(steps=10, step={1: 0.1, 4: 0.2}, begin=0.1, end=0.1)
-    assert serve_queue.most_a_second(costs, 1, 1.0) == pytest.approx(4 / (2 + 0.8))
-    assert serve_queue.most_a_second(costs, 2, 1.5) == pytest.approx(8 / (3 + 0.8))
-
-
-def test_what_is_too_much_for_one_worker_is_said() -> None:
-    linear = serve_queue.Costs(steps=20, step={1: 0.05, 64: 64 * 0.05}, begin=0.0, end=0.0)
-    report = serve_queue.report(held(linear, rate=1.5, workers=2))
-    assert report["orders"]["one worker, one after another"]["p95"] is None
-    assert "| one worker, one after another | ever longer |" in serve_queue.table(report)
-    assert report["orders"]["2 workers, each one after another"]["p95"] > 2
 
 
 def test_no_order_leaves_fewer_late_than_the_bound() -> None:
@@ -99,8 +58,6 @@ def test_no_order_leaves_fewer_late_than_the_bound() -> None:
     for order in serve_queue.orders(linear, 16, 64).values():
         took = serve_queue.simulate(linear, 0.5, order)
         assert sum(each > 2.0 for each in took) / len(took) >= bound
-    two = serve_queue.simulate_workers(linear, 1.0, 2)
-    assert sum(each > 2.0 for each in two) / len(two) >= serve_queue.late_share(1.0, 1.0, 2.0, workers=2) > 0
 
 
 def test_an_answer_with_another_seed_is_noticed() -> None:
@@ -122,7 +79,7 @@ def test_an_answer_with_another_seed_is_noticed() -> None:
 def test_the_page_says_what_the_results_say() -> None:
     report = read_json(serve.ROOT / "benchmarks" / "results" / serve.NAME)
     page = serve.PAGE.read_text(encoding="utf-8")
-    assert serve.updated(page, report) == page, "run: python -m benchmarks.serve --only= --table"
+    assert serve.updated(page, report) == page, "run: python -m benchmarks.serve --table"
     assert not report["quick"] and report["settings"] | serve.LONG == report["settings"]
 
 

@@ -81,12 +81,12 @@ class AsyncEngine:
         def ask() -> None:
             self._end = True
 
-        self._tell_engine(ask)
+        self._calls.put(ask)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.to_thread(self._thread.join, patience), patience + 1)
         if self._thread.is_alive():
             ended = Closing("this server was ended before it was done")
-            self._tell_engine(lambda: self._abort_all(ended))
+            self._calls.put(lambda: self._abort_all(ended))
             await asyncio.to_thread(self._thread.join)
 
     async def __aenter__(self) -> AsyncEngine:
@@ -122,7 +122,7 @@ class AsyncEngine:
 
         if self._closing:
             raise Closing("this server is ending and takes nothing more")
-        self._tell_engine(run)
+        self._calls.put(run)
         return await future
 
     async def stream(
@@ -168,12 +168,7 @@ class AsyncEngine:
                     return
         finally:
             gone = True
-            self._tell_engine(forget)
-
-    def _tell_engine(self, call: Callable[[], None]) -> None:
-        """Have it called in the engine's thread, also where that waits for its workers."""
-        self._calls.put(call)
-        self.serving.wake()
+            self._calls.put(forget)
 
     # --- the thread --------------------------------------------------------------------------------------------------
 

@@ -8,9 +8,8 @@
 `step` lets waiting rows take free slots (queue.py says whose), draws one timestep of every image and one token of every
 answer that is under way, and returns what happened. Rows join and leave between any two steps. A request draws what
 `RolloutEngine.generate_images` and `generate_text` draw with its seed, whatever else is running: noise is keyed by the
-request's seed and sample, and a row's step does not look at other rows. It knows nothing of asyncio or HTTP
-(asynchronous.py, serve/); all of it but `wake` is called from one thread. With several workers images are computed in
-threads of their own (workers.py): a lane is either with its worker or here, never both.
+request's seed and sample, and a row's step does not look at other rows. It knows nothing of threads or HTTP
+(asynchronous.py, serve/); all of it is called from one thread.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,10 +31,8 @@ from ..scheduler import Candidate
 from .answers import Answer, AnswerLane
 from .images import MixedSlots
 from .jobs import Job, WantedMasks, answer_job, image_job
-from .lanes import Bench, Lane, LaneStep, Running
 from .queue import DeadlinePassed, FairQueue, Ticket
 from .requests import AnswerRequest, Drawn, Ended, Event, ImageRequest, Preview, Request, Written
-from .workers import MOST_WORKERS, Workers, fitting
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +43,41 @@ BATCH_FROM = 16
 """On a CPU: images, running and waiting, from which they are drawn side by side."""
 
 AT_ONCE = 2
-"""On a CPU with one worker: images drawn at once while there are fewer; with several, each draws one. What order gives
-which latency: docs/serving.md."""
+"""On a CPU: images drawn at once while there are fewer. What order gives which latency: docs/serving.md."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """One image row in its slot."""
+
+    job: Job
+    sample: int
+    candidate: Candidate
+    shows: list[int]
+    """Steps after which it is shown, in order."""
+
+
+@dataclass(eq=False)
+class _Lane:
+    """Images of one number of codes of one model."""
+
+    slots: MixedSlots
+    running: list[_Running] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Bench:
+    """What runs of one model."""
+
+    engine: RolloutEngine
+    empty: Prefix | None = None
+    """The unconditional prompt."""
+    lanes: dict[int, _Lane] = field(default_factory=dict)
+    answers: AnswerLane | None = None
+
+    @property
+    def busy(self) -> bool:
+        return any(lane.running for lane in self.lanes.values()) or bool(self.answers and self.answers.rows)
 
 
 class ServingEngine:
@@ -56,10 +86,7 @@ class ServingEngine:
     max_rows: images and answers under way at once, over all models. max_waiting: rows that may wait; `add_request`
     raises QueueFull beyond. clock: seconds, for deadlines. batch_from: on a CPU an image in a batch of few costs
     nearly what one alone costs, so side by side all are done late; with fewer images than this, running and waiting,
-    two at a time are drawn. 1: always side by side, as on a GPU and as answers are everywhere. workers: on a CPU,
-    threads that draw images, each with its part of torch's threads; with several, each draws one image at a time, or
-    its part of many. None: as many as suit the first model that draws (`workers.fitting`). With one, all is computed
-    in the thread that calls `step`.
+    two at a time are drawn. 1: always side by side, as on a GPU and as answers are everywhere.
     """
 
     def __init__(
@@ -68,23 +95,18 @@ class ServingEngine:
         max_waiting: int = 256,
         clock: Callable[[], float] = time.monotonic,
         batch_from: int = BATCH_FROM,
-        workers: int | None = 1,
     ):
         self.max_rows = checks.count("max_rows", max_rows)
         self.batch_from = checks.count("batch_from", batch_from)
-        self.workers = None if workers is None else checks.count("workers", workers, 1, MOST_WORKERS)
-        self._pool: Workers | None = None
         self.queue = FairQueue(checks.count("max_waiting", max_waiting))
         self._clock = clock
         self._jobs: dict[int, Job] = {}
-        self._benches: dict[int, Bench] = {}
+        self._benches: dict[int, _Bench] = {}
         self._free = list(range(self.max_rows))
         self._numbers = 0
         self._wanted = WantedMasks()
         self._rate = 0.0
         """Row-steps a second, lately."""
-        self._took = 0.0
-        """Seconds since the last row-step that was counted."""
         self.row_steps = 0
 
     # --- what callers do ---------------------------------------------------------------------------------------------
@@ -131,8 +153,6 @@ class ServingEngine:
         ticket = Ticket(self._numbers, user, request.samples, 0.0, priority, ends)
         if isinstance(request, ImageRequest):
             job = image_job(ticket, engine, request, self._wanted)
-            if ticket.in_turn and self._pool is None:
-                self._hire(engine)
         else:
             job = answer_job(ticket, engine, request)
         self.queue.add(ticket)
@@ -148,66 +168,27 @@ class ServingEngine:
         self._forget(job)
         return True
 
-    def wake(self) -> None:
-        """End a wait of `step` for its workers: something is to be told to the engine. From any thread."""
-        if self._pool is not None:
-            self._pool.wake()
-
     @torch.no_grad()
-    def step(self, wait: float | None = None) -> list[Event]:
-        """Go on by one timestep of every image and one token of every answer under way.
-
-        With several workers: by one token of every answer, and by one timestep of the images whose workers are ready.
-        Where none is, and nothing else is to be done, it waits for one, until `wake` or for at most `wait` seconds.
-        """
+    def step(self) -> list[Event]:
+        """Go on by one timestep of every image and one token of every answer under way."""
         events: list[Event] = []
         begun, before = self._clock(), self.row_steps
-        self._collect(events)
         self._expire(events)
         self._admit(events)
-        idle, ready = True, self._ready()
         for bench in list(self._benches.values()):
-            for (_, worker), lane in list(bench.lanes.items()):
-                draw = partial(self._draw, bench.engine, lane, list(lane.running))
-                if not lane.running:
-                    continue  # its requests have failed since
-                if self._pool is None or not lane.in_turn:
-                    self._take_in(lane, draw, events)
-                    idle = False
-                elif worker in ready:
-                    lane.task = self._pool.submit(worker, draw)
+            for count, lane in list(bench.lanes.items()):
+                self._run_lane(bench, count, lane, events)
             if bench.answers is not None and bench.answers.rows:
                 self._run_answers(bench, bench.answers, events)
-                idle = False
-            self._clear(bench)
-        if idle and not events and self._pool is not None and len(self._ready()) < len(self._pool):
-            self._pool.wait(wait)
-            self._collect(events)
-        self._took += self._clock() - begun
-        if self._took > 0 and self.row_steps > before:
-            now = (self.row_steps - before) / self._took
+            if not bench.busy:
+                self._benches.pop(id(bench.engine), None)
+        took = self._clock() - begun
+        if took > 0 and self.row_steps > before:
+            now = (self.row_steps - before) / took
             self._rate = now if not self._rate else 0.9 * self._rate + 0.1 * now
-            self._took = 0.0
         return events
 
     # --- one step ----------------------------------------------------------------------------------------------------
-
-    def _hire(self, engine: RolloutEngine) -> None:
-        """Workers, where there are to be several. The first model that draws settles how many."""
-        threads = torch.get_num_threads()
-        if self.workers is None:
-            self.workers = fitting(engine.model.device, engine.model.costs.parameters, threads)
-        if self.workers > 1:
-            self._pool = Workers(self.workers, threads)
-
-    def _collect(self, events: list[Event]) -> None:
-        """What workers have done."""
-        for bench in list(self._benches.values()):
-            for lane in list(bench.lanes.values()):
-                if lane.task is not None and lane.task.done:
-                    task, lane.task = lane.task, None
-                    self._take_in(lane, task.result, events)
-            self._clear(bench)
 
     def _expire(self, events: list[Event]) -> None:
         now = self._clock()
@@ -216,23 +197,17 @@ class ServingEngine:
 
     def _admit(self, events: list[Event]) -> None:
         """Free slots go to those whose turn it is."""
-        admitted: list[tuple[Job, int, int]] = []
-        rows = self._rows_of_workers()
-        many = sum(rows) + self.queue.waiting_in_turn
-        most = self.max_rows if many >= self.batch_from else AT_ONCE
-        if self._pool is not None:  # not more than its part: the others would have nothing to do
-            most = -(-many // len(rows)) if many >= self.batch_from else 1
-        ready = self._ready()
+        admitted: list[tuple[Job, int]] = []
+        in_turn = sum(row.job.ticket.in_turn for row in self._images())
+        most = self.max_rows if in_turn + self.queue.waiting_in_turn >= self.batch_from else AT_ONCE
         while len(self._free) > len(admitted):
-            worker = min(ready, key=lambda its: rows[its], default=None)
-            ticket = self.queue.take(worker is not None and rows[worker] < most)
+            ticket = self.queue.take(in_turn < most)
             if ticket is None:
                 break
-            if ticket.in_turn and worker is not None:
-                rows[worker] += 1
-            admitted.append((self._jobs[ticket.number], ticket.begun - 1, worker if ticket.in_turn and worker else 0))
+            in_turn += ticket.in_turn
+            admitted.append((self._jobs[ticket.number], ticket.begun - 1))
         by_engine: dict[int, list[Job]] = {}
-        for job, _, _ in admitted:
+        for job, _ in admitted:
             if job.prefix is None and job not in by_engine.setdefault(id(job.engine), []):
                 by_engine[id(job.engine)].append(job)
         for jobs in by_engine.values():
@@ -241,11 +216,11 @@ class ServingEngine:
             except Exception as error:
                 self._fail_all(jobs, error, events)
         answers: dict[int, list[int]] = {}
-        for job, sample, worker in admitted:
+        for job, sample in admitted:
             if job.ticket.number not in self._jobs:
                 continue  # its prefill failed
             if isinstance(job.request, ImageRequest):
-                self._seat(job, job.request, sample, worker)
+                self._seat(job, job.request, sample)
             else:
                 answers.setdefault(job.ticket.number, []).append(sample)
         for number, samples in answers.items():
@@ -263,32 +238,20 @@ class ServingEngine:
         for job, place in zip(jobs, of_job, strict=True):
             job.prefix = parts.setdefault(place, total.select([place]))
 
-    def _lanes(self) -> Iterator[tuple[int, Lane]]:
-        """All lanes, each after its worker."""
-        return ((worker, lane) for bench in self._benches.values() for (_, worker), lane in bench.lanes.items())
+    def _images(self) -> Iterator[_Running]:
+        """Image rows that hold a slot."""
+        return (row for bench in self._benches.values() for lane in bench.lanes.values() for row in lane.running)
 
-    def _rows_of_workers(self) -> list[int]:
-        """Image rows that take turns and hold a slot, of each worker."""
-        rows = [0] * (1 if self._pool is None else len(self._pool))
-        for worker, lane in self._lanes():
-            rows[worker] += len(lane.running) if lane.in_turn else 0
-        return rows
+    def _bench(self, engine: RolloutEngine) -> _Bench:
+        return self._benches.setdefault(id(engine), _Bench(engine))
 
-    def _ready(self) -> list[int]:
-        """Workers that are at no step: who begins one takes it with all its lanes."""
-        at_work = {worker for worker, lane in self._lanes() if lane.task is not None}
-        return [worker for worker in range(1 if self._pool is None else len(self._pool)) if worker not in at_work]
-
-    def _bench(self, engine: RolloutEngine) -> Bench:
-        return self._benches.setdefault(id(engine), Bench(engine))
-
-    def _seat(self, job: Job, request: ImageRequest, sample: int, worker: int) -> None:
+    def _seat(self, job: Job, request: ImageRequest, sample: int) -> None:
         bench, engine = self._bench(job.engine), job.engine
         if bench.empty is None:  # all that ran has ended since this request was prefilled
             bench.empty = engine.prefixes([[]], [None], guided=False)[0]
         assert job.known is not None and job.prefix is not None and job.numbers is not None
         count, steps = len(job.known), job.numbers.steps
-        lane = bench.lanes.get((count, worker))
+        lane = bench.lanes.get(count)
         if lane is None:
             slots = MixedSlots(
                 engine.model,
@@ -300,11 +263,11 @@ class ServingEngine:
                 backend=engine.ops_backend,
                 head=engine.head,
             )
-            lane = bench.lanes[count, worker] = Lane(slots)
+            lane = bench.lanes[count] = _Lane(slots)
         candidate = Candidate(-1, request.first_sample + sample, slot=self._free.pop())
         shows = [max(1, steps * (k + 1) // (request.previews + 1)) for k in range(request.previews)]
         lane.slots.seat(candidate, job.known, job.prefix, job.look, job.numbers)
-        lane.running.append(Running(job, sample, candidate, shows))
+        lane.running.append(_Running(job, sample, candidate, shows))
 
     def _join(self, job: Job, samples: list[int]) -> None:
         request, bench = job.request, self._bench(job.engine)
@@ -316,32 +279,19 @@ class ServingEngine:
         answers = [Answer(job.ticket.number, its, its, *settings, concept, self._free.pop()) for its in samples]
         bench.answers.join(answers, job.prefix, job.last_hidden)
 
-    def _take_in(self, lane: Lane, step: Callable[[], LaneStep], events: list[Event]) -> None:
-        """Take in what `step` of a lane gave, or raised. Requests that were forgotten meanwhile have no part in it."""
+    def _run_lane(self, bench: _Bench, count: int, lane: _Lane, events: list[Event]) -> None:
+        jobs = [row.job for row in lane.running]
         try:
-            rows, done, told = step()
+            if jobs:  # none where all were aborted
+                events += self._draw(bench, lane)
         except Exception as error:  # of this batch: the others go on
-            jobs = [row.job for row in lane.running]
             self._free += [row.candidate.slot for row in lane.running]
             lane.running = []
             self._fail_all(jobs, error, events)
-            return
-        self.row_steps += len(rows)
-        events += [event for event in told if event.ticket in self._jobs]
-        ended = [row for row in done if row in lane.running]
-        self._leave(lane, ended)
-        for row in ended:
-            self._row_ended(row.job, events)
+        if not lane.running:
+            del bench.lanes[count]
 
-    def _clear(self, bench: Bench) -> None:
-        """Forget lanes without rows, and a bench without lanes."""
-        for key, lane in list(bench.lanes.items()):
-            if not lane.running and lane.task is None:
-                del bench.lanes[key]
-        if not (bench.busy or bench.lanes):
-            self._benches.pop(id(bench.engine), None)
-
-    def _run_answers(self, bench: Bench, lane: AnswerLane, events: list[Event]) -> None:
+    def _run_answers(self, bench: _Bench, lane: AnswerLane, events: list[Event]) -> None:
         rows = list(lane.rows)
         try:
             lane.step()
@@ -353,25 +303,29 @@ class ServingEngine:
         self.row_steps += len(rows)
         self._write(lane, rows, events)
 
-    def _draw(self, engine: RolloutEngine, lane: Lane, rows: list[Running]) -> LaneStep:
-        """One timestep of all images of a lane, `rows`. In the thread of its worker: it touches nothing else."""
-        lane.slots.run([row.candidate for row in rows])
-        shown: list[Running] = []
-        done: list[Running] = []
-        for row in rows:
+    def _draw(self, bench: _Bench, lane: _Lane) -> list[Event]:
+        """One timestep of all images of a lane."""
+        lane.slots.run([row.candidate for row in lane.running])
+        self.row_steps += len(lane.running)
+        shown: list[_Running] = []
+        done: list[_Running] = []
+        for row in lane.running:
             row.candidate.step += 1
             assert row.job.numbers is not None
             if row.candidate.step == row.job.numbers.steps:
                 done.append(row)
             elif row.shows and row.candidate.step >= row.shows[0]:
                 shown.append(row)
+        if not (shown or done):
+            return []
         if done and not lane.slots.finite:
             raise NotFinite(NO_NUMBERS)
         events: list[Event] = []
-        # each is decoded alone: a decoder rounds otherwise in other batches, and the picture would differ
-        for row in done + shown:
+        for row in (
+            done + shown
+        ):  # each alone: a decoder rounds otherwise in other batches, and the picture would differ
             codes, request = lane.slots.look([row.candidate]), row.job.request
-            pixels = engine.pixels(codes, row.job.grid, of="decode").float().cpu()[0]
+            pixels = bench.engine.pixels(codes, row.job.grid, of="decode").float().cpu()[0]
             number = row.job.ticket.number
             if row in done:
                 events.append(Drawn(number, row.sample, codes.cpu()[0], pixels))
@@ -379,7 +333,10 @@ class ServingEngine:
                 assert isinstance(request, ImageRequest)
                 row.shows.pop(0)
                 events.append(Preview(number, row.sample, request.previews - len(row.shows) - 1, pixels))
-        return rows, done, events
+        self._leave(lane, done)
+        for row in done:
+            self._row_ended(row.job, events)
+        return events
 
     def _write(self, lane: AnswerLane, rows: list[Answer], events: list[Event]) -> None:
         """What one token of all answers of a model, `rows`, did."""
@@ -405,7 +362,7 @@ class ServingEngine:
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
-    def _leave(self, lane: Lane, rows: Iterable[Running]) -> None:
+    def _leave(self, lane: _Lane, rows: Iterable[_Running]) -> None:
         gone = list(rows)
         lane.slots.leave([row.candidate.slot for row in gone])
         self._free += [row.candidate.slot for row in gone]
@@ -429,7 +386,7 @@ class ServingEngine:
         events.append(Ended(job.ticket.number, error))
 
     def _forget(self, job: Job) -> None:
-        """Take all rows of a request out, wherever they are; a worker that is at one of them ends its step first."""
+        """Take all rows of a request out, wherever they are."""
         number = job.ticket.number
         del self._jobs[number]
         self.queue.drop(job.ticket)
@@ -439,16 +396,14 @@ class ServingEngine:
         for lane in bench.lanes.values():
             mine = [row for row in lane.running if row.job is job]
             if mine:
-                if lane.task is not None:
-                    lane.task.settle()
                 self._leave(lane, mine)
-                lane.task = lane.task if lane.running else None
         if bench.answers is not None:
             own = [row for row in bench.answers.rows if row.ticket == number]
             if own:
                 bench.answers.remove(own)
                 self._free += [row.slot for row in own]
-        self._clear(bench)
+        if not bench.busy:
+            self._benches.pop(id(job.engine), None)
 
     def concepts_in_use(self, engine: RolloutEngine) -> set[str]:
         """Resident concepts of `engine` that a request under way, or waiting, is read with: they must stay."""
