@@ -187,7 +187,7 @@ def loss_rows(
     start,
     rows,
     entries,
-    pitch,  # numbers from one row of scores to the next
+    pitch,  # numbers from one row of scores to the next, where there are parts
     parts,  # of one row
     tokens,  # of one rollout
     sharpness,
@@ -206,7 +206,10 @@ def loss_rows(
     if row < rows_here(count_ptr, start, rows):
         token = token_of(index_ptr, start, row, True)
         at = row.to(tl.int64) * entries
-        row_ptr = scores_ptr + row.to(tl.int64) * pitch
+        if parts_ptr is not None:
+            row_ptr = scores_ptr + row.to(tl.int64) * pitch
+        else:  # rows lie one after another: one offset serves scores and gradient, two would spill on sm_80
+            row_ptr = scores_ptr + at
         chosen = tl.load(target_ptr + token)
         x_chosen = _one(row_ptr, bias_ptr, chosen, entries, sharpness)
         lane = tl.arange(0, BLOCK)
