@@ -228,8 +228,8 @@ PYUNICTOKENS_TEAM std::uint32_t entry_of(const Row<T>& row, std::uint32_t pack, 
 // score, was true a moment ago. The blocks are formed together, so that they share the keys. The few entries that may take
 // the lead read their logit again: eight fewer registers for all others.
 template <class Team, typename T, bool cached>
-PYUNICTOKENS_TEAM void race_packs(const Row<T>& row, std::uint32_t pack, float top, const float* e, float best, float slack,
-                                  const PhiloxKeys& rounds, Shared& shared) {
+PYUNICTOKENS_TEAM void race_packs(const Row<T>& row, std::uint32_t pack, float top, const float* e, float best,
+                                  float slack, const PhiloxKeys& rounds, Shared& shared) {
   constexpr int kEntries = kTogether<T> * Pack<T>::kCount;
   const PhiloxPrefix prefix = shared.noise;
   PhiloxBlock noise[kEntries / 4];
