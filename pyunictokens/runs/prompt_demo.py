@@ -57,7 +57,7 @@ SETTINGS = GrpoConfig(
     dsog=DsogConfig(enabled=False),
     held_out=HeldOutConfig(every=55, images=2, by="wholly_right", patience=0),
 )
-"""What was found to learn fastest on two cores (docs/toyworld.md): the finished sample's log-probs under random masks,
+"""What learns well in minutes on two cores (docs/toyworld.md): the finished sample's log-probs under random masks,
 advantages with their spread divided out, no guidance, few timesteps of which the update takes half, all weights, and
 their average."""
 
