@@ -14,10 +14,22 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from experiments.tables import figures, page, runner, stats
+from experiments.tables import page, runner, stats
 from experiments.tables.arms import ARMS, COLUMNS, CURVES, PAPER, SCALES, TABLES
-from experiments.tables.lab import InWords, Unit, about_of, cell_file, config_of, read_cell, row_steps, run_unit, units
+from experiments.tables.lab import (
+    InWords,
+    Unit,
+    about_of,
+    cell_file,
+    config_of,
+    expected_row_steps,
+    read_cell,
+    row_steps,
+    run_unit,
+    units,
+)
 from experiments.tables.page import write_page
+from pyunictokens.runs.run_dir import RunConfig
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import folder_lock
 
@@ -88,12 +100,11 @@ def test_the_plan_holds_what_the_paper_asks_for() -> None:
     assert {unit.seed for unit in full} == {0, 1, 2}
     for names in full.values():
         assert {arm for table in TABLES for arm in table.arms} <= set(names)
-    curves = {arm for curve in CURVES for arm, _ in curve.arms}
-    assert sum(curves <= set(names) for names in full.values()) == 6
+        assert {arm for curve in CURVES for arm, _ in curve.arms} <= set(names)
     assert set(PAPER) == {arm for table in TABLES for arm in table.arms} and PAPER["ours"]["vqa.bleu"] == 0.592
     for scale in SCALES.values():
         for unit, names in list(units(scale).items())[:2]:
-            settings = [config_of(ARMS[name], unit, scale) for name in names if name != "timesteps_fifth"]
+            settings = [config_of(ARMS[name], unit, scale) for name in names]
             assert len({repr(each) for each in settings if each.grpo.seed == unit.seed}) >= 5
 
 
@@ -104,13 +115,44 @@ def test_arms_differ_in_what_they_say_and_nothing_else() -> None:
         ours, grpo=replace(ours.grpo, dsog=replace(ours.grpo.dsog, enabled=False))
     )
     assert config_of(ARMS["no_reasoning"], unit, SCALES["full"]).grpo == replace(ours.grpo, reasoning=False)
-    longer = config_of(ARMS["no_dsog_longer"], unit, SCALES["full"]).grpo.steps
-    assert longer == round(1.1 * ours.grpo.steps) and ours.stages.seed == 2
+    assert ours.stages.seed == ours.grpo.seed == 2
+
+
+def test_the_scales_are_the_toy_preset_but_for_their_words() -> None:
+    preset = RunConfig.make("toy")
+    for scale in (SCALES["full"], SCALES["quick"]):
+        ours = config_of(ARMS["ours"], Unit("animal", 11, 0), scale)
+        for name in ("objective", "advantage", "lr", "beta", "timesteps", "guidance_scale", "group_size", "trainable"):
+            assert getattr(ours.grpo, name) == getattr(preset.grpo, name)
+        assert ours.grpo.dsog.enabled and ours.grpo.dsog.initial == "auto"
+        assert (ours.evaluation.timesteps, ours.evaluation.guidance_scale) == (
+            ours.grpo.timesteps,
+            ours.grpo.guidance_scale,
+        )
+
+
+def test_the_arm_without_dsog_gets_what_previews_cost() -> None:
+    """Its row-steps are those of the arm with DSOG, up to half a step; a simulation says what previews cost."""
+    unit, scale = Unit("animal", 11, 0), SCALES["full"]
+    ours, equal = (config_of(ARMS[name], unit, scale) for name in ("ours", "no_dsog_equal"))
+    assert not equal.grpo.dsog.enabled and equal.grpo.steps > ours.grpo.steps
+    step = row_steps(equal, equal.grpo.groups * equal.grpo.group_size)
+    assert abs(expected_row_steps(equal) - expected_row_steps(ours)) <= step / 2
+    dsog, rows = ours.grpo.dsog, ours.grpo.groups * ours.grpo.group_size
+    passes = np.random.default_rng(0).random((ours.grpo.steps * rows * 50, dsog.max_candidates)) < dsog.target_pass_rate
+    started = np.where(passes.any(1), passes.argmax(1) + 1, dsog.max_candidates)
+    first = 4 * ours.grpo.group_size * 1  # previews of four groups after a fifth of four timesteps, at least one
+    drawn = sum(row_steps(ours, int(some)) for some in started.reshape(-1, rows).sum(1)) / 50
+    assert expected_row_steps(ours) == pytest.approx(first + drawn, rel=0.01)
+    plain = replace(ours, grpo=replace(ours.grpo, dsog=replace(dsog, enabled=False)))
+    assert expected_row_steps(plain) == ours.grpo.steps * row_steps(plain, rows)
 
 
 def test_cost_in_rows_is_what_a_step_puts_through_the_model() -> None:
     config = config_of(ARMS["ours"], Unit("animal", 11, 0), SCALES["full"])
-    grpo = replace(config.grpo, group_size=3, timesteps=10, timestep_fraction=1.0, guidance_scale=2.0, beta=0.1)
+    grpo = replace(
+        config.grpo, groups=1, group_size=3, timesteps=10, timestep_fraction=1.0, guidance_scale=2.0, beta=0.1
+    )
     guided = replace(config, grpo=grpo)
     # 5 candidates to step 2, 3 of them to step 10, a reference pass and an update (3) over 3·10, twice for guidance
     assert row_steps(guided, 5) == 2 * (5 * 2 + 3 * 8 + 4 * 30)
@@ -118,6 +160,7 @@ def test_cost_in_rows_is_what_a_step_puts_through_the_model() -> None:
     assert row_steps(half, 5) == 2 * (5 * 2 + 3 * 8 + 4 * 15)
     plain = replace(config, grpo=replace(grpo, guidance_scale=0.0, beta=0.0, dsog=replace(grpo.dsog, enabled=False)))
     assert row_steps(plain, 3) == 30 + 3 * 30
+    assert row_steps(replace(plain, grpo=replace(plain.grpo, groups=2)), 6) == 2 * (30 + 3 * 30)
 
 
 def test_cells_are_made_once_and_anew_when_their_settings_change(tmp_path: Path, monkeypatch: Any) -> None:
@@ -146,9 +189,9 @@ def test_two_processes_do_not_make_one_unit(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_this_version_does_not_have_is_told_of(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(ARMS, "timesteps_fifth", replace(ARMS["timesteps_fifth"], words=("grpo.no_such=1",)))
-    (problem,) = run_unit(Unit("human", 11, 0), ["timesteps_fifth"], "quick", tmp_path, FakeLab())
-    assert "timesteps_fifth: not measured" in problem and "no_such" in problem
+    monkeypatch.setitem(ARMS, "no_visual", replace(ARMS["no_visual"], words=("grpo.no_such=1",)))
+    (problem,) = run_unit(Unit("human", 11, 0), ["no_visual"], "quick", tmp_path, FakeLab())
+    assert "no_visual: not measured" in problem and "no_such" in problem
 
 
 def test_numbers_are_those_of_the_plain_formulas(tmp_path: Path) -> None:
@@ -210,21 +253,21 @@ def test_equal_cost_compares_as_much_as_both_used() -> None:
 
     cells = [
         cell("ours", 1, 0.0, rows=rows([1.0, 2.0, 9.0], 2.0)),
-        cell("no_dsog_longer", 1, 0.0, rows=rows([0.0, 1.0, 2.0, 3.0], 1.0)),
-        cell("no_dsog_longer", 2, 0.0, rows=rows([0.0], 1.0)),
+        cell("no_dsog_equal", 1, 0.0, rows=rows([0.0, 1.0, 2.0, 3.0], 1.0)),
+        cell("no_dsog_equal", 2, 0.0, rows=rows([0.0], 1.0)),
     ]
-    found = stats.at_equal_cost(cells, "ours", "no_dsog_longer", "seconds")
+    found = stats.at_equal_cost(cells, "ours", "no_dsog_equal", "seconds")
     assert found is not None and found[0].mean == pytest.approx(1.5 - 1.5) and found[1] == 1
-    found = stats.at_equal_cost(cells, "ours", "no_dsog_longer", "row_steps")
+    found = stats.at_equal_cost(cells, "ours", "no_dsog_equal", "row_steps")
     assert found is not None and found[0].mean == pytest.approx(4.0 - 1.0)
     line = stats.curve(cells, "ours", "seconds")
     assert line is not None and line[0][0] == 2.0 and line[0][-1] == 6.0
     assert line[1][0].mean == pytest.approx(1.5) and line[1][-1].mean == pytest.approx(5.5)
     assert stats.curve(cells, "staged", "seconds") is None
-    dear = [cell("ours", 1, 0.0, rows=rows([1.0], 9.0)), cell("group_3", 1, 0.0, rows=rows([1.0, 2.0], 1.0))]
-    assert stats.at_equal_cost(dear, "ours", "group_3", "seconds") is None
+    dear = [cell("ours", 1, 0.0, rows=rows([1.0], 9.0)), cell("no_dsog", 1, 0.0, rows=rows([1.0, 2.0], 1.0))]
+    assert stats.at_equal_cost(dear, "ours", "no_dsog", "seconds") is None
     dear[0]["rows"] = [*rows([1.0], 1.0), {"reward": None, "seconds": 1.0, "row_steps": 10}]
-    found = stats.at_equal_cost(dear, "ours", "group_3", "seconds")
+    found = stats.at_equal_cost(dear, "ours", "no_dsog", "seconds")
     assert found is not None and found[0].mean == pytest.approx(1.0 - 1.5)
 
 
@@ -235,42 +278,28 @@ def test_seeds_of_a_concept_count_once() -> None:
         return [{"reward": reward, "seconds": 1.0, "row_steps": 10} for _ in range(4)]
 
     cells = [cell("ours", 1, 0.0, seed=seed, rows=rows(3.0)) for seed in range(3)]
-    cells += [cell("no_dsog_longer", 1, 0.0, seed=seed, rows=rows(0.0)) for seed in range(3)]
-    cells += [cell("ours", 2, 0.0, rows=rows(1.0)), cell("no_dsog_longer", 2, 0.0, rows=rows(0.0))]
-    found = stats.at_equal_cost(cells, "ours", "no_dsog_longer", "seconds")
+    cells += [cell("no_dsog_equal", 1, 0.0, seed=seed, rows=rows(0.0)) for seed in range(3)]
+    cells += [cell("ours", 2, 0.0, rows=rows(1.0)), cell("no_dsog_equal", 2, 0.0, rows=rows(0.0))]
+    found = stats.at_equal_cost(cells, "ours", "no_dsog_equal", "seconds")
     assert found is not None and found[0].mean == pytest.approx((3.0 + 1.0) / 2) and found[1] == 4
     line = stats.curve(cells, "ours", "seconds")
     assert line is not None and line[1][0].mean == pytest.approx((3.0 + 1.0) / 2)
 
 
-def test_the_question_of_dsog_is_asked_of_every_concept_and_seed() -> None:
-    scale = SCALES["full"]
-    asked = [unit for unit, arms in units(scale).items() if {"ours", "no_dsog_longer"} <= set(arms)]
-    assert len(asked) == len(scale.concepts) * len(scale.seeds)
-    in_curves = sum("group_3" in arms for arms in units(scale).values())
-    assert in_curves == len(scale.curve_concepts) * len(scale.curve_seeds)
-
-
 def test_arms_of_a_figure_are_compared_over_what_all_of_them_have() -> None:
-    cells = [cell("ours", 1, 0.1), cell("ours", 2, 0.9), cell("group_3", 1, 0.2), cell("group_3", 1, 0.3, seed=1)]
-    found = stats.common(cells, ["ours", "group_3"])
-    assert [(each["arm"], each["number"], each["seed"]) for each in found] == [("ours", 1, 0), ("group_3", 1, 0)]
+    cells = [cell("ours", 1, 0.1), cell("ours", 2, 0.9), cell("no_dsog", 1, 0.2), cell("no_dsog", 1, 0.3, seed=1)]
+    found = stats.common(cells, ["ours", "no_dsog"])
+    assert [(each["arm"], each["number"], each["seed"]) for each in found] == [("ours", 1, 0), ("no_dsog", 1, 0)]
 
 
 def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = [curve for curve in CURVES if curve.name in ("dsog", "timesteps")]
-    monkeypatch.setattr(page, "CURVES", shown)
     monkeypatch.setattr(page, "COLUMNS", {key: COLUMNS[key] for key in PAPER["ours"]})
-    arms = {arm for table in TABLES for arm in table.arms} | {arm for curve in shown for arm, _ in curve.arms}
-    make_all(tmp_path / "work", sorted(arms - {"timesteps_all", "timesteps_fifth", "joint"}))
+    make_all(tmp_path / "work", sorted(set(ARMS) - {"joint"}))
     stored = json.loads(json.dumps(runner.gather("quick", tmp_path / "work", ["object-12: broke"])))
     text = write_page(stored, tmp_path)
     assert "Not measured: joint stage (0 of 6 cells)." in text and "- object-12: broke" in text
-    assert "Not measured: all, a random fifth." in text
     assert "of 30 comparisons" not in text and "20 comparisons that the paper reports too: 20 agrees" in text
-    for curve in shown:
-        made = (tmp_path / "images" / f"experiments_{curve.name}.png").exists()
-        assert made == (curve.name != "timesteps")
+    assert (tmp_path / "images" / "experiments_dsog.png").exists()
     ours = stats.mean(stored["cells"], "ours", "vqa.bleu")
     assert ours is not None and f"| VQA BLEU | not measured | {ours.mean:.3f} [" not in text
     assert f"{ours.mean:.3f} [{ours.low:.3f}, {ours.high:.3f}]" in text
@@ -287,29 +316,3 @@ def test_units_and_arms_on_the_command_line(tmp_path: Path) -> None:
     assert {unit.name: names for unit, names in chosen.items()} == {"animal-31-seed0": ["staged", "ours"]}
     with pytest.raises(SystemExit, match="unit cat: scale quick has animal-31-seed0"):
         runner.choose("quick", ["cat"], None)
-
-
-def test_what_the_guide_recommends_follows_from_the_stored_cells() -> None:
-    """docs/training.md says which choices are clear and which cannot be told apart: by docs/experiments.json."""
-    cells = json.loads((Path(__file__).parent.parent / "docs" / "experiments.json").read_text())["cells"]
-    clear = {}
-    for arm in ("lora", "concept", "beta_01", "beta_0", "group_18", "timesteps_all", "no_dsog_longer"):
-        found = stats.compare(stats.common(cells, ["ours", arm]), "ours", arm, figures.END)
-        assert found is not None
-        clear[arm] = found.difference.mean > 0 if found.clear else None
-    assert clear == {
-        "lora": True,
-        "concept": True,
-        "beta_01": True,
-        "beta_0": None,
-        "group_18": None,
-        "timesteps_all": None,
-        "no_dsog_longer": None,
-    }
-    dense = stats.compare(stats.common(cells, ["lora", "ours"]), "lora", "ours", "dense.attributes")
-    assert dense is not None and dense.clear and dense.difference.mean > 0
-    for arms in (("timesteps_fifth", "ours"), ("dsog_selecting", "no_dsog_longer")):
-        found = stats.compare(stats.common(cells, arms), *arms, figures.END)
-        assert found is not None and not found.clear
-    more = stats.at_equal_cost(cells, "group_18", "ours", "row_steps")
-    assert more is not None and more[0].low > 0

@@ -1,12 +1,13 @@
 """Run the paper's tables in miniature and write docs/experiments.md.
 
-    python -m experiments.tables --quick                 # within forty minutes on two cores
-    python -m experiments.tables                         # six concepts, three seeds: an hour and a half
+    python -m experiments.tables --quick                 # six concepts, one seed
+    python -m experiments.tables                         # six concepts, three seeds
     python -m experiments.tables --quick --unit animal-31-seed0 --arms staged ours --no-docs     # some cells
     python -m experiments.tables --quick --page          # the page alone, from what is there
 
 Cells are kept in the work folder one by one; stopping and starting again loses at most the cells in hand, and a changed
-setting makes its cells anew.
+setting makes its cells anew. Several processes may work in one work folder, each on units of its own (--unit,
+--no-docs); two never make the same unit. --page gathers all that is there.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from pyunictokens.config.settings import filled, renamed, to_mapping
 from pyunictokens.runs.run_dir import RunConfig
+from pyunictokens.train.collector import CALIBRATED_ON
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import folder_lock, read_json, write_json
 
@@ -40,26 +41,21 @@ class Unit:
 
 def units(scale: Scale) -> dict[Unit, list[str]]:
     """Every unit of a scale with the names of its arms, cheap ones first."""
-    found: dict[Unit, set[str]] = {}
-    in_tables = {name for table in TABLES for name in table.arms}
-    in_curves = {name for curve in CURVES for name, _ in curve.arms}
-    everywhere = in_tables | {name for curve in CURVES if curve.whole for name, _ in curve.arms}
-    for concepts, seeds, names in (
-        (scale.concepts, scale.seeds, everywhere),
-        (scale.curve_concepts, scale.curve_seeds, in_curves),
-    ):
-        for seed in seeds:  # a table with one seed is whole before the next begins
-            for kind, number in concepts:
-                found.setdefault(Unit(kind, number, seed), set()).update(names)
-    return {unit: [name for name in ARMS if name in chosen] for unit, chosen in found.items()}
+    asked = {name for table in TABLES for name in table.arms} | {name for curve in CURVES for name, _ in curve.arms}
+    names = [name for name in ARMS if name in asked]
+    # seed by seed, so that a table with one seed is whole before the next begins
+    return {Unit(kind, number, seed): names for seed in scale.seeds for kind, number in scale.concepts}
 
 
 def config_of(arm: Arm, unit: Unit, scale: Scale) -> RunConfig:
     """All settings of a cell. Raises UserError for a setting that this version does not have."""
     words = [*scale.words, "grpo.sample_every=0", "grpo.checkpoint_every=0", *(arm.words or ())]
     config = RunConfig.make("toy", words=words, seed=unit.seed)
-    steps = round(config.grpo.steps * arm.longer)
-    return replace(config, grpo=replace(config.grpo, steps=steps))
+    if arm.as_dear_as is None:
+        return config
+    wanted = expected_row_steps(config_of(ARMS[arm.as_dear_as], unit, scale))
+    a_step = expected_row_steps(replace(config, grpo=replace(config.grpo, steps=1)))
+    return replace(config, grpo=replace(config.grpo, steps=round(wanted / a_step)))
 
 
 class Lab(Protocol):
@@ -255,14 +251,38 @@ class ToyLab:
         )
 
 
-def row_steps(config: RunConfig, candidates: int) -> int:
-    """Image rows that went through the model in one step, guidance's second row counted, a backward pass as two."""
+def row_steps(config: RunConfig, candidates: float) -> float:
+    """Image rows that went through the model in one step of `candidates` started images, guidance's second row counted,
+    a backward pass as two."""
     grpo = config.grpo
-    preview = (grpo.dsog.preview_step or max(1, grpo.timesteps // 5)) if grpo.dsog.enabled else 0
-    drawn = candidates * preview + grpo.group_size * (grpo.timesteps - preview)
-    looked_at = grpo.group_size * max(1, round(grpo.timesteps * getattr(grpo, "timestep_fraction", 1.0)))
+    rows = (grpo.groups or 1) * grpo.group_size
+    preview = _preview(config)
+    drawn = candidates * preview + rows * (grpo.timesteps - preview)
+    looked_at = rows * max(1, round(grpo.timesteps * grpo.timestep_fraction))
     passes = 3 * grpo.inner_epochs + (1 if grpo.beta > 0 else 0)
     return (2 if grpo.guidance_scale > 0 else 1) * (drawn + passes * looked_at)
+
+
+def expected_row_steps(config: RunConfig) -> float:
+    """Those of a whole reinforcement in which previews pass as often as its threshold aims at.
+
+    With the pass rate p and at most C candidates a rollout, it starts (1 − (1 − p)^C) / p of them on average; auto
+    looks at previews of some groups before the first step.
+    """
+    grpo, dsog = config.grpo, config.grpo.dsog
+    started, first = 1.0, 0.0
+    if dsog.enabled:
+        p = dsog.target_pass_rate
+        started = (1 - (1 - p) ** dsog.max_candidates) / p if p > 0 else dsog.max_candidates
+        if dsog.initial == "auto":
+            first = CALIBRATED_ON * grpo.group_size * _preview(config) * (2 if grpo.guidance_scale > 0 else 1)
+    return first + grpo.steps * row_steps(config, started * (grpo.groups or 1) * grpo.group_size)
+
+
+def _preview(config: RunConfig) -> int:
+    """Timesteps that a candidate takes before it is looked at; 0 without DSOG."""
+    grpo = config.grpo
+    return (grpo.dsog.preview_step or max(1, grpo.timesteps // 5)) if grpo.dsog.enabled else 0
 
 
 def _cell(result: Any, rows: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:

@@ -35,14 +35,13 @@ _CURVES_INTRO = (
     "image rows that went through the model (guidance's second row counted, a backward pass as two), a mean over three",
     "steps, with the 95 % interval over concepts. With DSOG the group is selected, which lifts this curve by itself;",
     "so the right panel counts: the held-out reward of plain drawings at the end, in pairs of concepts, minus that of",
-    "the first arm. The waves are the questions of the steps, which all arms share. Every concept is there, with one",
-    "seed; in the first figure with all seeds, whose mean a concept counts with.",
+    "the first arm. The waves are the questions of the steps, which all arms share.",
     "",
 )
 
 
 def _opening(stored: Mapping[str, Any]) -> list[str]:
-    cells, scale = stored["cells"], SCALES[stored["scale"]]
+    cells, scale, words = stored["cells"], SCALES[stored["scale"]], stored.get("words", [])
     expected = {f"{kind}-{number}-{seed}" for kind, number in scale.concepts for seed in scale.seeds}
     lines = [
         "# The paper's tables in miniature",
@@ -58,8 +57,8 @@ def _opening(stored: Mapping[str, Any]) -> list[str]:
     lines += [
         f"Scale `{scale.name}`: {len(scale.concepts)} concepts ({', '.join(f'{n} {k}' for k, n in kinds.items())})"
         f" that pre-training never saw, {len(scale.seeds)} training seed{'s' if len(scale.seeds) > 1 else ''} each.",
-        "Settings are those of the `toy` preset" + (" with" if scale.words else "."),
-        *([f"`{' '.join(scale.words)}`."] if scale.words else []),
+        "Settings are those of the `toy` preset" + (" with" if words else "."),
+        *([f"`{' '.join(words)}`."] if words else []),
         f"{len(cells)} cells, {stored['thread_seconds'] / 60:.0f} minutes of one thread's work on {stored['machine']}.",
         "",
         "The seeds of a concept are averaged, concepts are the unit of chance: brackets are 95 % bootstrap intervals",

@@ -76,6 +76,7 @@ def gather(scale: str, work: Path, problems: Sequence[str]) -> dict[str, Any]:
     machine = f"{cores} CPU cores ({platform.machine()}), torch {torch.__version__}"
     return {
         "scale": scale,
+        "words": list(SCALES[scale].words),
         "command": command_of(scale),
         "machine": machine,
         "thread_seconds": round(sum(sum(cell["seconds"].values()) for cell in cells)),
