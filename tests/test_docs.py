@@ -5,6 +5,7 @@ Also what no committed text may contain: paths of one machine, or where packages
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -36,11 +37,18 @@ def _code_lines(text: str) -> list[str]:
     return "\n".join(blocks).replace("\\\n", " ").splitlines()
 
 
-def _commands(app: Any, words: list[str]) -> tuple[Any, list[str]]:
-    """The command that `words` call, and what is left of them."""
+@functools.cache  # the tree of all commands takes a while to build, and pages name some two hundred
+def _tree() -> Any:
     import typer.main
 
-    command = typer.main.get_command(app)
+    from pyunictokens.cli import app
+
+    return typer.main.get_command(app)
+
+
+def _commands(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that `words` call, and what is left of them."""
+    command = _tree()
     while words and hasattr(command, "commands"):
         if words[0] in command.commands:
             command, words = command.commands[words[0]], words[1:]
@@ -73,15 +81,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_commands_exist(path: Path) -> None:
-    from pyunictokens.cli import app
-
     for line in _code_lines(path.read_text(encoding="utf-8")):
         found = re.match(r"(?:\$ )?pyunictokens (\S.*)", line.strip())
         if not found:
             continue
         words = shlex.split(found[1], comments=True)
         words = words[: next((i for i, word in enumerate(words) if word in {">", "|"}), len(words))]
-        command, rest = _commands(app, words)
+        command, rest = _commands(words)
         assert not hasattr(command, "commands") or rest[:1] in ([], ["--help"], ["--version"]), (
             f"{_name(path)}: `{line.strip()}`: no such command"
         )
@@ -93,13 +99,9 @@ def test_commands_exist(path: Path) -> None:
 
 
 def test_the_table_of_commands_names_them_all() -> None:
-    import typer.main
-
-    from pyunictokens.cli import app
-
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     table = set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = _tree().commands
     assert table == {name for name, command in commands.items() if not command.hidden}
 
 
