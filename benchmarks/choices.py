@@ -8,6 +8,7 @@
     head        a few rows through a large head as W·xᵀ, or as x·Wᵀ (models/showo/vocabulary.py)
     uvit        attention over 80 keys or 77, a gate copied before its GELU or not, squares summed or torch's norm
                 (models/uvit.py)
+    compiled    images of the toy model with blocks compiled by torch.compile, or eager (models/showo/compiled.py)
     host        what the host needs for one chunk of maskgit_grpo_loss (kernels/engine.py): Python and torch's dispatch,
                 with tiny products on the CPU; Triton's launcher and CUDA's queue are not in it
     products    the core's product with all that goes with it, or torch's product alone (csrc/cpu/head_products.h)
@@ -28,6 +29,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
+from pyunictokens import RolloutEngine
 from pyunictokens.kernels import engine, plan
 from pyunictokens.kernels.launch import recording
 from pyunictokens.models import PromptKV
@@ -35,6 +37,7 @@ from pyunictokens.models.showo.attention import PromptAttention
 from pyunictokens.models.showo.buffers import BufferedAttention
 from pyunictokens.models.showo.padding import padded
 from pyunictokens.ops.backends import cpu as _native
+from pyunictokens.toy.model import load_toy
 
 ROUNDS = 15
 
@@ -201,6 +204,18 @@ def uvit(rows: int, codes: int, width: int, keys: int, heads: int) -> None:
     )
 
 
+def compiled(group: int, steps: int) -> None:
+    """A group of the toy's images without pixels, guided; compiling comes before the clock and takes minutes."""
+    model = load_toy(torch.float32).model
+    eager, made = RolloutEngine(model), RolloutEngine(model, blocks="compiled")
+
+    def draw(engine: RolloutEngine) -> object:
+        return engine.generate_images([[5, 6, 7]], samples=group, steps=steps, guidance_scale=5.0, decode=False)
+
+    draw(made)
+    compare(f"{group} images of the toy, {steps} steps", "compiled", lambda: draw(made), "eager", lambda: draw(eager))
+
+
 def host(tokens: int) -> None:
     """Seconds of `tokens` tokens in chunks of two, less those in chunks of four, are those of tokens / 4 chunks."""
     hidden, weight = torch.randn(2, tokens // 2, 8), torch.randn(16, 8)
@@ -228,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only",
-        choices=["attention", "buffers", "adjoining", "head", "uvit", "products", "host"],
+        choices=["attention", "buffers", "adjoining", "head", "uvit", "products", "host", "compiled"],
         help="one kind instead of all",
     )
     only = parser.parse_args().only
@@ -248,6 +263,8 @@ def main() -> None:
             head(rows, 54402, 512)
     if only in (None, "uvit"):
         uvit(16, 64, 128, 77, 4)
+    if only in (None, "compiled"):
+        compiled(9, 6)
     if only in (None, "host"):
         host(1024)
     if only in (None, "products"):

@@ -346,6 +346,10 @@ class GrpoConfig:
     """How the head of the codes is applied while images are drawn: 16bit multiplies 16-bit hidden states with and
     without the prompt and guides the float32 logits, float32 guides hidden states and multiplies in float32; the same
     numbers up to float32 rounding. auto is 16bit on a GPU where the transformer is of 16 bits."""
+    rollout_blocks: Literal["eager", "compiled"] = "eager"
+    """How the blocks of image steps run while images are drawn: operation by operation, or what stands between two
+    attentions compiled by torch.compile (the first step waits for the compiler; weights are shared with the update,
+    which stays eager)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the transformer; sums, softmax, loss and optimizer stay in float32. auto is bfloat16 on a GPU that
     computes in it (the toy keeps float32), else float32; a run's config.yaml holds what it came to. float16 is refused
@@ -399,6 +403,11 @@ class GrpoConfig:
             raise UserError(
                 "rollout_products=fp8 with shard=full: fp8 products need whole weights; use shard=optimizer or "
                 "rollout_products=same"
+            )
+        if self.rollout_blocks == "compiled" and (self.shard == "full" or self.rollout_products == "fp8"):
+            other = "shard=full" if self.shard == "full" else "rollout_products=fp8"
+            raise UserError(
+                f"rollout_blocks=compiled with {other}: compiled blocks need plain layers; use one of the two"
             )
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")

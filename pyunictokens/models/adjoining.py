@@ -9,12 +9,16 @@ has put parameters elsewhere, or a layer is more than its weights, the layers mu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fused_gelu import is_plain
+
+Whole: TypeAlias = tuple[Tensor, Tensor]
+"""(weight [ΣK, D], bias [ΣK]) of several layers."""
 
 DEVICES = ("cuda",)
 """Types of devices where layers multiply together. On a CPU little is gained (docs/measured-facts.md), and a rollout's
@@ -46,7 +50,7 @@ def _parts(layer: nn.Linear) -> tuple[Tensor | None, Tensor | None]:
     return layer.weight.data, None if layer.bias is None else layer.bias.data
 
 
-def together(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | None:
+def together(layers: Sequence[nn.Linear]) -> Whole | None:
     """(weight [ΣK, D], bias [ΣK]) of all layers, as views of their parameters; None where these do not adjoin."""
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if not (_adjoin(weights) and _adjoin(biases)):
@@ -70,9 +74,17 @@ def _adjoin(tensors: Sequence[Tensor]) -> bool:
 
 def all_of(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """layer(x) of each layer: float [..., D] to [..., K]. In one product where that is possible, as views of it."""
-    if x.device.type in DEVICES and all(is_plain(layer, x) for layer in layers):
-        plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        whole = together(plain)
-        if whole is not None:
-            return F.linear(x, *whole).split([layer.out_features for layer in plain], dim=-1)
-    return tuple(layer(x) for layer in layers)
+    whole = whole_of(layers, x)
+    return tuple(layer(x) for layer in layers) if whole is None else in_one(layers, x, whole)
+
+
+def whole_of(layers: Sequence[nn.Module], x: Tensor) -> Whole | None:
+    """The layers as one, where their products with `x` may be one."""
+    if x.device.type not in DEVICES or not all(is_plain(layer, x) for layer in layers):
+        return None
+    return together([layer for layer in layers if isinstance(layer, nn.Linear)])
+
+
+def in_one(layers: Sequence[nn.Module], x: Tensor, whole: Whole) -> tuple[Tensor, ...]:
+    """layer(x) of each layer from the one product with all of them."""
+    return F.linear(x, *whole).split([layer.out_features for layer in layers if isinstance(layer, nn.Linear)], dim=-1)

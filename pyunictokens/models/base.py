@@ -18,7 +18,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
@@ -151,6 +151,11 @@ class MaskedModel(nn.Module, ABC):
             model_card(self.family, self.identity(), isinstance(self, WritingModel)).write(folder)
 
         return publish(write, to, private=private)
+
+    def compiled_blocks(self) -> AbstractContextManager[None]:
+        """A context in which image steps run blocks that torch.compile made, where no gradient is formed. Raises
+        UserError for a model that has none."""
+        raise UserError(f"blocks=compiled: {self.family} has no compiled blocks; use blocks=eager")
 
     # --- a concept's rows: see ConceptModel --------------------------------------------------------------------------
 

@@ -25,18 +25,41 @@ _found: dict[tuple[torch.device, torch.dtype], str] = {}
 """What :func:`_what_is_wrong` found."""
 
 
-def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+def linear_gelu(layer: nn.Module, x: Tensor, fused: bool | None = None) -> Tensor:
     """tanh-GELU of layer(x): float [..., D] to [..., I]. In one product where that is possible, else in two steps.
 
-    Gradients, torch.compile, and layers that are more than their weights (LoRA, fp8, four bits, spread over ranks, with
-    hooks) take two steps.
+    Gradients, and layers that are more than their weights (LoRA, fp8, four bits, spread over ranks, with hooks) take
+    two steps; so does torch.compile, unless it is told by `fused` what :func:`is_fused` said before.
     """
-    if is_plain(layer, x) and _fused(x.device, x.dtype):
+    if is_fused(layer, x) if fused is None else fused:
         assert isinstance(layer, nn.Linear) and layer.bias is not None
         rows = x.reshape(-1, x.shape[-1])
-        made = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
+        made: Tensor = _product_gelu(rows, layer.weight, layer.bias)
         return made.view(*x.shape[:-1], made.shape[-1])
     return F.gelu(layer(x), approximate="tanh")
+
+
+def is_fused(layer: nn.Module, x: Tensor) -> bool:
+    """Whether layer(x) and its GELU are one product."""
+    return is_plain(layer, x) and _fused(x.device, x.dtype)
+
+
+def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # torch.compile would take torch's function apart into product and GELU
+        return _opaque(x, weight, bias)
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+@torch.library.custom_op(
+    "pyunictokens::product_gelu", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor"
+)
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def gelu_way(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:

@@ -17,7 +17,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from operator import add
 from typing import Concatenate, ParamSpec, TypeVar, cast
@@ -63,13 +63,13 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def _in_its_products(
+def _as_asked(
     method: Callable[Concatenate[RolloutEngine, Arguments], Result],
 ) -> Callable[Concatenate[RolloutEngine, Arguments], Result]:
-    """The method with products as the engine was asked for."""
+    """The method with products and blocks as the engine was asked for."""
 
     def run(engine: RolloutEngine, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with engine.products:
+        with engine.products, engine.blocks:
             return method(engine, *args, **kwargs)
 
     functools.update_wrapper(run, method)
@@ -95,6 +95,8 @@ class RolloutEngine:
         head: how the head of the codes is applied (head.py): "16bit" multiplies the 16-bit hidden states of either half
             and guides the logits, "float32" guides hidden states and multiplies in float32; both give float32 logits.
             "auto" is 16bit on a GPU where the model is of 16 bits.
+        blocks: "eager", or "compiled" by torch.compile where images are drawn (models/showo/compiled.py); the first
+            step of a size then takes as long as compiling does.
     """
 
     def __init__(
@@ -110,11 +112,17 @@ class RolloutEngine:
         repeats: bool = False,
         products: str = "same",
         head: str = "auto",
+        blocks: str = "eager",
     ):
+        if blocks not in ("eager", "compiled"):
+            raise UserError(f"blocks={blocks!r}: must be eager or compiled")
+        if blocks == "compiled" and products == "fp8":
+            raise UserError("blocks=compiled with products=fp8: torch.compile would compile each layer apart; use one")
         if products not in ("same", "fp8"):
             raise UserError(f"products={products!r}: must be same or fp8")
         self.repeats, self.head = repeats, check_head(model, head)
         self.products: Fp8Products | nullcontext[None] = Fp8Products(model) if products == "fp8" else nullcontext()
+        self.blocks: AbstractContextManager[None] = model.compiled_blocks() if blocks == "compiled" else nullcontext()
         self.model, self.vq, self.tokenizer = model, vq, tokenizer
         self.schedule = checks.schedule(model.rule.schedule if schedule is None else schedule)
         self.ops_backend = ops_backend
@@ -176,7 +184,7 @@ class RolloutEngine:
 
     # --- images ----------------------------------------------------------------------------------------------------
 
-    @_in_its_products
+    @_as_asked
     @torch.no_grad()
     def generate_images(
         self,
@@ -365,7 +373,7 @@ class RolloutEngine:
 
     # --- text ------------------------------------------------------------------------------------------------------
 
-    @_in_its_products
+    @_as_asked
     @torch.no_grad()
     @profiling.phase("answers")
     def generate_text(
@@ -412,7 +420,7 @@ class RolloutEngine:
         settings = TextSettings(max_new_tokens, temperature, top_k, seed, model.end_id, self.ops_backend)
         return answers(model, self.vq, self.residents, images, questions, samples, settings, sample_ids, concepts, raw)
 
-    @_in_its_products
+    @_as_asked
     @torch.no_grad()
     @profiling.phase("answers")
     def write(

@@ -181,6 +181,7 @@ class _Run:
             repeats=True,
             products=config.rollout_products,
             head=config.rollout_head,
+            blocks=config.rollout_blocks,
         )
         dsog = config.dsog
         initial = _UNKNOWN if isinstance(dsog.initial, str) else dsog.initial

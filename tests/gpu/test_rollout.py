@@ -141,3 +141,23 @@ def test_flash_attn_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, room:
         ours, theirs = FlashAttnKernel().forward(q, k, v, causal), CudaKernel().forward(q, k, v, causal)
         assert (ours[1] - theirs[1]).abs().max() < 1e-3
         assert (ours[0].double() - theirs[0].double()).abs().max() < 3e-2 * theirs[0].abs().max()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_compiled_blocks() -> None:
+    """Hidden states of a step as of eager blocks, and captured rollouts that compile once."""
+    from torch._dynamo.utils import counters
+
+    model = tiny_model(dtype=torch.bfloat16, num_hidden_layers=3).to("cuda")
+    prompts = model.prefill([model.prompt_ids(text) for text in ([1, 2], [3])])
+    codes = torch.randint(-1, 24, (2, 9), device="cuda")
+    eager = model.image_hidden(codes, prompts, [0, 1])
+    with model.compiled_blocks():
+        found = model.image_hidden(codes, prompts, [0, 1])
+    assert (found.double() - eager.double()).norm() < 2e-2 * eager.double().norm()
+    drawing, before = RolloutEngine(model, repeats=True, blocks="compiled"), counters["stats"]["unique_graphs"]
+    for prompt in ([1, 2], [4, 5, 6]):
+        images = drawing.generate_images([prompt], samples=3, steps=4, decode=False)
+        assert images.logp is not None and bool(torch.isfinite(images.logp).all())
+    assert counters["stats"]["unique_graphs"] - before == 3

@@ -5,13 +5,13 @@ Module names are those of the published checkpoint. Who sees what is decided by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from ...ops.reference import partial_rotary
 from ...ops.rotary import qk_norm_rotary
-from ..adjoining import adjoin, all_of
+from ..adjoining import Whole, adjoin, all_of, in_one
 from ..fused_gelu import linear_gelu
 from .attention import Attention
 from .sizes import ShowoConfig
@@ -32,17 +32,24 @@ class SelfAttention(nn.Module):
         self.normalise = config.qk_layernorm
         self.adjoin()
 
+    @property
+    def three(self) -> Sequence[nn.Module]:
+        """The layers of queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def adjoin(self) -> None:
         """Let queries, keys and values come from one product where no gradient is formed."""
-        adjoin((self.q_proj, self.k_proj, self.v_proj))
+        adjoin(self.three)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # moves and casts put each parameter into a place of its own
         self.adjoin()
         return self
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attention) -> Tensor:
-        three = all_of((self.q_proj, self.k_proj, self.v_proj), x)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, whole: Whole | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, L, E], turned by position. `whole`: the three layers as one, where that is
+        known; by default it is found out."""
+        three = all_of(self.three, x) if whole is None else in_one(self.three, x, whole)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in three)
         if self.normalise:
             norm_q, norm_k = self.q_layernorm, self.k_layernorm
@@ -50,6 +57,10 @@ class SelfAttention(nn.Module):
             q, k = qk_norm_rotary(q, k, cos, sin, *parameters, norm_q.eps)
         else:
             q, k = partial_rotary(q, cos, sin), partial_rotary(k, cos, sin)
+        return q, k, v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attention) -> Tensor:
+        q, k, v = self.project(x, cos, sin)
         return self.dense(attend(layer, q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -59,8 +70,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(linear_gelu(self.fc1, x))
+    def forward(self, x: Tensor, fused: bool | None = None) -> Tensor:
+        return self.fc2(linear_gelu(self.fc1, x, fused))
 
 
 class Block(nn.Module):
@@ -73,6 +84,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attention) -> Tensor:
         h = self.input_layernorm(x)
         return self.self_attn(h, cos, sin, layer, attend) + self.mlp(h) + x
+
+    def joined(self, x: Tensor, h: Tensor, attended: Tensor, fused: bool) -> Tensor:
+        """The block's result from its input `x`, the norm of that and what was attended [B, H, L, E]; `fused`: whether
+        GELU is part of the product before it."""
+        return self.self_attn.dense(attended.transpose(1, 2).flatten(2)) + self.mlp(h, fused) + x
 
 
 class Decoder(nn.Module):

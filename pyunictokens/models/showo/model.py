@@ -33,6 +33,7 @@ from ..sampling_rule import SamplingRule
 from . import padding, prompting
 from . import prefill as cached
 from .attention import Attention, FullAttention, PromptKV
+from .compiled import CompiledBlocks
 from .costs import ShowoCosts
 from .joining import JoinedDecoder
 from .layers import CausalLM, SelfAttention
@@ -70,6 +71,9 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
         self.system_ids: list[int] = []
         """Of the CLIP-ViT variant: ids of the system prompt that stands before the features."""
         self._load_encoder: Callable[[], ImageEncoder] | None = None
+        self.compiled: CompiledBlocks | None
+        """What runs the blocks of image steps, inside the context of :meth:`compiled_blocks`."""
+        self.__dict__["compiled"] = None
         self._rotary: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -123,6 +127,9 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         cached.check_room(self, math.prod(grid), self.max_text + 1)
+
+    def compiled_blocks(self) -> CompiledBlocks:
+        return CompiledBlocks(self)
 
     def image_step(self, prefix: Prefix, prefix_of_row: Sequence[int], count: int) -> ImageStep:
         return cached.ImageRows(self, prefix, prefix_of_row, count, called_again=True)
@@ -247,10 +254,13 @@ class Showo(AnsweringModel, ConceptModel, CapturableModel):
 
     # --- transformer -----------------------------------------------------------------------------------------------
 
-    def encode(self, x_BLD: Tensor, positions: Tensor, attend: Attention) -> Tensor:
-        """Embeddings [B, L, D] at absolute positions int64 [L] or [B, L] to final hidden states [B, L, D]."""
+    def encode(self, x_BLD: Tensor, positions: Tensor, attend: Attention, step: bool = False) -> Tensor:
+        """Embeddings [B, L, D] at absolute positions int64 [L] or [B, L] to final hidden states [B, L, D]. `step`: of
+        image rows, which come again in the same sizes, so that blocks may be compiled for them."""
         cos, sin = self._angles(x_BLD.device, x_BLD.dtype)
         cos, sin = cos[positions], sin[positions]
+        if step and self.compiled is not None and self.compiled.serves(x_BLD):
+            return self.compiled(x_BLD, cos, sin, attend)
         cos, sin = (t.unsqueeze(1) if t.ndim == 3 else t for t in (cos, sin))
         x = x_BLD
         again = len(self.showo.model.layers) if self.checkpoint_layers is True else int(self.checkpoint_layers)

@@ -103,7 +103,7 @@ class ImageRows:
         model = self._model
         ends = model.embed(self._ends).expand(self._rows, 2, -1)
         x = torch.cat([ends[:, :1], model.embed_codes(codes_BN), ends[:, 1:]], dim=1)
-        return model.encode(x, self._positions, self._attend)[:, 1:-1]
+        return model.encode(x, self._positions, self._attend, step=True)[:, 1:-1]
 
     def refresh(self) -> None:
         """Take what now lies in the prompts' tensors."""
