@@ -21,13 +21,17 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from benchmarks import levers
 from benchmarks.baselines import showo_plain
 from benchmarks.engine_report import EngineReport, Number
 from benchmarks.machine import commit
@@ -35,6 +39,7 @@ from benchmarks.ops import clock
 from benchmarks.ops.run import Settings, default_file, machine, versions
 from pyunictokens import MASK, RolloutEngine
 from pyunictokens.models import ConceptTokens, MagvitConfig, MagvitV2, Showo, ShowoConfig
+from pyunictokens.models.showo import compiled
 from pyunictokens.models.showo import costs as cost
 from pyunictokens.models.showo.kernels import attention_way
 from pyunictokens.rollout import Dsog, DsogThreshold
@@ -48,7 +53,7 @@ from pyunictokens.train.trajectories import AnswerTrajectories, ImageTrajectorie
 from pyunictokens.train.update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 from pyunictokens.utils.errors import UserError
 
-SECTIONS = ("images", "batched", "published", "image", "grpo", "answers", "small")
+SECTIONS = ("images", "batched", "published", "image", "grpo", "answers", "levers", "small")
 """What can be asked for by name, in order of weight."""
 
 T = TypeVar("T")
@@ -72,6 +77,8 @@ class Sizes:
     question: int = 32
     guidance: float = 5.0
     rounds: int = 2
+    lever_steps: int = 4
+    lever_rounds: int = 3
     grpo_steps: tuple[int, ...] = (10, 50)
 
     @property
@@ -106,6 +113,8 @@ SMOKE = Sizes(
     prompt=8,
     question=5,
     rounds=1,
+    lever_steps=2,
+    lever_rounds=1,
     grpo_steps=(2, 4),
 )
 
@@ -179,6 +188,7 @@ class Bench:
                 for steps in self.s.grpo_steps
             ],
             ("answers", "answers", self.answers, 30),
+            *[("levers", f"lever {each.key}", partial(self.lever, each), each.seconds) for each in levers.LEVERS],
             ("small", "small image", lambda: self.one_image("small image", self.s.small_grid), 15),
         ]
         for kind, name, section, seconds in sections:
@@ -187,13 +197,14 @@ class Bench:
             if (left := self.left()) < seconds:
                 self.report.absences[name] = f"{left:.0f} s of {self.budget:.0f} were left, it wants {seconds:.0f}"
                 continue
+            self.report.absences.pop(name, None)
             self.report.done.append(name)
             self.report.save(self.out)  # who resumes does not meet this section again, whatever it does to the process
             try:
                 section()
             except Exception as error:
                 self.report.absences[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
-                print(f"{name}: {self.report.absences[name]}", flush=True)
+                print(f"!!! {name} FAILED: {self.report.absences[name]}", flush=True)
             self.tidy()
             self.report.save(self.out)
             if self.lost:
@@ -239,15 +250,17 @@ class Bench:
 
     # --- images ----------------------------------------------------------------------------------------------------
 
-    def loop(self, rows: int, grid: tuple[int, int], mode: str, pool: GraphPool | None) -> DeviceLoop:
+    def loop(
+        self, rows: int, grid: tuple[int, int], mode: str, pool: GraphPool | None, steps: int = 0, head: str = "auto"
+    ) -> DeviceLoop:
         """A bucket of `rows` images of one prompt."""
         assert self.model is not None
         s, count = self.s, grid[0] * grid[1]
         prompts = self.model.prefill([self.model.prompt_ids(text) for text in (self.prompt, [])])
         hidden = GuidedHidden(self.model, prompts, [0] * rows, s.guidance, count)
-        settings = LoopSettings(s.steps, s.guidance, 1.0, "cosine", 0, True, rows)
+        settings = LoopSettings(steps or s.steps, s.guidance, 1.0, "cosine", 0, True, rows)
         state = StepState.make(self.model, rows, count, settings)
-        return DeviceLoop(hidden, image_head(self.model), state, 0, mode=mode, pool=pool)  # type: ignore[arg-type]
+        return DeviceLoop(hidden, image_head(self.model, head), state, 0, mode=mode, pool=pool)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def modes(self, work: str, rows: int, grid: tuple[int, int]) -> None:
@@ -329,6 +342,49 @@ class Bench:
                 self.plain("published, TF32", model, 1, 4)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
+
+    # --- levers ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def lever(self, lever: levers.Lever) -> None:
+        """A step of the group with a lever and without it, captured where that can be; the sides take turns."""
+        assert self.model is not None
+        s, model, name = self.s, self.model, f"lever {lever.key}"
+        if reason := lever.objection(model):
+            self.report.absences[name] = f"{levers.MISSING}: {reason}"
+            print(f"{name}: {self.report.absences[name]}", flush=True)
+            return
+        known = torch.full((s.group, s.codes), MASK, device=self.device)
+        pool = GraphPool(torch.device("cuda", torch.cuda.current_device())) if self.device != "cpu" else None
+        flops = s.lever_steps * cost.image_step(s.config, s.group, s.prompt + 3, s.codes, s.guidance > 0).flops
+        ways = {"with": lever.on, "without": lever.off}
+        loops: dict[str, DeviceLoop] = {}
+        samples: dict[str, list[float]] = {side: [] for side in ways}
+
+        def draw(side: str) -> None:
+            loops[side].state.start(range(s.group), known, list(range(s.group)), s.lever_steps, urgent=False)
+            loops[side].run()
+
+        try:
+            for (side, way), head in zip(ways.items(), lever.heads, strict=True):
+                with self.smokes(), way(model):
+                    loops[side] = self.loop(s.group, s.grid, "auto", pool, s.lever_steps, head)
+                    draw(side)
+            for turn in range(s.lever_rounds):
+                for side in ways if turn % 2 == 0 else reversed(ways):
+                    with self.smokes(), ways[side](model):
+                        clock.synchronize(self.device)
+                        samples[side].append(clock.seconds(partial(draw, side), self.device))
+            for side, taken in samples.items():
+                seconds, note = statistics.median(taken), f"{lever.text}; {loops[side].steps.report()}"
+                self.note(Number(name, side, seconds, len(taken), s.lever_steps, "steps", flops, None, note))
+        finally:
+            for loop in loops.values():
+                loop.close()
+
+    def smokes(self) -> AbstractContextManager[object]:
+        """Tiny shapes prove that a section runs: torch.compile's code generator, minutes of a compiler, is left out."""
+        return patch.object(compiled, "BACKEND", "eager") if self.report.machine.smoke else nullcontext()
 
     # --- answers ---------------------------------------------------------------------------------------------------
 

@@ -332,6 +332,37 @@ def goal_lines(out: Path) -> list[str]:
     return lines
 
 
+def lever_lines(out: Path) -> list[str]:
+    """Every lever of a rollout step: measured with and without it, beside what was predicted for one H100."""
+    from benchmarks import engine_report, levers
+    from experiments.cost_tables import lever_predictions
+
+    file = out / "engine-gpu.json"
+    report = engine_report.EngineReport.load(file) if file.exists() else None
+    predicted = {each.key: 1e3 * (each.before - each.after) for each in lever_predictions()}
+    lines = []
+    for lever in levers.LEVERS:
+        said = f"predicted {predicted[lever.key]:.1f} ms less" if lever.key in predicted else "no prediction"
+        name = f"lever {lever.key}"
+        sides = [None if report is None else report.find(name, side) for side in ("with", "without")]
+        having, lacking = (None if each is None else 1e3 * each.seconds / each.amount for each in sides)
+        if report is None or report.machine.smoke or having is None or lacking is None:
+            reason = "" if report is None else report.absences.get(name, "")
+            failed = bool(reason) and not reason.startswith((levers.MISSING, *"0123456789"))
+            words = f"FAILED        {lever.text}: {reason}" if failed else f"not measured  {lever.text}"
+            lines.append(f"  {words}" + (f": {reason}" if reason and not failed else "") + f" ({said})")
+            continue
+        saved = lacking - having
+        verdict = "measured"
+        if lever.key in predicted:
+            verdict = "met   " if saved >= predicted[lever.key] else "MISSED"
+        lines.append(
+            f"  {verdict} {lever.text}: {having:.2f} ms a step with it, {lacking:.2f} without, "
+            f"{lacking / having:.3f} ×, {saved:.2f} ms less ({said})"
+        )
+    return lines
+
+
 def _goal(text: str, number: str | None, holds: bool) -> str:
     if number is None:
         return f"  not measured  {text}"
@@ -339,7 +370,7 @@ def _goal(text: str, number: str | None, holds: bool) -> str:
 
 
 def summary(out: Path, device: str) -> None:
-    """One page at the end: the card, what was fallen back to, tests, every goal."""
+    """One page at the end: the card, what was fallen back to, tests, every goal, every lever."""
     about, built, probes = read(out, "environment"), read(out, "core"), read(out, "smoke").get("probes", {})
     print(f"card: {about.get('card', 'unknown: the environment stage wrote nothing')}")
     if "matrix_flops_per_second" in about and device != "cpu":
@@ -360,7 +391,10 @@ def summary(out: Path, device: str) -> None:
     print("goals:\n" + "\n".join(lines))
     met, missed = (sum(line.strip().startswith(word) for line in lines) for word in ("met", "MISSED"))
     print(f"{met} goals met, {missed} missed, {len(lines) - met - missed} not measured")
-    write(out, "summary", {"card": about.get("card"), "tests": tests, "goals": lines, "core": built.get("source")})
+    each = lever_lines(out)
+    print("levers of a rollout step (predictions are for one H100):\n" + "\n".join(each))
+    content = {"card": about.get("card"), "tests": tests, "goals": lines, "levers": each, "core": built.get("source")}
+    write(out, "summary", content)
 
 
 STAGES: dict[str, Callable[[Path, str], None]] = {

@@ -2,7 +2,8 @@
 # What a machine with an NVIDIA GPU has to say, in commands of at most seven minutes:
 #
 #     bash benchmarks/gpu.sh --first      # environment, core, smoke, tests, operations, images; then one page of goals
-#     bash benchmarks/gpu.sh --second     # GRPO steps, answers, the other cases, torch.compile; merges with --first
+#     bash benchmarks/gpu.sh --second     # GRPO steps, answers, each lever of a rollout step on and off, the other cases,
+#                                         # torch.compile; merges with --first
 #     bash benchmarks/gpu.sh --dry-run    # both, every stage, on a machine without a GPU: proves that the script runs
 #
 # Every stage is a process of its own with a time limit of its own, and writes its numbers as it goes: one that fails,
@@ -13,7 +14,7 @@
 set -uo pipefail
 
 mode="${1:---help}"
-case "$mode" in --first | --second | --dry-run) ;; *) sed -n '2,15p' "$0"; exit 2 ;; esac
+case "$mode" in --first | --second | --dry-run) ;; *) sed -n '2,16p' "$0"; exit 2 ;; esac
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="$(realpath -m "${OUT:-$root/build/gpu}")"
 python="${PYTHON:-python3}"
@@ -78,9 +79,10 @@ first() {
 second() {
   if [ ! -e "$out/ops-gpu.json" ] && [ -d "$kept" ]; then cp -n "$kept"/*.json "$kept"/*.xml "$out"/ 2>/dev/null || true; fi
   stage grpo 120 bash -c 'again "$@"' engine "${engine[@]}" --only grpo answers --grpo-steps 10 --budget 112
-  stage more-ops 130 bash -c 'again "$@"' ops "${ops[@]}" --budget 105 --skip-peers compile
-  stage more-engine 90 bash -c 'again "$@"' engine "${engine[@]}" --only image small published batched --budget 82
-  stage compile 90 "$python" -m benchmarks.ops --device $device --out "$out/ops-compile.json" --budget 60 \
+  stage levers 95 bash -c 'again "$@"' engine "${engine[@]}" --only levers --budget 86
+  stage more-ops 90 bash -c 'again "$@"' ops "${ops[@]}" --budget 68 --skip-peers compile
+  stage more-engine 60 bash -c 'again "$@"' engine "${engine[@]}" --only image small published batched --budget 52
+  stage compile 50 "$python" -m benchmarks.ops --device $device --out "$out/ops-compile.json" --budget 28 \
     --peers ours-triton ours-cuda compile
 }
 
@@ -91,6 +93,7 @@ case "$mode" in
   --dry-run)
     first
     stage grpo 120 "${engine[@]}" --only grpo answers
+    stage levers 95 "${engine[@]}" --only levers
     ;;
 esac
 "$python" -m benchmarks.gpu summary --device $device --out "$out" | tee "$out/summary.txt"

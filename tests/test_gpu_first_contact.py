@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import engine_gpu, gpu, machine
-from benchmarks.engine_report import EngineReport
+from benchmarks import engine_gpu, gpu, levers, machine
+from benchmarks.engine_report import EngineReport, Number
 from benchmarks.ops import cases, clock, memory, peers, run
 from benchmarks.ops.schema import Machine, Report
 
@@ -227,6 +227,73 @@ def test_any_error_of_a_section_of_the_engine_leaves_the_others(
     assert EngineReport.load(out) == again
 
 
+def test_a_lever_that_fails_says_so_and_leaves_the_others_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    named = {each.key: each for each in levers.LEVERS}
+    some = (dataclasses.replace(named["head"], on=broken), named["gelu"], named["buffers"], named["qkv"])
+    monkeypatch.setattr(levers, "LEVERS", some)
+    out = tmp_path / "engine-gpu.json"
+    report = engine_gpu.Bench(engine_gpu.SMOKE, "cpu", 500.0, out, True, ("levers",)).all()
+    said = capsys.readouterr().out
+    assert "!!! lever head FAILED: RuntimeError: no kernel image" in said and report.find("lever head", "with") is None
+    assert report.absences["lever gelu"].startswith(levers.MISSING)
+    for key in ("buffers", "qkv"):
+        for side in ("with", "without"):
+            found = report.find(f"lever {key}", side)
+            assert found is not None and found.amount == engine_gpu.SMOKE.lever_steps and found.seconds > 0
+    lines = gpu.lever_lines(tmp_path)
+    assert "FAILED" in lines[0] and "no kernel image" in lines[0] and "predicted 4.9 ms less" in lines[0]
+    assert all("not measured" in line for line in lines[1:]), "a smoke run measures nothing"
+    again = engine_gpu.Bench(engine_gpu.SMOKE, "cpu", 500.0, out, True, ("levers",), resume=True).all()
+    assert len(again.numbers) == len(report.numbers), "not measured twice, and what failed is not met again"
+
+
+def test_each_side_of_a_lever_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over buffers or not, one product or three: seen in what the step calls, not in its time."""
+    from pyunictokens.models import adjoining
+    from pyunictokens.models.showo.buffers import BufferedAttention
+
+    bench = engine_gpu.Bench(engine_gpu.SMOKE, "cpu", 500.0, None, True, ("levers",))
+    bench.model = engine_gpu.random_model(bench.s.config, "cpu", torch.float32)
+    monkeypatch.setattr(bench, "note", lambda number: None)
+    seen: list[str] = []
+    attended, one = BufferedAttention.__call__, adjoining.in_one
+    monkeypatch.setattr(BufferedAttention, "__call__", lambda *a: (seen.append("buffers"), attended(*a))[1])
+    monkeypatch.setattr(adjoining, "in_one", lambda *a: (seen.append("qkv"), one(*a))[1])
+    for lever in levers.LEVERS:
+        if lever.key in ("buffers", "qkv"):
+            for way, used in ((lever.on, True), (lever.off, False)):
+                seen.clear()
+                bench.lever(dataclasses.replace(lever, on=way, off=way))
+                assert (lever.key in seen) is used
+
+
+def test_levers_beside_their_predictions(tmp_path: Path) -> None:
+    from experiments.cost_tables import lever_predictions
+
+    predicted = {each.key: each for each in lever_predictions()}
+    assert set(predicted) <= {each.key for each in levers.LEVERS}, "whatever is predicted is measured"
+    report = EngineReport(Machine("a card", "cuda", 1, 1, False), {}, None, "", "", {})
+    more = predicted["buffers"].before - predicted["buffers"].after
+    for key, saved in (("buffers", 1.01 * more), ("qkv", 0.0001), ("attention cudnn", 0.002)):
+        for side, seconds in (("with", 0.1), ("without", 0.1 + saved)):
+            report.numbers.append(Number(f"lever {key}", side, 4 * seconds, 3, 4, "steps"))
+    report.absences["lever fp8"] = f"{levers.MISSING}: an old card"
+    report.absences["lever compiled"] = "OutOfMemoryError: no room"
+    report.save(tmp_path / "engine-gpu.json")
+    lines = dict(zip((each.key for each in levers.LEVERS), gpu.lever_lines(tmp_path), strict=True))
+    assert lines["buffers"].startswith("  met ") and "100.00 ms a step with it, 105.89 without" in lines["buffers"]
+    assert lines["qkv"].startswith("  MISSED") and "predicted 1.3 ms less" in lines["qkv"]
+    assert lines["attention cudnn"].startswith("  measured") and "1.020 ×" in lines["attention cudnn"]
+    assert "not measured" in lines["fp8"] and "an old card" in lines["fp8"]
+    assert "FAILED" in lines["compiled"] and "no room" in lines["compiled"]
+    assert "not measured" in lines["head"]
+
+
 def test_without_git_there_is_no_commit_and_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("UCT_COMMIT", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -298,7 +365,7 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("environment", "core", "smoke", "tests", "ops", "engine", "grpo"):
+    for name in ("environment", "core", "smoke", "tests", "ops", "engine", "grpo", "levers"):
         assert f"{name}: begins" in done.stdout and f"{name}: ended well" in done.stdout, done.stdout[-3000:]
     out = tmp_path / "out"
     probes = gpu.read(out, "smoke")["probes"]
@@ -319,9 +386,13 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
         ("answers", "engine"),
     }
     assert works >= {(f"grpo T={steps}", part) for steps in engine_gpu.SMOKE.grpo_steps for part in parts}
+    able = {f"lever {key}" for key in ("buffers", "head", "qkv", "fp8", "compiled")}
+    assert works >= {(work, side) for work in able for side in ("with", "without")}
+    assert not [reason for reason in engine.absences.values() if not reason.startswith(levers.MISSING)]
     assert all(one.rate > 0 for one in engine.numbers) and set(engine.checks.values()) == {1.0}
     last = done.stdout[done.stdout.index("card:") :]
     assert "0 goals met, 0 missed" in last and "maskgit_grpo_loss" in last and "answers: 40 ×" in last
+    assert "not measured  GELU in the product's epilogue" in last and "predicted 5.2 ms less" in last
     assert (out / "summary.txt").read_text() in done.stdout
     assert subprocess.run(["bash", str(script)], capture_output=True, env=environment).returncode == 2
 
