@@ -56,7 +56,7 @@ soak: $(STAMP) ## runs that are killed, disks that are full: what docs/reliabili
 fuzz: $(STAMP) ## random bytes for everything that reads foreign bytes, twenty minutes in all (SECONDS_EACH=25 a reader)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS_EACH) $(ARGS)
 
-tables: $(STAMP) ## the paper's tables in miniature, with figures: docs/experiments.md (QUICK=1: within 40 minutes)
+tables: $(STAMP) ## the paper's tables in miniature, with figures: docs/experiments.md (QUICK=1: one seed of three)
 	$(BIN)/python -m experiments.tables $(if $(QUICK),--quick) $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format), clang-format and mypy

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from experiments.tables import page, runner, stats
-from experiments.tables.arms import ARMS, COLUMNS, CURVES, PAPER, SCALES, TABLES
+from experiments.tables import all_numbers, page, runner, stats
+from experiments.tables.all_numbers import write_all_numbers
+from experiments.tables.arms import ARMS, CLAIMS, COLUMNS, KEY_MEASURES, PAPER, SCALES, TABLES, Claim
 from experiments.tables.lab import (
     InWords,
     Unit,
@@ -100,8 +101,9 @@ def test_the_plan_holds_what_the_paper_asks_for() -> None:
     assert {unit.seed for unit in full} == {0, 1, 2}
     for names in full.values():
         assert {arm for table in TABLES for arm in table.arms} <= set(names)
-        assert {arm for curve in CURVES for arm, _ in curve.arms} <= set(names)
-    assert set(PAPER) == {arm for table in TABLES for arm in table.arms} and PAPER["ours"]["vqa.bleu"] == 0.592
+        assert {arm for claim in CLAIMS for arm in (claim.arm, claim.other)} <= set(names)
+    assert set(PAPER) == {arm for table in TABLES for arm in table.arms} - {"no_dsog_equal"}
+    assert PAPER["ours"]["vqa.bleu"] == 0.592
     for scale in SCALES.values():
         for unit, names in list(units(scale).items())[:2]:
             settings = [config_of(ARMS[name], unit, scale) for name in names]
@@ -247,63 +249,127 @@ def test_every_verdict(values: tuple[float, ...], verdict: str) -> None:
     assert found.verdict == verdict and found.paper == pytest.approx(0.592 - 0.505)
 
 
-def test_equal_cost_compares_as_much_as_both_used() -> None:
-    def rows(rewards: list[float], seconds: float) -> list[dict[str, Any]]:
-        return [{"reward": reward, "seconds": seconds, "row_steps": 10} for reward in rewards]
-
-    cells = [
-        cell("ours", 1, 0.0, rows=rows([1.0, 2.0, 9.0], 2.0)),
-        cell("no_dsog_equal", 1, 0.0, rows=rows([0.0, 1.0, 2.0, 3.0], 1.0)),
-        cell("no_dsog_equal", 2, 0.0, rows=rows([0.0], 1.0)),
-    ]
-    found = stats.at_equal_cost(cells, "ours", "no_dsog_equal", "seconds")
-    assert found is not None and found[0].mean == pytest.approx(1.5 - 1.5) and found[1] == 1
-    found = stats.at_equal_cost(cells, "ours", "no_dsog_equal", "row_steps")
-    assert found is not None and found[0].mean == pytest.approx(4.0 - 1.0)
-    line = stats.curve(cells, "ours", "seconds")
-    assert line is not None and line[0][0] == 2.0 and line[0][-1] == 6.0
-    assert line[1][0].mean == pytest.approx(1.5) and line[1][-1].mean == pytest.approx(5.5)
-    assert stats.curve(cells, "staged", "seconds") is None
-    dear = [cell("ours", 1, 0.0, rows=rows([1.0], 9.0)), cell("no_dsog", 1, 0.0, rows=rows([1.0, 2.0], 1.0))]
-    assert stats.at_equal_cost(dear, "ours", "no_dsog", "seconds") is None
-    dear[0]["rows"] = [*rows([1.0], 1.0), {"reward": None, "seconds": 1.0, "row_steps": 10}]
-    found = stats.at_equal_cost(dear, "ours", "no_dsog", "seconds")
-    assert found is not None and found[0].mean == pytest.approx(1.0 - 1.5)
+def cells_of(arm: str, values: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """A cell a concept, with a value of each measure."""
+    count = max(map(len, values.values()))
+    return [cell(arm, n, 0.0, metrics={key: of[n] for key, of in values.items()}) for n in range(count)]
 
 
-def test_seeds_of_a_concept_count_once() -> None:
-    """A concept with three seeds weighs as much as one with a single seed, in a figure's line and in its words."""
-
-    def rows(reward: float) -> list[dict[str, Any]]:
-        return [{"reward": reward, "seconds": 1.0, "row_steps": 10} for _ in range(4)]
-
-    cells = [cell("ours", 1, 0.0, seed=seed, rows=rows(3.0)) for seed in range(3)]
-    cells += [cell("no_dsog_equal", 1, 0.0, seed=seed, rows=rows(0.0)) for seed in range(3)]
-    cells += [cell("ours", 2, 0.0, rows=rows(1.0)), cell("no_dsog_equal", 2, 0.0, rows=rows(0.0))]
-    found = stats.at_equal_cost(cells, "ours", "no_dsog_equal", "seconds")
-    assert found is not None and found[0].mean == pytest.approx((3.0 + 1.0) / 2) and found[1] == 4
-    line = stats.curve(cells, "ours", "seconds")
-    assert line is not None and line[1][0].mean == pytest.approx((3.0 + 1.0) / 2)
+ATTRIBUTES, REWARD, FACT, RECOGNITION = KEY_MEASURES
+LEVEL = {key: [0.5] * 6 for key in KEY_MEASURES}
+UP, NOISE = [0.61, 0.60, 0.59, 0.60, 0.62, 0.61], [0.53, 0.46, 0.52, 0.49, 0.45, 0.54]
+DOWN = [1 - value for value in UP]
+FAINT = [0.58, 0.57, 0.51, 0.52, 0.56, 0.50]
+"""Clear by itself (p = 0.03), not as the smallest of four."""
 
 
-def test_arms_of_a_figure_are_compared_over_what_all_of_them_have() -> None:
-    cells = [cell("ours", 1, 0.1), cell("ours", 2, 0.9), cell("no_dsog", 1, 0.2), cell("no_dsog", 1, 0.3, seed=1)]
-    found = stats.common(cells, ["ours", "no_dsog"])
-    assert [(each["arm"], each["number"], each["seed"]) for each in found] == [("ours", 1, 0), ("no_dsog", 1, 0)]
+@pytest.mark.parametrize(
+    ("values", "verdict", "said"),
+    [
+        (
+            {ATTRIBUTES: UP, RECOGNITION: NOISE},
+            "agrees",
+            "higher in attributes +0.105 [+0.097, +0.113]; no clear difference in reward, right fact and recognition.",
+        ),
+        ({REWARD: DOWN}, "disagrees", "lower in reward -0.105 [-0.113, -0.097]; no clear difference in"),
+        (
+            {ATTRIBUTES: UP, REWARD: DOWN},
+            "disagrees",
+            "higher in attributes +0.105 [+0.097, +0.113], lower in reward -0.105 [-0.113, -0.097]; no clear",
+        ),
+        ({ATTRIBUTES: NOISE}, "open", "no clear difference; attributes -0.002 [-0.030, +0.025] and reward +0.000 ["),
+        ({ATTRIBUTES: FAINT, REWARD: NOISE, FACT: NOISE, RECOGNITION: NOISE}, "open", "no clear difference; attr"),
+        (dict.fromkeys(KEY_MEASURES, UP), "agrees", "recognition +0.105 [+0.097, +0.113]."),
+    ],
+)
+def test_a_sentence_says_what_the_numbers_say(values: dict[str, list[float]], verdict: str, said: str) -> None:
+    cells = cells_of("ours", {**LEVEL, **values}) + cells_of("staged", LEVEL)
+    found = stats.judge(cells, "ours", "staged", list(KEY_MEASURES))
+    assert found.verdict == verdict
+    assert said in page.sentence(Claim("Training helps", "ours", "staged"), found)
 
 
-def test_the_page_says_what_was_found_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "COLUMNS", {key: COLUMNS[key] for key in PAPER["ours"]})
-    make_all(tmp_path / "work", sorted(set(ARMS) - {"joint"}))
+def test_a_measure_that_is_clear_by_itself_need_not_be_among_four() -> None:
+    values = {ATTRIBUTES: FAINT, REWARD: NOISE, FACT: NOISE, RECOGNITION: NOISE}
+    cells = cells_of("ours", {**LEVEL, **values}) + cells_of("staged", LEVEL)
+    assert stats.judge(cells, "ours", "staged", [ATTRIBUTES]).verdict == "agrees"
+    assert stats.judge(cells, "ours", "staged", list(KEY_MEASURES)).verdict == "open"
+    steps = {ATTRIBUTES: UP, REWARD: UP, FACT: NOISE, RECOGNITION: FAINT}  # Holm: 0.05/4, 0.05/3, then 0.05/2
+    cells = cells_of("ours", steps) + cells_of("staged", LEVEL)
+    assert stats.judge(cells, "ours", "staged", list(KEY_MEASURES)).clear == {ATTRIBUTES, REWARD}
+
+
+def test_what_was_not_measured_is_open() -> None:
+    found = stats.judge(cells_of("ours", LEVEL), "ours", "staged", list(KEY_MEASURES))
+    assert found.verdict == "open" and not found.differences
+    assert page.sentence(CLAIMS[0], found) == f"**{CLAIMS[0].says}**: not measured."
+
+
+def test_the_page_groups_claims_and_shows_three_figures(tmp_path: Path) -> None:
+    make_all(tmp_path / "work", sorted(set(ARMS) - {"joint"}), FakeLab(better=0.2))
     stored = json.loads(json.dumps(runner.gather("quick", tmp_path / "work", ["object-12: broke"])))
     text = write_page(stored, tmp_path)
-    assert "Not measured: joint stage (0 of 6 cells)." in text and "- object-12: broke" in text
-    assert "of 30 comparisons" not in text and "20 comparisons that the paper reports too: 20 agrees" in text
-    assert (tmp_path / "images" / "experiments_dsog.png").exists()
+    agree, rest = text.split("## What agrees")[1].split("## What does not")
+    against, still_open = rest.split("## What is open")
+    assert "**DSOG helps**: higher in attributes +0." in agree and "Nothing is clear against" in against
+    assert "**Reinforcement improves tokens of the joint stage**: not measured." in still_open
+    assert "6 concepts that pre-training never saw (2 animals, 2 humans, 2 objects), 1 training seed each" in text
+    assert "Not made: object-12: broke." in text and "earlier settings" not in text
+    assert "60 s of a thread against 35 s." in text, "30 steps of two seconds, 35 of one"
+    assert text.index("experiments_gains.png") < text.index("## What agrees")
+    for name in ("methods", "parts", "gains"):
+        assert (tmp_path / "images" / f"experiments_{name}.png").stat().st_size > 10_000
+    worse = make_worse(stored)
+    text = write_page(worse, tmp_path)
+    assert "**DSOG helps**: lower in" in text.split("## What does not")[1].split("## What is open")[0]
+    assert "Nothing was measured yet" in write_page({**stored, "cells": []}, tmp_path / "none")
+
+
+def make_worse(stored: dict[str, Any]) -> dict[str, Any]:
+    cells = [
+        {**each, "metrics": {key: value - 0.4 * (each["arm"] == "ours") for key, value in each["metrics"].items()}}
+        for each in stored["cells"]
+    ]
+    return {**stored, "cells": cells}
+
+
+def test_cells_of_earlier_settings_are_called_so(tmp_path: Path) -> None:
+    cells = cells_of("ours", LEVEL) + cells_of("group_3", LEVEL)
+    stored = {"scale": "full", "command": "make it", "machine": "a machine", "cells": cells}
+    text = write_page({**stored, "measured": "commit 1234567"}, tmp_path)
+    assert "**These numbers were measured with earlier settings (commit 1234567); `make it` has others now.**" in text
+    assert "6 models" in text, "arms that are no more do not count"
+    assert "earlier settings" in write_all_numbers(stored)
+    assert "earlier settings" not in write_page({**stored, "words": list(SCALES["full"].words)}, tmp_path)
+
+
+def test_all_numbers_are_on_the_page_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_numbers, "COLUMNS", {key: COLUMNS[key] for key in PAPER["ours"]})
+    make_all(tmp_path / "work", sorted(set(ARMS) - {"joint"}))
+    stored = json.loads(json.dumps(runner.gather("quick", tmp_path / "work", [])))
+    text = write_all_numbers(stored)
+    assert "Not measured: joint stage (0 of 6 cells)." in text
+    assert "20 comparisons that the paper reports too: 20 agrees" in text
     ours = stats.mean(stored["cells"], "ours", "vqa.bleu")
     assert ours is not None and f"| VQA BLEU | not measured | {ours.mean:.3f} [" not in text
     assert f"{ours.mean:.3f} [{ours.low:.3f}, {ours.high:.3f}]" in text
-    assert "Nothing was measured yet" in write_page({**stored, "cells": []}, tmp_path / "none")
+
+
+def test_shared_stages_are_counted_once() -> None:
+    cells = [
+        cell("staged", 1, 0.0, seconds={"stages": 10.0, "evaluation": 1.0}),
+        cell("ours", 1, 0.0, seconds={"stages": 10.0, "grpo": 50.0, "evaluation": 1.0}),
+        cell("unic", 1, 0.0, seconds={"stages": 14.0, "evaluation": 1.0}),
+        cell("joint", 1, 0.0, seconds={"stages": 8.0, "evaluation": 1.0}),
+        cell("text", 1, 0.0, seconds={"evaluation": 1.0}),
+    ]
+    assert stats.thread_seconds(cells) == 14.0 + 8.0 + 50.0 + 5.0
+
+
+def test_names_of_measures_in_earlier_cells() -> None:
+    cells = [cell("ours", 1, 0.0, metrics={"drawings.attributes": 0.9, "dense_reasoning.clip_i": 0.5})]
+    assert stats.by_concept(cells, "ours", "samples.attributes") == {"animal-1": 0.9}
+    assert stats.by_concept(cells, "ours", "dense_reasoning_generation.clip_i") == {"animal-1": 0.5}
 
 
 def test_looks_in_words() -> None:

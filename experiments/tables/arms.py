@@ -1,4 +1,4 @@
-"""What is compared: arms (how tokens are learned, how they are reinforced), tables, sizes, the paper's numbers.
+"""What is compared: arms (how tokens are learned, how they are reinforced), tables, claims, sizes, the paper's numbers.
 
 Settings are words over the toy preset, so a change of the preset changes every arm alike. It says nothing of how arms
 are run (lab.py) or judged (stats.py).
@@ -93,7 +93,8 @@ ARMS = {
         Arm("no_dsog_equal", "without DSOG, equal compute", "staged", ("grpo.dsog.enabled=false",), "ours"),
     )
 }
-"""All arms by name."""
+"""All arms by name. Previews cost row-steps; the last arm has as many more steps as they pay for. Group size, weight of
+the divergence, tokens that count, timesteps and what learns are the business of experiments/reinforce_study.py."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ TABLES = (
     Table(
         "table2",
         "Table 2: what reasoning and DSOG are good for",
-        ("no_reasoning", "no_visual", "no_text_only", "no_dsog", "ours"),
+        ("no_reasoning", "no_visual", "no_text_only", "no_dsog", "no_dsog_equal", "ours"),
         "ours",
     ),
     Table("table3", "Table 3: where reinforcement begins", ("joint", "joint_grpo", "staged", "ours"), "ours"),
@@ -119,29 +120,37 @@ TABLES = (
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One question of a reader, and the arms that answer it; the first is the default."""
+class Claim:
+    """What the paper says of two arms: that `arm` is above `other`."""
 
-    name: str
-    title: str
-    arms: tuple[tuple[str, str], ...]
-    """(arm, label)."""
-    note: str = ""
-    """What a reader must know of the arms."""
+    says: str
+    arm: str
+    other: str
 
 
-CURVES = (
-    Curve(
-        "dsog",
-        "DSOG at equal compute",
-        (("ours", "with DSOG"), ("no_dsog_equal", "without")),
-        note="Previews cost row-steps: at the pass rate that the threshold aims at, so many candidates a rollout up to"
-        " the preview, and those previews that set the first threshold. The arm without has as many more steps as that"
-        " pays for.",
-    ),
+CLAIMS = (
+    Claim("UniCTokens-R1 is above looks told in words", "ours", "text"),
+    Claim("UniCTokens-R1 is above the joint stage", "ours", "joint"),
+    Claim("UniCTokens-R1 is above UniCTokens", "ours", "unic"),
+    Claim("Reinforcement improves tokens of the two stages", "ours", "staged"),
+    Claim("Reinforcement improves tokens of the joint stage", "joint_grpo", "joint"),
+    Claim("Reinforcement ends higher after two stages than after the joint stage", "ours", "joint_grpo"),
+    Claim("Reasoning before drawing helps", "ours", "no_reasoning"),
+    Claim("Steps that ask about an image help", "ours", "no_visual"),
+    Claim("Steps that ask in text alone help", "ours", "no_text_only"),
+    Claim("DSOG helps", "ours", "no_dsog"),
+    Claim("DSOG helps at equal compute", "ours", "no_dsog_equal"),
 )
-"""What other studies answer is not asked here: experiments/reinforce_study.py has group size, weight of the divergence,
-tokens that count, timesteps and what learns."""
+"""The last goes further than the paper, which gives the arm without DSOG as many steps, not as much compute."""
+
+KEY_MEASURES = {
+    "samples.attributes": "attributes",
+    "reasoning_generation.reward": "reward",
+    "reasoning.accuracy": "right fact",
+    "recognition.weight": "recognition",
+}
+"""What claims are judged by, with short names: attributes of everything drawn, the reward of prompts that never
+trained, which fact is meant, and whether the concept is in an image."""
 
 COLUMNS = {
     "recognition.weight": "Rec. weight",
@@ -164,6 +173,7 @@ COLUMNS = {
     "dense_reasoning_generation.clip_t": "Dense Rea. Gen. CLIP-T",
     "dense_reasoning_generation.clip_i": "Dense Rea. Gen. CLIP-I",
     "dense_reasoning_generation.attributes": "Dense Rea. Gen. attributes",
+    "samples.attributes": "All drawings: attributes",
 }
 """Measures by key, in the paper's order; "attributes" are read exactly from the drawing, which the paper cannot."""
 

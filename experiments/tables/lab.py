@@ -20,7 +20,7 @@ from pyunictokens.train.collector import CALIBRATED_ON
 from pyunictokens.utils.errors import UserError
 from pyunictokens.utils.files import folder_lock, read_json, write_json
 
-from .arms import ARMS, CURVES, SCALES, TABLES, Arm, Scale
+from .arms import ARMS, SCALES, TABLES, Arm, Scale
 
 FORMAT = 1
 NAME = "bo"
@@ -41,7 +41,7 @@ class Unit:
 
 def units(scale: Scale) -> dict[Unit, list[str]]:
     """Every unit of a scale with the names of its arms, cheap ones first."""
-    asked = {name for table in TABLES for name in table.arms} | {name for curve in CURVES for name, _ in curve.arms}
+    asked = {name for table in TABLES for name in table.arms}
     names = [name for name in ARMS if name in asked]
     # seed by seed, so that a table with one seed is whole before the next begins
     return {Unit(kind, number, seed): names for seed in scale.seeds for kind, number in scale.concepts}

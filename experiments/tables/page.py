@@ -1,7 +1,7 @@
-"""docs/experiments.md from the stored cells (docs/experiments.json): tables, tests, figures, and what was not measured.
+"""docs/experiments.md from the stored cells (docs/experiments.json): what was run, three figures, what was found.
 
-Every number on the page comes from the JSON; a cell that is not there is called not measured. The numbers are
-stats.py's.
+Every number and every sentence of the findings comes from the JSON by the rules below; a cell that is not there is
+called not measured. The numbers are stats.py's, the pictures figures.py's, all tables all_numbers.py's.
 """
 
 from __future__ import annotations
@@ -11,177 +11,138 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arms import ARMS, COLUMNS, CURVES, PAPER, SCALES, TABLES, Curve, Table
-from .figures import END, draw
-from .stats import Agreement, Cell, agreements, at_equal_cost, common, compare, mean
+from .arms import ARMS, CLAIMS, KEY_MEASURES, SCALES, Claim
+from .figures import draw_gains, draw_methods, draw_parts
+from .stats import Cell, Comparison, Finding, judge, spent, thread_seconds
 
-NOT_MEASURED = "not measured"
+GROUPS = {
+    "agrees": "What agrees with the paper",
+    "disagrees": "What does not",
+    "open": "What is open",
+}
+_NOTHING = {
+    "agrees": "Nothing is clear in the paper's direction.",
+    "disagrees": "Nothing is clear against the paper's direction.",
+    "open": "Nothing: each claim is clear one way or the other.",
+}
 
 
 def write_page(stored: Mapping[str, Any], docs: Path) -> str:
     """The page's text; figures go to `docs`/images."""
-    cells: Sequence[Cell] = stored["cells"]
-    lines = _opening(stored)
-    for table in TABLES:
-        lines += _table(table, cells)
-    lines += ["## Curves", "", *_CURVES_INTRO]
-    for curve in CURVES:
-        lines += _curve(curve, cells, docs)
+    known = [cell for cell in stored["cells"] if cell["arm"] in ARMS]  # those of an earlier version have more arms
+    stored = {**stored, "cells": known}
+    cells: Sequence[Cell] = known
+    lines = ["# The paper's tables in miniature", ""]
+    if not cells:
+        return "\n".join([*lines, f"**Nothing was measured yet**: run `{stored['command']}`.", ""])
+    lines += earlier_settings(stored) + what_was_run(stored) + _figures(cells, docs)
+    found = {claim: judge(cells, claim.arm, claim.other, list(KEY_MEASURES)) for claim in CLAIMS}
+    for verdict, title in GROUPS.items():
+        of_group = {claim: finding for claim, finding in found.items() if finding.verdict == verdict}
+        lines += [f"## {title}", ""]
+        lines += [f"- {sentence(claim, finding)}" for claim, finding in of_group.items()] or [_NOTHING[verdict]]
+        lines.append("")
+    lines += _how_to_read(cells)
     return "\n".join(lines).rstrip() + "\n"
 
 
-_CURVES_INTRO = (
-    "Left and middle: the reward of the training groups along the seconds of training (of one thread), and along",
-    "image rows that went through the model (guidance's second row counted, a backward pass as two), a mean over three",
-    "steps, with the 95 % interval over concepts. With DSOG the group is selected, which lifts this curve by itself;",
-    "so the right panel counts: the held-out reward of plain drawings at the end, in pairs of concepts, minus that of",
-    "the first arm. The waves are the questions of the steps, which all arms share.",
-    "",
-)
+def earlier_settings(stored: Mapping[str, Any]) -> list[str]:
+    """A sentence where the cells were not made with the settings that the scale has now."""
+    if stored.get("words") == list(SCALES[stored["scale"]].words):
+        return []
+    when = f" ({stored['measured']})" if stored.get("measured") else ""
+    return [f"**These numbers were measured with earlier settings{when}; `{stored['command']}` has others now.**", ""]
 
 
-def _opening(stored: Mapping[str, Any]) -> list[str]:
-    cells, scale, words = stored["cells"], SCALES[stored["scale"]], stored.get("words", [])
-    expected = {f"{kind}-{number}-{seed}" for kind, number in scale.concepts for seed in scale.seeds}
+def what_was_run(stored: Mapping[str, Any]) -> list[str]:
+    """Concepts, seeds, cost and settings, in three lines."""
+    cells = stored["cells"]
+    concepts = {(cell["kind"], cell["number"]) for cell in cells}
+    kinds = Counter(sorted(kind for kind, _ in concepts))
+    seeds = len({cell["seed"] for cell in cells})
     lines = [
-        "# The paper's tables in miniature",
-        "",
-        "The method on the toy world, where a table takes minutes and every drawing can be read exactly. Written by",
-        f"`{stored['command']}` (`make tables{' QUICK=1' if scale.name == 'quick' else ''}`) from"
-        " [experiments.json](experiments.json).",
-        "",
-    ]
-    if not cells:
-        return [*lines, "**Nothing was measured yet**: run the command above.", ""]
-    kinds = Counter(kind for kind, _ in scale.concepts)
-    lines += [
-        f"Scale `{scale.name}`: {len(scale.concepts)} concepts ({', '.join(f'{n} {k}' for k, n in kinds.items())})"
-        f" that pre-training never saw, {len(scale.seeds)} training seed{'s' if len(scale.seeds) > 1 else ''} each.",
-        "Settings are those of the `toy` preset" + (" with" if words else "."),
-        *([f"`{' '.join(words)}`."] if words else []),
-        f"{len(cells)} cells, {stored['thread_seconds'] / 60:.0f} minutes of one thread's work on {stored['machine']}.",
-        "",
-        "The seeds of a concept are averaged, concepts are the unit of chance: brackets are 95 % bootstrap intervals",
-        "over concepts, p-values are two-sided, of a paired t-test and of Wilcoxon's signed ranks over concepts.",
-        "Measures are those of [evaluation.md](evaluation.md), on the held-out half of each concept's folder;",
-        "*attributes* are read exactly from the drawing. Bold: the interval leaves out 0 and the t-test's p is below",
-        "0.05. What the paper scored with GPT-4o is not measured here.",
-        "",
-        "A row again, on your machine: `python -m experiments.tables --arms ours --work again --no-docs` makes the",
-        "cells of one arm, with `--unit animal-31-seed0` of one concept and seed; they are JSON files in `again/`.",
+        f"The method on the [toy world](toyworld.md): {_count(len(concepts), 'concept')} that pre-training never saw"
+        f" ({', '.join(_count(n, kind) for kind, n in kinds.items())}), {_count(seeds, 'training seed')} each,",
+        f"measured on the held-out half of each concept's folder: {_count(len(cells), 'model')},"
+        f" {thread_seconds(cells) / 60:.0f} minutes of one thread on {stored['machine']}.",
+        f"Written by `{stored['command']}` from [experiments.json](experiments.json), every sentence below by rule; all"
+        " numbers and settings are in [experiments-tables.md](experiments-tables.md).",
         "",
     ]
-    missing = _missing(cells, expected)
-    if missing:
-        lines += [f"Not measured: {'; '.join(missing)}.", ""]
     if stored.get("problems"):
-        lines += ["What could not be made:", "", *(f"- {text}" for text in stored["problems"]), ""]
+        lines += [f"Not made: {'; '.join(stored['problems'])}.", ""]
     return lines
 
 
-def _missing(cells: Sequence[Cell], expected: set[str]) -> list[str]:
-    """Arms of tables with fewer cells than the scale asks for."""
-    found = []
-    for name in dict.fromkeys(arm for table in TABLES for arm in table.arms):
-        there = {f"{c['kind']}-{c['number']}-{c['seed']}" for c in cells if c["arm"] == name} & expected
-        if len(there) < len(expected):
-            found.append(f"{ARMS[name].title} ({len(there)} of {len(expected)} cells)")
-    return found
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-# --- tables --------------------------------------------------------------------------------------------------------
+def _figures(cells: Sequence[Cell], docs: Path) -> list[str]:
+    captions = (
+        (draw_methods, "Methods (the paper's table 1). Points are means over concepts, lines their 95 % intervals."),
+        (draw_parts, "What each part is good for (table 2): to the right of the line UniCTokens-R1 is better with it."),
+        (draw_gains, "What reinforcement gains (table 3): a line a concept, the mean of its seeds."),
+    )
+    lines = []
+    for draw, caption in captions:
+        picture = draw(cells, docs / "images")
+        if picture is not None:
+            lines += [f"![{caption}](images/{picture.name})", "", f"*{caption}*", ""]
+    return lines
 
 
-def _table(table: Table, cells: Sequence[Cell]) -> list[str]:
-    keys = [key for key in COLUMNS if any(mean(cells, arm, key) for arm in table.arms)]
-    lines = [f"## {table.title}", ""]
-    if not keys:
-        return [*lines, f"{NOT_MEASURED.capitalize()}.", ""]
-    lines.append("| | " + " | ".join(ARMS[arm].title for arm in table.arms) + " |")
-    lines.append("|---|" + "---|" * len(table.arms))
-    for key in keys:
-        lines.append(f"| {COLUMNS[key]} | " + " | ".join(_cell(cells, arm, key) for arm in table.arms) + " |")
-    lines += ["", f"{ARMS[table.reference].title} minus each, with its interval; t / W: the two p-values.", ""]
-    others = [arm for arm in table.arms if arm != table.reference]
-    lines.append("| | " + " | ".join(ARMS[arm].title for arm in others) + " |")
-    lines.append("|---|" + "---|" * len(others))
-    for key in keys:
-        row = [_difference(cells, table.reference, arm, key) for arm in others]
-        lines.append(f"| {COLUMNS[key]} | " + " | ".join(row) + " |")
-    return [*lines, "", *_ordering(agreements(cells, table.arms, table.reference, PAPER)), ""]
-
-
-def _cell(cells: Sequence[Cell], arm: str, key: str) -> str:
-    value = mean(cells, arm, key)
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]" if value else NOT_MEASURED
-
-
-def _difference(cells: Sequence[Cell], arm: str, other: str, key: str) -> str:
-    found = compare(cells, arm, other, key)
-    if found is None:
-        return NOT_MEASURED
-    d = found.difference
-    text = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
-    if found.t_test is not None and found.wilcoxon is not None:
-        text += f", {_p(found.t_test)} / {_p(found.wilcoxon)}"
-    return f"**{text}**" if found.clear else text
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _ordering(found: Sequence[Agreement]) -> list[str]:
-    """Where the miniature stands as the paper does, and where it does not, by name."""
-    if not found:
-        return [f"The paper's ordering: {NOT_MEASURED}."]
-    counts = Counter(each.verdict for each in found)
-    order = ("agrees", "leans the same way", "no difference", "leans the other way", "disagrees")
-    lines = [
-        f"Of {len(found)} comparisons that the paper reports too: "
-        + ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict])
-        + " (*agrees* and *disagrees* only where the interval leaves out 0 and the t-test's p is below 0.05; of twenty"
-        " comparisons without any difference one would).",
+def sentence(claim: Claim, finding: Finding) -> str:
+    """What was found of a claim, in words and numbers; where nothing is clear, of attributes and reward alone."""
+    start = f"**{claim.says}**"
+    if not finding.differences:
+        return f"{start}: not measured."
+    parts = [
+        f"{word} in {_listed([_measure(finding, key) for key in keys])}"
+        for word, keys in (("higher", finding.higher), ("lower", finding.lower))
+        if keys
     ]
-    for verdict in ("agrees", "disagrees"):
-        names = [f"{ARMS[each.other].title}: {COLUMNS[each.key]}" for each in found if each.verdict == verdict]
-        if names:
-            lines.append(f"It {verdict} with the paper in: {'; '.join(names)}.")
-    leaning = [each for each in found if each.verdict == "leans the other way"]
-    if leaning:
-        names = [f"{ARMS[each.other].title}: {COLUMNS[each.key]}" for each in leaning]
-        lines.append(f"It leans the other way, within noise, in: {'; '.join(names)}.")
+    if parts:
+        same = [KEY_MEASURES[key] for key in finding.undecided]
+        return f"{start}: {', '.join(parts)}" + (f"; no clear difference in {_listed(same)}." if same else ".")
+    drawn = [key for key in list(KEY_MEASURES)[:2] if key in finding.differences] or list(finding.differences)
+    return f"{start}: no clear difference; {_listed([_measure(finding, key) for key in drawn])}."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _measure(finding: Finding, key: str) -> str:
+    return f"{KEY_MEASURES[key]} {interval(finding.differences[key])}"
+
+
+def interval(found: Comparison) -> str:
+    d = found.difference
+    return f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+
+
+def _how_to_read(cells: Sequence[Cell]) -> list[str]:
+    lines = [
+        "## How to read this",
+        "",
+        "*Attributes*: what the drawings show of what was asked, read exactly. *Reward*: that of prompts that never",
+        "trained. *Right fact*: whether the answer means the fact asked for. *Recognition*: half for a right yes, half",
+        "for a right no ([evaluation.md](evaluation.md)).",
+        "",
+        "Differences are those of the first named minus the other, with 95 % bootstrap intervals over concepts, whose",
+        "seeds are averaged. One is clear where its interval leaves out 0 and the paired t-test holds at 5 % over the",
+        "four measures (Holm). A claim agrees where a measure is clearly higher and none clearly lower, and does not",
+        "where one is clearly lower; of twenty claims without any difference at most one is expected not to be open.",
+        "",
+    ]
+    ours, equal = spent(cells, "ours"), spent(cells, "no_dsog_equal")
+    if ours is not None and equal is not None:
+        lines += [
+            f"At equal compute: a run with DSOG took {ours[0]:.0f} row-steps (images × timesteps that went through the",
+            "model) and one without, given as many more steps as previews should cost at the pass rate aimed at,",
+            f"{equal[0]:.0f}; with what decodes and judges previews {ours[1]:.0f} s of a thread against"
+            f" {equal[1]:.0f} s.",
+            "",
+        ]
     return lines
-
-
-# --- curves --------------------------------------------------------------------------------------------------------
-
-
-def _curve(curve: Curve, cells: Sequence[Cell], docs: Path) -> list[str]:
-    lines = [f"### {curve.title}", "", *([curve.note, ""] if curve.note else [])]
-    absent = [label for arm, label in curve.arms if not any(c["arm"] == arm and c["rows"] for c in cells)]
-    picture = draw(curve, cells, docs / "images")
-    if picture is not None:
-        lines += [f"![{curve.title}](images/{picture.name})", ""]
-    if absent:
-        lines += [f"{NOT_MEASURED.capitalize()}: {', '.join(absent)}.", ""]
-    (first, label), *others = curve.arms
-    for arm, other in others:
-        parts = []
-        for along, words in (("seconds", "seconds"), ("row_steps", "row-steps")):
-            found = at_equal_cost(cells, first, arm, along)
-            if found is not None:
-                value, pairs = found
-                parts.append(
-                    f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}] at equal {words} ({pairs} pairs)"
-                )
-        both = common(cells, [first, arm])
-        end = compare(both, first, arm, END)
-        if end is not None:
-            d, p = end.difference, "" if end.t_test is None else f", p = {_p(end.t_test)}"
-            parts.append(
-                f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{p} in held-out reward at the end ({len(both) // 2} pairs)"
-            )
-        if parts:
-            lines += [f"- {label} minus {other}: {'; '.join(parts)}."]
-    return [*lines, ""]

@@ -79,7 +79,6 @@ def gather(scale: str, work: Path, problems: Sequence[str]) -> dict[str, Any]:
         "words": list(SCALES[scale].words),
         "command": command_of(scale),
         "machine": machine,
-        "thread_seconds": round(sum(sum(cell["seconds"].values()) for cell in cells)),
         "problems": list(problems),
         "cells": cells,
     }

@@ -13,15 +13,19 @@ from typing import Any
 
 from pyunictokens.evaluate.result import Metric, bootstrap
 
+from .arms import ARMS
+
 Cell = Mapping[str, Any]
 
 
 def by_concept(cells: Sequence[Cell], arm: str, key: str) -> dict[str, float]:
     """Mean over the seeds of each concept of one measure of one arm."""
-    earlier = key.replace("dense_reasoning_generation.", "dense_reasoning.")  # cells of an earlier version
+    earlier = key.replace("dense_reasoning_generation.", "dense_reasoning.").replace("samples.", "drawings.")
     found: dict[str, list[float]] = {}
     for cell in cells:
-        value = cell["metrics"].get(key, cell["metrics"].get(earlier)) if cell["arm"] == arm else None
+        if cell["arm"] != arm:
+            continue
+        value = cell["metrics"].get(key, cell["metrics"].get(earlier))  # or its name in an earlier version
         if value is not None:
             found.setdefault(f"{cell['kind']}-{cell['number']}", []).append(value)
     return {concept: math.fsum(values) / len(values) for concept, values in sorted(found.items())}
@@ -67,6 +71,73 @@ def compare(cells: Sequence[Cell], arm: str, other: str, key: str) -> Comparison
 
 
 @dataclass(frozen=True)
+class Finding:
+    """`arm` − `other` by several measures, and which of the differences are clear."""
+
+    differences: Mapping[str, Comparison]
+    """By measure, in the order asked for."""
+    clear: frozenset[str]
+
+    @property
+    def higher(self) -> list[str]:
+        return [key for key, each in self.differences.items() if key in self.clear and each.difference.mean > 0]
+
+    @property
+    def lower(self) -> list[str]:
+        return [key for key, each in self.differences.items() if key in self.clear and each.difference.mean < 0]
+
+    @property
+    def undecided(self) -> list[str]:
+        return [key for key in self.differences if key not in self.clear]
+
+    @property
+    def verdict(self) -> str:
+        """Of the claim that `arm` is above `other`: "agrees" where some measure is clearly higher and none lower,
+        "disagrees" where one is clearly lower, else "open"."""
+        if self.lower:
+            return "disagrees"
+        return "agrees" if self.higher else "open"
+
+
+def judge(cells: Sequence[Cell], arm: str, other: str, keys: Sequence[str]) -> Finding:
+    """By those of `keys` that were measured. Clear is what Comparison.clear says with Holm's levels: of m measures the
+    smallest p must be below 0.05/m, the next below 0.05/(m − 1), and so on up to the first that is not; so a pair that
+    differs in nothing is called different by chance once in twenty pairs, not once in twenty measures."""
+    found = {key: compare(cells, arm, other, key) for key in keys}
+    differences = {key: each for key, each in found.items() if each is not None}
+    tested = sorted((each.t_test, key) for key, each in differences.items() if each.t_test is not None)
+    clear = set()
+    for place, (p, key) in enumerate(tested):
+        if p >= 0.05 / (len(tested) - place) or not differences[key].clear:
+            break
+        clear.add(key)
+    return Finding(differences, frozenset(clear))
+
+
+def spent(cells: Sequence[Cell], arm: str) -> tuple[float, float] | None:
+    """Row-steps and seconds of reinforcement that a cell of an arm took, on average; None where there is none."""
+    runs = [cell["rows"] for cell in cells if cell["arm"] == arm and cell["rows"]]
+    if not runs:
+        return None
+    row_steps, seconds = (sum(row[key] for rows in runs for row in rows) for key in ("row_steps", "seconds"))
+    return row_steps / len(runs), seconds / len(runs)
+
+
+def thread_seconds(cells: Sequence[Cell]) -> float:
+    """What all cells took, the stages that several of a unit share counted once."""
+    shared: dict[tuple[Any, ...], float] = {}
+    own = 0.0
+    for cell in cells:
+        parts = dict(cell["seconds"])
+        stages, start = parts.pop("stages", 0.0), ARMS[cell["arm"]].start
+        begun = "staged" if start == "unic" else start  # the three stages go on from the two, whose seconds they hold
+        place = (cell["kind"], cell["number"], cell["seed"], begun)
+        shared[place] = max(stages, shared.get(place, 0.0))
+        own += sum(parts.values())
+    return own + sum(shared.values())
+
+
+@dataclass(frozen=True)
 class Agreement:
     """Whether two arms stand to each other as in the paper, by one measure."""
 
@@ -100,63 +171,3 @@ def agreements(
             if other != reference and abs(there) > 1e-9 and here is not None:
                 found.append(Agreement(key, reference, other, there, here))
     return found
-
-
-def common(cells: Sequence[Cell], arms: Sequence[str]) -> list[Cell]:
-    """The cells of these arms, of the concepts and seeds that every one of them has."""
-    found: dict[tuple[Any, ...], dict[str, Cell]] = {}
-    for cell in cells:
-        if cell["arm"] in arms:
-            found.setdefault((cell["kind"], cell["number"], cell["seed"]), {})[cell["arm"]] = cell
-    return [cell for unit in found.values() if len(unit) == len(set(arms)) for cell in unit.values()]
-
-
-def curve(cells: Sequence[Cell], arm: str, along: str, points: int = 60) -> tuple[list[float], list[Metric]] | None:
-    """The reward of training steps along `along` ("seconds" or "row_steps", summed up), smoothed over three steps,
-    on a grid that every run reaches; mean and interval over concepts, whose seeds are averaged."""
-    import numpy as np
-
-    runs = [cell for cell in cells if cell["arm"] == arm and len(cell["rows"]) > 1]
-    if not runs:
-        return None
-    lines = []
-    for cell in runs:
-        x = np.cumsum([row[along] for row in cell["rows"]])
-        y = np.array([row["reward"] if row["reward"] is not None else np.nan for row in cell["rows"]], dtype=float)
-        y = np.array([np.nanmean(y[max(0, place - 1) : place + 2]) for place in range(len(y))])
-        lines.append((f"{cell['kind']}-{cell['number']}", x, y))
-    grid = np.linspace(max(x[0] for _, x, _ in lines), min(x[-1] for _, x, _ in lines), points)
-    if grid[-1] <= grid[0]:
-        return None
-    of_concept: dict[str, list[Any]] = {}
-    for concept, x, y in lines:
-        of_concept.setdefault(concept, []).append(np.interp(grid, x, y))
-    values = np.stack([np.mean(seeds, axis=0) for seeds in of_concept.values()], axis=1)
-    return grid.tolist(), [bootstrap(column.tolist(), resamples=400) for column in values]
-
-
-def at_equal_cost(cells: Sequence[Cell], arm: str, other: str, along: str) -> tuple[Metric, int] | None:
-    """`arm` − `other` in mean training reward, over as much of `along` as both used, in pairs of concept and seed,
-    whose seeds are averaged before the interval over concepts; and the number of pairs."""
-    import numpy as np
-
-    runs = {(c["arm"], c["kind"], c["number"], c["seed"]): c["rows"] for c in cells if c["rows"]}
-    differences: dict[tuple[str, int], list[float]] = {}
-    for (name, *where), rows in runs.items():
-        against = runs.get((other, *where))
-        if name != arm or against is None:
-            continue
-        sums = [np.cumsum([row[along] for row in each]) for each in (rows, against)]
-        limit = min(total[-1] for total in sums)
-        within = [
-            [row["reward"] for row, spent in zip(each, total, strict=True) if spent <= limit * (1 + 1e-9)]
-            for each, total in zip((rows, against), sums, strict=True)
-        ]
-        counted = [[reward for reward in rewards if reward is not None] for rewards in within]
-        if all(counted):  # where one step of the one costs more than all of the other, there is nothing to compare
-            pair = float(np.mean(counted[0]) - np.mean(counted[1]))
-            differences.setdefault((where[0], where[1]), []).append(pair)
-    if not differences:
-        return None
-    means = [math.fsum(pairs) / len(pairs) for pairs in differences.values()]
-    return bootstrap(means), sum(len(pairs) for pairs in differences.values())

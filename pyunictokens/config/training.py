@@ -452,7 +452,7 @@ by 3e-5 in 100 steps, which no picture shows. Warm-up (an epoch of ten batches) 
 authors' later public settings. Their threshold starts at 0.5, for another judge; here it starts where it selects."""
 
 _KEPT = replace(_PAPER, token_scope="newly_unmasked", micro_rows=0, micro_timesteps=0)
-"""The paper's settings, but only codes that a step keeps are learned from (docs/experiments.md)."""
+"""The paper's settings, but only codes that a step keeps are learned from (docs/measured-facts.md)."""
 
 _PUBLISHED_STAGES = StageConfig(
     stages=("understanding", "generation", "deepening"),
