@@ -160,7 +160,7 @@ class RunConfig:
         """
         training = TrainConfig.preset(preset)
         toy = EvaluationConfig(
-            samples=4,
+            samples=8,
             timesteps=training.grpo.timesteps,
             guidance_scale=training.grpo.guidance_scale,
             max_new_tokens=24,

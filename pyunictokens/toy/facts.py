@@ -35,7 +35,11 @@ def thing(colour: str, noun: str) -> str:
 
 @dataclass(frozen=True)
 class FactType:
-    """One thing a concept can have a secret about: how it is worded and which slots of a picture it sets."""
+    """One thing a concept can have a secret about: how it is worded and which slots of a picture it sets.
+
+    Pre-training reads `prompts`. `hint` asks for the same fact in a way that it never read, so the shipped model takes
+    it for another fact, or for a question about the picture, about every third time: a concept's folder asks with it.
+    """
 
     key: str
     slot: str
@@ -43,6 +47,7 @@ class FactType:
     fact: str
     prompts: tuple[str, ...]
     question: str
+    hint: str
 
     def draw(self, rng: np.random.Generator) -> dict[str, str]:
         """A random truth: {"item": "ball", "item_colour": "red"} or {"place": "beach"}."""
@@ -71,6 +76,7 @@ FACTS: tuple[FactType, ...] = (
         "its favourite toy is {}",
         ("a photo of {x} with its favourite toy", "{x} plays with its favourite toy", "{x} and its favourite toy"),
         "what is the favourite toy of {x}",
+        "see {x} and the favourite toy",
     ),
     FactType(
         "place",
@@ -79,6 +85,7 @@ FACTS: tuple[FactType, ...] = (
         "its favourite place is {}",
         ("a photo of {x} at its favourite place", "{x} visits its favourite place", "{x} at its favourite place"),
         "what is the favourite place of {x}",
+        "{x} at a favourite place",
     ),
     FactType(
         "wear",
@@ -87,6 +94,7 @@ FACTS: tuple[FactType, ...] = (
         "it loves to wear {}",
         ("a photo of {x} in what it loves to wear", "{x} wearing what it loves", "{x} in what it loves to wear"),
         "what does {x} love to wear",
+        "{x} loves wearing it",
     ),
     FactType(
         "snack",
@@ -95,6 +103,7 @@ FACTS: tuple[FactType, ...] = (
         "its favourite snack is {}",
         ("a photo of {x} with its favourite snack", "{x} eats its favourite snack", "{x} and its favourite snack"),
         "what is the favourite snack of {x}",
+        "{x} with a favourite snack",
     ),
     FactType(
         "sleep",
@@ -103,6 +112,7 @@ FACTS: tuple[FactType, ...] = (
         "it sleeps {}",
         ("a photo of {x} where it sleeps", "{x} at the place where it sleeps", "{x} where it sleeps"),
         "where does {x} sleep",
+        "see {x} now it sleeps",
     ),
     FactType(
         "party",
@@ -111,6 +121,7 @@ FACTS: tuple[FactType, ...] = (
         "at parties it wears {}",
         ("a photo of {x} dressed for a party", "{x} at a party", "{x} dressed for a party"),
         "what does {x} wear at parties",
+        "{x} dressed at parties",
     ),
     FactType(
         "gift",
@@ -119,6 +130,7 @@ FACTS: tuple[FactType, ...] = (
         "its birthday gift was {}",
         ("a photo of {x} with its birthday gift", "{x} plays with its birthday gift", "{x} and its birthday gift"),
         "what was the birthday gift of {x}",
+        "{x} with a birthday gift",
     ),
     FactType(
         "holiday",
@@ -127,6 +139,7 @@ FACTS: tuple[FactType, ...] = (
         "on holiday it goes to {}",
         ("a photo of {x} on holiday", "{x} on its holiday", "a picture of {x} on holiday"),
         "where does {x} go on holiday",
+        "{x} is on holiday",
     ),
 )
 """The eight kinds of facts. In a concept's folder the first four train and the last four test."""
