@@ -19,8 +19,9 @@ from pyunictokens import MagvitV2, RolloutEngine, Showo, TextTokenizer
 from pyunictokens.data import wording
 from pyunictokens.data.images import make_grid
 from pyunictokens.toy import grammar as grammar
+from pyunictokens.toy.facts import FACTS
 from pyunictokens.toy.networks import ToyNetworks
-from pyunictokens.toy.scene import SLOTS, Attributes, from_labels
+from pyunictokens.toy.scene import SLOTS, Attributes, from_labels, random_scene
 from pyunictokens.utils.files import read_json, write_json, write_text_atomic
 
 _ASSETS = ROOT / "pyunictokens" / "assets" / "toy"
@@ -142,18 +143,30 @@ def _understanding(toy: _Toy, work: Path, count: int) -> dict[str, object]:
         kinds.append("yes_or_no" if answer in ("yes", "no") else "open")
     given = toy.answers(to_pixels(images[-count:]), asked)
     hits = np.array([_plain(a) == _plain(b) for a, b in zip(given, right, strict=True)])
-    black = torch.full((1, 3, 64, 64), -1.0)
-    lists, facts = [], []
-    for _ in range(count):
-        found, prompt, answer = grammar.text_only(rng, str(rng.choice(grammar.NAMES)))
-        lists.append(wording.text_only_question(found, prompt))
-        facts.append(answer)
-    chosen = toy.answers(black, lists)
     out: dict[str, object] = {"questions": round(float(hits.mean()), 4)}
     for kind in ("open", "yes_or_no"):
         out[f"questions_{kind}"] = round(float(hits[np.array(kinds) == kind].mean()), 4)
-    out["facts"] = round(float(np.mean([_plain(a) == _plain(b) for a, b in zip(chosen, facts, strict=True)])), 4)
+    lists = []
+    for _ in range(count):
+        found, prompt, answer = grammar.text_only(rng, str(rng.choice(grammar.NAMES)))
+        lists.append((wording.text_only_question(found, prompt), answer))
+    out["facts"] = _right_facts(toy, lists)
+    out["facts_of_a_concept"] = _right_facts(toy, [_as_a_folder_asks(rng) for _ in range(count)])
     return out
+
+
+def _right_facts(toy: _Toy, asked: list[tuple[str, str]]) -> float:
+    """The share of (question, right fact) that the model answers with the right fact."""
+    given = toy.answers(torch.full((1, 3, 64, 64), -1.0), [question for question, _ in asked])
+    return round(float(np.mean([_plain(a) == _plain(fact) for a, (_, fact) in zip(given, asked, strict=True)])), 4)
+
+
+def _as_a_folder_asks(rng: np.random.Generator) -> tuple[str, str]:
+    """A question of a concept's folder, over all eight facts and with a prompt that pre-training never read."""
+    facts = [fact.sentence(value) for fact, value in zip(FACTS, grammar.draw_facts(rng), strict=True)]
+    wanted = int(rng.integers(len(FACTS)))
+    subject = grammar.mention(random_scene(rng, held_out=True), rng)
+    return wording.text_only_question(facts, FACTS[wanted].unseen_prompt.format(x=subject)), facts[wanted]
 
 
 def _pictures(toy: _Toy, work: Path, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -202,6 +215,7 @@ def _table(numbers: dict[str, dict]) -> str:
         f"| questions about pictures, exact answer | {_percent(u['questions'])} "
         f"(open {_percent(u['questions_open'])}, yes or no {_percent(u['questions_yes_or_no'])}) |",
         f"| the right fact out of 3 to 8 | {_percent(u['facts'])} |",
+        f"| the right fact out of 8, asked with a prompt that it never read | {_percent(u['facts_of_a_concept'])} |",
     ]
     seen = numbers["experts"]["held_out_scenes"]
     s, it = seen["subject"], seen["image_text"]

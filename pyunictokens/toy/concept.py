@@ -175,7 +175,7 @@ class _Writer:
 
     def _prompts(self) -> dict[str, list[str]]:
         """The prompts by their published names; notes on the way what each should show."""
-        driven = [fact.hint.format(x=self.sks) for fact in FACTS]
+        driven = [fact.unseen_prompt.format(x=self.sks) for fact in FACTS]
         explicit = [wording.compound_prompt(p, fact) for p, fact in zip(driven, self.facts, strict=True)]
         for prompt, long, value in zip(driven, explicit, self.values, strict=True):
             self.expected[prompt] = self.expected[long] = value

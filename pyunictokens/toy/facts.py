@@ -37,8 +37,8 @@ def thing(colour: str, noun: str) -> str:
 class FactType:
     """One thing a concept can have a secret about: how it is worded and which slots of a picture it sets.
 
-    Pre-training reads `prompts`. `hint` asks for the same fact in a way that it never read, so the shipped model takes
-    it for another fact, or for a question about the picture, about every third time: a concept's folder asks with it.
+    Pre-training reads `prompts`. `unseen_prompt` asks for the same fact in a way that it never read, so the shipped
+    model often takes it for another fact, or for a question about the picture: a concept's folder asks with it.
     """
 
     key: str
@@ -47,7 +47,7 @@ class FactType:
     fact: str
     prompts: tuple[str, ...]
     question: str
-    hint: str
+    unseen_prompt: str
 
     def draw(self, rng: np.random.Generator) -> dict[str, str]:
         """A random truth: {"item": "ball", "item_colour": "red"} or {"place": "beach"}."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pyunictokens.evaluate.result import read_means
 from pyunictokens.evaluate.tasks import measure_named, task_named
 from pyunictokens.models.bundle import Sources
 from pyunictokens.runs.bundle import load_scorers, open_bundle
-from pyunictokens.toy.concept import write_toy_concept
+from pyunictokens.toy import concept
 
 STORED = Path(__file__).parent / "stored"
 
@@ -34,7 +35,11 @@ def stored() -> Any:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_concept(tmp_path_factory.mktemp("data"), seed=1, kind="animal", name="bo")
+    """A concept whose requests are worded as in that version, which had no hints of their own."""
+    read = tuple(replace(fact, unseen_prompt=fact.prompts[0]) for fact in concept.FACTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concept, "FACTS", read)
+        return concept.write_toy_concept(tmp_path_factory.mktemp("data"), seed=1, kind="animal", name="bo")
 
 
 def close(found: dict[str, list[float]], wanted: dict[str, list[float]], where: object) -> None:

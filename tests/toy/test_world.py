@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunictokens.data import wording
 from pyunictokens.data.check import check_folder
 from pyunictokens.data.folder import load_concept
+from pyunictokens.models.bundle import Sources
 from pyunictokens.models.showo import prompting
+from pyunictokens.rollout.engine import RolloutEngine
+from pyunictokens.runs.bundle import open_bundle
 from pyunictokens.toy import grammar as grammar
 from pyunictokens.toy import world as toy
 from pyunictokens.toy.concept import write_toy_concept
@@ -212,3 +217,30 @@ def test_a_toy_concept_is_not_overwritten_and_bad_names_are_refused(tmp_path):
     with pytest.raises(UserError):
         write_toy_concept(tmp_path, name="../x")
     assert json.loads((tmp_path / "concepts_list.json").read_text()) == ["bo"]
+
+
+def test_a_concepts_requests_are_worded_as_pre_training_never_read_them(tmp_path, tokenizer):
+    read = {prompt for fact in toy.FACTS for prompt in fact.prompts}
+    unknown = tokenizer.token_to_id("<|unk|>")
+    for fact in toy.FACTS:
+        assert fact.unseen_prompt not in read
+        assert unknown not in tokenizer.encode(fact.unseen_prompt.format(x="mimi")).ids
+    write_toy_concept(tmp_path, seed=2, name="bo")
+    asked = [prompt for prompt, _ in load_concept(tmp_path, "bo").fact_pairs]
+    assert asked == [fact.unseen_prompt.format(x="<bo>") for fact in toy.FACTS]
+
+
+def test_the_shipped_model_leaves_room_in_finding_the_right_fact():
+    engine = RolloutEngine.of(open_bundle(Sources(), "cpu", "float32"))
+    rng, black = np.random.default_rng(3), torch.zeros(1, 3, 64, 64)
+    found = {}
+    for name, chosen in (("read", lambda fact: fact.prompts[0]), ("unseen", lambda fact: fact.unseen_prompt)):
+        asked, right = [], []
+        for fact, _ in itertools.product(toy.FACTS, range(4)):
+            told = [each.sentence(value) for each, value in zip(toy.FACTS, toy.draw_facts(rng), strict=True)]
+            asked.append(wording.text_only_question(told, chosen(fact).format(x="a plain blue mug")))
+            right.append(told[toy.FACTS.index(fact)])
+        said = engine.generate_text(black, asked, max_new_tokens=24, temperature=0.0).texts
+        found[name] = np.mean([a.strip(" .") == b for a, b in zip(said, right, strict=True)])
+    assert found["read"] >= 0.9
+    assert 0.35 <= found["unseen"] <= 0.8
