@@ -1,7 +1,7 @@
 """What makes reinforcement learn: arms that differ in one choice, at equal compute, over seeds, on held-out prompts.
 
-    python -m experiments.reinforce_study run --work study --seeds 3 --budget 60000      # goes on where it stopped
-    python -m experiments.reinforce_study page --work study                              # the table
+    python -m experiments.reinforce_study run --work study       # what docs/reinforce-study.json and study/ lack
+    python -m experiments.reinforce_study page --work study      # adds study/ to that file; table and figure of it
 
 Compute is counted in row-steps: images × timesteps of a rollout, twice with guidance, and three times as much again for
 each optimizer step's forward and backward pass over the timesteps it looks at. Every arm gets the same number of them,
@@ -22,33 +22,40 @@ from pyunictokens.runs.prompt_demo import SETTINGS, run_prompt_demo
 from pyunictokens.utils.files import read_json, read_json_lines, write_json, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-POINTS = 8
-"""Measurements of a run."""
+COMMON = ("ema_decay=0.9",)
+"""What all arms change: their runs are a third as long, and an average over 33 steps would still lag at their end."""
+POINTS = 4
+"""Measurements of a run after the first."""
+KEPT = "reinforce-study.json"
+GROUPS: dict[str, tuple[str, ...]] = {
+    "objective": ("unictask, newly unmasked codes", "unictask, masked codes", "mask_grpo"),
+    "advantage, averaging, reference": ("advantage=mean", "weights not averaged", "beta 0.01"),
+    "timesteps": ("all timesteps", "timestep_choice=largest_change", "8 timesteps"),
+    "one batch": ("2 inner epochs", "4 inner epochs", "2 prompts × 24", "12 prompts × 4"),
+    "learning rate": ("lr 1e-4", "lr 4e-4"),
+    "what learns, guidance": ("LoRA, lr 1e-3", "guidance 3"),
+}
+"""The figure's panels: arms beside the first one."""
 
 ARMS: dict[str, tuple[str, ...]] = {
     "as in `make reinforce`": (),
-    "advantage without its spread": ("advantage=mean",),
-    "advantage=leave_one_out": ("advantage=leave_one_out",),
-    "objective=unictask, newly unmasked codes": ("objective=unictask", "token_scope=newly_unmasked"),
-    "objective=unictask, masked codes": ("objective=unictask", "token_scope=masked"),
-    "objective=unictask, all codes": ("objective=unictask", "token_scope=all"),
-    "objective=mask_grpo": ("objective=mask_grpo",),
-    "objective=gspo": ("objective=gspo", "clip_low=3e-4", "clip_high=4e-4"),
-    "timestep_choice=largest_change, half": ("timestep_choice=largest_change", "timestep_fraction=0.5"),
-    "random timesteps, half": ("timestep_fraction=0.5",),
-    "2 epochs": ("inner_epochs=2",),
-    "4 epochs": ("inner_epochs=4",),
+    "advantage=mean": ("advantage=mean",),
+    "unictask, newly unmasked codes": ("objective=unictask", "token_scope=newly_unmasked"),
+    "unictask, masked codes": ("objective=unictask", "token_scope=masked"),
+    "mask_grpo": ("objective=mask_grpo",),
+    "all timesteps": ("timestep_fraction=1",),
+    "timestep_choice=largest_change": ("timestep_choice=largest_change",),
+    "2 inner epochs": ("inner_epochs=2",),
+    "4 inner epochs": ("inner_epochs=4",),
     "2 prompts × 24": ("groups=2", "group_size=24"),
     "12 prompts × 4": ("groups=12", "group_size=4"),
-    "lr 5e-5": ("lr=5e-5",),
     "lr 1e-4": ("lr=1e-4",),
-    "lr 2e-4": ("lr=2e-4",),
-    "lr 6e-4": ("lr=6e-4",),
+    "lr 4e-4": ("lr=4e-4",),
+    "weights not averaged": ("ema_decay=0",),
     "beta 0.01": ("beta=0.01",),
     "guidance 3": ("guidance_scale=3",),
     "8 timesteps": ("timesteps=8",),
-    "12 timesteps": ("timesteps=12",),
-    "adapters, lr 1e-3": ("trainable=lora", "lr=1e-3"),
+    "LoRA, lr 1e-3": ("trainable=lora", "lr=1e-3"),
 }
 """By name: what differs from the settings of the demo."""
 
@@ -64,6 +71,7 @@ def settings(words: tuple[str, ...], budget: float) -> list[str]:
     """The words of a run of `budget` row-steps."""
     steps = max(POINTS, round(budget / row_steps(with_overrides(SETTINGS, words))))
     return [
+        *COMMON,
         *words,
         f"steps={steps}",
         f"held_out.every={max(1, steps // POINTS)}",
@@ -72,12 +80,13 @@ def settings(words: tuple[str, ...], budget: float) -> list[str]:
     ]
 
 
-def run(work: Path, seeds: int, budget: float, world: Path | None, only: list[str]) -> None:
-    """WORK/NAME/SEED.json of every arm and seed that is not there yet."""
+def run(work: Path, into: Path, seeds: int, budget: float, world: Path | None, only: list[str]) -> None:
+    """WORK/NAME/SEED.json of every arm and seed that neither INTO/reinforce-study.json nor WORK holds; all arms with
+    one seed before any with the next."""
+    there = {(one["arm"], one["seed"]) for one in kept(work, into) if one["budget"] == budget}
     for seed in range(seeds):
         for name, words in ARMS.items():
-            file = work / _file_name(name) / f"{seed}.json"
-            if file.exists() or (only and name not in only):
+            if (name, seed) in there or (only and name not in only):
                 continue
             chosen = settings(words, budget)
             found = run_prompt_demo(work / _file_name(name) / f"run{seed}", seed=seed, words=chosen, world=world)
@@ -85,17 +94,26 @@ def run(work: Path, seeds: int, budget: float, world: Path | None, only: list[st
             lines = read_json_lines(folder / "held_out.jsonl")
             seconds = sum(line["seconds"] for line in read_json_lines(folder / "metrics.jsonl"))
             write_json(
-                file,
+                work / _file_name(name) / f"{seed}.json",
                 {
                     "arm": name,
                     "seed": seed,
+                    "budget": budget,
                     "words": chosen,
                     "row_steps": row_steps(config),
-                    "seconds": seconds,
-                    "curve": [{"step": line["step"], **line["means"]} for line in lines],
+                    "seconds": round(seconds, 1),
+                    "curve": [{"step": line["step"], "wholly_right": line["means"]["wholly_right"]} for line in lines],
                 },
             )
             print(f"{name} seed {seed}: {found.sentence}", flush=True)
+
+
+def kept(work: Path, into: Path) -> list[dict]:
+    """The runs of INTO/reinforce-study.json and of WORK, the latter where both have one."""
+    file = into / KEPT
+    runs = [*(read_json(file) if file.exists() else []), *map(read_json, sorted(work.glob("*/[0-9]*.json")))]
+    found = {(one["arm"], one["seed"], one["budget"]): one for one in runs if one["arm"] in ARMS}
+    return sorted(found.values(), key=lambda one: (list(ARMS).index(one["arm"]), one["seed"], one["budget"]))
 
 
 def _file_name(arm: str) -> str:
@@ -103,38 +121,88 @@ def _file_name(arm: str) -> str:
 
 
 def page(work: Path, into: Path) -> None:
-    """INTO/reinforce-study.json and the table beside it, from what WORK holds."""
-    found = [read_json(file) for file in sorted(work.glob("*/*.json"))]
-    write_json(into / "reinforce-study.json", found)
-    write_text_atomic((into / "reinforce-study").with_suffix(".md"), markdown(found))
+    """INTO/reinforce-study.json with what WORK holds as well, the table and the figure beside it."""
+    found = kept(work, into)
+    write_json(into / KEPT, found)
+    write_text_atomic(into / "reinforce-study.md", markdown(found))
+    figure(found, into / "images" / "reinforce_study.png")
+
+
+def gain(run: dict) -> float:
+    """What the held-out share gained from the first measurement to the last."""
+    return run["curve"][-1]["wholly_right"] - run["curve"][0]["wholly_right"]
 
 
 def markdown(found: list[dict]) -> str:
-    """The table: gain of `wholly_right` over the beginning, mean and interval over seeds."""
+    """The page: every arm's gain over the beginning, and against the first arm with the same seeds."""
+    first = {one["seed"]: gain(one) for one in found if one["arm"] == next(iter(ARMS))}
     rows = []
-    for name in dict.fromkeys(ARMS):
+    for name in ARMS:
         runs = [one for one in found if one["arm"] == name]
-        if runs:
-            gains = [one["curve"][-1]["wholly_right"] - one["curve"][0]["wholly_right"] for one in runs]
-            best = [max(point["wholly_right"] for point in one["curve"]) for one in runs]
-            first = statistics.mean(one["curve"][0]["wholly_right"] for one in runs)
-            seconds = statistics.mean(one["seconds"] for one in runs)
-            spread = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-            rows.append((statistics.mean(gains), spread, first, statistics.mean(best), len(runs), seconds, name))
+        if not runs:
+            continue
+        against = [gain(one) - first[one["seed"]] for one in runs if one["seed"] in first]
+        each = ", ".join(f"{gain(one):+.2f}" for one in runs)
+        seconds = statistics.mean(one["seconds"] for one in runs)
+        rows.append((statistics.mean(map(gain, runs)), each, _with_error(against), seconds, name))
+    before = statistics.mean(one["curve"][0]["wholly_right"] for one in found)
+    budget = statistics.mean(one["budget"] for one in found)
     lines = [
         "# What makes reinforcement learn",
         "",
-        "Arms differ from the settings of `make reinforce` in what their name says and have the same number of",
-        "row-steps.",
-        "Share of held-out prompts that the reader finds wholly right; the interval is over seeds.",
-        "Written by `python -m experiments.reinforce_study page` from reinforce-study.json.",
+        "Arms differ from the settings of `make reinforce` in what their name says; as the runs are shorter, all average",
+        f"their weights with {COMMON[0]}. All have the same number of row-steps ({budget:,.0f}: as many as",
+        f"{round(budget / row_steps(SETTINGS))} steps of `make reinforce`). What is shown is the share of 192 held-out",
+        "prompts, two images each, that the reader finds wholly right; no reward asks the reader. The model begins at",
+        f"{before:.2f}. Seeds change the prompts and all noise. Beside each gain stands its difference to the first",
+        "arm's with the same seeds, ± its standard error. Written by `python -m experiments.reinforce_study page` from",
+        "[reinforce-study.json](reinforce-study.json).",
         "",
-        "| arm | gain | ± | before | best on the way | seeds | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "![Held-out prompts drawn wholly right, along the row-steps](images/reinforce_study.png)",
+        "",
+        "| arm | gain | each seed | against the first arm | seconds |",
+        "|---|---|---|---|---|",
     ]
-    for gain, spread, first, top, seeds, seconds, name in sorted(rows, reverse=True):
-        lines.append(f"| {name} | {gain:+.3f} | {spread:.3f} | {first:.3f} | {top:.3f} | {seeds} | {seconds:.0f} |")
+    for mean, each, against, seconds, name in sorted(rows, reverse=True):
+        lines.append(f"| {name} | {mean:+.3f} | {each} | {against} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _with_error(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:+.3f}" if values else ""
+    return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+
+
+def figure(found: list[dict], file: Path) -> None:
+    """Curves, mean over seeds, along the share of the compute; the first arm in every panel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    base, colours = next(iter(ARMS)), ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+    chart, panels = plt.subplots(2, 3, figsize=(10, 6.4), sharex=True, sharey=True, constrained_layout=True)
+    for panel, (title, names) in zip(panels.flat, GROUPS.items(), strict=True):
+        for name, colour in zip((base, *names), ("#222222", *colours), strict=False):
+            runs = [one for one in found if one["arm"] == name]
+            if not runs:
+                continue
+            values = [[point["wholly_right"] for point in one["curve"]] for one in runs]
+            shortest = min(map(len, values))
+            means = [statistics.mean(each[k] for each in values) for k in range(shortest)]
+            shares = [100 * point["step"] / runs[0]["curve"][-1]["step"] for point in runs[0]["curve"][:shortest]]
+            panel.plot(shares, means, color=colour, label=name.replace("`", ""), lw=2.4 if name == base else 1.6)
+        panel.set_title(title, fontsize=11)
+        panel.legend(fontsize=8, frameon=False, loc="upper left")
+        panel.grid(alpha=0.25)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("wholly right, held out")
+    for panel in panels[1]:
+        panel.set_xlabel("compute spent, %")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    chart.savefig(file, dpi=110)
+    plt.close(chart)
 
 
 def main() -> None:
@@ -142,13 +210,13 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "page"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=60_000, help="row-steps of a run")
+    parser.add_argument("--budget", type=float, default=28_800, help="row-steps of a run")
     parser.add_argument("--world", type=Path, help="a folder of the composed world's weights")
     parser.add_argument("--only", action="append", default=[], help="an arm by its name; again for several")
     parser.add_argument("--into", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     if args.what == "run":
-        run(args.work, args.seeds, args.budget, args.world, args.only)
+        run(args.work, args.into, args.seeds, args.budget, args.world, args.only)
     else:
         page(args.work, args.into)
 
