@@ -150,7 +150,7 @@ def markdown(found: list[dict]) -> str:
     lines = [
         "# What makes reinforcement learn",
         "",
-        "Arms differ from the settings of `make reinforce` in what their name says; as the runs are shorter, all average",
+        "Arms differ from the settings of `make reinforce` in what their name says; being shorter, all average",
         f"their weights with {COMMON[0]}. All have the same number of row-steps ({budget:,.0f}: as many as",
         f"{round(budget / row_steps(SETTINGS))} steps of `make reinforce`). What is shown is the share of 192 held-out",
         "prompts, two images each, that the reader finds wholly right; no reward asks the reader. The model begins at",
