@@ -20,6 +20,7 @@ from .distributed.ranks import Ranks
 from .objective import Objective
 from .optimizer import make_optimizer
 from .policy import Policy
+from .spread import is_flat
 from .statistics import UpdateStats
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
 from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
@@ -52,6 +53,9 @@ class Learner:
         config = self.config
         chosen = most_different(groups, config.groups_kept)
         rows = len(chosen) * config.group_size
+        if config.beta == 0 and config.shard != "full":  # with whole layers spread, ranks must take as many passes
+            # a group without spread adds nothing to the gradient, and would cost as much as any other
+            chosen = [each for each in chosen if not is_flat(each[1])] or chosen[:1]
         parts = [
             (group.advantages[group.local.rows.start : group.local.rows.stop], *self._prepared(group.local, number))
             for place, group in chosen

@@ -18,6 +18,12 @@ _SAME = 1e-6
 """Rewards nearer than this are one: the same image in another batch is rounded otherwise."""
 
 
+def is_flat(group: Group) -> bool:
+    """Whether all rollouts of the group have one reward, so that their advantages are nothing but rounding."""
+    rewards = group.summary.rewards
+    return float(rewards.max() - rewards.min()) <= _SAME * max(1.0, float(rewards.abs().max()))
+
+
 class SpreadWatch:
     """Counts groups in a row whose rollouts all have the same reward."""
 
@@ -32,7 +38,7 @@ class SpreadWatch:
             rewards = group.summary.rewards
             if not torch.isfinite(rewards).all():  # said elsewhere
                 continue
-            if float(rewards.max() - rewards.min()) > _SAME * max(1.0, float(rewards.abs().max())):
+            if not is_flat(group):
                 self.flat, self._due = 0, FLAT_GROUPS
                 continue
             self.flat += 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyunictokens.rewards import Ensemble, RewardBatch
-from pyunictokens.train import train_grpo
+from pyunictokens.train import learner, train_grpo
 from pyunictokens.train.spread import FLAT_GROUPS, SpreadWatch
 
 from .world import Brevity, experts, grpo_config, world
@@ -61,3 +61,40 @@ def test_a_run_on_a_constant_reward_says_so(tmp_path: Path, caplog: pytest.LogCa
         assert all(
             "step 2: in 5 groups in a row all 3 rollouts had one" in line and "; ber 0.25)" in line for line in said
         )
+
+
+class EverySecondGroup:
+    """Scores one group by its red and finds the next all alike."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def score(self, batch: RewardBatch) -> torch.Tensor:
+        self.asked += 1
+        return batch.images[:, 0].mean((1, 2)) if self.asked % 2 else torch.full((len(batch.images),), 0.25)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are filled")
+def test_a_group_without_spread_costs_no_pass_and_changes_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = world(tmp_path / "data")
+    passes: list[str] = []
+    real = learner.streamed_backward
+    monkeypatch.setattr(learner, "streamed_backward", lambda *a, **k: (passes.append(""), real(*a, **k))[1])
+
+    def weights(name: str, **changes: Any) -> tuple[int, dict[str, torch.Tensor]]:
+        passes.clear()
+        fresh = {**here.fresh(), "rewards": Ensemble({"ber": EverySecondGroup()}, {"ber": 1.0})}
+        config = grpo_config(steps=2, groups=2, checkpoint_every=0, trainable="full", **changes)
+        train_grpo(**fresh, config=config, out_dir=tmp_path / name)
+        return len(passes), fresh["model"].state_dict()
+
+    count, left_out = weights("left out", beta=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "is_flat", lambda group: False)
+        whole, taken = weights("taken", beta=0.0)
+    assert (count, whole) == (2, 4)
+    for name, value in taken.items():
+        torch.testing.assert_close(left_out[name], value, rtol=0, atol=1e-6, msg=name)
+    assert weights("reference", beta=0.04)[0] == 4, "its divergence from the reference counts in every group"
