@@ -42,6 +42,15 @@ def one_tree_of_commands() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def reports_without_painted_curves() -> Iterator[None]:
+    """See tests/curves.py."""
+    from tests.curves import unpainted
+
+    with unpainted():
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of golden vectors."""

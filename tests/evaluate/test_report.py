@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pyunictokens.evaluate.report.summary import health, summarize
 from pyunictokens.evaluate.tasks import ALL_SAMPLES, MEASURES, TASKS, label
 from pyunictokens.runs.demo import headline_rows
 from pyunictokens.utils.errors import UserError
+from tests.curves import painted
 
 from .synthetic import metrics, result, write_run
 
@@ -55,9 +57,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"), steps=24)
 
 
+@pytest.fixture
+def looked_at() -> Iterator[None]:
+    with painted():
+        yield
+
+
 @pytest.fixture(scope="module")
 def page(run: Path) -> Page:
-    path = write_report(run)
+    with painted():
+        path = write_report(run)
     assert path == run / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -159,10 +168,12 @@ def test_plots_lie_beside_the_page(run: Path, page: Page) -> None:
             assert image.getpixel((2, 2)) == (255, 255, 255)
 
 
+@pytest.mark.usefixtures("looked_at")
 def test_plots_differ_where_numbers_differ() -> None:
     rows = metrics(12)
-    assert plots.dsog(rows, plots.LIGHT) == plots.dsog(rows, plots.LIGHT)
-    assert plots.dsog(rows, plots.LIGHT) != plots.dsog(rows, plots.LIGHT, target=0.25)
+    drawn = {key: getattr(plots, key)(rows, plots.LIGHT) for key in ("reward", "rewards", "policy", "dsog")}
+    assert drawn["dsog"] == plots.dsog(rows, plots.LIGHT)
+    assert drawn["dsog"] != plots.dsog(rows, plots.LIGHT, target=0.25)
     for key, change in {
         "reward": {"reward_mean": 0.9},
         "rewards": {"parts": {"tier": 0.1, "ber": 0.2, "der": 0.3, "fer": 0.4}},
@@ -170,10 +181,10 @@ def test_plots_differ_where_numbers_differ() -> None:
         "dsog": {"threshold": 0.9},
     }.items():
         changed = [*rows[:6], {**rows[6], **change}, *rows[7:]]
-        draw = getattr(plots, key)
-        assert draw(changed, plots.LIGHT) != draw(rows, plots.LIGHT)
+        assert getattr(plots, key)(changed, plots.LIGHT) != drawn[key]
 
 
+@pytest.mark.usefixtures("looked_at")
 def test_plots_of_a_run_of_one_step_and_of_missing_numbers() -> None:
     for draw in (plots.reward, plots.rewards, plots.policy, plots.dsog):
         for rows in (metrics(1), [{"step": 0}], [{"step": 0, "kl": None, "parts": None}]):

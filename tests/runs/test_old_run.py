@@ -22,6 +22,7 @@ from pyunictokens.runs.run_dir import Run
 from pyunictokens.runs.sweep import Status, finished, plan
 from pyunictokens.train.metrics import read_metrics
 from pyunictokens.utils.profiling import PhaseReport
+from tests.curves import painted
 
 OLD = Path(__file__).parent / "old_run"
 
@@ -73,7 +74,8 @@ def test_an_evaluation_loads(old: Path) -> None:
 
 
 def test_a_report_is_made_of_an_old_run(old: Path) -> None:
-    text = write_report(old / "run").read_text(encoding="utf-8")
+    with painted():
+        text = write_report(old / "run").read_text(encoding="utf-8")
     assert "fact chosen rightly" in text or "reasoning" in text
     assert len(read_metrics(old / "run")) == 4
     assert PhaseReport.load(old / "run" / "phases.json").phases
