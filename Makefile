@@ -38,7 +38,7 @@ reinforce: $(STAMP) ## reinforce the toy model on a list of prompts; the curve o
 	$(BIN)/pyunictokens demo --prompts --out reinforce $(ARGS)
 
 test: $(STAMP) ## the test suite (without the tests that need a GPU or minutes), a process a core
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not slow and not soak and not fuzz and not browser" $(ARGS)
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not soak and not fuzz and not browser" $(ARGS)
 
 slow: $(STAMP) ## the tests that take minutes: kernels under the interpreter, a rehearsal of the GPU script, many processes
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 -m "slow and not gpu and not soak and not fuzz and not browser" $(ARGS)

@@ -7,11 +7,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 # How long an example takes says something about the machine, not about the code.
 hypothesis.settings.register_profile("pyunictokens", deadline=None)
@@ -19,9 +21,19 @@ hypothesis.settings.load_profile("pyunictokens")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: threads of several would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
+    import torch  # not above: the process that hands the tests out would import it before it starts the workers
+
     torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
+
+SMALL = {"config", "data", "gpu", "kernels", "models", "ops", "rewards", "rollout", "utils"}
+"""Folders whose files take a few seconds each. They come last, so that workers that are given a file at a time (`make
+test`) end together; the others hold whole runs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.relative_to(Path(__file__).parent).parts[0] in SMALL)
 
 
 @pytest.fixture(scope="session", autouse=True)
