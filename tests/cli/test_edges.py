@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pyunictokens.cli import app
 from pyunictokens.cli.shell import guarded
 from tests.cli.calling import call, only_error
 
@@ -31,20 +30,6 @@ def test_help_needs_no_torch_and_is_quick() -> None:
     assert done.returncode == 0 and "understand" in done.stdout
     # processor time: a busy machine must not make this fail
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
-
-
-def test_every_command_has_help_with_examples() -> None:
-    import typer.main
-
-    def visit(command: Any, path: list[str]) -> None:
-        for name, inner in getattr(command, "commands", {}).items():
-            if not inner.hidden:
-                visit(inner, [*path, name])
-        if not hasattr(command, "commands"):
-            text = call(*path, "--help")
-            assert "Example" in text and f"pyunictokens {' '.join(path)}" in text, path
-
-    visit(typer.main.get_command(app), [])
 
 
 @pytest.mark.parametrize(
