@@ -46,12 +46,13 @@ def here(tmp_path: Path) -> World:
     return world(tmp_path / "data")
 
 
-def report(kind: str, folder: Path, **variables: str) -> None:
-    """Two steps and one more, in a process of their own: these libraries read their variables when imported."""
+def report(kind: str, folder: Path, then: str = "", **variables: str) -> None:
+    """Two steps and one more, in a process of their own: these libraries read their variables when imported. It runs
+    the code `then` at last, as the libraries take seconds to import."""
     if find_spec(kind) is None:
         pytest.skip(f"{kind} is not installed")
     environment = {**os.environ, "HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
-    command = [sys.executable, "-c", RUN.format(lines=LINES), kind]
+    command = [sys.executable, "-c", RUN.format(lines=LINES) + then, kind]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(read_metrics(folder / "run")) == 3
@@ -71,12 +72,11 @@ def test_wandb_offline(tmp_path: Path) -> None:
 
 
 def test_trackio_in_a_local_folder(tmp_path: Path) -> None:
-    report("trackio", tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
     read = "import json; from trackio.sqlite_storage import SQLiteStorage as S;"
-    read += "print(json.dumps([S.get_runs('pyunictokens'), S.get_logs('pyunictokens', 'run')]))"
-    environment = {**os.environ, "HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
-    found = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True, check=True)
-    runs, logs = json.loads(found.stdout.splitlines()[-1])
+    read += "found = [S.get_runs('pyunictokens'), S.get_logs('pyunictokens', 'run')];"
+    read += "open('found.json', 'w').write(json.dumps(found))"
+    report("trackio", tmp_path, read, TRACKIO_DIR=str(tmp_path / "trackio"))
+    runs, logs = json.loads((tmp_path / "found.json").read_text())
     assert runs == ["run"], "it goes on as the same run"
     assert [(log["step"], {name: log[name] for name in ("loss", "parts/ber")}) for log in logs if "loss" in log] == [
         *enumerate(NUMBERS)
