@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pyunictokens.evaluate.result import EvalResult
+from pyunictokens.runs.demo import HEADLINES
 from pyunictokens.utils.signals import ENDS_WITH_STDIN
 
 ROOT = Path(__file__).parent.parent
@@ -74,8 +75,6 @@ def spread(values: list[float]) -> str:
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
     """The measures of the runs of one kind, a line each: mean ± deviation, then every seed's own change."""
-    from pyunictokens.runs.demo import HEADLINES
-
     keys = [key for key in HEADLINES if all(key in run["metrics"][name] for run in runs for name in NAMES)]
     lines = [
         "| measure | " + " | ".join(TITLES[name] for name in NAMES) + " | reinforced − tokens learned |",
@@ -104,15 +103,19 @@ def concept_table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def verdict(runs: list[dict[str, Any]]) -> str:
-    """What reinforcement alone did to reward and attributes, in plain words: mean change against its standard error."""
+    """What reinforcement alone did, in plain words: mean change against its standard error, and on how many concepts
+    the interval leaves zero out."""
     parts = []
-    for key in ("reasoning_generation.reward", "reasoning_generation.attributes", "pure.attributes"):
+    for key in (*TOLD, "reasoning.accuracy", "recognition.weight"):
         changes = [run["metrics"]["after"][key] - run["metrics"]["before"][key] for run in runs]
         mean = statistics.fmean(changes)
         error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else float("inf")
         word = "within its error" if abs(mean) <= 2 * error else "up" if mean > 0 else "down"
-        parts.append(f"{key} {mean:+.3f} ± {error:.3f} ({word})")
-    return "Reinforcement alone, after the tokens were learned (mean ± standard error): " + "; ".join(parts) + "."
+        if key in TOLD:
+            clear = sum(run["changes"][key][1] > 0 for run in runs)
+            word += f"; up on {clear} of {len(runs)} concepts with an interval that leaves zero out"
+        parts.append(f"- {TOLD.get(key) or HEADLINES[key]}: **{mean:+.3f}** ± {error:.3f} ({word})")
+    return "\n".join(["Reinforcement alone, after the tokens were learned (mean ± standard error):", "", *parts])
 
 
 def page(runs: list[dict[str, Any]], words: list[str]) -> str:
