@@ -182,6 +182,23 @@ def test_cells_are_made_once_and_anew_when_their_settings_change(tmp_path: Path,
     assert [name for _, name in lab.made] == ["staged", "ours", "ours", "ours"]
 
 
+def test_committed_cells_are_not_made_again_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
+    units_of = [Unit("animal", 31, 0), Unit("object", 32, 0)]
+    for unit in units_of:
+        run_unit(unit, ["staged", "ours"], "quick", tmp_path / "here", FakeLab())
+    committed = json.loads(json.dumps(runner.gather("quick", tmp_path / "here", [])))
+    runner.restore(committed, tmp_path / "there")
+    lab = FakeLab()
+    for unit in units_of:
+        run_unit(unit, ["staged", "ours"], "quick", tmp_path / "there", lab)
+    assert lab.made == []
+    assert runner.gather("quick", tmp_path / "there", [])["cells"] == committed["cells"]
+    words = (*SCALES["quick"].words, "grpo.lr=0.5")
+    monkeypatch.setitem(SCALES, "quick", replace(SCALES["quick"], words=words))
+    run_unit(units_of[0], ["ours"], "quick", tmp_path / "there", lab)
+    assert lab.made == [(units_of[0].name, "ours")], "cells of other settings are made again"
+
+
 def test_two_processes_do_not_make_one_unit(tmp_path: Path) -> None:
     unit, lab = Unit("animal", 11, 0), FakeLab()
     run_unit(unit, ["staged"], "quick", tmp_path, lab)
@@ -315,7 +332,7 @@ def test_the_page_groups_claims_and_shows_three_figures(tmp_path: Path) -> None:
     assert "**Reinforcement improves tokens of the joint stage**: not measured." in still_open
     assert "6 concepts that pre-training never saw (2 animals, 2 humans, 2 objects), 1 training seed each" in text
     assert "Not made: object-12: broke." in text and "earlier settings" not in text
-    assert "60 s of a thread against 35 s." in text, "30 steps of two seconds, 35 of one"
+    assert "40 s of a thread against 25 s." in text, "20 steps of two seconds, 25 of one"
     assert text.index("experiments_gains.png") < text.index("## What agrees")
     for name in ("methods", "parts", "gains"):
         assert (tmp_path / "images" / f"experiments_{name}.png").stat().st_size > 10_000

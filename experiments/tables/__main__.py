@@ -6,9 +6,10 @@
     python -m experiments.tables --quick --page          # the pages alone, from what is there
     python -m experiments.tables --stored docs/experiments.json     # the same from stored cells
 
-Cells are kept in the work folder one by one; stopping and starting again loses at most the cells in hand, and a changed
-setting makes its cells anew. Several processes may work in one work folder, each on units of its own (--unit,
---no-docs); two never make the same unit. --page gathers all that is there.
+Cells are kept in the work folder one by one, beginning with those of docs/experiments.json; stopping and starting
+again loses at most the cells in hand, and a changed setting makes its cells anew. Several processes may work in one
+work folder, each on units of its own (--unit, --no-docs); two never make the same unit. --page gathers all that is
+there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pyunictokens.utils.files import read_json, write_json_rows, write_text_atom
 from .all_numbers import write_all_numbers
 from .arms import ARMS, SCALES
 from .page import write_page
-from .runner import choose, gather, run
+from .runner import choose, gather, restore, run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -47,6 +48,9 @@ def main(words: Sequence[str] | None = None) -> None:
         write_pages(read_json(options.stored), options.into)
         return
     chosen = choose(options.scale, options.unit, options.arms)
+    stored = options.into / "experiments.json"
+    if stored.exists():
+        restore(read_json(stored), options.work)
     began = time.monotonic()
     problems = [] if options.page else run(chosen, options.scale, options.work, options.workers)
     for problem in problems:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyunictokens.utils.errors import UserError
+from pyunictokens.utils.files import write_json
 from pyunictokens.utils.signals import end_with_parent_process
 
 from .arms import ARMS, SCALES
@@ -62,7 +63,7 @@ def gather(scale: str, work: Path, problems: Sequence[str]) -> dict[str, Any]:
     """Everything measured under the present settings, as docs/experiments.json keeps it."""
     import torch
 
-    cells = []
+    cells, settings = [], {}
     for unit, names in units(SCALES[scale]).items():
         for name in names:
             try:
@@ -71,17 +72,31 @@ def gather(scale: str, work: Path, problems: Sequence[str]) -> dict[str, Any]:
                 continue
             cell = read_cell(cell_file(work, SCALES[scale], unit, name), about_of(ARMS[name], unit, config))
             if cell is not None:
+                settings[name] = cell["settings"]
                 cells.append({key: value for key, value in cell.items() if key != "settings"})
     cores = len(os.sched_getaffinity(0))
     machine = f"{cores} CPU cores ({platform.machine()}), torch {torch.__version__}"
     return {
         "scale": scale,
         "words": list(SCALES[scale].words),
+        "settings": settings,
         "command": command_of(scale),
         "machine": machine,
         "problems": list(problems),
         "cells": cells,
     }
+
+
+def restore(stored: dict[str, Any], work: Path) -> None:
+    """Write the cells of `stored` (docs/experiments.json) that WORK lacks, so that another machine goes on where the
+    committed cells end. A cell that was made with other settings than today's is made again, as ever."""
+    for cell in stored["cells"]:
+        unit = Unit(cell["kind"], cell["number"], cell["seed"])
+        file = cell_file(work, SCALES[stored["scale"]], unit, cell["arm"])
+        settings = stored.get("settings", {}).get(cell["arm"])
+        if settings is not None and not file.exists():
+            seeded = {part: {**settings[part], "seed": unit.seed} for part in ("stages", "grpo")}
+            write_json(file, {**cell, "settings": {**settings, **seeded}})
 
 
 def command_of(scale: str) -> str:
