@@ -124,7 +124,7 @@ def page(work: Path, into: Path) -> None:
     """INTO/reinforce-study.json with what WORK holds as well, the table and the figure beside it."""
     found = kept(work, into)
     write_json(into / KEPT, found)
-    write_text_atomic(into / "reinforce-study.md", markdown(found))
+    write_text_atomic((into / KEPT).with_suffix(".md"), markdown(found))
     figure(found, into / "images" / "reinforce_study.png")
 
 
