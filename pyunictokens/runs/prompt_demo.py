@@ -38,7 +38,7 @@ SETTINGS = GrpoConfig(
     trainable="full",
     objective="final_sample",
     advantage="std",
-    steps=150,
+    steps=165,
     groups=6,
     group_size=8,
     lr=2e-4,
@@ -55,7 +55,7 @@ SETTINGS = GrpoConfig(
     checkpoint_every=50,
     sample_every=50,
     dsog=DsogConfig(enabled=False),
-    held_out=HeldOutConfig(every=50, images=2, by="wholly_right", patience=0),
+    held_out=HeldOutConfig(every=55, images=2, by="wholly_right", patience=0),
 )
 """What learns well in minutes on two cores (docs/toyworld.md): the finished sample's log-probs under random masks,
 advantages with their spread divided out, no guidance, few timesteps of which the update takes half, all weights, and
