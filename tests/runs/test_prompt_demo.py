@@ -16,13 +16,15 @@ from pyunictokens.toy.composed.model import load_composed, load_detector
 from pyunictokens.train import load_policy
 from pyunictokens.utils.devices import multiplies_bfloat16
 from pyunictokens.utils.errors import UserError
+from tests.curves import painted
 
 SHORT = ["steps=2", "groups=2", "group_size=2", "held_out.every=1"]
 
 
 def test_all_of_it(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    found = run_prompt_demo(out, words=SHORT, prompts=12, held_out=13, device="cpu")
+    with painted():
+        found = run_prompt_demo(out, words=SHORT, prompts=12, held_out=13, device="cpu")
     train, test = read_prompts(out / "train.jsonl"), read_prompts(out / "held_out.jsonl")
     assert len(train) == 12 and len(test) == 13 and not {p.text for p in train} & {p.text for p in test}
     assert all(each.columns["objects"] and each.columns["kind"] for each in (*train, *test))
