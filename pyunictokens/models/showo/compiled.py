@@ -163,7 +163,7 @@ def objection(device: torch.device) -> str:
 
     try:
         found = get_cpp_compiler()
-    except Exception as error:
+    except (RuntimeError, OSError) as error:  # none was found, or the one found does not start
         return f"torch.compile needs a C++ compiler here ({_brief(error)})"
     return "" if shutil.which(found) else f"torch.compile needs a C++ compiler here, and {found} is not to be found"
 
