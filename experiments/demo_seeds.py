@@ -159,7 +159,7 @@ def machine() -> str:
     """Where the minutes were taken."""
     import torch
 
-    return f"{cores()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    return f"{cores()} CPU {'core' if cores() == 1 else 'cores'} ({platform.machine()}), torch {torch.__version__}"
 
 
 def main() -> None:

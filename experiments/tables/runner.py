@@ -75,7 +75,7 @@ def gather(scale: str, work: Path, problems: Sequence[str]) -> dict[str, Any]:
                 settings[name] = cell["settings"]
                 cells.append({key: value for key, value in cell.items() if key != "settings"})
     cores = len(os.sched_getaffinity(0))
-    machine = f"{cores} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    machine = f"{cores} CPU {'core' if cores == 1 else 'cores'} ({platform.machine()}), torch {torch.__version__}"
     return {
         "scale": scale,
         "words": list(SCALES[scale].words),
