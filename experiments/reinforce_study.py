@@ -120,10 +120,13 @@ def _file_name(arm: str) -> str:
     return "".join(sign if sign.isalnum() else "_" for sign in arm)
 
 
-def page(work: Path, into: Path) -> None:
-    """INTO/reinforce-study.json with what WORK holds as well, the table and the figure beside it."""
-    found = kept(work, into)
-    write_json(into / KEPT, found)
+def page(work: Path, into: Path, budget: float) -> None:
+    """INTO/reinforce-study.json with what WORK holds as well; the table and the figure of the runs with `budget`."""
+    everything = kept(work, into)
+    write_json(into / KEPT, everything)
+    found = [one for one in everything if one["budget"] == budget]
+    if not found:
+        raise SystemExit(f"no run has a budget of {budget:g} row-steps: make some with `run`")
     write_text_atomic((into / KEPT).with_suffix(".md"), markdown(found))
     figure(found, into / "images" / "reinforce_study.png")
 
@@ -146,7 +149,7 @@ def markdown(found: list[dict]) -> str:
         seconds = statistics.mean(one["seconds"] for one in runs)
         rows.append((statistics.mean(map(gain, runs)), each, _with_error(against), seconds, name))
     before = statistics.mean(one["curve"][0]["wholly_right"] for one in found)
-    budget = statistics.mean(one["budget"] for one in found)
+    budget = found[0]["budget"]
     lines = [
         "# What makes reinforcement learn",
         "",
@@ -218,7 +221,7 @@ def main() -> None:
     if args.what == "run":
         run(args.work, args.into, args.seeds, args.budget, args.world, args.only)
     else:
-        page(args.work, args.into)
+        page(args.work, args.into, args.budget)
 
 
 if __name__ == "__main__":
