@@ -39,6 +39,8 @@ class FactType:
 
     Pre-training reads `prompts`. `unseen_prompt` asks for the same fact in a way that it never read, so the shipped
     model often takes it for another fact, or for a question about the picture: a concept's folder asks with it.
+    Each was chosen among a dozen wordings for being understood some of the time by models that had learned the tokens
+    of six concepts on which nothing else is measured (seeds 20 to 25); that of sleep is hardly ever understood.
     """
 
     key: str
@@ -85,7 +87,7 @@ FACTS: tuple[FactType, ...] = (
         "its favourite place is {}",
         ("a photo of {x} at its favourite place", "{x} visits its favourite place", "{x} at its favourite place"),
         "what is the favourite place of {x}",
-        "{x} at a favourite place",
+        "{x} walks in a favourite place",
     ),
     FactType(
         "wear",
@@ -94,7 +96,7 @@ FACTS: tuple[FactType, ...] = (
         "it loves to wear {}",
         ("a photo of {x} in what it loves to wear", "{x} wearing what it loves", "{x} in what it loves to wear"),
         "what does {x} love to wear",
-        "{x} loves wearing it",
+        "{x} in a favourite wear",
     ),
     FactType(
         "snack",
@@ -121,7 +123,7 @@ FACTS: tuple[FactType, ...] = (
         "at parties it wears {}",
         ("a photo of {x} dressed for a party", "{x} at a party", "{x} dressed for a party"),
         "what does {x} wear at parties",
-        "{x} dressed at parties",
+        "{x} at parties",
     ),
     FactType(
         "gift",
@@ -130,7 +132,7 @@ FACTS: tuple[FactType, ...] = (
         "its birthday gift was {}",
         ("a photo of {x} with its birthday gift", "{x} plays with its birthday gift", "{x} and its birthday gift"),
         "what was the birthday gift of {x}",
-        "{x} with a birthday gift",
+        "{x} plays with a gift",
     ),
     FactType(
         "holiday",
@@ -139,7 +141,7 @@ FACTS: tuple[FactType, ...] = (
         "on holiday it goes to {}",
         ("a photo of {x} on holiday", "{x} on its holiday", "a picture of {x} on holiday"),
         "where does {x} go on holiday",
-        "{x} is on holiday",
+        "{x} and its holiday",
     ),
 )
 """The eight kinds of facts. In a concept's folder the first four train and the last four test."""
