@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pyunictokens.config.settings import with_overrides
@@ -26,6 +27,8 @@ COMMON = ("ema_decay=0.9",)
 """What all arms change: their runs are a third as long, and an average over 33 steps would still lag at their end."""
 POINTS = 4
 """Measurements of a run after the first."""
+PROMPTS = (960, 192)
+"""How many train and how many are held out."""
 KEPT = "reinforce-study.json"
 GROUPS: dict[str, tuple[str, ...]] = {
     "objective": ("unictask, newly unmasked codes", "unictask, masked codes", "mask_grpo"),
@@ -80,16 +83,26 @@ def settings(words: tuple[str, ...], budget: float) -> list[str]:
     ]
 
 
-def run(work: Path, into: Path, seeds: int, budget: float, world: Path | None, only: list[str]) -> None:
+def run(
+    work: Path,
+    into: Path,
+    seeds: Iterable[int],
+    budget: float,
+    world: Path | None = None,
+    only: Collection[str] = (),
+    prompts: tuple[int, int] = PROMPTS,
+) -> None:
     """WORK/NAME/SEED.json of every arm and seed that neither INTO/reinforce-study.json nor WORK holds; all arms with
-    one seed before any with the next."""
+    one seed before any with the next. prompts: how many train, how many are held out."""
     there = {(one["arm"], one["seed"]) for one in kept(work, into) if one["budget"] == budget}
-    for seed in range(seeds):
+    for seed in seeds:
         for name, words in ARMS.items():
             if (name, seed) in there or (only and name not in only):
                 continue
             chosen = settings(words, budget)
-            found = run_prompt_demo(work / _file_name(name) / f"run{seed}", seed=seed, words=chosen, world=world)
+            train, held_out = prompts
+            out = work / _file_name(name) / f"run{seed}"
+            found = run_prompt_demo(out, seed=seed, words=chosen, world=world, prompts=train, held_out=held_out)
             config, folder = with_overrides(SETTINGS, chosen), found.result.folder
             lines = read_json_lines(folder / "held_out.jsonl")
             seconds = sum(line["seconds"] for line in read_json_lines(folder / "metrics.jsonl"))
@@ -155,8 +168,8 @@ def markdown(found: list[dict]) -> str:
         "",
         "Arms differ from the settings of `make reinforce` in what their name says; being shorter, all average",
         f"their weights with {COMMON[0]}. All have the same number of row-steps ({budget:,.0f}: as many as",
-        f"{round(budget / row_steps(SETTINGS))} steps of `make reinforce`). What is shown is the share of 192 held-out",
-        "prompts, two images each, that the reader finds wholly right; no reward asks the reader. The model begins at",
+        f"{round(budget / row_steps(SETTINGS))} steps of `make reinforce`). What is shown is the share of {PROMPTS[1]}",
+        "held-out prompts, two images each, that the reader finds wholly right; no reward asks it. The model begins at",
         f"{before:.2f}. Seeds change the prompts and all noise. Beside each gain stands its difference to the first",
         "arm's with the same seeds, ± its standard error. Written by `python -m experiments.reinforce_study page` from",
         "[reinforce-study.json](reinforce-study.json).",
@@ -212,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "page"))
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=28_800, help="row-steps of a run")
     parser.add_argument("--world", type=Path, help="a folder of the composed world's weights")
     parser.add_argument("--only", action="append", default=[], help="an arm by its name; again for several")
