@@ -39,8 +39,6 @@ class FactType:
 
     Pre-training reads `prompts`. `unseen_prompt` asks for the same fact in a way that it never read, so the shipped
     model often takes it for another fact, or for a question about the picture: a concept's folder asks with it.
-    Each was chosen among a dozen wordings for being understood some of the time by models that had learned the tokens
-    of six concepts on which nothing else is measured (seeds 20 to 25); that of sleep is hardly ever understood.
     """
 
     key: str
@@ -87,7 +85,7 @@ FACTS: tuple[FactType, ...] = (
         "its favourite place is {}",
         ("a photo of {x} at its favourite place", "{x} visits its favourite place", "{x} at its favourite place"),
         "what is the favourite place of {x}",
-        "{x} walks in a favourite place",
+        "{x} at a favourite place",
     ),
     FactType(
         "wear",
@@ -96,7 +94,7 @@ FACTS: tuple[FactType, ...] = (
         "it loves to wear {}",
         ("a photo of {x} in what it loves to wear", "{x} wearing what it loves", "{x} in what it loves to wear"),
         "what does {x} love to wear",
-        "{x} in a favourite wear",
+        "{x} loves wearing it",
     ),
     FactType(
         "snack",
@@ -123,7 +121,7 @@ FACTS: tuple[FactType, ...] = (
         "at parties it wears {}",
         ("a photo of {x} dressed for a party", "{x} at a party", "{x} dressed for a party"),
         "what does {x} wear at parties",
-        "{x} at parties",
+        "{x} dressed at parties",
     ),
     FactType(
         "gift",
@@ -132,7 +130,7 @@ FACTS: tuple[FactType, ...] = (
         "its birthday gift was {}",
         ("a photo of {x} with its birthday gift", "{x} plays with its birthday gift", "{x} and its birthday gift"),
         "what was the birthday gift of {x}",
-        "{x} plays with a gift",
+        "{x} with a birthday gift",
     ),
     FactType(
         "holiday",
@@ -141,7 +139,7 @@ FACTS: tuple[FactType, ...] = (
         "on holiday it goes to {}",
         ("a photo of {x} on holiday", "{x} on its holiday", "a picture of {x} on holiday"),
         "where does {x} go on holiday",
-        "{x} and its holiday",
+        "{x} is on holiday",
     ),
 )
 """The eight kinds of facts. In a concept's folder the first four train and the last four test."""
