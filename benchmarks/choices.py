@@ -138,7 +138,7 @@ def products(tokens: int, width: int, entries: int) -> None:
     weight, target = torch.randn(entries, width) / width**0.5, torch.randint(0, entries, (tokens,))
     hidden, scores, slope = torch.randn(tokens, width), torch.randn(tokens, entries), torch.randn(tokens)
     size = _native.head_padded(tokens)
-    workspace = (entries, torch.empty(size * entries), torch.empty(2 * size * _native.head_padded(width)))
+    workspace = (entries, torch.empty(size * entries), torch.empty(_native.head_packed(tokens, width, entries, True)))
     chunk = _native.HeadChunk(hidden, (weight, None, 1.0), target, workspace)
     lse, logp, d_hidden, d_weight = (torch.empty(tokens), torch.empty(tokens), torch.empty_like(hidden), weight.clone())
     nothing, case = torch.empty(0), f"{tokens} tokens, {entries} entries of {width}"

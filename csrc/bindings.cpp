@@ -278,6 +278,7 @@ PYBIND11_MODULE(_core, module) {
              py::arg("mask"), py::arg("rollouts"), py::arg("clip_low"), py::arg("clip_high"), py::arg("beta"),
              py::arg("d_logp"), py::arg("out"), py::arg("threads"), py::arg("level"));
   module.attr("HEAD_PANEL") = kHeadPanel;
+  module.attr("HEAD_BLOCK") = kHeadBlock;
   module.def("head_logprob", &head_logprob, "csrc/include/head.h on the CPU.", py::arg("head"), py::arg("lse"),
              py::arg("logp"), py::arg("entropy"), py::arg("threads"), py::arg("level"));
   module.def("head_backward", &head_backward, "csrc/include/head.h on the CPU.", py::arg("head"), py::arg("lse"),

@@ -9,7 +9,7 @@
 namespace pyunictokens {
 namespace PYUNICTOKENS_LEVEL {
 
-const Rows rows{&maskgit_row, &grpo_block, kPanel,          kDepth,        &pack_tokens,  &pack_columns,
+const Rows rows{&maskgit_row, &grpo_block, kPanel,          &pack_tokens,  &pack_columns, &pack_weight,
                 &score_piece, &sums_panel, &gradient_panel, &hidden_piece, &weight_piece, &bias_piece};
 
 }  // namespace PYUNICTOKENS_LEVEL

@@ -12,7 +12,8 @@
 namespace pyunictokens {
 namespace {
 
-constexpr std::int64_t kEntries = 48;  // of a piece: what a thread packs for itself, to be multiplied with every token
+constexpr std::int64_t kEntries = 48;     // of a piece
+constexpr std::int64_t kTokenPanels = 4;  // of tokens whose scores are formed and used before the next, at most
 
 std::int64_t groups(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
@@ -53,23 +54,48 @@ struct Head {
     panels(token_panels(), [&](std::int64_t panel) { rows.pack_tokens(args, panel); });
   }
 
-  // Calls body(block) for one block of entries after the other.
+  // Calls body(block) for one block of entries after the other, its weight packed.
   template <typename Body>
   void blocks(const Body& body) const {
     const std::int64_t size = args.weight_type == FloatType::kFloat32 ? 4 : 2;
-    for (std::int64_t first = 0; first < args.entries; first += args.block) {
-      HeadBlock block{args, first};
-      block.entries = std::min(args.block, args.entries - first);
+    const std::int64_t lines = std::min(args.block, args.entries), most = head_block(lines);
+    for (std::int64_t first = 0, last; first < args.entries; first = last) {
+      const std::int64_t line = first % lines;
+      last = std::min({first + most, first - line + lines, args.entries});
+      HeadBlock block{args, first, lines};
+      block.entries = last - first;
       block.weight = static_cast<const char*>(args.weight) + first * args.width * size;
       block.bias = args.bias == nullptr ? nullptr : args.bias + first;
+      block.scores = args.scores + line * rows.panel;
+      parallel_for(block.entries, kEntries, threads,
+                   [&](std::int64_t begin, std::int64_t end) { rows.pack_weight(block, begin, end); });
       body(block);
     }
   }
 
-  void scores(const HeadBlock& block) const {
-    share(block.entries, kEntries, token_panels(), std::size_t(kEntries * padded(args.width)), threads,
-          [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel,
-              float* scratch) { rows.score_piece(block, first, last, first_panel, last_panel, scratch); });
+  // score(entries, panels), softmax(panels) and hidden(columns, panels) over a whole block: each thread takes some tokens through
+  // all three, while their scores are in its cache; or, where there are too few tokens, shares each of the three.
+  template <typename Score, typename Softmax, typename Hidden>
+  void over_tokens(const HeadBlock& block, const Score& score, const Softmax& softmax, const Hidden& hidden) const {
+    const std::int64_t tokens = token_panels();
+    if (tokens >= 2 * threads) {
+      const std::int64_t grain = std::min(kTokenPanels, tokens / (2 * threads));
+      parallel_for(tokens, grain, threads, [&](std::int64_t first, std::int64_t last) {
+        score(0, block.entries, first, last);
+        softmax(first, last);
+        hidden(0, column_panels(), first, last);
+      });
+      return;
+    }
+    share(block.entries, kEntries, tokens, 0, threads,
+          [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel, float*) {
+            score(first, last, first_panel, last_panel);
+          });
+    parallel_for(tokens, 1, threads, softmax);
+    share(column_panels(), 1, tokens, 0, threads,
+          [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel, float*) {
+            hidden(first, last, first_panel, last_panel);
+          });
   }
 };
 
@@ -80,9 +106,15 @@ void head_logprob_cpu(const HeadArgs& args, float* lse, float* logp, float* entr
   std::vector<HeadSums> sums(std::size_t(args.rows), HeadSums{-INFINITY, -INFINITY, 0.0, 0.0});
   head.pack_tokens();
   head.blocks([&](const HeadBlock& block) {
-    head.scores(block);
-    head.panels(head.token_panels(),
-                [&](std::int64_t panel) { head.rows.sums_panel(block, panel, sums.data(), entropy != nullptr); });
+    head.over_tokens(
+        block,
+        [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel) {
+          head.rows.score_piece(block, first, last, first_panel, last_panel);
+        },
+        [&](std::int64_t first, std::int64_t last) {
+          for (; first < last; ++first) head.rows.sums_panel(block, first, sums.data(), entropy != nullptr);
+        },
+        [](std::int64_t, std::int64_t, std::int64_t, std::int64_t) {});
   });
   for (std::int64_t row = 0; row < args.rows; ++row) {
     const HeadSums& each = sums[std::size_t(row)];
@@ -101,15 +133,17 @@ void head_backward_cpu(const HeadArgs& args, const float* lse, const float* slop
   if (d_weight != nullptr)
     head.panels(head.column_panels(), [&](std::int64_t panel) { rows.pack_columns(args, panel); });
   head.blocks([&](const HeadBlock& block) {
-    if (!held) head.scores(block);
-    head.panels(head.token_panels(), [&](std::int64_t panel) { rows.gradient_panel(block, panel, lse, slope); });
-    if (d_hidden != nullptr)
-      share(head.column_panels(), 1, head.token_panels(), std::size_t(rows.depth) * rows.panel, threads,
-            [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel,
-                float* scratch) {
-              for (std::int64_t panel = first; panel < last; ++panel)
-                rows.hidden_piece(block, panel, first_panel, last_panel, d_hidden, scratch);
-            });
+    head.over_tokens(
+        block,
+        [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel) {
+          if (!held) rows.score_piece(block, first, last, first_panel, last_panel);
+        },
+        [&](std::int64_t first, std::int64_t last) {
+          for (; first < last; ++first) rows.gradient_panel(block, first, lse, slope);
+        },
+        [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel) {
+          if (d_hidden != nullptr) rows.hidden_piece(block, first, last, first_panel, last_panel, d_hidden);
+        });
     if (d_weight != nullptr)
       share(block.entries, kEntries, head.column_panels(), std::size_t(kEntries * padded(args.rows)), threads,
             [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel,

@@ -4,8 +4,9 @@
 // the contraction go by, and each step multiplies one number of every row with one panel of columns. That keeps the
 // multipliers busy if what it reads lies close together; so matrices are kept in panels:
 //
-//   scores  [tokens / kPanel][entries][kPanel]   a panel holds kPanel tokens, one line per entry
-//   packed  [tokens / kPanel][width][kPanel]     hidden states for the scores, and behind them
+//   scores  [tokens / kPanel][lines][kPanel]     a panel holds kPanel tokens, one line per entry
+//   packed  [width / kPanel][entries][kPanel]    a block of the weight, for the scores and the gradient of hidden states;
+//           [tokens / kPanel][width][kPanel]     behind it hidden states for the scores, and behind them
 //           [width / kPanel][tokens][kPanel]     hidden states for the gradient of the weight
 //
 // The scores are written once in this layout and read in it by everything after: as lanes of tokens by the softmax, as rows
@@ -26,17 +27,18 @@ constexpr int kWide = 8, kTileRows = 6;
 constexpr int kWide = 4, kTileRows = 6;
 #endif
 constexpr int kPanel = 2 * kWide;
-// Entries of a slice of the weight that is packed for the gradient of the hidden states.
-constexpr std::int64_t kDepth = 512;
+// Rows of a piece, which stay in the innermost caches while columns go by.
+constexpr std::int64_t kGroup = 48;
+// Steps of a tile between two lines of its results that are fetched ahead: together they would hold up the operands.
+constexpr std::int64_t kFetch = 8;
 
 typedef float Wide __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
 
 inline std::int64_t panels(std::int64_t count) { return (count + kPanel - 1) / kPanel; }
 
-// The second part of `packed`.
-inline float* columns_of(const HeadArgs& args) {
-  return args.packed + panels(args.width) * kPanel * panels(args.rows) * kPanel;
-}
+// The second and the third part of `packed`.
+inline float* tokens_of(const HeadArgs& args) { return args.packed + padded(args.width) * head_block(args.block); }
+inline float* columns_of(const HeadArgs& args) { return tokens_of(args) + padded(args.width) * padded(args.rows); }
 
 // c [rows][kPanel] = (or, with add, +=) the sum over blocks and steps of a[row] b[step]. How far apart rows and steps of `a` lie
 // is known at compile time; the next block lies a_block after the last. b is contiguous.
@@ -59,17 +61,24 @@ void tile(const Product& product) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     sum[r][0] = sum[r][1] = Wide{};
-    __builtin_prefetch(c + r * c_stride, 1);
-    __builtin_prefetch(c + r * c_stride + kWide, 1);
   }
+  std::int64_t fetched = 0;
   for (std::int64_t block = 0; block < product.blocks; ++block, a += product.a_block, b += steps * kPanel)
-    for (std::int64_t k = 0; k < steps; ++k) {
-      const Wide low = *reinterpret_cast<const Wide*>(b + k * kPanel);
-      const Wide high = *reinterpret_cast<const Wide*>(b + k * kPanel + kWide);
-      for (int r = 0; r < R; ++r) {
-        const float x = a[r * RowStride + k * StepStride];
-        sum[r][0] += x * low;
-        sum[r][1] += x * high;
+    for (std::int64_t k = 0; k < steps;) {
+      if (fetched < R) {
+        __builtin_prefetch(c + fetched * c_stride, 1);
+        __builtin_prefetch(c + fetched * c_stride + kWide, 1);
+        ++fetched;
+      }
+      const std::int64_t end = k + kFetch < steps ? k + kFetch : steps;
+      for (; k < end; ++k) {
+        const Wide low = *reinterpret_cast<const Wide*>(b + k * kPanel);
+        const Wide high = *reinterpret_cast<const Wide*>(b + k * kPanel + kWide);
+        for (int r = 0; r < R; ++r) {
+          const float x = a[r * RowStride + k * StepStride];
+          sum[r][0] += x * low;
+          sum[r][1] += x * high;
+        }
       }
     }
 #pragma GCC unroll 16
@@ -131,7 +140,7 @@ inline void copy_line(const T* from, std::int64_t count, float* to) {
 void pack_tokens(const HeadArgs& args, std::int64_t panel) {
   const std::int64_t width = args.width, whole = panels(width) * kPanel, first = panel * kPanel;
   const std::int64_t count = args.rows - first < kPanel ? args.rows - first : kPanel;
-  float* to = args.packed + panel * whole * kPanel;
+  float* to = tokens_of(args) + panel * whole * kPanel;
   for (std::int64_t start = 0; start < whole; start += kPanel, to += kPanel * kPanel) {  // square by square
     const std::int64_t columns = width - start < kPanel ? width - start : kPanel;
     if (count < kPanel || columns < kPanel) std::memset(to, 0, sizeof(float) * kPanel * kPanel);
@@ -142,39 +151,43 @@ void pack_tokens(const HeadArgs& args, std::int64_t panel) {
   }
 }
 
-// Rows [first, first + rows) of the weight as [width / kPanel][rows][kPanel].
 template <typename T>
-inline void pack_rows(const T* weight, std::int64_t width, std::int64_t first, int rows, float* to) {
-  for (int r = 0; r < rows; ++r) {
-    const T* from = weight + (first + r) * width;
-    float* line = to + r * kPanel;
-    for (std::int64_t start = 0; start < width; start += kPanel, line += rows * kPanel)
-      copy_line(from + start, width - start, line);
+inline void pack_rows(const HeadBlock& args, const T* weight, std::int64_t first, std::int64_t last) {
+  for (std::int64_t entry = first; entry < last; ++entry) {
+    const T* from = weight + entry * args.width;
+    float* line = args.packed + entry * kPanel;
+    for (std::int64_t start = 0; start < args.width; start += kPanel, line += args.entries * kPanel)
+      copy_line(from + start, args.width - start, line);
   }
 }
 
-// Scores of the entries [first, last) for some panels of tokens. scratch: (last - first) * padded(width) floats.
+// Entries [first, last) of the block's weight.
+void pack_weight(const HeadBlock& args, std::int64_t first, std::int64_t last) {
+  if (args.weight_type == FloatType::kBFloat16)
+    pack_rows(args, static_cast<const BFloat16*>(args.weight), first, last);
+  else if (args.weight_type == FloatType::kFloat16)
+    pack_rows(args, static_cast<const Float16*>(args.weight), first, last);
+  else
+    pack_rows(args, static_cast<const float*>(args.weight), first, last);
+}
+
+// Scores of the entries [first, last) for some panels of tokens.
 void score_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, std::int64_t first_panel,
-                 std::int64_t last_panel, float* scratch) {
-  const std::int64_t blocks = panels(args.width), width = blocks * kPanel;
-  int rows;
-  for (std::int64_t entry = first; entry < last; entry += rows) {
-    float* to = scratch + (entry - first) * width;
-    rows = next_rows(last - entry);
-    if (args.weight_type == FloatType::kBFloat16)
-      pack_rows(static_cast<const BFloat16*>(args.weight), args.width, entry, rows, to);
-    else if (args.weight_type == FloatType::kFloat16)
-      pack_rows(static_cast<const Float16*>(args.weight), args.width, entry, rows, to);
-    else
-      pack_rows(static_cast<const float*>(args.weight), args.width, entry, rows, to);
-  }
-  for (std::int64_t panel = first_panel; panel < last_panel; ++panel)
-    for (std::int64_t entry = first; entry < last; entry += rows) {
-      rows = next_rows(last - entry);
-      const float *a = scratch + (entry - first) * width, *b = args.packed + panel * width * kPanel;
-      float* c = args.scores + (panel * args.entries + entry) * kPanel;
-      tile_of<kTileRows, kPanel, 1>(rows, {a, rows * kPanel, b, blocks, kPanel, c, kPanel, false});
+                 std::int64_t last_panel) {
+  const std::int64_t blocks = panels(args.width);
+  for (std::int64_t group = first; group < last; group += kGroup) {
+    const std::int64_t end = last - group < kGroup ? last : group + kGroup;
+    for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const float* b = tokens_of(args) + panel * blocks * kPanel * kPanel;
+      int rows;
+      for (std::int64_t entry = group; entry < end; entry += rows) {
+        rows = next_rows(end - entry);
+        float* c = args.scores + (panel * args.lines + entry) * kPanel;
+        tile_of<kTileRows, kPanel, 1>(
+            rows, {args.packed + entry * kPanel, args.entries * kPanel, b, blocks, kPanel, c, kPanel, false});
+      }
     }
+  }
 }
 
 // --- Gradients ------------------------------------------------------------------------------------------------------------
@@ -189,39 +202,20 @@ void pack_columns(const HeadArgs& args, std::int64_t panel) {
   std::memset(to, 0, sizeof(float) * std::size_t(rows - args.rows) * kPanel);
 }
 
-// Entries [first, first + depth) of the weight's columns [column, column + columns) as [depth][kPanel].
-template <typename T>
-inline void pack_slice(const T* weight, std::int64_t width, std::int64_t first, std::int64_t depth, std::int64_t column,
-                       std::int64_t columns, float* to) {
-  for (std::int64_t k = 0; k < depth; ++k, to += kPanel) {
-    const T* from = weight + (first + k) * width + column;
-    __builtin_prefetch(from + 16 * width);
-    __builtin_prefetch(from + 16 * width + kWide);
-    copy_line(from, columns, to);
-  }
-}
-
-// One panel of columns of d_hidden, for some panels of tokens. scratch: kDepth * kPanel floats.
-void hidden_piece(const HeadBlock& args, std::int64_t column_panel, std::int64_t first_panel, std::int64_t last_panel,
-                  float* d_hidden, float* scratch) {
-  const std::int64_t column = column_panel * kPanel;
-  const std::int64_t columns = args.width - column < kPanel ? args.width - column : kPanel;
-  for (std::int64_t entry = 0; entry < args.entries; entry += kDepth) {
-    const std::int64_t depth = args.entries - entry < kDepth ? args.entries - entry : kDepth;
-    if (args.weight_type == FloatType::kBFloat16)
-      pack_slice(static_cast<const BFloat16*>(args.weight), args.width, entry, depth, column, columns, scratch);
-    else if (args.weight_type == FloatType::kFloat16)
-      pack_slice(static_cast<const Float16*>(args.weight), args.width, entry, depth, column, columns, scratch);
-    else
-      pack_slice(static_cast<const float*>(args.weight), args.width, entry, depth, column, columns, scratch);
+// Panels of columns of d_hidden, for some panels of tokens.
+void hidden_piece(const HeadBlock& args, std::int64_t first_column, std::int64_t last_column, std::int64_t first_panel,
+                  std::int64_t last_panel, float* d_hidden) {
+  for (std::int64_t each = first_column; each < last_column; ++each) {
+    const std::int64_t column = each * kPanel;
+    const float* b = args.packed + column * args.entries;
     for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
       const std::int64_t token = panel * kPanel, end = args.rows - token < kPanel ? args.rows - token : kPanel;
       int rows;
       for (std::int64_t i = 0; i < end; i += rows) {
         rows = next_rows(end - i);
-        const float* a = args.scores + (panel * args.entries + entry) * kPanel + i;
+        const float* a = args.scores + panel * args.lines * kPanel + i;
         float* c = d_hidden + (token + i) * args.width + column;
-        tile_within<1, kPanel>(rows, columns, {a, 0, scratch, 1, depth, c, args.width, args.first + entry > 0});
+        tile_within<1, kPanel>(rows, args.width - column, {a, 0, b, 1, args.entries, c, args.width, args.first > 0});
       }
     }
   }
@@ -236,7 +230,7 @@ void weight_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, 
     float* to = scratch + (entry - first) * tokens;
     rows = next_rows(last - entry);
     for (std::int64_t block = 0; block < blocks; ++block, to += rows * kPanel)
-      std::memcpy(to, args.scores + (block * args.entries + entry) * kPanel,
+      std::memcpy(to, args.scores + (block * args.lines + entry) * kPanel,
                   sizeof(float) * std::size_t(rows) * kPanel);
   }
   for (std::int64_t panel = first_panel; panel < last_panel; ++panel)
@@ -254,7 +248,7 @@ void bias_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, fl
   for (std::int64_t entry = first; entry < last; ++entry) {
     Wide low{}, high{};
     for (std::int64_t panel = 0; panel < panels(args.rows); ++panel) {
-      const float* line = args.scores + (panel * args.entries + entry) * kPanel;
+      const float* line = args.scores + (panel * args.lines + entry) * kPanel;
       low += *reinterpret_cast<const Wide*>(line);
       high += *reinterpret_cast<const Wide*>(line + kWide);
     }

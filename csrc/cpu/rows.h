@@ -27,9 +27,10 @@ struct GrpoSums {
   std::int64_t count;
 };
 
-// One block of entries of a head: `weight`, `bias` and `entries` are the block's, which begins at entry `first` of the head.
+// One block of entries of a head: `weight`, `bias`, `scores` and `entries` are the block's, which begins at entry `first` of
+// the head. A panel of scores has `lines` lines, of which the block's are one after the other.
 struct HeadBlock : HeadArgs {
-  std::int64_t first;
+  std::int64_t first, lines;
 };
 
 // Of every token over the blocks so far: the highest logit, sum of e = exp(logit - top), sum of e (logit - top), and the
@@ -45,15 +46,16 @@ struct Rows {
                   float* logp);
   void (*grpo)(const GrpoLossArgs& args, std::int64_t first, std::int64_t last, GrpoSums* sums);
   // head_products.h and head_rows.h: pieces of head.h. Tokens and columns are counted in panels of `panel`.
-  int panel, depth;
+  int panel;
   void (*pack_tokens)(const HeadArgs& args, std::int64_t panel);
   void (*pack_columns)(const HeadArgs& args, std::int64_t panel);
+  void (*pack_weight)(const HeadBlock& block, std::int64_t first, std::int64_t last);
   void (*score_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, std::int64_t first_panel,
-                      std::int64_t last_panel, float* scratch);
+                      std::int64_t last_panel);
   void (*sums_panel)(const HeadBlock& block, std::int64_t panel, HeadSums* sums, bool with_entropy);
   void (*gradient_panel)(const HeadBlock& block, std::int64_t panel, const float* lse, const float* slope);
-  void (*hidden_piece)(const HeadBlock& block, std::int64_t column_panel, std::int64_t first_panel,
-                       std::int64_t last_panel, float* d_hidden, float* scratch);
+  void (*hidden_piece)(const HeadBlock& block, std::int64_t first_column, std::int64_t last_column,
+                       std::int64_t first_panel, std::int64_t last_panel, float* d_hidden);
   void (*weight_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, std::int64_t first_panel,
                        std::int64_t last_panel, float* d_weight, float* scratch);
   void (*bias_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, float* d_bias);

@@ -15,6 +15,11 @@ constexpr std::int64_t kHeadPanel = 32;
 
 constexpr std::int64_t padded(std::int64_t count) { return (count + kHeadPanel - 1) / kHeadPanel * kHeadPanel; }
 
+// The products of a block go by this many of its entries at a time, whose weight is packed for them.
+constexpr std::int64_t kHeadBlock = 512;
+
+constexpr std::int64_t head_block(std::int64_t block) { return block < kHeadBlock ? block : kHeadBlock; }
+
 struct HeadArgs {
   const float* hidden;       // [rows, width], contiguous
   std::int64_t rows, width;  // at least 1
@@ -26,7 +31,7 @@ struct HeadArgs {
   const std::int64_t* target;  // [rows], in [0, entries)
   std::int64_t block;          // entries of a block, at least 1
   float* scores;               // workspace of min(block, entries) * padded(rows)
-  float* packed;               // workspace of padded(width) * padded(rows); twice that for head_backward_cpu
+  float* packed;               // of padded(width) * (head_block(block) + padded(rows)); 2 padded(rows) for head_backward_cpu
 };
 
 // lse = log sum exp(logits), logp = logits[target] - lse, and the entropy of softmax(logits) in nats if it is not null.

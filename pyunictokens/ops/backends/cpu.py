@@ -214,12 +214,17 @@ def head_padded(count: int) -> int:
     return -(-count // panel) * panel
 
 
+def head_packed(tokens: int, width: int, block: int, weight_learns: bool) -> int:
+    """Float32 numbers of the second workspace of a HeadChunk."""
+    assert _core is not None
+    return head_padded(width) * (min(block, int(_core.HEAD_BLOCK)) + head_padded(tokens) * (2 if weight_learns else 1))
+
+
 class HeadChunk:
     """One chunk of tokens for csrc/include/head.h.
 
     guided_mD float32; head: weight_KD of any NARROW dtype and contiguous, bias_K float32 or None, temperature; target_m
-    contiguous int64; workspace: entries of a block, buffers of block·padded(m) and padded(m)·padded(D) float32 numbers,
-    the second twice that where the weight learns.
+    contiguous int64; workspace: entries of a block, buffers of block·padded(m) and `head_packed` float32 numbers.
     """
 
     def __init__(

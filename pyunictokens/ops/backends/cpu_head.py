@@ -27,8 +27,8 @@ TOKENS = 64, 1024
 PACKED_ELEMENTS = 1 << 20
 """Hidden states of a chunk, rearranged for the products: 4 MiB, twice on the way back; wide ones make fewer tokens."""
 
-BLOCK_ELEMENTS = 1 << 20
-"""Scores of a block: 4 MiB stay in the cache between the products."""
+BLOCK_ELEMENTS = 1 << 19
+"""Scores of a block: 2 MiB stay in the cache between the products."""
 
 ROW_ELEMENTS = 1 << 21
 """Scores held at once where whole rows are: 8 MiB; more leave the cache, fewer make chunks of few tokens."""
@@ -60,7 +60,7 @@ class _Head:
         self.step = min(TOKENS[1], PACKED_ELEMENTS // width, ROW_ELEMENTS // entries if whole_rows else TOKENS[1])
         self.step = min(_native.head_padded(max(self.count, 1)), max(TOKENS[0], self.step // TOKENS[0] * TOKENS[0]))
         self.block = entries if whole_rows else min(entries, max(TOKENS[0], BLOCK_ELEMENTS // self.step))
-        packed = self.step * _native.head_padded(width) * (2 if needs & NEEDS_WEIGHT else 1)
+        packed = _native.head_packed(self.step, width, self.block, bool(needs & NEEDS_WEIGHT))
         self.scores, self.packed = torch.empty(self.step * self.block), torch.empty(packed)
         new = torch.empty if rows is None else torch.zeros
         self.d_hidden = new(self.hidden_MD.shape if needs & NEEDS_HIDDEN else 0, dtype=hidden.dtype)
