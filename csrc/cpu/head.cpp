@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "rows.h"
@@ -17,20 +16,16 @@ constexpr std::int64_t kTokenPanels = 4;  // of tokens whose scores are formed a
 
 std::int64_t groups(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
-// Calls body(first, last, inner_first, inner_last, scratch) for pieces that cover outer x inner: `grain` items of the outer
-// range with all of the inner one, or with a part where there would be fewer than four pieces a thread.
+// Calls body(first, last, inner_first, inner_last) for pieces that cover outer x inner: `grain` items of the outer range with all
+// of the inner one, or with a part where there would be fewer than four pieces a thread.
 template <typename Body>
-void share(std::int64_t outer, std::int64_t grain, std::int64_t inner, std::size_t scratch, int threads,
-           const Body& body) {
+void share(std::int64_t outer, std::int64_t grain, std::int64_t inner, int threads, const Body& body) {
   const std::int64_t pieces = groups(outer, grain);
   const std::int64_t parts = std::min<std::int64_t>(inner, groups(4 * threads, pieces));
   parallel_for(pieces * parts, 1, threads, [&](std::int64_t first, std::int64_t last) {
-    const auto room = std::unique_ptr<float[]>(new float[scratch + 16]);
-    float* aligned = room.get() + (64 - reinterpret_cast<std::uintptr_t>(room.get()) % 64) / sizeof(float) % 16;
     for (std::int64_t each = first; each < last; ++each) {
       const std::int64_t piece = each / parts, part = each % parts;
-      body(piece * grain, std::min(outer, (piece + 1) * grain), inner * part / parts, inner * (part + 1) / parts,
-           aligned);
+      body(piece * grain, std::min(outer, (piece + 1) * grain), inner * part / parts, inner * (part + 1) / parts);
     }
   });
 }
@@ -87,15 +82,9 @@ struct Head {
       });
       return;
     }
-    share(block.entries, kEntries, tokens, 0, threads,
-          [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel, float*) {
-            score(first, last, first_panel, last_panel);
-          });
+    share(block.entries, kEntries, tokens, threads, score);
     parallel_for(tokens, 1, threads, softmax);
-    share(column_panels(), 1, tokens, 0, threads,
-          [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel, float*) {
-            hidden(first, last, first_panel, last_panel);
-          });
+    share(column_panels(), 1, tokens, threads, hidden);
   }
 };
 
@@ -145,11 +134,9 @@ void head_backward_cpu(const HeadArgs& args, const float* lse, const float* slop
           if (d_hidden != nullptr) rows.hidden_piece(block, first, last, first_panel, last_panel, d_hidden);
         });
     if (d_weight != nullptr)
-      share(block.entries, kEntries, head.column_panels(), std::size_t(kEntries * padded(args.rows)), threads,
-            [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel,
-                float* scratch) {
-              rows.weight_piece(block, first, last, first_panel, last_panel, d_weight + block.first * args.width,
-                                scratch);
+      share(block.entries, kEntries, head.column_panels(), threads,
+            [&](std::int64_t first, std::int64_t last, std::int64_t first_panel, std::int64_t last_panel) {
+              rows.weight_piece(block, first, last, first_panel, last_panel, d_weight + block.first * args.width);
             });
     if (d_bias != nullptr)
       parallel_for(block.entries, 256, threads, [&](std::int64_t first, std::int64_t last) {

@@ -141,13 +141,14 @@ void pack_tokens(const HeadArgs& args, std::int64_t panel) {
   const std::int64_t width = args.width, whole = panels(width) * kPanel, first = panel * kPanel;
   const std::int64_t count = args.rows - first < kPanel ? args.rows - first : kPanel;
   float* to = tokens_of(args) + panel * whole * kPanel;
-  for (std::int64_t start = 0; start < whole; start += kPanel, to += kPanel * kPanel) {  // square by square
+  float square[kPanel][kPanel + 1];  // an odd distance: what is read one after the other lies in different lines of the cache
+  for (std::int64_t start = 0; start < whole; start += kPanel, to += kPanel * kPanel) {
     const std::int64_t columns = width - start < kPanel ? width - start : kPanel;
-    if (count < kPanel || columns < kPanel) std::memset(to, 0, sizeof(float) * kPanel * kPanel);
-    for (std::int64_t i = 0; i < count; ++i) {
-      const float* from = args.hidden + (first + i) * width + start;
-      for (std::int64_t d = 0; d < columns; ++d) to[d * kPanel + i] = from[d];
-    }
+    if (count < kPanel || columns < kPanel) std::memset(square, 0, sizeof(square));
+    for (std::int64_t i = 0; i < count; ++i)
+      std::memcpy(square[i], args.hidden + (first + i) * width + start, sizeof(float) * std::size_t(columns));
+    for (int d = 0; d < kPanel; ++d)
+      for (int i = 0; i < kPanel; ++i) to[d * kPanel + i] = square[i][d];
   }
 }
 
@@ -221,26 +222,21 @@ void hidden_piece(const HeadBlock& args, std::int64_t first_column, std::int64_t
   }
 }
 
-// Entries [first, last) of d_weight, for some panels of columns. scratch: (last - first) * padded(rows) floats.
+// Entries [first, last) of d_weight, for some panels of columns.
 void weight_piece(const HeadBlock& args, std::int64_t first, std::int64_t last, std::int64_t first_panel,
-                  std::int64_t last_panel, float* d_weight, float* scratch) {
-  const std::int64_t blocks = panels(args.rows), tokens = blocks * kPanel;
-  int rows;
-  for (std::int64_t entry = first; entry < last; entry += rows) {
-    float* to = scratch + (entry - first) * tokens;
-    rows = next_rows(last - entry);
-    for (std::int64_t block = 0; block < blocks; ++block, to += rows * kPanel)
-      std::memcpy(to, args.scores + (block * args.lines + entry) * kPanel,
-                  sizeof(float) * std::size_t(rows) * kPanel);
-  }
-  for (std::int64_t panel = first_panel; panel < last_panel; ++panel)
+                  std::int64_t last_panel, float* d_weight) {
+  const std::int64_t blocks = panels(args.rows), stride = args.lines * kPanel;
+  for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const std::int64_t column = panel * kPanel;
+    const float* b = columns_of(args) + column * blocks * kPanel;
+    int rows;
     for (std::int64_t entry = first; entry < last; entry += rows) {
       rows = next_rows(last - entry);
-      const float *a = scratch + (entry - first) * tokens, *b = columns_of(args) + panel * tokens * kPanel;
-      float* c = d_weight + entry * args.width + panel * kPanel;
-      tile_within<kPanel, 1>(rows, args.width - panel * kPanel,
-                             {a, rows * kPanel, b, blocks, kPanel, c, args.width, true});
+      const float* a = args.scores + entry * kPanel;
+      float* c = d_weight + entry * args.width + column;
+      tile_within<kPanel, 1>(rows, args.width - column, {a, stride, b, blocks, kPanel, c, args.width, true});
     }
+  }
 }
 
 // Entries [first, last) of d_bias.

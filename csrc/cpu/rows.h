@@ -57,7 +57,7 @@ struct Rows {
   void (*hidden_piece)(const HeadBlock& block, std::int64_t first_column, std::int64_t last_column,
                        std::int64_t first_panel, std::int64_t last_panel, float* d_hidden);
   void (*weight_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, std::int64_t first_panel,
-                       std::int64_t last_panel, float* d_weight, float* scratch);
+                       std::int64_t last_panel, float* d_weight);
   void (*bias_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, float* d_bias);
 };
 

@@ -338,6 +338,39 @@ def test_the_number_of_threads_changes_nothing(level: str, threads: None) -> Non
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_few_tokens_for_many_threads(level: str, threads: None, whole_rows: bool) -> None:
+    """Bit for bit too where every product is shared among threads, not the tokens; over blocks and parts of blocks."""
+    head = _head((70,), 40, 1301)
+    hidden, weight = (head[name].requires_grad_() for name in ("hidden", "weight"))
+    old, advantages, grad = -torch.rand(1, 70), torch.ones(1), torch.randn(70)
+    results = []
+    for count in (1, 40):
+        torch.set_num_threads(count)
+        if whole_rows:
+            loss, logp, _ = uct.ops.maskgit_grpo_loss(
+                hidden[None], weight, head["target"][None], old, old, advantages, head["bias"], backend="cpu"
+            )
+            results.append([logp, *torch.autograd.grad(loss, [hidden, weight])])
+        else:
+            logp = uct.ops.selected_logprob(hidden, weight, head["target"], head["bias"], backend="cpu")
+            results.append([logp, *torch.autograd.grad(logp, [hidden, weight], grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_blocks_that_are_no_multiple_of_the_cores_own(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native_head, "BLOCK_ELEMENTS", 64 * 700)  # parts of 512 and 188 entries; the last block of 101
+    x = _head((50,), 33, 1501)
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    grad = torch.randn(50)
+    out = {}
+    for backend in ("cpu", "reference"):
+        logp = uct.ops.selected_logprob(hidden, weight, x["target"], x["bias"], backend=backend)
+        out[backend] = [logp.detach(), *torch.autograd.grad(logp, [hidden, weight], grad)]
+    for got, want in zip(out["cpu"], out["reference"], strict=True):
+        assert naive.relative(got, want) < TOLERANCE
+
+
 def test_selected_logprob_holds_a_tenth_of_what_eager_holds() -> None:
     tokens, entries = 4096, 4096
     eager = 3 * 4 * tokens * entries  # log-softmax, its gradient and that of the scores

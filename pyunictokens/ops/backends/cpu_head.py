@@ -24,11 +24,15 @@ from . import cpu as _native
 TOKENS = 64, 1024
 """The least and the most tokens of a chunk. The weight is read anew for each chunk, so few make the products slower."""
 
-PACKED_ELEMENTS = 1 << 20
-"""Hidden states of a chunk, rearranged for the products: 4 MiB, twice on the way back; wide ones make fewer tokens."""
+PACKED_ELEMENTS = 1 << 19, 1 << 21
+"""Hidden states of a chunk, rearranged for the products, twice where the weight learns: 2 MiB stay in a core's cache.
+Where they are so wide that this makes fewer than ENOUGH tokens, up to 8 MiB for ENOUGH of them."""
+
+ENOUGH = 256
+"""Tokens over which the packed weight and its gradient, read and written once a chunk, cost little."""
 
 BLOCK_ELEMENTS = 1 << 19
-"""Scores of a block: 2 MiB stay in the cache between the products."""
+"""Scores of a block: 2 MiB."""
 
 ROW_ELEMENTS = 1 << 21
 """Scores held at once where whole rows are: 8 MiB; more leave the cache, fewer make chunks of few tokens."""
@@ -57,7 +61,9 @@ class _Head:
         self.bias_K = None if bias is None else bias.float().contiguous()
         self.bias_dtype = weight.dtype if bias is None else bias.dtype
         self.count = len(self.hidden_MD) if rows is None else len(rows)
-        self.step = min(TOKENS[1], PACKED_ELEMENTS // width, ROW_ELEMENTS // entries if whole_rows else TOKENS[1])
+        wide = width * (2 if needs & NEEDS_WEIGHT else 1)
+        fitting = max(PACKED_ELEMENTS[0] // wide, min(ENOUGH, PACKED_ELEMENTS[1] // wide))
+        self.step = min(TOKENS[1], fitting, ROW_ELEMENTS // entries if whole_rows else TOKENS[1])
         self.step = min(_native.head_padded(max(self.count, 1)), max(TOKENS[0], self.step // TOKENS[0] * TOKENS[0]))
         self.block = entries if whole_rows else min(entries, max(TOKENS[0], BLOCK_ELEMENTS // self.step))
         packed = _native.head_packed(self.step, width, self.block, bool(needs & NEEDS_WEIGHT))
