@@ -1,8 +1,12 @@
-// The pool behind parallel_for: sleeping workers that wake for one job at a time and share its items by an atomic counter.
+// The pool behind parallel_for: workers that wake for one job at a time and share its items by an atomic counter.
+//
+// An operation is many short jobs, and to wake a thread that sleeps takes as long as some of them. So who waits looks for kPatience
+// first, leaving its core to any other thread that wants it, and only then sleeps.
 #include "threads.h"
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -23,6 +27,15 @@ long process_id() {
 #endif
 }
 
+constexpr std::chrono::microseconds kPatience{200};
+
+// Looks until `ready` or until kPatience is over.
+template <typename Ready>
+void look(const Ready& ready) {
+  const auto until = std::chrono::steady_clock::now() + kPatience;
+  while (!ready() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+}
+
 class Pool {
  public:
   // Runs `work` on the caller and on `helpers` workers; false if another job is running.
@@ -41,18 +54,25 @@ class Pool {
     }
     wake_.notify_all();
     work();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      waiting_seats_ = 0;  // workers that have not woken yet are not needed any more
+    }
+    const auto all_done = [this] { return busy_ == 0; };
+    look(all_done);
     std::unique_lock<std::mutex> lock(mutex_);
-    waiting_seats_ = 0;  // workers that have not woken yet are not needed any more
-    done_.wait(lock, [this] { return busy_ == 0; });
+    done_.wait(lock, all_done);
     work_ = nullptr;
     return true;
   }
 
  private:
   void loop() {
-    std::unique_lock<std::mutex> lock(mutex_);
+    const auto wanted = [this] { return waiting_seats_ > 0; };
     for (;;) {
-      wake_.wait(lock, [this] { return waiting_seats_ > 0; });
+      look(wanted);
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, wanted);
       --waiting_seats_;
       ++busy_;
       const std::function<void()>* work = work_;
@@ -66,7 +86,8 @@ class Pool {
   std::mutex owner_, mutex_;
   std::condition_variable wake_, done_;
   const std::function<void()>* work_ = nullptr;
-  int workers_ = 0, waiting_seats_ = 0, busy_ = 0;
+  int workers_ = 0;
+  std::atomic<int> waiting_seats_{0}, busy_{0};  // written under mutex_
 };
 
 // Never destroyed, so that no worker outlives its mutex at exit. A forked child has none of the threads: it gets a new pool.
