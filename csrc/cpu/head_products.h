@@ -141,7 +141,8 @@ void pack_tokens(const HeadArgs& args, std::int64_t panel) {
   const std::int64_t width = args.width, whole = panels(width) * kPanel, first = panel * kPanel;
   const std::int64_t count = args.rows - first < kPanel ? args.rows - first : kPanel;
   float* to = tokens_of(args) + panel * whole * kPanel;
-  float square[kPanel][kPanel + 1];  // an odd distance: what is read one after the other lies in different lines of the cache
+  float square[kPanel]
+              [kPanel + 1];  // an odd distance: what is read one after the other lies in different lines of the cache
   for (std::int64_t start = 0; start < whole; start += kPanel, to += kPanel * kPanel) {
     const std::int64_t columns = width - start < kPanel ? width - start : kPanel;
     if (count < kPanel || columns < kPanel) std::memset(square, 0, sizeof(square));

@@ -104,8 +104,7 @@ inline void gradient_lanes(const HeadBlock& block, std::int64_t token, float* sc
 
 void sums_panel(const HeadBlock& block, std::int64_t panel, HeadSums* sums, bool with_entropy) {
   for (int start = 0; start < kPanel; start += kWide)
-    sums_lanes(block, panel * kPanel + start, block.scores + panel * block.lines * kPanel + start, sums,
-               with_entropy);
+    sums_lanes(block, panel * kPanel + start, block.scores + panel * block.lines * kPanel + start, sums, with_entropy);
 }
 
 void gradient_panel(const HeadBlock& block, std::int64_t panel, const float* lse, const float* slope) {

@@ -31,7 +31,7 @@ struct HeadArgs {
   const std::int64_t* target;  // [rows], in [0, entries)
   std::int64_t block;          // entries of a block, at least 1
   float* scores;               // workspace of min(block, entries) * padded(rows)
-  float* packed;               // of padded(width) * (head_block(block) + padded(rows)); 2 padded(rows) for head_backward_cpu
+  float* packed;  // of padded(width) * (head_block(block) + padded(rows)); 2 padded(rows) for head_backward_cpu
 };
 
 // lse = log sum exp(logits), logp = logits[target] - lse, and the entropy of softmax(logits) in nats if it is not null.
