@@ -149,7 +149,8 @@ def test_a_rollout_records_the_same_by_either_form(dtype):
         assert torch.equal(images.inputs, first.inputs) and torch.equal(images.chosen, first.chosen)
         spread = (images.logp - first.logp).abs().max()
         same_step = capture == "off"
-        assert spread < (2e-5 if same_step else 0.02 * 11), (kind, capture)
+        float32 = 11 * 32 * 2**-23  # guidance at 5 multiplies by eleven what is lost of logits below 32
+        assert spread < (float32 if same_step else 0.02 * 11), (kind, capture)
     off = image_logprobs(model, ImageTrajectories.of(model, first)) - first.logp
     assert off.abs().max() < 2e-2 * 11
 
