@@ -45,6 +45,8 @@ def draw(report: Report, operation: str, file: Path) -> bool:
         axis.bar(at, [value for value in found if value is not None], width, label=report.peers[peer])
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, 0.5), max(high, 2.0))  # a logarithmic axis has no floor: bars alike shall look alike
     axis.set_ylabel(f"time, {'forward' if phase == 'forward' else 'forward + backward'}; 1 = ours")
     axis.set_xticks([number + 0.42 for number in range(len(infos))])
     axis.set_xticklabels([info.shape.replace(" ", "\n", 1) for info in infos], fontsize=7)
