@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config.training import PRESETS, StageConfig
+from ..config.stages import StageConfig
+from ..config.training import PRESETS
 from ..models.showo.costs import parameters
 from ..train.concept_tokens.stages import PLANS, questions_of, stage_steps, train_concept_tokens
 from ..train.costs import sizes_of, stages_flops

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config.settings import with_overrides
-from ..config.training import GrpoConfig, StageConfig
+from ..config.stages import StageConfig
+from ..config.training import GrpoConfig
 from ..data.concept import Concept
 from ..evaluate.core import Baseline
 from ..evaluate.protocol import protocol_named

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from ..config.limits import MAX_SEED, MOST, within
 from ..config.settings import convert, from_mapping, load_yaml, save_yaml, to_mapping, with_overrides
-from ..config.training import GrpoConfig, StageConfig, TrainConfig
+from ..config.stages import StageConfig
+from ..config.training import GrpoConfig, TrainConfig
 from ..data.concept import Concept
 from ..data.photographs import of_photographs, toy_on_photographs
 from ..evaluate.protocol import protocol_named

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from ..config.training import DsogConfig, GrpoConfig, LoraConfig, StageConfig, TrainConfig
+    from ..config.stages import StageConfig
+    from ..config.training import DsogConfig, GrpoConfig, LoraConfig, TrainConfig
     from .concept_tokens.stages import train_concept_tokens
     from .grpo import RunResult
     from .metrics import read_metrics
@@ -39,7 +40,8 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        ".config.training": ("DsogConfig", "GrpoConfig", "LoraConfig", "StageConfig", "TrainConfig"),
+        ".config.stages": ("StageConfig",),
+        ".config.training": ("DsogConfig", "GrpoConfig", "LoraConfig", "TrainConfig"),
         "reinforcement": ("GrpoResult", "reinforce", "train_grpo"),
         "policy": ("Policy", "load_policy"),
         "prompts": ("as_prompt", "as_question"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config.training import GrpoConfig, StageConfig
+from ..config.stages import StageConfig
+from ..config.training import GrpoConfig
 from ..data.concept import Concept
 from ..models.checkpoint import read_config
 from ..models.showo.costs import ShowoCosts

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...config.settings import save_yaml, to_mapping
-from ...config.training import StageConfig
+from ...config.stages import StageConfig
 from ...data import wording
 from ...data.batches import EpochSampler, GenerationItem, UnderstandingItem, generation_items, understanding_items
 from ...data.concept import Concept
