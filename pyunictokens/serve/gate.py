@@ -32,7 +32,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 _BODIES = 8
 """Bodies that are read at once; others wait."""
 OPEN = frozenset({"/health"})
-"""Paths that need no key: they say nothing about anybody."""
+"""Paths that need no key: they say nothing about anybody. Asking for them proves nothing, and no body is read."""
 ROUTES = frozenset(
     {
         "/health",
@@ -81,7 +81,7 @@ class _Call:
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: GateLimits, request_id: str):
         self._scope, self._receive, self._send, self._limits = scope, receive, send, limits
         self._request_id = request_id
-        self._body: bytes | None = None
+        self._body: bytes | None = b""
         self._left = asyncio.Event()
         self._complete = False
         self.status = 0
@@ -173,8 +173,9 @@ class Gate:
             with ExitStack() as held:
                 try:
                     self._admit(scope, path, about, held)
-                    async with self._room:
-                        await call.read()
+                    if path not in OPEN:
+                        async with self._room:
+                            await call.read()
                     scope["state"] = {**scope.get("state", {}), "about": about}
                     await call.run(self._inner)
                 except Refused as refused:
@@ -201,7 +202,7 @@ class Gate:
         if path not in OPEN:
             given = headers.get(b"authorization")
             about.client = self._keys.client(None if given is None else given.decode("latin-1"))
-        self._connections.proven(scope.get("client"))
+            self._connections.proven(scope.get("client"))
         if self.ending:
             raise Refused(503, "this server is ending and takes nothing more", headers={"retry-after": "5"})
         length = headers.get(b"content-length", b"0")

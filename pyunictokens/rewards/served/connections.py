@@ -128,6 +128,7 @@ def quiet_server(
             access_log=False,
             server_header=False,
             date_header=dated,
+            proxy_headers=False,  # a connection is known by its own address, not by what a proxy says of another
             backlog=backlog,
             timeout_keep_alive=keep_alive,
             timeout_graceful_shutdown=grace,

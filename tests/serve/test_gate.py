@@ -1,0 +1,64 @@
+"""Who stands before the server without a key, and what stands between it and its clients."""
+
+import contextlib
+import socket
+import time
+
+import httpx
+import pytest
+
+from pyunictokens.serve.server import ServerSettings
+
+from .test_bad_input import ANN, DRAW, keys
+from .test_server import PROMPT
+from .world import running
+
+HEAD = {"authorization": f"Bearer {ANN}"}
+PATIENCE = 0.3
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(
+        tmp_path_factory.mktemp("runs"), keys(), ServerSettings(port=0, batch_from=1, patience=PATIENCE)
+    ) as server:
+        yield server
+
+
+def is_open(sock):
+    """Whether the server has not closed a connection."""
+    sock.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):
+        try:
+            while sock.recv(1 << 16):
+                pass
+        except ConnectionError:
+            pass
+        return False
+    return True
+
+
+def test_a_proxy_that_names_its_client_does_not_cut_long_requests(server):
+    """As nginx does on the same machine: the connection that has shown its key is the proxy's."""
+    begun = time.monotonic()
+    body, head = {"prompt": PROMPT, "steps": 40}, {**HEAD, "x-forwarded-for": "203.0.113.9"}
+    assert httpx.post(server.address + DRAW, json=body, headers=head, timeout=100).status_code == 200
+    assert time.monotonic() - begun > PATIENCE, "too quick to say anything"
+
+
+def test_who_has_no_key_cannot_keep_others_from_sending(server):
+    with contextlib.ExitStack() as held:
+        for _ in range(16):
+            sock = held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            sock.sendall(b"POST /health HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+        body = {"prompt": PROMPT, "steps": 1}
+        assert httpx.post(server.address + DRAW, json=body, headers=HEAD, timeout=20).status_code == 200
+
+
+def test_asking_whether_it_is_there_proves_nothing(server):
+    """Else whoever has no key could hold as many connections as there may be."""
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\nGET /health")
+        assert is_open(sock)
+        time.sleep(PATIENCE)
+        assert not is_open(sock)
