@@ -190,7 +190,9 @@ class Drawing:
         own = f"{model.grid[1] * vq.downsampling}x{model.grid[0] * vq.downsampling}"
         if found is None:
             raise Refused(400, f"size={size!r}: must be auto or WIDTHxHEIGHT, as in {own}", param="size")
-        return grid_of(int(found[2]), int(found[1]), vq.downsampling, f"size={size}")
+        grid = grid_of(int(found[2]), int(found[1]), vq.downsampling, f"size={size}")
+        model.check_grid(grid)  # before a picture that is painted into is brought to that size
+        return grid
 
     async def _encoded(self, each: Drawn | Preview, form: ImageForm) -> str:
         return await self._pictures.encode(each.pixels, form.output_format, form.output_compression)

@@ -160,6 +160,8 @@ def test_a_decompression_bomb_and_broken_forms(server):
     told(post(files=[("image", image)] * 9, data={"prompt": PROMPT}), 400, "")
     told(post(files={"image": image, "other": image}, data={"prompt": PROMPT}), 400, "no such file")
     told(post(json={"prompt": PROMPT}), 400, "multipart form")
+    huge = {"prompt": PROMPT, "size": "96000x96000"}  # 28 GB, were the picture brought to that size
+    told(post(files={"image": file_of(Image.new("RGBA", (32, 32)))}, data=huge), 400, "smaller grid")
     told(post(content=b"x", headers={"content-type": "multipart/form-data; boundary=a"}), 400, "")
 
 
