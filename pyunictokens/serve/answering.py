@@ -20,7 +20,7 @@ from ..runs.asking import question_for, read_prompt
 from .catalog import Catalog, Served
 from .drawing import event
 from .errors import Refused, told
-from .forms import ChatForm, TextPart
+from .forms import LONGEST, ChatForm, TextPart
 from .gate import About
 from .metrics import Metrics
 from .pictures import Pictures
@@ -150,19 +150,21 @@ def _read(form: ChatForm) -> tuple[str, str | None]:
     """(question, URL of the picture it is about) of a conversation."""
     before, question, url = [], None, None
     for message in form.messages:
-        parts = [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        text = "\n".join(part.text for part in parts or [] if isinstance(part, TextPart)).strip()
-        urls = [part.image_url.url for part in parts or [] if not isinstance(part, TextPart)]
+        text = "\n".join(part.text for part in message.content if isinstance(part, TextPart)).strip()
+        urls = [part.image_url.url for part in message.content if not isinstance(part, TextPart)]
         if len(urls) > 1:
             raise Refused(400, f"{len(urls)} pictures in one message: this model looks at one", param="messages")
         url = urls[-1] if urls else url
         if message.role in ("system", "developer") and text:
             before.append(text)
-        elif message.role == "user":
+        elif message.role == "user" and text:
             question = text
     if not question:
         raise Refused(400, "messages hold no text of the user: ask something", param="messages")
-    return "\n".join([*before, question]), url
+    asked = "\n".join([*before, question])
+    if len(asked) > LONGEST:
+        raise Refused(400, f"{len(asked)} characters are asked: must be at most {LONGEST}", param="messages")
+    return asked, url
 
 
 def _more(said: str, written: Written) -> str:

@@ -6,17 +6,17 @@ Fields beyond OpenAI's (``extra_body`` of its client): of images `seed`, `steps`
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from ..utils.errors import needs
 
 with needs("web"):
-    from pydantic import BaseModel, ConfigDict, Field, model_validator
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST = 16
 """Images or answers of one request."""
 LONGEST = 20_000
-"""Characters of a prompt or message."""
+"""Characters of a prompt, or of all that is read of a conversation."""
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Format = Literal["png", "jpeg", "webp"]
@@ -83,9 +83,17 @@ class ImagePart(Form):
     image_url: ImageUrl
 
 
+Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def _as_parts(content: object) -> object:
+    """A text is one part, and null is none."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+
+
 class Message(Form):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart | ImagePart] | None
+    content: Annotated[list[Part], BeforeValidator(_as_parts)]
     name: str | None = None
 
 

@@ -210,6 +210,18 @@ def test_a_question_about_a_picture_is_answered_as_the_engine_answers(client):
     assert [choice.finish_reason for choice in found.choices] == reasons
 
 
+def test_a_picture_may_follow_its_question(client):
+    image = Image.new("RGB", (64, 64), "red")
+    picture = question("What is it?", image)[0]["content"][1]
+    apart = [{"role": "user", "content": "What is it?"}, {"role": "user", "content": [picture]}]
+    options = {"model": "base", "max_tokens": 6, "seed": 1}
+    together, later = (
+        client.chat.completions.create(messages=messages, **options).choices[0].message.content
+        for messages in (question("What is it?", image), apart)
+    )
+    assert together == later
+
+
 def test_an_answer_streams_to_the_same_words(client):
     options = {"model": "bo", "messages": question("What is <bo>?"), "max_tokens": 8, "seed": 3, "temperature": 1.0}
     whole = client.chat.completions.create(**options)
