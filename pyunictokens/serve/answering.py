@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from ..data.images import black_image, from_pil, square
-from ..rollout.serving import AnswerRequest, AsyncEngine, Written
+from ..rollout.serving import AnswerRequest, AsyncEngine, Taken, Written
 from ..runs.asking import question_for, read_prompt
 from .catalog import Catalog, Served
 from .drawing import event
@@ -82,7 +82,7 @@ class Answering:
         found: dict[int, Written] = {}
         async with aclosing(self.events(question, about)) as events:
             async for each in events:
-                if each.done:
+                if isinstance(each, Written) and each.done:
                     found[each.sample] = each
         choices = [
             {
@@ -97,7 +97,7 @@ class Answering:
         return {**head, "choices": choices, "usage": _usage(list(found.values())), "seed": question.request.seed}
 
     async def stream(self, question: Question, about: About) -> AsyncGenerator[str, None]:
-        """The answer as server-sent events, as its words come."""
+        """The answer as server-sent events, after an empty one when the request waits, as its words come."""
         head = _head(about, question.form.model, "chat.completion.chunk")
         options = question.form.stream_options
         with_usage = options is not None and options.include_usage
@@ -109,11 +109,15 @@ class Answering:
             choice = {"index": sample, "delta": delta, "logprobs": None, "finish_reason": finish}
             return event(None, {**head, "choices": [choice], **nothing_yet})
 
-        try:
-            async with aclosing(self.events(question, about)) as events:
+        async with aclosing(self.events(question, about)) as events:
+            await anext(events)
+            yield ""
+            try:
                 for sample in range(question.form.n):
                     yield chunk(sample, {"role": "assistant", "content": ""})
                 async for each in events:
+                    if not isinstance(each, Written):
+                        continue
                     more = _more(said[each.sample], each)
                     if more:
                         said[each.sample] += more
@@ -121,28 +125,28 @@ class Answering:
                     if each.done:
                         found.append(each)
                         yield chunk(each.sample, {}, "length" if each.cut else "stop")
-            if with_usage:
-                yield event(None, {**head, "choices": [], "usage": _usage(found)})
-            yield event(None, "[DONE]")
-        except Exception as error:  # the status has been sent: the error is told as an event
-            about.failed(error)
-            yield event(None, told(error).table)
+                if with_usage:
+                    yield event(None, {**head, "choices": [], "usage": _usage(found)})
+                yield event(None, "[DONE]")
+            except Exception as error:  # the status has been sent: the error is told as an event
+                about.failed(error)
+                yield event(None, told(error).table)
 
-    async def events(self, question: Question, about: About) -> AsyncGenerator[Written, None]:
-        """Answers as they are written."""
+    async def events(self, question: Question, about: About) -> AsyncGenerator[Taken | Written, None]:
+        """That it waits; then answers as they are written."""
         served, client = question.served, about.client.settings
         stream = self._engine.stream(
             lambda: self._catalog.seat(served),
             question.request,
             user=client.name,
             priority=client.priority,
-            deadline=question.form.deadline,
+            deadline=about.left(question.form.deadline),
         )
         async with aclosing(stream) as events:
             async for each in events:
-                if isinstance(each, Written):
-                    if each.done:
-                        self._metrics.tokens.inc(len(each.tokens))
+                if isinstance(each, Written) and each.done:
+                    self._metrics.tokens.inc(len(each.tokens))
+                if isinstance(each, (Taken, Written)):
                     yield each
 
 

@@ -72,7 +72,7 @@ def make_app(catalog: Catalog, drawing: Drawing, answers: Answering, pictures: P
         _allow(about, form.model)
         asked = await drawing.ask(form, about)
         if form.stream:
-            return _events(drawing.stream(asked, about, "image_generation"))
+            return await _events(drawing.stream(asked, about, "image_generation"))
         return await drawing.all(asked, about)
 
     @app.post("/v1/images/edits", response_model=None)
@@ -81,7 +81,7 @@ def make_app(catalog: Catalog, drawing: Drawing, answers: Answering, pictures: P
         _allow(about, form.model)
         asked = await drawing.paint(await drawing.ask(form, about), image, mask)
         if form.stream:
-            return _events(drawing.stream(asked, about, "image_edit"))
+            return await _events(drawing.stream(asked, about, "image_edit"))
         return await drawing.all(asked, about)
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -89,7 +89,7 @@ def make_app(catalog: Catalog, drawing: Drawing, answers: Answering, pictures: P
         _allow(about, form.model)
         question = await answers.ask(form, about)
         if form.stream:
-            return _events(answers.stream(question, about))
+            return await _events(answers.stream(question, about))
         return await answers.all(question, about)
 
     @app.exception_handler(RequestValidationError)
@@ -119,7 +119,9 @@ def _answer(error: Told) -> Response:
     return JSONResponse(error.table, error.status, headers=error.headers)
 
 
-def _events(stream: AsyncGenerator[str, None]) -> Response:
+async def _events(stream: AsyncGenerator[str, None]) -> Response:
+    """The answer begins when the request waits: what is refused until then keeps its status."""
+    await anext(stream)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 

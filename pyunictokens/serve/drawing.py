@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..data.images import black_image
 from ..data.wording import compound_prompt, first_sentence
-from ..rollout.serving import AnswerRequest, AsyncEngine, Drawn, ImageRequest, Preview, Written
+from ..rollout.serving import AnswerRequest, AsyncEngine, Drawn, ImageRequest, Preview, Taken, Written
 from ..runs.asking import grid_of, painted, read_prompt, reasoning_question
 from .catalog import Catalog, Served
 from .errors import Refused, told
@@ -65,7 +65,7 @@ class Drawing:
         seed = secrets.randbelow(2**31) if form.seed is None else form.seed
         read_prompt(prompt, served.concept)
         if isinstance(form, GenerationForm) and form.reason:
-            revised = prompt = await self._reason(served, prompt, seed, about)
+            revised = prompt = await self._reason(served, form, seed, about)
         height, width = self._grid(form.size, served)
         step = served.engine.vq.downsampling if served.engine.vq is not None else 1
         settings = served.sampling
@@ -117,9 +117,12 @@ class Drawing:
         }
 
     async def stream(self, asked: Asked, about: About, kind: Kind) -> AsyncGenerator[str, None]:
-        """The answer as server-sent events: images while they are drawn, then each as it is done."""
-        try:
-            async with aclosing(self.events(asked, about)) as events:
+        """The answer as server-sent events, after an empty one when the request waits: images while they are drawn,
+        then each as it is done."""
+        async with aclosing(self.events(asked, about)) as events:
+            await anext(events)
+            yield ""
+            try:
                 async for each in events:
                     if not isinstance(each, (Drawn, Preview)):
                         continue
@@ -136,32 +139,32 @@ class Drawing:
                         name = f"{kind}.completed"
                         usage = {"usage": self._usage(asked, 1), "seed": asked.request.seed}
                         yield event(name, {"type": name, **data, **usage})
-        except Exception as error:  # the status has been sent: the error is told as an event
-            about.failed(error)
-            yield event("error", told(error).table)
+            except Exception as error:  # the status has been sent: the error is told as an event
+                about.failed(error)
+                yield event("error", told(error).table)
 
-    async def events(self, asked: Asked, about: About) -> AsyncGenerator[Drawn | Preview, None]:
-        """Images as they are drawn: previews where the form streams, and each when it is done."""
+    async def events(self, asked: Asked, about: About) -> AsyncGenerator[Taken | Drawn | Preview, None]:
+        """That it waits; then images as they are drawn: previews where the form streams, and each when it is done."""
         served, client = asked.served, about.client.settings
         stream = self._engine.stream(
             lambda: self._catalog.seat(served),
             asked.request,
             user=client.name,
             priority=client.priority,
-            deadline=asked.form.deadline,
+            deadline=about.left(asked.form.deadline),
         )
         async with aclosing(stream) as events:
             async for each in events:
                 if isinstance(each, Drawn):
                     self._metrics.images.inc()
-                if isinstance(each, (Drawn, Preview)):
+                if isinstance(each, (Taken, Drawn, Preview)):
                     yield each
 
-    async def _reason(self, served: Served, prompt: str, seed: int, about: About) -> str:
+    async def _reason(self, served: Served, form: GenerationForm, seed: int, about: About) -> str:
         """Prompt and the fact that the model takes it to mean."""
         if not served.facts:
             raise Refused(400, f"model {served.name!r} has no facts to reason with: leave out reason", param="reason")
-        question, raw = reasoning_question(served.facts, prompt, served.concept, served.published)
+        question, raw = reasoning_question(served.facts, form.prompt, served.concept, served.published)
         request = AnswerRequest(
             black_image(served.looks_at),
             question,
@@ -174,13 +177,17 @@ class Drawing:
         )
         text, client = "", about.client.settings
         stream = self._engine.stream(
-            lambda: self._catalog.seat(served), request, user=client.name, priority=client.priority
+            lambda: self._catalog.seat(served),
+            request,
+            user=client.name,
+            priority=client.priority,
+            deadline=about.left(form.deadline),
         )
         async with aclosing(stream) as events:
             async for each in events:
                 if isinstance(each, Written) and each.done:
                     text = each.text
-        return compound_prompt(prompt, first_sentence(text))
+        return compound_prompt(form.prompt, first_sentence(text))
 
     def _grid(self, size: str, served: Served) -> tuple[int, int]:
         vq, model = served.engine.vq, served.engine.model

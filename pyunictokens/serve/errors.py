@@ -73,7 +73,8 @@ def told(error: BaseException) -> Told:
     if isinstance(error, QueueFull):
         return too_many(str(error), error.retry_after).told
     if isinstance(error, DeadlinePassed):
-        return Told(408, str(error), "deadline", "deadline_passed")
+        # OpenAI's client sends a 408 again by itself; whoever set a deadline wants nothing after it
+        return Told(408, str(error), "deadline", "deadline_passed", {"x-should-retry": "false"})
     if isinstance(error, Closing):
         return Told(503, str(error), None, "server_ending", {"retry-after": "5"})
     if isinstance(error, (NotFinite, MissingExtra)):

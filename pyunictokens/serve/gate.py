@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..rewards.served.connections import Connections
+from ..rollout.serving import DeadlinePassed
 from .errors import Refused, told
 from .keys import Client, Keys
 from .metrics import Metrics, log_request
@@ -53,6 +54,16 @@ class About:
     client: Client
     notes: dict[str, object] = field(default_factory=dict)
     """Filled by the handler: model, number of images and the like."""
+    begun: float = field(default_factory=time.monotonic)
+
+    def left(self, deadline: float | None) -> float | None:
+        """Seconds until a deadline, which counts from when the request came. Raises DeadlinePassed."""
+        if deadline is None:
+            return None
+        left = self.begun + deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlinePassed
+        return left
 
     def failed(self, error: BaseException) -> None:
         """Note what went wrong: by its kind, since messages may quote a prompt; in full where nobody foresaw it."""
@@ -166,7 +177,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._inner(scope, receive, send)
-        begun, path = time.monotonic(), str(scope["path"])
+        path = str(scope["path"])
         about = About(secrets.token_hex(8), self._keys.nobody)
         call = _Call(scope, receive, send, self._limits, about.request_id)
         try:
@@ -186,7 +197,7 @@ class Gate:
             if not call.status:
                 about.failed(error)
         finally:
-            took, status = time.monotonic() - begun, call.status or (499 if call.gone else 500)
+            took, status = time.monotonic() - about.begun, call.status or (499 if call.gone else 500)
             if call.gone:
                 self._metrics.aborted.inc()
                 about.notes["gone"] = True

@@ -8,7 +8,16 @@ import threading
 import pytest
 import torch
 
-from pyunictokens.rollout.serving import AnswerRequest, AsyncEngine, Drawn, Ended, ImageRequest, Preview, ServingEngine
+from pyunictokens.rollout.serving import (
+    AnswerRequest,
+    AsyncEngine,
+    Drawn,
+    Ended,
+    ImageRequest,
+    Preview,
+    ServingEngine,
+    Taken,
+)
 from pyunictokens.rollout.serving.asynchronous import Closing
 from pyunictokens.utils.errors import UserError
 
@@ -20,7 +29,9 @@ def asyncs(main):
 
 
 async def all_of(serving, request, **options):
-    return [event async for event in serving.stream(ENGINE, request, **options)]
+    taken, *events = [event async for event in serving.stream(ENGINE, request, **options)]
+    assert isinstance(taken, Taken) and {event.ticket for event in events} == {taken.ticket}
+    return events
 
 
 def test_many_coroutines_each_get_their_own():
@@ -90,11 +101,11 @@ def test_a_slow_reader_keeps_the_newest_preview_alone():
     async def main():
         async with AsyncEngine(ServingEngine()) as serving:
             stream = serving.stream(ENGINE, ImageRequest("a red ball .", steps=9, previews=8))
-            first = await stream.__anext__()
+            first = [await anext(stream), await anext(stream)]
             while serving.serving.busy:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
-            return [first] + [event async for event in stream]
+            return first + [event async for event in stream]
 
     kinds = [type(event) for event in asyncs(main)]
     assert kinds.count(Preview) <= 2 and kinds[-2:] == [Drawn, Ended]

@@ -239,10 +239,27 @@ def test_too_many_wait_and_a_deadline(server, client):
     assert int(refused.headers["retry-after"]) >= 1
     with pytest.raises(openai.RateLimitError):
         client.images.generate(prompt=PROMPT, n=4)
+    for path, body in ((DRAW, {"prompt": PROMPT}), (CHAT, chat("What?"))):  # a stream that has not begun has a status
+        told(httpx.post(server.address + path, json={**body, "n": 4, "stream": True}), 429, "wait", "rate_limit_error")
     thread.join()
     told(results[0], 408, "deadline", code="deadline_passed")
     with pytest.raises(openai.APIError, match="deadline"):
         list(client.images.generate(prompt=PROMPT, stream=True, extra_body={"deadline": 0.2, "steps": 1000}))
+
+
+def test_a_deadline_that_passed_is_not_asked_again(server, client):
+    """OpenAI's client sends a 408 again by itself, unless it is told not to."""
+
+    def late():
+        text = httpx.get(server.address + "/metrics").text.splitlines()
+        return sum(
+            float(line.split()[1]) for line in text if line.startswith("pyunictokens_requests_total") and "408" in line
+        )
+
+    before = late()
+    with pytest.raises(openai.APIStatusError, match="deadline"):
+        client.with_options(max_retries=2).images.generate(prompt=PROMPT, extra_body={"deadline": 0.1, "steps": 1000})
+    assert late() == before + 1
 
 
 def test_concepts_beyond_the_limit_are_read_again(server, client):

@@ -1,5 +1,6 @@
 """OpenAI's own client against a real server on the shipped toy: draw, paint, ask, stream, and what the models are."""
 
+import asyncio
 import base64
 import io
 
@@ -12,6 +13,14 @@ from PIL import Image
 from pyunictokens import RolloutEngine
 from pyunictokens.data.images import from_pil, load_pixels, square, to_pil
 from pyunictokens.models import ConceptTokens
+from pyunictokens.rollout.serving import Written
+from pyunictokens.serve.catalog import Catalog
+from pyunictokens.serve.drawing import Drawing
+from pyunictokens.serve.forms import GenerationForm
+from pyunictokens.serve.gate import About
+from pyunictokens.serve.keys import Client, KeySettings
+from pyunictokens.serve.metrics import Metrics
+from pyunictokens.serve.pictures import Pictures
 from pyunictokens.toy.model import load_toy
 
 from .world import concept_run, running, weights_run
@@ -239,6 +248,26 @@ def test_reasoning_asks_first_and_says_what_was_drawn(client):
     assert answer.data[0].revised_prompt.startswith("a photo of <bo> with its toy.")
     with pytest.raises(openai.BadRequestError, match="has no facts to reason with"):
         client.images.generate(model="base", prompt=PROMPT, extra_body={"reason": True})
+
+
+def test_reasoning_takes_of_the_time_until_the_deadline(folder):
+    given = []
+
+    class Slow:
+        async def stream(self, model, request, *, deadline, **options):
+            given.append(deadline)
+            await asyncio.sleep(0.2)
+            yield Written(0, 0, "It is a red ball.", (), True, False, 0)
+
+    async def main():
+        catalog, metrics = Catalog(folder=folder, device="cpu"), Metrics(*[lambda: 0.0] * 3)
+        drawing, about = Drawing(catalog, Slow(), Pictures(), metrics, False), About("1", Client(KeySettings()))
+        form = GenerationForm(model="bo", prompt="a photo of <bo>.", reason=True, deadline=30.0)
+        async for _ in drawing.events(await drawing.ask(form, about), about):
+            pass
+
+    asyncio.run(main())
+    assert 0 < given[0] <= 30 and given[1] <= given[0] - 0.2
 
 
 def test_a_run_that_comes_later_is_served(client, folder):

@@ -6,7 +6,7 @@
 from .asynchronous import AsyncEngine
 from .engine import AT_ONCE, BATCH_FROM, ServingEngine
 from .queue import DeadlinePassed, QueueFull
-from .requests import AnswerRequest, Drawn, Ended, Event, ImageRequest, Preview, Request, Written
+from .requests import AnswerRequest, Drawn, Ended, Event, ImageRequest, Preview, Request, Taken, Written
 
 __all__ = [
     "AT_ONCE",
@@ -22,5 +22,6 @@ __all__ = [
     "QueueFull",
     "Request",
     "ServingEngine",
+    "Taken",
     "Written",
 ]

@@ -24,7 +24,7 @@ from typing import TypeVar
 from ...utils.errors import UserError
 from ..engine import RolloutEngine
 from .engine import ServingEngine
-from .requests import Ended, Event, Preview, Request, Written
+from .requests import Ended, Event, Preview, Request, Taken, Written
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class AsyncEngine:
         priority: int = 0,
         deadline: float | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """The events of a request as they come; the last is `Ended` without an error.
+        """The events of a request as they come; the first is `Taken`, the last `Ended` without an error.
 
         model: an open model, or a function that gives it, called in the engine's thread. Raises what `add_request`
         raises before the first event, and the error that a request ended with. Leaving it early aborts the request.
@@ -158,7 +158,7 @@ class AsyncEngine:
                 self.serving.abort(number)
 
         try:
-            await self.call(add)
+            yield Taken(await self.call(add))
             while True:
                 event = await box.get()
                 if isinstance(event, Ended) and event.error is not None:

@@ -193,7 +193,7 @@ class ServingEngine:
     def _expire(self, events: list[Event]) -> None:
         now = self._clock()
         for job in [job for job in self._jobs.values() if job.ticket.deadline <= now]:
-            self._fail(job, DeadlinePassed("the deadline of this request passed before it was done"), events)
+            self._fail(job, DeadlinePassed(), events)
 
     def _admit(self, events: list[Event]) -> None:
         """Free slots go to those whose turn it is."""

@@ -30,6 +30,9 @@ class QueueFull(UserError):
 class DeadlinePassed(UserError):
     """A request was not finished by its deadline; its rows are free."""
 
+    def __init__(self) -> None:
+        super().__init__("the deadline of this request passed before it was done")
+
 
 @dataclass(eq=False)
 class Ticket:

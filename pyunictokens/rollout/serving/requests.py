@@ -59,6 +59,13 @@ Request: TypeAlias = ImageRequest | AnswerRequest
 
 
 @dataclass(frozen=True, eq=False)
+class Taken:
+    """`AsyncEngine` tells it first: the request can be used, and waits."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, eq=False)
 class Preview:
     """An image while it is drawn: what it would be if the codes that are still unknown kept their present values."""
 
@@ -106,4 +113,4 @@ class Ended:
     error: Exception | None = None
 
 
-Event: TypeAlias = Preview | Drawn | Written | Ended
+Event: TypeAlias = Taken | Preview | Drawn | Written | Ended

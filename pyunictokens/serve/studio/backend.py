@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.images import save_image, to_pil
-from ...rollout.serving import AsyncEngine, Drawn, ServingEngine
+from ...rollout.serving import AsyncEngine, Drawn, ServingEngine, Taken, Written
 from ...utils.errors import UserError, needs
 from ...utils.files import write_bytes_atomic
 from ..answering import Answering
@@ -107,7 +107,8 @@ class Studio:
         asked = await self._answering.ask(form, about)
         async with aclosing(self._answering.events(asked, about)) as events:
             async for each in events:
-                yield each.text
+                if isinstance(each, Written):
+                    yield each.text
 
     def file(self, picture: Picture) -> str:
         """A PNG file of a picture, for a page. It is written once and whole: Gradio writes a picture that it is given
@@ -146,6 +147,8 @@ class Studio:
         yield sheet
         async with aclosing(self._drawing.events(asked, about)) as events:
             async for each in events:
+                if isinstance(each, Taken):
+                    continue
                 sheet.pictures[each.sample] = to_pil(each.pixels)
                 sheet.done += isinstance(each, Drawn)
                 yield sheet
