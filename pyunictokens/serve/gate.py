@@ -8,7 +8,9 @@ leaves one line in the log; prompts are in it only where that was asked for.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -208,11 +210,18 @@ class Gate:
             log_request(**line, route=route, status=status, seconds=round(took, 4), **about.notes)
 
     def _admit(self, scope: Scope, path: str, about: About, held: ExitStack) -> None:
-        """Who it is, and whether they may ask now. Nothing of the body has been read."""
+        """Who it is, and whether they may ask now. Nothing of the body has been read.
+
+        Without keys a page of another site is kept out by the name it asks for: one whose name was made to lead to
+        this machine is of the same origin to a browser (DNS rebinding), but still sends that name.
+        """
         headers = {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
         if path not in OPEN:
             given = headers.get(b"authorization")
             about.client = self._keys.client(None if given is None else given.decode("latin-1"))
+            host = headers.get(b"host", b"localhost").decode("latin-1")
+            if not self._keys and not this_machine(re.sub(r":\d*$", "", host).strip("[]")):
+                raise Refused(403, f"host {host!r}: without a key, only names of this machine (127.0.0.1, localhost)")
             self._connections.proven(scope.get("client"))
         if self.ending:
             raise Refused(503, "this server is ending and takes nothing more", headers={"retry-after": "5"})
@@ -231,3 +240,13 @@ class Gate:
         headers.append((b"connection", b"close"))  # what is left of its body is not read
         await tell({"type": "http.response.start", "status": error.status, "headers": headers})
         await tell({"type": "http.response.body", "body": error.body})
+
+
+def this_machine(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

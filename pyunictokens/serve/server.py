@@ -7,7 +7,6 @@ nothing more, finishes what waits and runs, and closes.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from .answering import Answering
 from .app import make_app
 from .catalog import Catalog
 from .drawing import Drawing
-from .gate import Gate, GateLimits
+from .gate import Gate, GateLimits, this_machine
 from .keys import KEY, KEY_FILE, Keys
 from .metrics import Metrics
 from .pictures import Pictures
@@ -109,13 +108,3 @@ class Server:
             await running
         finally:
             await engine.close(1.0)
-
-
-def this_machine(host: str) -> bool:
-    """Whether only this machine can reach that address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

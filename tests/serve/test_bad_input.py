@@ -198,7 +198,7 @@ def test_a_body_that_is_too_long_is_refused_unread(server):
 
 def test_a_body_that_does_not_come_ends_its_connection(server):
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
-        sock.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+        sock.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
         sock.settimeout(10)
         assert b"408" in sock.recv(1 << 16).splitlines()[0]
 
@@ -214,7 +214,8 @@ def wait_until(true, seconds=20.0):
 def test_a_client_that_goes_away_gives_its_rows_back_at_once(server, streamed):
     engine = server._serving
     body = json.dumps({"prompt": PROMPT, "steps": 1000, "n": 2, "stream": streamed, "partial_images": 3})
-    head = f"POST {DRAW} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {DRAW} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall((head + body).encode())
         wait_until(lambda: engine.running == 2)
@@ -406,6 +407,10 @@ def test_no_page_of_another_site_may_ask(server):
     head = {"origin": "https://example.com", "access-control-request-method": "POST"}
     response = httpx.options(server.address + DRAW, headers=head)
     assert response.status_code == 405
+    rebound = httpx.get(server.address + "/v1/models", headers={"host": f"example.com:{server.port}"})
+    told(rebound, 403, "only names of this machine")
+    for host in ("127.0.0.1", f"localhost:{server.port}", f"[::1]:{server.port}"):
+        assert httpx.get(server.address + "/v1/models", headers={"host": host}).status_code == 200
     assert not [
         name for name in httpx.get(server.address + "/health", headers=head).headers if "access-control" in name
     ]

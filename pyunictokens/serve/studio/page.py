@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...utils.errors import UserError, needs
-from ..server import this_machine
+from ..gate import this_machine
 from .backend import Studio
 from .concepts import Concepts
 from .training import Training
