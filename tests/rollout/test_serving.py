@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunictokens import RolloutEngine
+from pyunictokens.models.showo.joining import JoinedDecoder
 from pyunictokens.rollout.serving import (
     AnswerRequest,
     DeadlinePassed,
@@ -19,6 +20,7 @@ from pyunictokens.rollout.serving import (
     ServingEngine,
     Written,
 )
+from pyunictokens.rollout.serving.images import MixedSlots
 from pyunictokens.toy.model import load_toy
 from pyunictokens.utils.errors import NotFinite, UserError
 
@@ -284,6 +286,36 @@ def test_a_model_that_breaks_fails_its_own_requests_and_no_others():
     ended = {event.ticket: event.error for event in run(serving) if isinstance(event, Ended)}
     assert isinstance(ended[numbers[0]], UserError)
     assert "device is gone" in str(ended[numbers[1]]) and ended[numbers[2]] is None
+    assert sorted(serving._free) == list(range(64))
+
+
+@pytest.mark.parametrize("where", ["seat", "gather", "join", "keep"])
+def test_memory_that_runs_out_between_steps_loses_no_slot_and_ends_nobody_else(monkeypatch, where):
+    """Rows that come and go move keys and values: what fails there is their batch's, in the next step."""
+    serving = ServingEngine()
+    other = resident_engine(worded_model(), tokenizer=words())
+    image, answer = ImageRequest("a red ball .", steps=5), AnswerRequest(IMAGE, "What is it?", max_new_tokens=8)
+    first = [serving.add_request(ENGINE, request) for request in (image, answer)]
+    serving.step()
+    later = [serving.add_request(engine, request) for engine in (ENGINE, other) for request in (image, answer)]
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    part, name = {
+        "seat": (MixedSlots, "place"),
+        "gather": (MixedSlots, "_gather"),
+        "join": (JoinedDecoder, "join"),
+        "keep": (JoinedDecoder, "keep_rows"),
+    }[where]
+    kind = 0 if part is MixedSlots else 1
+    with monkeypatch.context() as broken:
+        broken.setattr(part, name, fail)
+        serving.abort(first[kind])
+        failed = {event.ticket for event in serving.step() if isinstance(event, Ended)}
+    assert failed and failed <= set(later[kind::2])
+    ended = {event.ticket: event.error for event in run(serving) if isinstance(event, Ended)}
+    assert not any(ended.values()) and failed | ended.keys() == {first[1 - kind], *later}
     assert sorted(serving._free) == list(range(64))
 
 

@@ -220,7 +220,10 @@ class ServingEngine:
             if job.ticket.number not in self._jobs:
                 continue  # its prefill failed
             if isinstance(job.request, ImageRequest):
-                self._seat(job, job.request, sample)
+                try:
+                    self._seat(job, job.request, sample)
+                except Exception as error:
+                    self._fail_all([job], error, events)
             else:
                 answers.setdefault(job.ticket.number, []).append(sample)
         for number, samples in answers.items():
@@ -264,9 +267,10 @@ class ServingEngine:
                 head=engine.head,
             )
             lane = bench.lanes[count] = _Lane(slots)
-        candidate = Candidate(-1, request.first_sample + sample, slot=self._free.pop())
+        candidate = Candidate(-1, request.first_sample + sample, slot=self._free[-1])
         shows = [max(1, steps * (k + 1) // (request.previews + 1)) for k in range(request.previews)]
         lane.slots.seat(candidate, job.known, job.prefix, job.look, job.numbers)
+        self._free.pop()
         lane.running.append(_Running(job, sample, candidate, shows))
 
     def _join(self, job: Job, samples: list[int]) -> None:
@@ -400,7 +404,7 @@ class ServingEngine:
         if bench.answers is not None:
             own = [row for row in bench.answers.rows if row.ticket == number]
             if own:
-                bench.answers.remove(own)
+                bench.answers.leave(own)
                 self._free += [row.slot for row in own]
         if not bench.busy:
             self._benches.pop(id(job.engine), None)

@@ -1,7 +1,8 @@
 """Image rows of many requests in one batch: each with a prompt, a number of steps, guidance and a seed of its own.
 
 It is the step of rollout/sampler.py; only what is one number for all rows there is one a row here. Rows come and go
-between any two steps.
+between any two steps, by bookkeeping alone: prompts are gathered at the next step, where what fails is told to those it
+concerns.
 
 Shape suffixes: B rows of one step, N image codes, D width.
 """
@@ -59,6 +60,7 @@ class MixedSlots(EagerSlots):
         self._empty = empty
         self._prompts: dict[int, Prefix] = {}
         self._own: dict[int, RowNumbers] = {}
+        self._gathered = True
 
     def seat(self, candidate: Candidate, known: Tensor, prompt: Prefix, look: int, numbers: RowNumbers) -> None:
         """Put a candidate into its slot, over the one prompt of `prompt`. Rows of one `look` begin with the same known
@@ -66,13 +68,18 @@ class MixedSlots(EagerSlots):
         slot = candidate.row = candidate.slot
         self.place(candidate, known)
         self._look_of_row[slot], self._own[slot], self._prompts[slot] = look, numbers, prompt
-        self._gather()
+        self._gathered = False
 
     def leave(self, slots: Sequence[int]) -> None:
         """These slots are free."""
         for slot in slots:
             del self._own[slot], self._prompts[slot]
-        self._gather()
+        self._gathered = False
+
+    def run(self, active: Sequence[Candidate], steps: int = 1) -> None:
+        if not self._gathered:
+            self._gather()
+        super().run(active, steps)
 
     def _gather(self) -> None:
         """The prompts that are read now, those of one request once, and the unconditional one last."""
@@ -81,6 +88,7 @@ class MixedSlots(EagerSlots):
         self.prompts = reduce(add, [*distinct.values(), self._empty])
         for slot, prompt in self._prompts.items():
             self._prompt_of_row[slot] = place[id(prompt)]
+        self._gathered = True
 
     def _order(self, candidate: Candidate) -> tuple[int, ...]:
         own = self._own[candidate.slot]  # guided rows first, rows of one seed side by side
