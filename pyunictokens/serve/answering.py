@@ -47,7 +47,7 @@ class Answering:
 
     async def ask(self, form: ChatForm, about: About) -> Question:
         """The request of a form. Raises Refused or UserError for what cannot be used."""
-        served = await asyncio.to_thread(self._catalog.open, form.model)
+        served = await self._catalog.opened(form.model)
         about.notes |= {"model": form.model, "n": form.n}
         text, url = _read(form)
         if self._log_prompts:

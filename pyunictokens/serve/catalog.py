@@ -9,10 +9,12 @@ A name that a client sends is looked up among the names that were found, and nev
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +90,7 @@ class Catalog:
         self._flags, self._device, self._dtype = flags or Sources(), device, dtype
         self._limits, self._folder, self._in_use = limits or Limits(), folder, in_use
         self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._reader = ThreadPoolExecutor(1, "open model")
         self._bases: dict[tuple[Sources, int | None], ModelBundle] = {}
         self._engines: dict[tuple[Sources, int | None], RolloutEngine] = {}
         self._own: OrderedDict[str, tuple[float, Served]] = OrderedDict()
@@ -144,9 +147,6 @@ class Catalog:
         cannot be read."""
         listed = self.find(name)
         stamp = _stamp(listed.path)
-        served = self._kept(name, stamp)
-        if served is not None:
-            return served
         with self._loading:  # not the other lock: the engine goes on while a model is read
             served = self._kept(name, stamp)
             if served is not None:
@@ -154,13 +154,21 @@ class Catalog:
             run = Run.find(BASE if listed.path is None else str(listed.path))
             own = listed.path is not None and _has_weights(listed.path)
             served = self._with_weights(name, run) if own else self._on_base(name, run)
-        with self._lock:
-            (self._own if own else self._shared)[name] = stamp, served
-            while len(self._own) > self._limits.models:
-                self._own.popitem(last=False)
-            for old in list(self._shared)[: max(0, len(self._shared) - self._limits.concepts - 1)]:
-                del self._shared[old]  # read again when it is asked for
+            with self._lock:
+                (self._own if own else self._shared)[name] = stamp, served
+                while len(self._own) > self._limits.models:
+                    self._own.popitem(last=False)
+                for old in list(self._shared)[: max(0, len(self._shared) - self._limits.concepts - 1)]:
+                    del self._shared[old]  # read again when it is asked for
         return served
+
+    async def opened(self, name: str) -> Served:
+        """The same for coroutines. Models are read in a thread of their own: who waits for one holds up nobody else."""
+        served = await asyncio.to_thread(self._at_hand, name)
+        return served or await asyncio.get_running_loop().run_in_executor(self._reader, self.open, name)
+
+    def _at_hand(self, name: str) -> Served | None:
+        return self._kept(name, _stamp(self.find(name).path))
 
     def _kept(self, name: str, stamp: float) -> Served | None:
         """The open model of a name, unless it was trained on since."""
@@ -183,7 +191,7 @@ class Catalog:
     @property
     def resident(self) -> int:
         """Concepts at hand."""
-        return sum(len(engine.concepts) for engine in self._engines.values())
+        return sum(len(engine.concepts) for engine in list(self._engines.values()))
 
     # --- opening -----------------------------------------------------------------------------------------------------
 

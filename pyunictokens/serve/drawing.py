@@ -57,7 +57,7 @@ class Drawing:
 
     async def ask(self, form: ImageForm, about: About) -> Asked:
         """The request of a form. Raises Refused or UserError for what cannot be used."""
-        served = await asyncio.to_thread(self._catalog.open, form.model)
+        served = await self._catalog.opened(form.model)
         about.notes |= {"model": form.model, "n": form.n}
         if self._log_prompts:
             about.notes["prompt"] = form.prompt
