@@ -22,12 +22,17 @@ MOST_PROGRAMS = 1024
 
 @triton.jit
 def objective(logp, old, ref, advantage, low, high, beta):
-    """Per token (value, slope = d value / d logp, clipped, k3, ratio); ref None: no penalty."""
+    """Per token (value, slope = d value / d logp, clipped, k3, ratio); ref None: no penalty.
+
+    A log-prob that is NaN makes its value NaN: of two numbers a GPU otherwise takes the one that is none.
+    """
     ratio = tl.exp(logp - old)
-    value = tl.minimum(ratio * advantage, tl.minimum(tl.maximum(ratio, low), high) * advantage)
+    inside = tl.maximum(ratio, low, propagate_nan=tl.PropagateNan.ALL)
+    inside = tl.minimum(inside, high, propagate_nan=tl.PropagateNan.ALL)
+    value = tl.minimum(ratio * advantage, inside * advantage, propagate_nan=tl.PropagateNan.ALL)
     clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
     slope = tl.where(clipped, 0.0, ratio * advantage)
-    k3 = ratio * 0.0
+    k3 = tl.zeros_like(ratio)
     if ref is not None:
         gap = ref - logp
         # exp(g) − g − 1 cancels where g is small, which is where a policy near its reference lives: there, the series.
@@ -124,8 +129,10 @@ def grpo_tokens(
         tl.store(loss_ptr, _total(partials_ptr, 0, PROGRAMS).to(tl.float32))
         tl.store(statistics_ptr, (_total(partials_ptr, 1, PROGRAMS) / counted).to(tl.float32))
         tl.store(statistics_ptr + 1, (_total(partials_ptr, 2, PROGRAMS) / counted).to(tl.float32))
-        tl.store(statistics_ptr + 2, tl.max(tops, 0))
-        tl.store(statistics_ptr + 3, (_total(partials_ptr, 4, PROGRAMS) / counted).to(tl.float32))
+        mean = (_total(partials_ptr, 4, PROGRAMS) / counted).to(tl.float32)
+        # The largest of some numbers leaves NaN out, their sum does not.
+        tl.store(statistics_ptr + 2, tl.where(mean == mean, tl.max(tops, 0), mean))
+        tl.store(statistics_ptr + 3, mean)
         if entropy_ptr is not None:
             tl.store(statistics_ptr + 4, (_total(partials_ptr, 6, PROGRAMS) / counted).to(tl.float32))
         tl.store(counter_ptr, 0)  # ready for the next call

@@ -33,11 +33,11 @@ _noted: list[Launch] | None = None
 
 
 def _mend_interpreter() -> None:
-    """Three things the interpreter does unlike a GPU, on which kernels here rely.
+    """Four things the interpreter does unlike a GPU, on which kernels here rely.
 
     Loop bounds: it keeps a scalar as an array of one, which NumPy ≥ 2.4 does not take for an integer. Products of
     bfloat16: it keeps them as the integers of their bits and would multiply those. float32 to bfloat16: it cuts off, a
-    GPU rounds.
+    GPU rounds. The smaller and the larger of two numbers: it gives NaN where one is, a GPU the other number.
     """
     import numpy as np
     import triton.language as tl
@@ -69,6 +69,8 @@ def _mend_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_and_index
     interpreter._convert_float = convert_and_round
     interpreter.InterpreterBuilder.create_dot = dot_of_singles
+    interpreter.InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
 
 
 if INTERPRETED:

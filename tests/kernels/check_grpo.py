@@ -96,6 +96,28 @@ def test_what_is_masked_out_may_be_nan() -> None:
     assert all(torch.isfinite(x) for x in stats[:4])
 
 
+@pytest.mark.parametrize("tokens", [5, 700])
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_what_is_nan_is_seen(tokens: int, with_ref: bool) -> None:
+    logp, old = torch.full((2, tokens), -1.0), torch.full((2, tokens), -1.1)
+    logp[1, 2] = torch.nan
+    ref, beta = (old, 0.01) if with_ref else (None, 0.0)
+    found = []
+    for backend in ("triton", "reference"):
+        leaf = logp.clone().requires_grad_()
+        loss, stats = uct.ops.grpo_loss(leaf, old, ref, torch.tensor([1.0, -1.0]), beta=beta, backend=backend)
+        found.append([loss.detach(), *stats[:4], torch.autograd.grad(loss, leaf)[0]])
+    assert found[0][0].isnan() and found[0][3].isnan() and found[0][5].isnan().sum() == 1
+    for mine, wanted in zip(*found, strict=True):
+        assert torch.allclose(mine, wanted, rtol=1e-5, equal_nan=True)
+
+
+def test_without_a_reference_there_is_no_distance_to_it() -> None:
+    logp, old = torch.zeros(1, 4), torch.tensor([[0.0, -200.0, 200.0, 0.0]])
+    loss, stats = uct.ops.grpo_loss(logp, old, None, torch.ones(1), beta=0.0, backend="triton")
+    assert loss.item() == pytest.approx(-3.2) and stats.kl == 0.0 and stats.ratio_max == torch.inf
+
+
 def test_strides_and_repetition() -> None:
     logp = torch.randn(7, 3).T.requires_grad_()
     old = torch.randn(3, 7)

@@ -116,8 +116,8 @@ def test_grpo_loss_of_infinite_and_broken_numbers(level: str) -> None:
     loss.backward()
     assert logp.grad is not None
     assert logp.grad.tolist() == [[-1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
-    broken = uct.ops.grpo_loss(logp.detach(), old, None, torch.ones(1), beta=0.0, backend="cpu")[0]
-    assert broken.isnan()  # where nothing is masked, NaN is seen
+    broken, stats = uct.ops.grpo_loss(logp.detach(), old, None, torch.ones(1), beta=0.0, backend="cpu")
+    assert broken.isnan() and stats.ratio_max.isnan()  # where nothing is masked, NaN is seen
 
 
 def _head(lead: tuple[int, ...], width: int, entries: int) -> dict[str, Tensor]:

@@ -200,6 +200,7 @@ def loss_over_tokens(
         torch.get_num_threads(),
         level,
     )
+    out[3] = torch.where(out[4].isnan(), out[4], out[3])  # the largest ratio leaves NaN out, the mean does not
     return out, d_logp
 
 
