@@ -54,7 +54,7 @@ class Previews:
         ready = None
         if codes.is_cuda:
             ready = torch.cuda.Event()
-            ready.record()
+            ready.record(torch.cuda.current_stream(codes.device))
         return self._thread.submit(self._apart, codes, rows, ready).result
 
     def _apart(self, codes: Tensor, rows: list[int], ready: torch.cuda.Event | None) -> list[float]:

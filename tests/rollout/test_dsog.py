@@ -5,6 +5,7 @@ import random
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,6 +236,24 @@ def test_other_rows_step_while_an_overlapping_scorer_thinks(monkeypatch):
     tiny_engine(max_rows=2).generate_images([[1]], samples=2, steps=10, dsog=dsog)
     assert calls == [2, 1] and all(name.startswith("previews") for name in threads)
     assert not any(thread.name.startswith("previews") for thread in threading.enumerate())
+
+
+def test_a_scorer_on_another_gpu_than_the_current_one_waits_for_its_codes(monkeypatch):
+    """The event is recorded on the stream that made the codes, whichever device is current. No GPU is here: what is
+    asked of torch.cuda is noted."""
+    recorded = []
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream", str(device)))
+    monkeypatch.setattr(Previews, "_apart", lambda self, codes, rows, ready: [1.0])
+    codes = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
+    with Previews(lambda codes: codes, lambda pixels, index: index, torch.zeros(1), overlap=True) as previews:
+        assert previews.begin(codes, [0])() == [1.0]
+    assert recorded == [("stream", "cuda:1")]
 
 
 def test_a_refill_keeps_its_rows_prompt_and_the_others_go_on():
