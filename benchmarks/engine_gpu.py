@@ -439,6 +439,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
         sys.exit("torch finds no GPU here; --smoke --device cpu proves that every section runs")
+    clock.take(options.device)
     sizes = SMOKE if options.smoke else FULL
     if options.grpo_steps:
         sizes = dataclasses.replace(sizes, grpo_steps=tuple(options.grpo_steps))

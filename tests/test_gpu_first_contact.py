@@ -20,6 +20,7 @@ import torch
 from benchmarks import engine_gpu, gpu, levers, machine
 from benchmarks.engine_report import EngineReport, Number
 from benchmarks.ops import cases, clock, memory, peers, run
+from benchmarks.ops.__main__ import main as ops_main
 from benchmarks.ops.schema import Machine, Report
 
 ROOT = Path(__file__).parent.parent
@@ -293,6 +294,23 @@ def test_levers_beside_their_predictions(tmp_path: Path) -> None:
     assert "not measured" in lines["fp8"] and "an old card" in lines["fp8"]
     assert "FAILED" in lines["compiled"] and "no room" in lines["compiled"]
     assert "not measured" in lines["head"]
+
+
+@pytest.mark.parametrize("main", [ops_main, engine_gpu.main])
+def test_one_of_several_gpus_is_made_the_current_one(main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events and graphs are of the current device: a benchmark of another one would time nothing."""
+
+    class Taken(Exception):
+        pass
+
+    def take(device: str) -> None:
+        raise Taken(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cuda:1", "--smoke"])
+    with pytest.raises(Taken, match="cuda:1"):
+        main()
 
 
 def test_without_git_there_is_no_commit_and_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from . import clock
 from .cases import OPERATIONS, own
 from .peers import peers
 from .run import Run, Settings, default_file, machine
@@ -57,6 +58,7 @@ def main() -> None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch finds no GPU here; use --device cpu")
+    clock.take(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

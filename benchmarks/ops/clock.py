@@ -18,6 +18,12 @@ from .schema import Rates
 MIN_ROUNDS, FEWEST = 5, 2
 
 
+def take(device: str) -> None:
+    """Make `device` the current one where it is one of several GPUs: events and graphs are of the current device."""
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+
+
 def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
