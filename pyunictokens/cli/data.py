@@ -140,9 +140,10 @@ def new(
             progress=bars.each("reading photos", len(photos)),
         )
     concept = made.concept
+    facts_given = len(concept.extra_info)
     say(
         f"{concept.name}: {len(concept.train_images)} photos to learn from, {len(concept.test_images)} to test with, "
-        f"{len(concept.extra_info)} facts; images of other things: {made.negatives}"
+        f"{facts_given} fact{'' if facts_given == 1 else 's'}; images of other things: {made.negatives}"
     )
     for note in made.notes:
         say(f"note: {note}")

@@ -39,7 +39,7 @@ def propose(
     """Have a language model propose the UnifyBench++ texts that a folder lacks, on a sheet for a person to review.
 
     Facts with reasoning prompts, long prompts, long prompts that hint at facts. Nothing is written into the data: open
-    the sheet, change what should be other, write yes or no into `accept`, and give it to `data accept`. Given again,
+    the sheet, correct the texts, write yes or no into `accept`, and give it to `data accept`. Given again,
     the command goes on where it stopped and leaves reviewed rows alone.
 
     Examples:

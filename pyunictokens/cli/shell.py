@@ -53,9 +53,9 @@ ModelOption = Annotated[
         "the embedded toy, or what the run used.",
     ),
 ]
-VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or hub id. Default: as for --model.")]
+VqOption = Annotated[str | None, typer.Option("--vq", help="MAGVIT-v2 folder or hub id. Default: the model's own.")]
 TokenizerOption = Annotated[
-    str | None, typer.Option("--tokenizer", help="Folder or hub id with tokenizer.json. Default: as for --model.")
+    str | None, typer.Option("--tokenizer", help="Folder or hub id with tokenizer.json. Default: the model's own.")
 ]
 VisionOption = Annotated[
     str | None,

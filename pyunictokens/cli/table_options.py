@@ -17,7 +17,7 @@ ProtocolOption = Annotated[
     typer.Option(
         "--protocol",
         metavar="ours|sync-r1",
-        help="How is asked and scored: ours, or as the authors' later public code does (docs/evaluation.md).",
+        help="How questions are asked and scored: ours, or as the authors' later public code (docs/evaluation.md).",
     ),
 ]
 TableClipOption = Annotated[

@@ -74,9 +74,10 @@ _BLANK = re.compile(r"\[[A-Z][A-Z ]*\?\]")
 def facts_template(name: str, kind: str, class_word: str) -> str:
     """A sheet to fill in, as YAML text. A blank, such as [WHICH TOY?], is an error until something is written there."""
     sks = f"<{name}>"
-    thing, blank = {"human": ("drink", "[WHICH DRINK?]"), "animal": ("toy", "[WHICH TOY?]")}.get(
-        kind, ("place", "[WHICH PLACE?]")
-    )
+    thing, blank, joined = {
+        "human": ("drink", "[WHICH DRINK?]", "with their"),
+        "animal": ("toy", "[WHICH TOY?]", "with its"),
+    }.get(kind, ("place", "[WHICH PLACE?]", "in its"))
     return f"""\
 # Write something in the place of every [BLANK?], and take out what you do not need.
 # What the images show, in one sentence.
@@ -84,8 +85,8 @@ info: "{sks} is a [WHAT COLOUR AND SHAPE?] {class_word}."
 # What no image shows. One half of the facts trains reasoning, the other half tests it: write four or more.
 facts:
   - fact: "{sks}'s favourite {thing} is {blank}."
-    prompt: "A photo of {sks} with its favourite {thing}."
-    explicit: "A photo of {sks} with {blank}."
+    prompt: "A photo of {sks} {joined} favourite {thing}."
+    explicit: "A photo of {sks} {joined.split()[0]} {blank}."
     question: "What is {sks}'s favourite {thing}?"
     answer: "{blank}"
 # Asked about every photo.
