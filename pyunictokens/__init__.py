@@ -1,7 +1,7 @@
 """pyunictokens: reinforcement-learning post-training of unified masked-generative models.
 
-This module is the one door of the library. It knows the public names and where they live, and imports each part when it
-is first asked for, so that ``import pyunictokens`` needs torch alone. It does not know how any part works.
+This module lists the public names and imports each part when it is first asked for, so that ``import pyunictokens``
+needs torch and NumPy alone.
 """
 
 from __future__ import annotations

@@ -31,8 +31,10 @@ def published_epochs(folder: Path) -> list[int]:
 class ConceptTokens(nn.Module):
     """Rows of one concept: `<name>`, then `num_understanding` (K), `num_generation` (M) and `num_extra` helper tokens.
 
-    Parameters (float32): embed [n, D], head_weight [n, D], head_bias [n], with n = 1 + K + M + extra. Without `rows`
-    they start from N(0, 0.02), the head's too, and a zero bias.
+    Parameters (float32): embed [n, D], head_weight [n, D], head_bias [n], with n = 1 + K + M + extra. They start
+    from N(0, 0.02), the head's too, and a zero bias; `seed` decides the draws.
+
+    Raises UserError for a name that cannot be a folder's, a width below 1 or a negative number of tokens.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ConceptTokens(nn.Module):
 
     @property
     def num_tokens(self) -> int:
+        """n, the number of rows."""
         return 1 + self.num_understanding + self.num_generation + self.num_extra
 
     @property

@@ -2,7 +2,7 @@
 
 Every operation validates, chooses a backend (`backend=None`: the best that can run) and is registered with
 torch.library, so it works under torch.compile. `reference.py` is the definition; the other backends are held against
-it. This package needs torch alone and knows nothing of models. API page: docs/ops.md.
+it. This package needs torch and NumPy alone. API page: docs/ops.md.
 """
 
 from __future__ import annotations

@@ -61,6 +61,9 @@ def sequence_logprob(logp: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Returns:
         [R] float32 (float64 for float64 logp); 0 for a rollout without a token that counts.
+
+    Raises:
+        UserError: a wrong shape, dtype or device.
     """
     check.tensor("logp", logp, check.FLOATS)
     if logp.dim() < 1:
@@ -83,11 +86,15 @@ def transition_logprob(logp: Tensor, inputs: Tensor, remasked_logp: Tensor | Non
     Hand the reductions of the policy and the old policy to `grpo_loss`; alpha = 1/T is the published normalisation.
 
     Args:
-        logp: [R, T, N] of the code chosen at each position; inputs: integer [R, T, N], the codes before each step.
+        logp: [R, T, N] of the code chosen at each position.
+        inputs: integer [R, T, N], the codes before each step, −1 where unknown.
         remasked_logp: [R, T, N], used where a position is masked before and after the step.
 
     Returns:
         [R, T] float32 (float64 for float64 logp).
+
+    Raises:
+        UserError: a wrong shape, dtype or device.
     """
     check.tensor("logp", logp, check.FLOATS)
     masked, still = _masked_and_still(inputs)
@@ -102,10 +109,19 @@ def transition_logprob(logp: Tensor, inputs: Tensor, remasked_logp: Tensor | Non
 
 
 def lowest_kept(old_logp: Tensor, inputs: Tensor) -> Tensor:
-    """log c [R, T]: the least log-probability among the codes that each step made known, under the old policy.
+    """The least log-probability among the codes that each step made known, under the old policy.
 
-    The threshold of `remasked_logprob`. A constant of the objective: no gradient. 0 where a step made nothing known, so
-    that every code lies below.
+    The threshold of `remasked_logprob`. A constant of the objective: no gradient.
+
+    Args:
+        old_logp: [R, T, N] of the code chosen at each position.
+        inputs: integer [R, T, N], the codes before each step, −1 where unknown.
+
+    Returns:
+        [R, T] float32 (float64 for float64 old_logp); 0 where a step made nothing known, so that every code lies below.
+
+    Raises:
+        UserError: a wrong shape, dtype or device.
     """
     check.tensor("old_logp", old_logp, check.FLOATS)
     masked, still = _masked_and_still(inputs)
@@ -133,10 +149,13 @@ def remasked_logprob(
     Args:
         hidden: [R, T, N, D]; weight [K, D]; bias [K] or None; guidance and temperature as in `selected_logprob`.
         threshold: [R, T], of `lowest_kept`.
-        inputs: integer [R, T, N], the codes before each step.
+        inputs: integer [R, T, N], the codes before each step, −1 where unknown.
 
     Returns:
         [R, T, N] float32 (float64 for float64 hidden), differentiable in hidden, hidden_uncond, weight and bias.
+
+    Raises:
+        UserError: a wrong shape, dtype, device or value.
     """
     masked, still = _masked_and_still(inputs)
     _, hidden_uncond, guidance_scale, temperature = head_arguments(

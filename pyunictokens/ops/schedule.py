@@ -35,7 +35,11 @@ def mask_schedule(name: str, step: int, steps: int) -> float:
 
 
 def mask_rate(name: str, t: float) -> float:
-    """The schedule at any t in [0, 1], as training draws it (`mask_schedule` is this at (step + 1)/steps)."""
+    """The schedule at any t in [0, 1], as training draws it (`mask_schedule` is this at (step + 1)/steps).
+
+    Raises:
+        UserError: unknown name, t outside [0, 1].
+    """
     if not 0.0 <= t <= 1.0:
         raise UserError(f"t={t}: must be in [0, 1]")
     return _at(name, float(t))

@@ -55,10 +55,11 @@ def maskgit_step(
         step: int or integer tensor [B], 0 … 65535.
         token_gumbel: [B, N, K] explicit Gumbel noise of the choice, instead of the generator's.
         rank_gumbel: [B, N] explicit Gumbel noise of the re-masking.
-        backend: None (the best that can run), "reference" or "cpu".
+        backend: None (the best that can run), "reference", "cpu" or "cuda".
 
     Returns:
-        MaskgitStep(codes, chosen, logp, masked), each [B, N]. Not differentiable.
+        MaskgitStep: codes and chosen int64, logp float32 (float64 for float64 logits), masked bool, each [B, N]. Not
+        differentiable.
 
     Raises:
         UserError: a wrong shape, dtype, device or value; on the CPU also NaN or +inf in the logits. On a GPU values are
@@ -142,10 +143,14 @@ def sample_categorical(
         seed, sample_ids, step: as in `maskgit_step`; `step` is the number of the token in its answer.
         temperature: ≥ 0.
         top_k: 0 (off) or more.
+        backend: None (the best that can run), "reference", "cpu" or "cuda".
 
     Returns:
-        (ids int64 [B], logp [B]): logp under the full softmax(logits/temperature), whatever top_k is, and under
-        softmax(logits) for temperature 0. Not differentiable.
+        (ids int64 [B], logp [B] float32, float64 for float64 logits): logp under the full softmax(logits/temperature),
+        whatever top_k is, and under softmax(logits) for temperature 0. Not differentiable.
+
+    Raises:
+        UserError: a wrong shape, dtype, device or value.
     """
     refuse_transforms("sample_categorical")
     check.tensor("logits", logits, check.FLOATS)

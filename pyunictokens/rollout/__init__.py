@@ -1,6 +1,6 @@
 """Rollouts: images and answers drawn from a model, with what the update needs to score them again.
 
-`RolloutEngine` is the door. Nothing here knows rewards (beyond a scorer callback) or training.
+Start with `RolloutEngine`. Nothing here imports rewards or training: previews are scored by a callback.
 """
 
 from .dsog import Dsog, DsogThreshold

@@ -28,6 +28,16 @@ LOWEST, HIGHEST = 0.01, 0.99
 class DsogThreshold:
     """The preview threshold T and its trend τ (equations 9 and 10).
 
+    Args:
+        initial: the first threshold, in 0.01…0.99.
+        target_pass_rate: TPR, the share of previews that should pass, in 0…1.
+        mu: how strongly the threshold follows the pass rate, ≥ 0.
+        eta: how slowly the trend changes, between 0 and 1.
+        epsilon0: how strongly the trend works against a turn, ≥ 0.
+
+    Raises:
+        UserError: a value outside these ranges.
+
     >>> DsogThreshold().update(0.1)  # few passed: the threshold falls
     0.4938...
     """

@@ -221,6 +221,9 @@ class RolloutEngine:
             progress: called with (row-steps done, row-steps wanted) after every step.
             concepts: which resident concept each prompt speaks of, where its text does not say so.
 
+        Returns:
+            ImageRollout: codes int64 [R, N], pixels float [R, 3, H, W] in about [−1, 1], and with `record` the steps.
+
         Raises:
             UserError: for anything out of range, or prompts without tokenizer.
             NotFinite: a model whose log-probs are not finite.
@@ -365,6 +368,7 @@ class RolloutEngine:
 
     @profiling.phase("decode", unless="previews")
     def pixels(self, codes: Tensor, grid: tuple[int, int], of: str = "decode") -> Tensor:
+        """Codes int [B, N] of a `grid` (height, width) to pixels float [B, 3, H, W]; the time counts for phase `of`."""
         vq = self.vq
         assert vq is not None
         profiling.count(of, lambda: vq.decode_cost(len(codes), grid).flops)
@@ -403,6 +407,9 @@ class RolloutEngine:
             seed, sample_ids: the key of all noise, as for images.
             concepts: which resident concept each question speaks of, where its text does not say so.
             block_length, steps: as in :meth:`write`, for a model that writes by blocks.
+
+        Returns:
+            TextRollout: tokens int64 [R, L] with −1 after the end token, their log-probs [R, L], and the texts.
 
         Raises:
             UserError: for anything out of range, text without tokenizer, more positions than the model has, or a model

@@ -256,7 +256,18 @@ class Pipeline:
 def pipeline(
     where: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto", name: str | None = None
 ) -> Pipeline:
-    """:meth:`Pipeline.from_pretrained`."""
+    """Open a run, a published folder, a hub id or a model, to be called with prompts (:class:`Pipeline`).
+
+    Args:
+        where: a run's folder, what `Pipeline.save_pretrained` wrote, a hub id, or a model's folder or word
+            ("show-o-512"); "base" is the embedded toy.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto, float32, bfloat16 or float16.
+        name: the concept's, where `where` holds published tokens.
+
+    Raises:
+        UserError: `where` is neither a run nor a model, or its files cannot be used.
+    """
     return Pipeline.from_pretrained(where, device=device, dtype=dtype, name=name)
 
 

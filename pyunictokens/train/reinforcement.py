@@ -86,8 +86,13 @@ def train_grpo(
         ranks: the processes that train together, each of which calls this with the same arguments; by default this one
             alone. All must see `out_dir`. Reward models score a rank's own images.
 
+    Returns:
+        GrpoResult: the run's folder, steps done and skipped, and the concept; `model` holds the trained policy.
+
     Raises:
-        UserError, Stopped: as `run_grpo`.
+        UserError: settings, data or checkpoints that cannot be used, a model without a concept, and `max_bad_steps`
+            steps in a row with a number that is not finite.
+        Stopped: `stop` said so before the last step; `resume` goes on from there.
     """
     config = config or TrainConfig.preset("paper").grpo
     if concept is not None:
@@ -151,8 +156,8 @@ def reinforce(
     stop: Stop = never,
     ranks: Ranks | None = None,
 ) -> RunResult:
-    """Improve a model's images of a list of prompts by reinforcement: plain text-to-image, no concept needed. Of a
-    model that writes by blocks (LLaDA; MMaDA as `bundle.as_text()`) it is the texts that improve.
+    """Improve a model's images of a list of prompts by reinforcement: plain text-to-image, no concept needed. For a
+    model that writes by blocks (LLaDA; MMaDA as `bundle.as_text()`), improve its texts.
 
     Args:
         model: a bundle with .model, .vq and .tokenizer, as `load_toy()` gives. With a concept attached, prompts may
@@ -164,9 +169,10 @@ def reinforce(
         reward_funcs: a function ``f(prompts=[...], images=[R, 3, H, W] in [-1, 1], **columns) -> list[float]``, of
             texts ``f(prompts=[...], completions=[...], **columns)``; a reward model (``score(batch) -> Tensor [R]``),
             the name of a registered one ("jpeg_size"), an `Ensemble`, or several of these as a list or by name.
-        config: by default `GrpoConfig(trainable="lora")`. Settings of answers have no effect, but on texts:
-            `max_new_tokens`, `answer_temperature`, `block_length`, `text_steps`. `groups` is the number of prompts of
-            a step, `group_size` that of images (or texts) of each.
+        config: by default `GrpoConfig(trainable="lora")`, whose lr of 1e-6 hardly moves adapters: give `lr`, as 1e-4.
+            Settings of answers have no effect, except for texts: `max_new_tokens`, `answer_temperature`,
+            `block_length`, `text_steps`. `groups` is the number of prompts of a step, `group_size` that of images (or
+            texts) of each.
         weights: of several reward functions, as a list or by name; 1 each by default.
         held_out: prompts that do not train, in the same forms: drawn with the same noise every `config.held_out.every`
             steps. The best policy by them is kept, and the run ends where they fall (held_out.py).
@@ -174,10 +180,15 @@ def reinforce(
         preview_scorer: as in `train_grpo`, or "reward": previews are scored by the reward itself, columns included.
         out_dir, resume, progress, stop, ranks: as in `train_grpo`.
 
+    Returns:
+        RunResult: the run's folder, steps done and skipped, and the measurements on held-out prompts; `model` holds the
+        trained policy.
+
     Raises:
-        UserError: also for prompts and reward functions that cannot be used, for a column that a reward function asks
-            for and the prompts do not have, and for trainable=concept without a concept.
-        Stopped: as `run_grpo`.
+        UserError: prompts, reward functions, settings or checkpoints that cannot be used; a column that a reward
+            function asks for and the prompts do not have; trainable=concept without a concept; `max_bad_steps` steps
+            in a row with a number that is not finite.
+        Stopped: `stop` said so before the last step; `resume` goes on from there.
     """
     config = config or GrpoConfig(trainable="lora")
     if isinstance(model.model, WritingModel):
