@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pyunictokens.models.concept_tokens import ConceptTokens
 from pyunictokens.utils.errors import UserError
@@ -100,3 +101,23 @@ def test_bad_sizes_are_named():
         ConceptTokens("bo", 0)
     with pytest.raises(UserError, match="K=-1"):
         ConceptTokens("bo", 8, -1)
+
+
+class OfOneDevice(TorchFunctionMode):
+    """What a GPU says of numbers that are asked for on it from a generator of the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        generator, device = kwargs.get("generator"), kwargs.get("device")
+        if generator is not None and device is not None and torch.device(device).type != generator.device.type:
+            raise RuntimeError(f"Expected a {device} device type for generator but found {generator.device}")
+        return func(*args, **kwargs)
+
+
+def test_a_concept_is_made_on_the_device_that_is_asked_for():
+    with OfOneDevice(), torch.device("meta"):
+        concept = ConceptTokens("bo", 8)
+    assert {parameter.device.type for parameter in concept.parameters()} == {"meta"}
+    concept, generator = ConceptTokens("bo", 8, seed=3), torch.Generator().manual_seed(3)
+    for drawn in (concept.embed, concept.head_weight):
+        assert torch.equal(drawn, torch.randn(25, 8, generator=generator) * 0.02)

@@ -13,6 +13,7 @@ import json
 import secrets
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ with needs("studio"):
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
+
+_KEPT = 256
+"""Files of pictures that are kept."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Studio:
 
     def __init__(self, catalog: Catalog, serving: ServingEngine, choices: Path):
         self.catalog, self.choices = catalog, choices
+        self._files: OrderedDict[Path, None] = OrderedDict()
+        """Pictures of the folder, the one that was shown last at the end."""
         self._room = tempfile.TemporaryDirectory(prefix="pyunictokens-studio-")
         self.engine = AsyncEngine(serving)
         metrics = Metrics(lambda: serving.running, lambda: serving.queue.waiting, lambda: catalog.resident)
@@ -112,12 +118,16 @@ class Studio:
 
     def file(self, picture: Picture) -> str:
         """A PNG file of a picture, for a page. It is written once and whole: Gradio writes a picture that it is given
-        again over the file that a browser may be reading."""
+        again over the file that a browser may be reading. It stays until Gradio has long copied it."""
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         file = Path(self._room.name, f"{hashlib.sha256(buffer.getvalue()).hexdigest()[:32]}.png")
         if not file.exists():
             write_bytes_atomic(file, buffer.getvalue())
+        self._files[file] = None
+        self._files.move_to_end(file)
+        while len(self._files) > _KEPT:
+            self._files.popitem(last=False)[0].unlink()
         return str(file)
 
     def choose(self, prompt: str, model: str, pictures: Sequence[Picture], seeds: Sequence[int], better: int) -> Path:

@@ -38,6 +38,8 @@ _STYLE = """
 """
 
 
+_CACHE = (3600, 86400)
+"""Seconds between two looks at the pictures that Gradio keeps, and their age from which they go."""
 GRACE = 60.0
 """Seconds that a training has to end in when the studio does; after that it ends by itself."""
 
@@ -60,11 +62,14 @@ def serve_studio(
         from .concept_page import concept_page
         from .train_page import train_page
         from .try_page import compare_page, rate_page, try_page
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     password = os.environ.get(PASSWORD, "")
     if not password and not this_machine(host):
         raise UserError(f"--host {host} can be reached by other machines: set {PASSWORD} first, or use 127.0.0.1")
-    with gr.Blocks(title="pyunictokens studio", analytics_enabled=False) as page:
+    own = [] if password else [Middleware(TrustedHostMiddleware, [host, "localhost", "127.0.0.1", "::1"])]
+    with gr.Blocks(title="pyunictokens studio", analytics_enabled=False, delete_cache=_CACHE) as page:
         gr.Markdown("# pyunictokens studio")
         with gr.Tabs(selected="try" if len(studio.models()) > 1 else "concept"):
             with gr.Tab("Concept", id="concept"):
@@ -114,6 +119,7 @@ def serve_studio(
             css=_STYLE,
             max_file_size=25 << 20,
             allowed_paths=[],
+            app_kwargs={"middleware": own},  # no name that another site has made to lead here (DNS rebinding)
         )
         say(address)
         while not stop():

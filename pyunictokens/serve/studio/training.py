@@ -86,11 +86,15 @@ class Training:
         there = sorted(
             file.parent.name for file in self.runs.glob(f"*/{CONFIG}") if not file.parent.name.startswith(".")
         )
-        return list(dict.fromkeys([*([self.running] if self.running else []), *there]))
+        running = self.running
+        return list(dict.fromkeys([*([running] if running else []), *there]))
 
     def arguments(self, form: TrainForm) -> list[str]:
         """What follows `pyunictokens train`. Raises UserError for what is no setting."""
-        words = shlex.split(form.words)
+        try:
+            words = shlex.split(form.words)
+        except ValueError as error:
+            raise UserError(f"{form.words!r}: {error}: close every quotation mark") from None
         for word in words:
             if not _WORD.fullmatch(word):
                 raise UserError(f"{word!r}: settings are KEY=VALUE, as in grpo.group_size=4 (docs/training.md)")

@@ -1,4 +1,7 @@
-"""The pages *Try* (draw, paint over, ask), *Compare* (two models, one prompt and seed) and *Rate* (what is better)."""
+"""The pages *Try* (draw, paint over, ask), *Compare* (two models, one prompt and seed) and *Rate* (what is better).
+
+What draws or answers has no limit of Gradio's on how many do so at once: the engine shares its steps among all.
+"""
 
 from __future__ import annotations
 
@@ -164,10 +167,11 @@ def try_page(studio: Studio) -> gr.Dropdown:
                     yield so_far
 
     how = [seed, steps, guidance]
-    drawing = gr.on([go.click, prompt.submit], draw, [model, prompt, number, reason, *how], [pictures, status])
+    given = [model, prompt, number, reason, *how]
+    drawing = gr.on([go.click, prompt.submit], draw, given, [pictures, status], concurrency_limit=None)
     stop.click(None, cancels=[drawing])
-    gr.on([paint.click, words.submit], over, [model, canvas, words, *how], slider)
-    gr.on([ask.click, question.submit], reply, [model, shown, question, seed], answer)
+    gr.on([paint.click, words.submit], over, [model, canvas, words, *how], slider, concurrency_limit=None)
+    gr.on([ask.click, question.submit], reply, [model, shown, question, seed], answer, concurrency_limit=None)
     return model
 
 
@@ -200,7 +204,8 @@ def compare_page(studio: Studio) -> list[gr.Dropdown]:
                 yield f"2 of 2 drawn, {one} and {other}: {text}", first, second, (first, second)
 
     shown = [status, *pictures, slider]
-    gr.on([go.click, prompt.submit], compare, [*models, prompt, seed], shown, show_progress_on=status)
+    given = [*models, prompt, seed]
+    gr.on([go.click, prompt.submit], compare, given, shown, show_progress_on=status, concurrency_limit=None)
     return models
 
 
@@ -229,18 +234,18 @@ def rate_page(studio: Studio) -> gr.Dropdown:
                     yield _file(studio, sheet, 0), _file(studio, sheet, 1), done
 
     def save(which: int) -> Callable[[tuple[str, str, list[Picture], int] | None], str]:
-        def choose(drawn: tuple[str, str, list[Picture], int] | None) -> str:
+        def choose(drawn: tuple[str, str, list[Picture], int] | None) -> tuple[str, None]:
             with told():
                 if drawn is None:
                     raise UserError("Draw two pictures first.")
                 text, name, both, seed = drawn
                 file = studio.choose(text, name, both, [seed, seed], which)
                 count = sum(1 for _ in file.open(encoding="utf-8"))
-                return f"{count} choice{'' if count == 1 else 's'} in {file}"
+                return f"{count} choice{'' if count == 1 else 's'} in {file}", None  # a pair is chosen from once
 
         return choose
 
-    gr.on([go.click, prompt.submit], two, [model, prompt], [*pictures, pair])
+    gr.on([go.click, prompt.submit], two, [model, prompt], [*pictures, pair], concurrency_limit=None)
     for which, button in enumerate(better):
-        button.click(save(which), pair, said)
+        button.click(save(which), pair, [said, pair])
     return model
