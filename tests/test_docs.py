@@ -212,6 +212,16 @@ def test_every_module_that_is_named_exists() -> None:
                 assert target is not None, f"{name} names {found}, which is not there"
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
+def test_every_name_beside_its_file_is_defined_there(path: Path) -> None:
+    """As in `train/images.py: ReferenceImages.prefix`."""
+    for file, name in re.findall(r"`([\w/]+\.py): (\w+(?:\.\w+)*)`", path.read_text(encoding="utf-8")):
+        source = (ROOT / "pyunictokens" / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            defined = re.search(rf"\b(?:def|class) {part}\b|^\s*{part}\b.* = ", source, re.MULTILINE)
+            assert defined, f"{_name(path)} names {file}: {name}, which is not there"
+
+
 def _contributions() -> dict[str, str]:
     """The tasks of CONTRIBUTING by their headings."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
