@@ -2,7 +2,7 @@
 
 The subclass replaces two methods. Log-probabilities come from hidden states and the head in one operation, so logits of
 [rollouts, tokens, vocabulary] are never formed; the loss is `grpo_loss` with alpha = 1/max_completion_length, which is
-TRL's `dr_grpo` with a plain k3 penalty (`use_bias_correction_kl=False`). It knows text models alone, and none of TRL's
+TRL's `dr_grpo` with a plain k3 penalty (`use_bias_correction_kl=False`). It covers text models alone, and none of TRL's
 other loss types. Needs `pip install "trl>=1.16"`:
 
     python examples/trl_trainer.py

@@ -1,4 +1,4 @@
-"""Write the tables of lines by room in docs/architecture.md from git's history: ``python -m experiments.rooms``.
+"""Write the tables of lines by folder in docs/architecture.md from git's history: ``python -m experiments.rooms``.
 
 Counted are all lines of the package's Python files, empty ones and comments too, at two commits: FIRST, and HEAD or
 ``--now REV``. It wants the whole history; a shallow clone has no FIRST.
@@ -34,7 +34,7 @@ def git(*words: str, root: Path = ROOT) -> str:
 
 
 def lines(revision: str, root: Path = ROOT) -> Counter[str]:
-    """Lines of Python by room at a commit; modules beside the rooms count as "loose"."""
+    """Lines of Python by folder at a commit; modules beside the folders count as "loose"."""
     found: Counter[str] = Counter()
     for line in git("grep", "-c", "", revision, "--", "pyunictokens/*.py", "kernels/*.py", root=root).splitlines():
         _, path, count = line.rsplit(":", 2)
@@ -52,11 +52,11 @@ def moved(commit: str, root: Path = ROOT) -> tuple[int, int]:
 
 
 def table(before: Mapping[str, int], after: Mapping[str, int], first: str, now: str) -> str:
-    """Rooms by size now, then those that are no more, then the whole."""
+    """Folders by size now, then those that are no more, then the whole."""
     rooms = sorted({*before, *after}, key=lambda room: (-after.get(room, 0), room))
     rows = [f"| {room} | {before.get(room, 0) or '–'} | {after.get(room, 0) or '–'} |" for room in rooms]
     whole = f"| **all** | **{sum(before.values())}** | **{sum(after.values())}** |"
-    return "\n".join([f"| room | lines at {first} | lines at {now} |", "|---|---|---|", *rows, whole]) + "\n"
+    return "\n".join([f"| folder | lines at {first} | lines at {now} |", "|---|---|---|", *rows, whole]) + "\n"
 
 
 def libraries() -> str:

@@ -4,8 +4,8 @@
     DIR/metrics.jsonl       a line a step
     DIR/…                   what was learned, as the method saves it
 
-A method is a subclass of :class:`Method` with its name in registry.py. It knows nothing of the command line, of tables
-and of where bundles come from: all are handed to it.
+A method is a subclass of :class:`Method` with its name in registry.py. It is handed what it needs of the
+command line, of tables and of model bundles.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The door to concept folders in the published UniCTokens / UnifyBench++ layout: list them, load one.
+"""Concept folders in the published UniCTokens / UnifyBench++ layout: list them, load one.
 
 The layout is described in docs/data-format.md. Reading is tolerant, reports every problem of a concept at once, and
 changes nothing on disk. It only finds folders: `reader.py` reads their files, `check.py` also decodes images.

@@ -1,6 +1,6 @@
 """Models: the protocol of a masked model, Show-o behind it, the MAGVIT-v2 tokenizer, concept tokens, checkpoints.
 
-Nothing here knows rollouts, rewards or training.
+Nothing here imports rollouts, rewards or training.
 """
 
 from .base import (

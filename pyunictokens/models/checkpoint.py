@@ -1,6 +1,6 @@
 """Finding and reading published checkpoints: a folder or hub id, safetensors or .bin, whole or sharded.
 
-It knows file names and formats, not what the tensors mean. Pickled files are read with ``weights_only=True``, so a
+It handles file names and formats, not what the tensors mean. Pickled files are read with ``weights_only=True``, so a
 checkpoint cannot run code.
 """
 

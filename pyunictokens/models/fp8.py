@@ -8,7 +8,7 @@ exp(logp − old_logp) is the importance weight between the policy that learns a
 corrected there, and clipped where it is large. Attention, norms, embeddings and heads keep their precision.
 
 On a GPU of compute capability 8.9 or newer the products are `torch._scaled_mm`; elsewhere operands are rounded to e4m3
-in the same way and multiplied in float32, which is no faster. It knows nothing of rollouts.
+in the same way and multiplied in float32, which is no faster.
 """
 
 from __future__ import annotations

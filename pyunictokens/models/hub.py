@@ -1,6 +1,6 @@
 """What is published: a model card, and a folder that goes to the hub or to another folder.
 
-It knows licences by family, and no runs: their card is runs/model_card.py's.
+It names licences by family; the card of a run is written by runs/model_card.py.
 """
 
 from __future__ import annotations

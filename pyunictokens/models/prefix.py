@@ -14,7 +14,7 @@ AnyPrefix = TypeVar("AnyPrefix", bound="Prefix")
 class Prefix:
     """What a model computed of several prompts, each without padding. Image and answer rows are computed over it.
 
-    `parts[i]` are the tensors of prompt i (keys and values, or the states of a text encoder: its model knows),
+    `parts[i]` are the tensors of prompt i (keys and values, or the states of a text encoder, as the model defines),
     `lengths[i]` how many positions it has, `next_position[i]` the absolute position of what follows it.
     """
 

@@ -1,6 +1,6 @@
 """Text to ids and back, with the special ids and a concept's tokens in their published places.
 
-A thin layer over the `tokenizers` library: it knows in which order ids are added; it does not know sequences or models.
+A thin layer over the `tokenizers` library: it decides in which order ids are added.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One door to an OpenAI-compatible endpoint: the openai client with its retries, behind a guard for keys and replies.
+"""An OpenAI-compatible endpoint: the openai client with its retries, behind a guard for keys and replies.
 
 Sends chat messages and returns text. What comes back is a stranger's: every reply is read whole within a time and a
 size, rid of the key, and rebuilt from the few fields that are used (replies.py) before the openai client sees it. A

@@ -14,7 +14,7 @@ begins only when it is sure to be among the first `cap` of them. So who is accep
 vacant row follow from the scores alone, whatever the slots, the batches and the order in which scores arrive. With a
 cap for each row this holds for every row by itself, and so for a group that is spread over processes.
 
-It knows numbers and ids; tensors and models are the business of sampler.py and loop.py. Source: DSOG, the paper's
+It handles numbers and ids; tensors and models are in sampler.py and loop.py. Source: DSOG, the paper's
 3.3.1.
 """
 

@@ -1,7 +1,7 @@
 """What a rollout leaves behind: plain records of tensors, enough for the update and the report and nothing else.
 
 An `ImageRollout` holds every step's codes before and after sampling with their log-probs; a `TextRollout` holds answers
-token by token. Neither knows models, rewards or how they were made. Unknown codes are −1 (`pyunictokens.MASK`).
+token by token. Unknown codes are −1 (`pyunictokens.MASK`).
 
 Letters: R rollouts (rows), P prompts, N image codes, T timesteps, L answer tokens, H×W pixels.
 """

@@ -1,6 +1,6 @@
 """The toy world in one place: scenes, their pictures and the sentences about them.
 
-A door to scene.py (attributes), drawing.py (pictures) and grammar.py (sentences); adds nothing of its own.
+It re-exports scene.py (attributes), drawing.py (pictures) and grammar.py (sentences).
 Everything is drawn by lot from a numpy Generator that the caller seeds, so the same seed gives the same world.
 """
 

@@ -1,7 +1,7 @@
 """Folders of benchmarks as subjects: UnifyBench and UnifyBench++, Yo'LLaVA, MC-LLaVA, DreamBench. One file a layout.
 
-`open_suite` is the door: it takes ``LAYOUT:FOLDER`` (or a folder alone, which is UnifyBench++) and gives the subjects
-with the tables they belong to. Each file knows its own.
+`open_suite` takes ``LAYOUT:FOLDER`` (or a folder alone, which is UnifyBench++) and gives the subjects
+with the tables they belong to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Show-o's sizes and ids, and how a published config.json tells them. It knows no weights.
+"""Show-o's sizes and ids, and how a published config.json tells them.
 
 A checkpoint's config.json names the language model it was built on and leaves the sizes to that one's config; where
 neither is at hand they are those of Phi-1.5.

@@ -8,8 +8,8 @@
 `step` lets waiting rows take free slots (queue.py says whose), draws one timestep of every image and one token of every
 answer that is under way, and returns what happened. Rows join and leave between any two steps. A request draws what
 `RolloutEngine.generate_images` and `generate_text` draw with its seed, whatever else is running: noise is keyed by the
-request's seed and sample, and a row's step does not look at other rows. It knows nothing of threads or HTTP
-(asynchronous.py, serve/); all of it is called from one thread.
+request's seed and sample, and a row's step does not look at other rows. All of it is called from one thread;
+threads and HTTP are in asynchronous.py and serve/.
 """
 
 from __future__ import annotations

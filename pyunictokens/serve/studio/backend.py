@@ -1,4 +1,4 @@
-"""What the studio's pages ask for: pictures, answers, choices. It knows the engine and nothing of the page.
+"""What the studio's pages ask for: pictures, answers, choices. It uses the engine and is independent of the page.
 
 Everything goes the way of the server's requests (serve/drawing.py, serve/answering.py): the same checks, the same
 engine, and for the same seed the same picture.

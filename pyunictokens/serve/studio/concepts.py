@@ -1,4 +1,4 @@
-"""Concepts from photos and a form: what the page *Concept* asks for. It knows `data new` and nothing of the page.
+"""Concepts from photos and a form: what the page *Concept* asks for. It is independent of the page.
 
 Everything is done by the functions of `pyunictokens data new` and `data check`: a form is tried in a folder of its own,
 which is thrown away, and written into the data folder by the same call.

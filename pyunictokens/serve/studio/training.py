@@ -1,4 +1,4 @@
-"""Training from the studio: `pyunictokens train` in a process of its own, a run at a time. It knows no page.
+"""Training from the studio: `pyunictokens train` in a process of its own, a run at a time.
 
 A run is a job as those of a sweep (runs/sweep.py): a process group of its own, what it says in RUNS/.jobs/NAME.log, how
 it stands in RUNS/.jobs/NAME.json. It does not depend on any page that is open, and ends in good order with the studio.
