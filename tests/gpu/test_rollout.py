@@ -14,6 +14,7 @@ from pyunictokens.models.showo.attention import CausalAfterPrompt, PromptAttenti
 from pyunictokens.models.showo.buffers import BufferedAttention
 from pyunictokens.models.showo.padding import padded
 from pyunictokens.rollout import Dsog
+from pyunictokens.rollout.text import WORTH_A_CAPTURE
 
 from ..models.test_shared_prefix import plain, problem
 from ..rollout.tiny import CodesAsPixels, tiny_model
@@ -45,9 +46,11 @@ def test_images_are_those_of_the_cpu(device: str, overlap: bool) -> None:
         assert torch.equal(ours, cpu)
 
 
-def test_answers_are_those_of_the_cpu(device: str) -> None:
+@pytest.mark.parametrize("tokens", [WORTH_A_CAPTURE // 2, WORTH_A_CAPTURE + 4])
+def test_answers_are_those_of_the_cpu(device: str, tokens: int) -> None:
+    """Short ones, whose steps the host runs, and those long enough for a captured step."""
     codes = torch.randint(0, 24, (3, 9), generator=torch.Generator().manual_seed(0))
-    options = dict(samples=2, max_new_tokens=8, seed=3)
+    options = dict(samples=2, max_new_tokens=tokens, seed=3)
     ours, cpu = (engine(place).generate_text(codes, [[1], [2, 3], [4]], **options) for place in (device, "cpu"))
     assert torch.equal(ours.tokens.cpu(), cpu.tokens)
     assert (ours.logp.cpu() - cpu.logp).abs().max() < 1e-5
