@@ -23,6 +23,7 @@ from pyunictokens.data.images import to_pil
 from pyunictokens.rollout.serving import ServingEngine
 from pyunictokens.serve.catalog import Catalog
 from pyunictokens.serve.errors import Refused
+from pyunictokens.serve.studio import backend
 from pyunictokens.serve.studio.backend import Studio, Wish, painted_mask
 from pyunictokens.toy.concept import write_toy_concept
 from pyunictokens.toy.model import load_toy
@@ -92,6 +93,20 @@ def test_a_picture_that_is_shown_again_is_not_written_again(tmp_path):
         written = file.stat().st_mtime_ns
         assert studio.file(red.copy()) == str(file) != studio.file(blue)
         assert file.stat().st_mtime_ns == written and Image.open(file).getpixel((0, 0)) == (255, 0, 0)
+
+    in_studio(tmp_path, main)
+
+
+def test_files_of_pictures_do_not_fill_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_KEPT", 3)
+
+    async def main(studio):
+        red, *others = (Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(6))
+        for picture in others:
+            studio.file(picture)
+            shown = studio.file(red)
+        there = list(Path(shown).parent.iterdir())
+        assert len(there) == 3 and Path(shown) in there and Path(studio.file(others[-1])) in there
 
     in_studio(tmp_path, main)
 

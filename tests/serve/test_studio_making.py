@@ -200,8 +200,8 @@ def test_a_form_names_settings_alone(training: Training) -> None:
     wanted = [str(training.data), "bo", "grpo.lr=1e-4", "stages.epochs=2", "grpo.steps=3", "--seed", "5"]
     assert training.arguments(form) == [*wanted, "--device", "cpu"]
     assert "--no-grpo" in training.arguments(replace(form, steps=0))
-    for words in ("--rewards=evil:run", "--out /etc", "extra", "grpo.objective=evil:Class"):
-        with pytest.raises(UserError, match=r"KEY=VALUE|command line alone"):
+    for words in ("--rewards=evil:run", "--out /etc", "extra", "grpo.objective=evil:Class", "grpo.lr='1"):
+        with pytest.raises(UserError, match=r"KEY=VALUE|command line alone|close every quotation mark"):
             training.arguments(replace(form, words=words))
     with pytest.raises(UserError, match="steps=-1"):
         training.arguments(replace(form, steps=-1))

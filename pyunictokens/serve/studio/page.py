@@ -58,12 +58,12 @@ def serve_studio(
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     with needs("studio"):
         import gradio as gr
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from .concept_page import concept_page
         from .train_page import train_page
         from .try_page import compare_page, rate_page, try_page
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     password = os.environ.get(PASSWORD, "")
     if not password and not this_machine(host):
