@@ -56,9 +56,10 @@ class ConceptTokens(nn.Module):
             )
         self.width = width
         self.num_understanding, self.num_generation, self.num_extra = num_understanding, num_generation, num_extra
-        generator = torch.Generator().manual_seed(seed)
-        self.embed = nn.Parameter(torch.randn(self.num_tokens, width, generator=generator) * 0.02)
-        self.head_weight = nn.Parameter(torch.randn(self.num_tokens, width, generator=generator) * 0.02)
+        # Drawn on the CPU, so that a seed means the same rows on every device.
+        generator, device = torch.Generator().manual_seed(seed), torch.get_default_device()
+        rows = [torch.randn(self.num_tokens, width, generator=generator, device="cpu") * 0.02 for _ in range(2)]
+        self.embed, self.head_weight = (nn.Parameter(each.to(device)) for each in rows)
         self.head_bias = nn.Parameter(torch.zeros(self.num_tokens))
 
     @property
