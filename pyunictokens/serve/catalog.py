@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..models import ConceptTokens, ModelBundle, Sources
+from ..models import ConceptTokens, ModelBundle, Sources, TextTokenizer
 from ..rollout.engine import RolloutEngine
 from ..runs.asking import SamplingConfig, sampling
 from ..runs.bundle import open_bundle
@@ -49,6 +49,8 @@ class Served:
     name: str
     engine: RolloutEngine
     concept: ConceptTokens | None
+    tokenizer: TextTokenizer | None
+    """The one that knows the concept's tokens, whether the concept is at hand or not."""
     resident: str | None
     """Under which name the engine keeps the concept; None where it is attached to the model, or there is none."""
     facts: tuple[str, ...]
@@ -223,9 +225,11 @@ class Catalog:
         resident: str | None,
     ) -> Served:
         settings = sampling(bundle.sources.is_toy, rule=bundle.model.rule)
-        return Served(
-            name, engine, concept, resident, run.facts, run.published, settings, engine.features_side or bundle.size
-        )
+        tokenizer = engine.tokenizer
+        if tokenizer is not None and concept is not None and resident is not None:
+            tokenizer = tokenizer.with_concept(concept.tokens)
+        side = engine.features_side or bundle.size
+        return Served(name, engine, concept, tokenizer, resident, run.facts, run.published, settings, side)
 
     def _evict(self, newest: Served) -> None:
         """Concepts beyond the limit leave, the one that was not asked for the longest first."""

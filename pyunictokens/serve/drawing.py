@@ -209,7 +209,7 @@ class Drawing:
         return {"size": asked.size, "background": "opaque", "output_format": asked.form.output_format, **streamed}
 
     def _usage(self, asked: Asked, images: int) -> dict[str, object]:
-        grid, tokenizer = asked.request.grid, asked.served.engine.residents.tokenizer(asked.served.resident)
+        grid, tokenizer = asked.request.grid, asked.served.tokenizer
         assert grid is not None
         text = len(tokenizer.encode(asked.request.prompt)) if tokenizer is not None else 0
         given = grid[0] * grid[1] if asked.request.image is not None else 0
