@@ -7,7 +7,6 @@ facts. Text of the system or developer stands before the question.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -57,8 +56,8 @@ class Answering:
         if url is None:
             pixels = black_image(served.looks_at)
         else:
-            picture = (await self._pictures.read_url(url, "image_url")).convert("RGB")
-            pixels = await asyncio.to_thread(lambda: from_pil(square(picture, served.looks_at)))
+            of_url, side = self._pictures.of_url, served.looks_at
+            pixels = await self._pictures.use(lambda: from_pil(square(of_url(url, "image_url").convert("RGB"), side)))
         settings, most = served.sampling, form.max_completion_tokens or form.max_tokens
         temperature = settings.answer_temperature if form.temperature is None else form.temperature
         if form.n > 1 and form.temperature is None and temperature == 0:

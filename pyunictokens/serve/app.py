@@ -77,9 +77,14 @@ def make_app(catalog: Catalog, drawing: Drawing, answers: Answering, pictures: P
 
     @app.post("/v1/images/edits", response_model=None)
     async def edits(request: Request, about: Asking) -> dict[str, object] | Response:
-        form, image, mask = await _edit_form(request, pictures)
+        form, files = await _edit_form(request)
         _allow(about, form.model)
-        asked = await drawing.paint(await drawing.ask(form, about), image, mask)
+
+        def read() -> tuple[Image, Image | None]:
+            mask = pictures.decoded(files["mask"], "mask") if "mask" in files else None
+            return pictures.decoded(files["image"], "image"), mask
+
+        asked = await drawing.paint(await drawing.ask(form, about), read)
         if form.stream:
             return await _events(drawing.stream(asked, about, "image_edit"))
         return await drawing.all(asked, about)
@@ -150,7 +155,7 @@ def _validation(errors: object) -> Told:
     return Told(400, message, name, "missing_parameter" if first["type"] == "missing" else "invalid_value")
 
 
-async def _edit_form(request: Request, pictures: Pictures) -> tuple[ImageForm, Image, Image | None]:
+async def _edit_form(request: Request) -> tuple[ImageForm, dict[str, bytes]]:
     """Fields and files of a multipart form."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refused(400, "send a multipart form with image, mask and prompt", code="invalid_form")
@@ -171,12 +176,9 @@ async def _edit_form(request: Request, pictures: Pictures) -> tuple[ImageForm, I
     if strange:
         raise Refused(400, f"{strange[0]}: this server knows no such file", param=strange[0], code="unknown_parameter")
     try:
-        read = ImageForm.model_validate(fields)
+        return ImageForm.model_validate(fields), files
     except ValidationError as error:
         raise _refused(_validation(error.errors())) from None
-    image = await pictures.read(files["image"], "image")
-    mask = await pictures.read(files["mask"], "mask") if "mask" in files else None
-    return read, image, mask
 
 
 def _refused(error: Told) -> Refused:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +24,7 @@ from .pictures import Pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 Kind = Literal["image_generation", "image_edit"]
 
@@ -83,21 +83,13 @@ class Drawing:
         )
         return Asked(served, request, form, f"{width * step}x{height * step}", revised)
 
-    async def paint(self, asked: Asked, image: Image, mask: Image | None) -> Asked:
-        """The same over an image: what the mask, or the image itself, has transparent is painted anew; a mask without
-        transparency is read as black and white, white is painted."""
+    async def paint(self, asked: Asked, read: Callable[[], tuple[Image, Image | None]]) -> Asked:
+        """The same over an image, with a mask or None, both given by `read`: what the mask, or the image itself, has
+        transparent is painted anew; a mask without transparency is read as black and white, white is painted."""
         shape = asked.request.grid
         assert shape is not None and asked.served.engine.vq is not None
-        source = image if mask is None else mask
-        if mask is None and image.mode != "RGBA":
-            raise Refused(400, "no mask, and nothing in the image is transparent: what is to be painted?", param="mask")
-        white = (
-            source.getchannel("A").point(lambda value: 255 if value == 0 else 0) if source.mode == "RGBA" else source
-        )
         step = asked.served.engine.vq.downsampling
-        pixels, unknown = await asyncio.to_thread(
-            painted, image.convert("RGB"), white.convert("RGB"), shape, step, "mask"
-        )
+        pixels, unknown = await self._pictures.use(lambda: _painting(*read(), shape, step))
         return replace(asked, request=replace(asked.request, image=pixels, unknown=unknown))
 
     async def all(self, asked: Asked, about: About) -> dict[str, object]:
@@ -220,3 +212,13 @@ class Drawing:
             "output_tokens": drawn,
             "total_tokens": text + given + drawn,
         }
+
+
+def _painting(image: Image, mask: Image | None, grid: tuple[int, int], step: int) -> tuple[Tensor, Tensor]:
+    """Pixels and the codes that are painted anew, as of `painted`."""
+    if mask is None and image.mode != "RGBA":
+        raise Refused(400, "no mask, and nothing in the image is transparent: what is to be painted?", param="mask")
+    white = image if mask is None else mask
+    if white.mode == "RGBA":
+        white = white.getchannel("A").point(lambda value: 255 if value == 0 else 0)
+    return painted(image.convert("RGB"), white.convert("RGB"), grid, step, "mask")

@@ -1,16 +1,22 @@
 """Who stands before the server without a key, and what stands between it and its clients."""
 
+import asyncio
 import contextlib
 import socket
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from PIL import Image
 
+from pyunictokens.serve import pictures
+from pyunictokens.serve.catalog import Catalog
 from pyunictokens.serve.server import ServerSettings
 
 from .test_bad_input import ANN, DRAW, keys
-from .test_server import PROMPT
+from .test_server import PROMPT, file_of
 from .world import running
 
 HEAD = {"authorization": f"Bearer {ANN}"}
@@ -62,3 +68,31 @@ def test_asking_whether_it_is_there_proves_nothing(server):
         assert is_open(sock)
         time.sleep(PATIENCE)
         assert not is_open(sock)
+
+
+def test_few_pictures_are_decoded_at_once_however_many_are_sent(server, monkeypatch):
+    """A file of a few kilobytes may hold a picture of a hundred megabytes: it is decoded when its model is at hand."""
+    decoded, opened, alive, counts = pictures.read_image_bytes, Catalog.opened, [], []
+
+    def counted(*given):
+        image = decoded(*given)
+        alive.append(weakref.ref(image))
+        counts.append(sum(each() is not None for each in alive))
+        return image
+
+    async def slow(catalog, name):
+        await asyncio.sleep(1.0)
+        return await opened(catalog, name)
+
+    monkeypatch.setattr(pictures, "read_image_bytes", counted)
+    monkeypatch.setattr(Catalog, "opened", slow)
+    image = Image.new("RGBA", (64, 64), "red")
+    image.paste((0, 0, 0, 0), (0, 0, 64, 32))
+
+    def edit(_):
+        data, files = {"prompt": PROMPT, "steps": "1"}, {"image": file_of(image)}
+        return httpx.post(server.address + "/v1/images/edits", data=data, files=files, headers=HEAD, timeout=100)
+
+    with ThreadPoolExecutor(12) as threads:
+        assert [answer.status_code for answer in threads.map(edit, range(12))] == [200] * 12
+    assert len(counts) == 12 and max(counts) <= 4

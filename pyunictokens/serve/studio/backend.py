@@ -98,7 +98,7 @@ class Studio:
         """The same into `image`, where `mask` (gray) is white."""
         about = self._about()
         asked = await self._drawing.ask(_form(wish), about)
-        asked = await self._drawing.paint(asked, image.convert("RGB"), mask.convert("L"))
+        asked = await self._drawing.paint(asked, lambda: (image.convert("RGB"), mask.convert("L")))
         async with aclosing(self._sheets(asked, about)) as sheets:
             async for sheet in sheets:
                 yield sheet
