@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from ..utils.errors import needs
@@ -12,7 +13,7 @@ from .catalog import Catalog, Listed
 from .drawing import Drawing
 from .errors import Refused, Told, told
 from .forms import ChatForm, GenerationForm, ImageForm
-from .gate import About
+from .gate import About, Receive, Scope, Send
 from .metrics import Metrics
 from .pictures import Pictures
 
@@ -124,10 +125,22 @@ def _answer(error: Told) -> Response:
     return JSONResponse(error.table, error.status, headers=error.headers)
 
 
+class _Events(StreamingResponse):
+    """Server-sent events. However the answer ends, their generator is closed: what it holds in the engine is free."""
+
+    def __init__(self, stream: AsyncGenerator[str, None]):
+        super().__init__(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._stream):
+            await super().__call__(scope, receive, send)
+
+
 async def _events(stream: AsyncGenerator[str, None]) -> Response:
     """The answer begins when the request waits: what is refused until then keeps its status."""
     await anext(stream)
-    return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    return _Events(stream)
 
 
 def _model(listed: Listed) -> dict[str, object]:

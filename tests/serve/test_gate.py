@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import time
 import weakref
@@ -11,8 +12,13 @@ import httpx
 import pytest
 from PIL import Image
 
+from pyunictokens.rewards.served.connections import Connections
 from pyunictokens.serve import pictures
+from pyunictokens.serve.app import _events
 from pyunictokens.serve.catalog import Catalog
+from pyunictokens.serve.gate import Gate, GateLimits
+from pyunictokens.serve.keys import Keys
+from pyunictokens.serve.metrics import Metrics
 from pyunictokens.serve.server import ServerSettings
 
 from .test_bad_input import ANN, DRAW, keys
@@ -96,3 +102,40 @@ def test_few_pictures_are_decoded_at_once_however_many_are_sent(server, monkeypa
     with ThreadPoolExecutor(12) as threads:
         assert [answer.status_code for answer in threads.map(edit, range(12))] == [200] * 12
     assert len(counts) == 12 and max(counts) <= 4
+
+
+def test_a_stream_that_is_not_taken_ends_at_once():
+    """Not when Python next looks for garbage: until then its images would be drawn on."""
+    ended = []
+
+    async def numbers():
+        try:
+            while True:
+                yield "x"
+        finally:
+            ended.append(True)
+
+    async def handler(scope, receive, send):
+        await (await _events(numbers()))(scope, receive, send)
+
+    async def main():
+        sent, bodies = [], [{"type": "http.request", "body": b""}]
+
+        async def send(message):
+            sent.append(message)
+            await asyncio.sleep(60 if len(sent) > 3 else 0)
+
+        async def receive():
+            if not bodies:
+                await asyncio.sleep(60)
+            return bodies.pop()
+
+        gate = Gate(handler, Keys([]), Metrics(*[lambda: 0.0] * 3), Connections(1.0, 9), GateLimits(slow=0.2))
+        await gate({"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "client": None}, receive, send)
+        assert ended
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
