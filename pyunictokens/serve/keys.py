@@ -104,6 +104,8 @@ class Keys:
                     f"key {each.name!r} has {len(each.key.strip())} characters: must have at least {SHORTEST}; "
                     'python -c "import secrets; print(secrets.token_urlsafe(32))" makes one'
                 )
+            if not each.key.isascii():
+                raise UserError(f"key {each.name!r} has letters beyond ASCII: clients cannot send them in a header")
         for field in ("name", "key"):
             values = [str(getattr(each, field)) for each in settings]
             if len(set(values)) < len(values):

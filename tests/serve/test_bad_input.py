@@ -383,6 +383,7 @@ def test_keys_come_from_the_environment_or_a_file(tmp_path, monkeypatch):
     assert ANN not in repr(vars(found)) and "key=''" in repr(found.client(f"Bearer {ANN}").settings)
     for text, message in (
         ("- name: ann\n  key: short\n", "has 5 characters"),
+        ("- name: ann\n  key: schlüssel-schlüssel\n", "beyond ASCII"),
         (f"- name: a\n  key: {ANN}\n- name: b\n  key: {ANN}\n", "same key"),
         (f"- name: a\n  key: {ANN}\n  limit: 3\n", "limit"),
         ("a: 1\n", "must be a list"),
