@@ -179,6 +179,7 @@ class Drawing:
             async for each in events:
                 if isinstance(each, Written) and each.done:
                     text = each.text
+                    self._metrics.tokens.inc(len(each.tokens))
         return compound_prompt(form.prompt, first_sentence(text))
 
     def _grid(self, size: str, served: Served) -> tuple[int, int]:

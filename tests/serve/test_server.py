@@ -257,7 +257,7 @@ def test_reasoning_takes_of_the_time_until_the_deadline(folder):
         async def stream(self, model, request, *, deadline, **options):
             given.append(deadline)
             await asyncio.sleep(0.2)
-            yield Written(0, 0, "It is a red ball.", (), True, False, 0)
+            yield Written(0, 0, "It is a red ball.", (1, 2), True, False, 0)
 
     async def main():
         catalog, metrics = Catalog(folder=folder, device="cpu"), Metrics(*[lambda: 0.0] * 3)
@@ -265,6 +265,7 @@ def test_reasoning_takes_of_the_time_until_the_deadline(folder):
         form = GenerationForm(model="bo", prompt="a photo of <bo>.", reason=True, deadline=30.0)
         async for _ in drawing.events(await drawing.ask(form, about), about):
             pass
+        assert "pyunictokens_answer_tokens_total 2.0" in metrics.text()[0].decode()
 
     asyncio.run(main())
     assert 0 < given[0] <= 30 and given[1] <= given[0] - 0.2
