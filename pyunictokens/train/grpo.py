@@ -280,7 +280,8 @@ class _Run:
                     metrics.write(values)
                 reward = values["reward_mean"]
                 assert isinstance(reward, float)
-                self.training[self.step] = reward
+                if math.isfinite(reward):
+                    self.training[self.step] = reward
                 self.step += 1
                 profiling.step_done()
                 self.recent.append(reward)

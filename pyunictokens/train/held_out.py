@@ -96,16 +96,17 @@ class Verdict:
     falls: int
     """Measurements in a row, up to the last, that lie clearly below the best."""
     drop: float
-    """How far the last one lies below the best."""
+    """How far the last one lies below the best, over the prompts known in both."""
     training_rose: bool
     """Whether the reward of training since the best step is above that of as many steps before it."""
 
 
 def verdict(history: Sequence[Measurement], training: Mapping[int, float], by: str) -> Verdict:
-    """`history` in order, at least one; `training` the mean reward of training by step; `by` the value that decides."""
+    """`history` in order, at least one; `training` the mean reward of training by step, where it is known; `by` the
+    value that decides. A measurement that lost a prompt is compared over those it has: it is no better for the loss."""
     best = history[0]
     for each in history[1:]:
-        if each.mean(by) > best.mean(by) or math.isnan(best.mean(by)):
+        if difference(each, best, by)[0] > 0 or math.isnan(best.mean(by)):
             best = each
     falls = 0
     for each in history:
@@ -116,7 +117,7 @@ def verdict(history: Sequence[Measurement], training: Mapping[int, float], by: s
     before = [training[s] for s in range(max(0, best.step - since), best.step) if s in training]
     before = before or after[: max(1, len(after) // 3)]  # the best was the beginning
     rose = bool(after) and sum(after) / len(after) > sum(before) / len(before)
-    return Verdict(best, falls, best.mean(by) - history[-1].mean(by), rose)
+    return Verdict(best, falls, difference(best, history[-1], by)[0], rose)
 
 
 @dataclass

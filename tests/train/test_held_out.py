@@ -14,13 +14,16 @@ from torch import Tensor
 
 from pyunictokens.config.training import DsogConfig, HeldOutConfig
 from pyunictokens.data.images import save_image
+from pyunictokens.data.prompts import read_prompts
 from pyunictokens.models import Showo
+from pyunictokens.rewards.ensemble import as_rewards
 from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.train import load_policy, read_metrics, reinforce, train_grpo
 from pyunictokens.train.distributed.ranks import Ranks
-from pyunictokens.train.held_out import SEED, Measurement, difference, verdict
+from pyunictokens.train.grpo import run_grpo
+from pyunictokens.train.held_out import SEED, HeldOut, Measurement, difference, verdict
 from pyunictokens.train.images import ReferenceImages
-from pyunictokens.train.tasks import ConceptTasks
+from pyunictokens.train.tasks import ConceptTasks, PromptTasks
 from pyunictokens.utils.errors import UserError
 from tests.train.ranks import together
 from tests.train.test_reinforce import PROMPTS, colour, config, parts, weights
@@ -155,6 +158,43 @@ def test_falls_count_from_the_best_and_only_where_they_are_clear() -> None:
     assert verdict(unclear, rising, "reward").falls == 0
     assert verdict(history[:1], {}, "reward").falls == 0
     assert verdict([made(0, 0.9, 0.9), made(2, 0.1, 0.2), made(4, 0.1, 0.2)], rising, "reward").training_rose
+
+
+def test_a_measurement_is_no_better_for_a_prompt_it_lost() -> None:
+    """Both prompts fell; without the hard one the mean alone would say that the later policy is the better."""
+    lost = [made(0, 0.9, 0.1), made(2, 0.8, math.nan), made(4, 0.7, 0.05)]
+    said = verdict(lost, {}, "reward")
+    assert said.best.step == 0 and said.drop == pytest.approx((0.2 + 0.05) / 2, abs=1e-15)
+    assert verdict(lost[:2], {}, "reward").drop == pytest.approx(0.1, abs=1e-15)
+    assert verdict([made(0, math.nan, math.nan), made(2, 0.1, 0.2)], {}, "reward").best.step == 2
+
+
+def test_a_step_that_was_left_out_does_not_hide_that_training_rose(tmp_path: Path) -> None:
+    """Its reward is no number; a resumed run has always read the log without it."""
+    seen = [0]
+
+    def fails_once(images: Tensor) -> Tensor:
+        seen[0] += 1
+        return torch.full((len(images),), math.nan) if seen[0] == 2 else images.mean((1, 2, 3))
+
+    told: list[dict[int, float]] = []
+
+    class Watched(HeldOut):
+        def add(self, now: Measurement, training: Any, by: str) -> Any:
+            told.append(dict(training))
+            return super().add(now, training, by)
+
+    bundle = parts()
+    tasks, held = (PromptTasks(read_prompts(each)) for each in (["a red ball"], ["a dog"]))
+    rewards = as_rewards(fails_once)
+    assert bundle.vq is not None and bundle.tokenizer is not None
+    run_grpo(
+        bundle.model, bundle.vq, bundle.tokenizer, tasks, rewards, settings(steps=4), tmp_path / "run",
+        held_out=Watched(held),
+    )  # fmt: skip
+    lines = {line["step"]: line["reward_mean"] for line in read_metrics(tmp_path / "run")}
+    known = {step: reward for step, reward in lines.items() if reward is not None}
+    assert len(known) == 3 and told[-1] == known
 
 
 class Hack:
