@@ -232,7 +232,7 @@ def choose_timesteps(
         images,
         inputs_RTN=part(images.inputs_RTN),
         chosen_RTN=part(images.chosen_RTN),
-        old_logp_RTN=part(images.old_logp_RTN),
+        old_logp_RTN=part(images.old_logp_RTN) if len(images.old_logp_RTN) else images.old_logp_RTN,
         ref_logp_RTN=None if images.ref_logp_RTN is None else part(images.ref_logp_RTN),
         mask_RTN=None if images.mask_RTN is None else part(images.mask_RTN),
         timestep_RT=part(images.timestep_RT[..., None])[..., 0],

@@ -185,3 +185,17 @@ def test_what_cannot_be_used(folder: Path, tmp_path: Path) -> None:
         from ..models.second_model import Pixels, SecondModel, Words
 
         ModelBundle(SecondModel.random(), Pixels(), Words()).as_text()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("objective", "choice"), [("final_sample", "random"), ("unictask", "largest_change"), ("unigrpo", "random")]
+)
+def test_a_part_of_the_steps(folder: Path, tmp_path: Path, objective: str, choice: str) -> None:
+    """Also where the rollout recorded no log-probs of what counts."""
+    settings = config(
+        objective=objective, token_scope="masked", timestep_choice=choice, timestep_fraction=0.5, inner_epochs=2
+    )
+    result = reinforce(uct.models.load(folder), PROMPTS, letters, settings, tmp_path / "run")
+    assert result.skipped == 0
+    for line in read_metrics(tmp_path / "run"):
+        assert line["grad_norm"] > 0 and line["ratio_mean"] == pytest.approx(1, abs=1e-3)
