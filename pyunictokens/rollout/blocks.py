@@ -84,7 +84,7 @@ def write(
         joined([each.tokens for each in made]),
         joined([each.logp for each in made]),
         joined([each.lengths for each in made]),
-        TextSteps(*(joined(parts) for parts in zip(*steps, strict=True))) if steps else None,
+        TextSteps(*map(joined, zip(*steps, strict=True)), settings.block) if steps else None,
     )
 
 
@@ -139,7 +139,7 @@ class _Writer:
             )
         lengths = lengths_of(self.tokens, self._ends)
         past = torch.arange(settings.length, device=lengths.device) >= lengths[:, None]
-        steps = TextSteps(*self.records) if self.records else None
+        steps = TextSteps(*self.records, settings.block) if self.records else None
         return Written(self.tokens.masked_fill(past, MASK), self.logp.masked_fill(past, 0.0), lengths, steps)
 
     def _leave(self, rows: Tensor, start: int, step: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -101,6 +102,16 @@ class TextSteps:
     """int [R, T, L]: the tokens sampled in the step's block, those that stand elsewhere; 0 where none does yet."""
     logp: Tensor
     """float32 [R, T, L]: log p(chosen) at the temperature of sampling, 0 where the step sampled nothing."""
+    block: int
+    """Tokens of a block."""
+
+    @property
+    def sampled(self) -> Tensor:
+        """bool [R, T, L]: the tokens that each step sampled, kept or not: what was unknown of the first block with
+        anything unknown in it."""
+        unknown = self.inputs < 0
+        end = (unknown.int().argmax(-1, keepdim=True) // self.block + 1) * self.block
+        return unknown & (torch.arange(unknown.shape[-1], device=unknown.device) < end)
 
 
 @dataclass

@@ -81,7 +81,8 @@ class ImageTrajectories:
 
     @classmethod
     def of_texts(cls, model: WritingModel, rollout: TextRollout, scope: str = "newly_unmasked") -> ImageTrajectories:
-        """What the update needs of recorded texts of `model`; what follows an end token never counts.
+        """What the update needs of recorded texts of `model`; what follows an end token never counts, nor what a step
+        could not sample yet (its block comes later).
 
         Log-probs were recorded of the tokens that a step made known; with another `scope` they are still to be taken
         (`old_logp_RTN` is empty). Raises UserError where nothing was recorded.
@@ -91,6 +92,7 @@ class ImageTrajectories:
         inputs = rollout.steps.inputs
         place = torch.arange(inputs.shape[2], device=inputs.device)
         kept_RN = place < rollout.lengths.to(inputs.device)[:, None]
+        counted = kept_RN[:, None] & (rollout.steps.sampled | (inputs >= 0))
         scoped = ops.token_mask(inputs, scope)
         distinct: dict[tuple[int, ...], int] = {}
         of_prompt = [distinct.setdefault(tuple(model.prompt_ids(ids)), len(distinct)) for ids in rollout.question_ids]
@@ -102,7 +104,7 @@ class ImageTrajectories:
             old_logp_RTN=rollout.steps.logp if scope == "newly_unmasked" else torch.empty(0),
             empty_prompt=model.prompt_ids([]),
             guidance_scale=0.0,
-            mask_RTN=kept_RN[:, None].expand(inputs.shape) if scoped is None else scoped & kept_RN[:, None],
+            mask_RTN=counted if scoped is None else scoped & counted,
             temperature=rollout.temperature or 1.0,
             kept_RN=kept_RN,
             prompt_mask_id=model.prompt_mask_id,

@@ -14,6 +14,7 @@ from pyunictokens import RolloutEngine, ops
 from pyunictokens.config.training import GrpoConfig
 from pyunictokens.models import ModelBundle
 from pyunictokens.models.llada import LlamaWriter
+from pyunictokens.rollout.types import TextRollout
 from pyunictokens.train.objective import objective_of
 from pyunictokens.train.trajectories import ImageTrajectories
 from pyunictokens.train.update import LossSettings, image_logprobs, streamed_backward
@@ -38,10 +39,8 @@ def bundle(folder: Path) -> ModelBundle:
     return uct.models.load(folder, torch.float64)
 
 
-def texts(bundle: ModelBundle, scope: str = "newly_unmasked") -> ImageTrajectories:
+def written(bundle: ModelBundle) -> TextRollout:
     """Four texts of 8 tokens, some of which end before."""
-    model = bundle.model
-    assert isinstance(model, LlamaWriter)
     rollout = RolloutEngine.of(bundle).write(
         ["big cat ?", "a red dog"],
         samples=2,
@@ -54,7 +53,12 @@ def texts(bundle: ModelBundle, scope: str = "newly_unmasked") -> ImageTrajectori
     )
     assert rollout.lengths.tolist() == [8, 8, 8, 8]
     rollout.lengths = torch.tensor([8, 5, 8, 3])  # as if an end token stood there
-    return ImageTrajectories.of_texts(model, rollout, scope)
+    return rollout
+
+
+def texts(bundle: ModelBundle, scope: str = "newly_unmasked") -> ImageTrajectories:
+    assert isinstance(bundle.model, LlamaWriter)
+    return ImageTrajectories.of_texts(bundle.model, written(bundle), scope)
 
 
 def plain_logp(plain: Plain, images: ImageTrajectories, row: int, view: int, place: int) -> Tensor:
@@ -190,6 +194,19 @@ def test_the_operations_at_lladas_vocabulary() -> None:
     for leaf, exact in zip((hidden, weight), wide, strict=True):
         assert leaf.grad is not None and exact.grad is not None
         assert (leaf.grad - exact.grad).abs().max() <= 1e-4 * exact.grad.abs().max()
+
+
+def test_what_no_step_sampled_yet_does_not_count(bundle: ModelBundle) -> None:
+    """Blocks that come later have no token at a step: what the record holds there is nobody's choice."""
+    steps = written(bundle).steps
+    assert steps is not None
+    for scope in ("masked", "all"):
+        images = texts(bundle, scope)
+        assert images.mask_RTN is not None
+        drawn = images.mask_RTN & (images.inputs_RTN < 0)
+        assert drawn[[0, 2]].sum(-1).tolist() == [[4, 2, 4, 2]] * 2, "blocks of four tokens in two steps"
+        now = image_logprobs(bundle.model, images)
+        assert (now - steps.logp)[drawn].abs().max() < 1e-5, "log-probs of what was drawn"
 
 
 def test_texts_count_up_to_their_end(bundle: ModelBundle) -> None:
