@@ -13,14 +13,14 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..rewards.served.connections import Connections
 from ..rollout.serving import DeadlinePassed
-from .errors import Refused, told
+from .errors import Refused, told, too_many
 from .keys import Client, Keys
 from .metrics import Metrics, log_request
 
@@ -82,6 +82,8 @@ class GateLimits:
     """Longest body in bytes."""
     slow: float = 60.0
     """Seconds in which a body must have come, and each part of an answer been taken."""
+    bodies: int = 512 << 20
+    """Bytes of all bodies of requests under way; more are told to come back."""
 
 
 class SlowReader(Exception):
@@ -95,6 +97,8 @@ class _Call:
         self._scope, self._receive, self._send, self._limits = scope, receive, send, limits
         self._request_id = request_id
         self._body: bytes | None = b""
+        self.length = 0
+        """Of the body."""
         self._left = asyncio.Event()
         self._complete = False
         self.status = 0
@@ -110,15 +114,15 @@ class _Call:
             raise Refused(408, f"the body did not come within {self._limits.slow:g} s") from None
 
     async def _whole_body(self) -> bytes:
-        parts, length, more = [], 0, True
+        parts, more = [], True
         while more:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ConnectionError("the client went away while it sent its body")
             part, more = bytes(message.get("body", b"")), bool(message.get("more_body"))
             parts.append(part)
-            length += len(part)
-            if length > self._limits.body:
+            self.length += len(part)
+            if self.length > self._limits.body:
                 raise Refused(413, f"a body of over {self._limits.body} bytes: that is the limit")
         return b"".join(parts)
 
@@ -173,6 +177,8 @@ class Gate:
         self._inner, self._keys, self._metrics = inner, keys, metrics
         self._connections, self._limits = connections, limits
         self._room = asyncio.Semaphore(_BODIES)
+        self._held = 0
+        """Bytes of bodies."""
         self.ending = False
         """Whether nothing more is taken."""
 
@@ -189,6 +195,7 @@ class Gate:
                     if path not in OPEN:
                         async with self._room:
                             await call.read()
+                        held.enter_context(self._holding(call.length))
                     scope["state"] = {**scope.get("state", {}), "about": about}
                     await call.run(self._inner)
                 except Refused as refused:
@@ -232,6 +239,17 @@ class Gate:
             )
         if scope["method"] == "POST":
             held.enter_context(about.client.asking())
+
+    @contextmanager
+    def _holding(self, length: int) -> Iterator[None]:
+        """Around a request with a body of so many bytes. Raises Refused (429) where there are too many in all."""
+        if self._held + length > self._limits.bodies:
+            raise too_many(f"bodies of {self._held} bytes are under way: the limit is {self._limits.bodies}", 1.0)
+        self._held += length
+        try:
+            yield
+        finally:
+            self._held -= length
 
     async def _tell(self, refused: Refused, tell: Send) -> None:
         error = told(refused)

@@ -21,7 +21,7 @@ from pyunictokens.serve.keys import Keys
 from pyunictokens.serve.metrics import Metrics
 from pyunictokens.serve.server import ServerSettings
 
-from .test_bad_input import ANN, DRAW, keys
+from .test_bad_input import ANN, DRAW, keys, told, wait_until
 from .test_server import PROMPT, file_of
 from .world import running
 
@@ -139,3 +139,14 @@ def test_a_stream_that_is_not_taken_ends_at_once():
         asyncio.run(main())
     finally:
         gc.enable()
+
+
+def test_bodies_of_requests_under_way_have_a_limit_together(tmp_path):
+    gate = GateLimits(body=1000, bodies=1500)
+    with running(tmp_path, settings=ServerSettings(port=0, gate=gate)) as server, ThreadPoolExecutor(1) as thread:
+        ask = lambda **more: httpx.post(server.address + DRAW, json={"prompt": PROMPT, **more}, timeout=100)  # noqa: E731
+        assert ask(steps=1).status_code == 200  # the model is open
+        long = thread.submit(ask, steps=100, user="x" * 800)
+        wait_until(lambda: server._serving.running)
+        told(ask(user="x" * 800), 429, "the limit is 1500", "rate_limit_error", code="rate_limit_exceeded")
+        assert ask(steps=1).status_code == 200 == long.result().status_code == ask(steps=1, user="x" * 800).status_code
