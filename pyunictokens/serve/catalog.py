@@ -167,7 +167,9 @@ class Catalog:
     async def opened(self, name: str) -> Served:
         """The same for coroutines. Models are read in a thread of their own: who waits for one holds up nobody else."""
         served = await asyncio.to_thread(self._at_hand, name)
-        return served or await asyncio.get_running_loop().run_in_executor(self._reader, self.open, name)
+        if served is not None:
+            return served
+        return await asyncio.get_running_loop().run_in_executor(self._reader, self.open, name)
 
     def _at_hand(self, name: str) -> Served | None:
         return self._kept(name, _stamp(self.find(name).path))
