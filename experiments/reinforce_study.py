@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "timesteps": ("all timesteps", "timestep_choice=largest_change", "8 timesteps"),
     "one batch": ("2 inner epochs", "4 inner epochs", "2 prompts × 24", "12 prompts × 4"),
     "learning rate": ("lr 1e-4", "lr 4e-4"),
-    "what learns, guidance": ("LoRA, lr 1e-3", "guidance 3"),
+    "what learns, guidance, two at once": ("LoRA, lr 1e-3", "guidance 3", "2 prompts × 24, largest_change"),
 }
 """The figure's panels: arms beside the first one."""
 
@@ -59,6 +59,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "guidance 3": ("guidance_scale=3",),
     "8 timesteps": ("timesteps=8",),
     "LoRA, lr 1e-3": ("trainable=lora", "lr=1e-3"),
+    "2 prompts × 24, largest_change": ("groups=2", "group_size=24", "timestep_choice=largest_change"),
 }
 """By name: what differs from the settings of the demo."""
 
