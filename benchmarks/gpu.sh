@@ -72,7 +72,7 @@ first() {
   stage core 90 "$python" -m benchmarks.gpu core --device $device --out "$out"
   stage smoke 45 "$python" -m benchmarks.gpu smoke --device $device --out "$out"
   stage tests 120 "${tests[@]}" "${proofs[@]}"
-  stage ops 105 bash -c 'again "$@"' ops "${ops[@]}" --budget 80 --skip-peers compile
+  stage ops 105 bash -c 'again "$@"' ops "${ops[@]}" --budget 80 --skip-peers compile ours-reference
   stage engine 95 bash -c 'again "$@"' engine "${engine[@]}" --only images batched published
 }
 
@@ -80,7 +80,7 @@ second() {
   if [ ! -e "$out/ops-gpu.json" ] && [ -d "$kept" ]; then cp -n "$kept"/*.json "$kept"/*.xml "$out"/ 2>/dev/null || true; fi
   stage grpo 120 bash -c 'again "$@"' engine "${engine[@]}" --only grpo answers --grpo-steps 10 --budget 112
   stage levers 95 bash -c 'again "$@"' engine "${engine[@]}" --only levers --budget 86
-  stage more-ops 90 bash -c 'again "$@"' ops "${ops[@]}" --budget 68 --skip-peers compile
+  stage more-ops 90 bash -c 'again "$@"' ops "${ops[@]}" --budget 68 --skip-peers compile ours-reference
   stage more-engine 60 bash -c 'again "$@"' engine "${engine[@]}" --only image small published batched --budget 52
   stage compile 50 "$python" -m benchmarks.ops --device $device --out "$out/ops-compile.json" --budget 28 \
     --peers ours-triton ours-cuda compile
