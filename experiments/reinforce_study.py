@@ -12,10 +12,12 @@ place on the axis; what counts is the reader's `wholly_right`, which no reward s
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from pyunictokens.config.settings import with_overrides
 from pyunictokens.config.training import GrpoConfig
@@ -146,49 +148,112 @@ def page(work: Path, into: Path, budget: float) -> None:
 
 
 def gain(run: dict) -> float:
-    """What the held-out share gained from the first measurement to the last."""
-    return run["curve"][-1]["wholly_right"] - run["curve"][0]["wholly_right"]
+    """How far the held-out share lies above its beginning, on average over the second half of the compute: the last
+    measurement alone goes up and down by as much as arms differ."""
+    steps = [point["step"] for point in run["curve"]]
+    shares = [point["wholly_right"] for point in run["curve"]]
+    second_half = np.linspace(steps[-1] / 2, steps[-1], 101)
+    return float(np.interp(second_half, steps, shares).mean()) - shares[0]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the runs of one arm come to."""
+
+    name: str
+    start: float
+    gains: tuple[float, ...]
+    """One a seed."""
+    seconds: float
+    """Of the fastest run."""
+    against: float = 0.0
+    """Mean gain minus that of the first arm, `low` to `high` its 95 % interval."""
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def gain(self) -> float:
+        return statistics.mean(self.gains)
+
+
+def arms(found: list[dict]) -> list[Arm]:
+    """The arms that have runs, the first one first; intervals are Dunnett's: every arm against the first, with a spread
+    over seeds that is common to all, and 5 % for all comparisons together. Of the first arm they are 0."""
+    from scipy import stats
+
+    made = []
+    for name in ARMS:
+        runs = [one for one in found if one["arm"] == name]
+        if runs:
+            start = statistics.mean(one["curve"][0]["wholly_right"] for one in runs)
+            made.append(Arm(name, start, tuple(map(gain, runs)), min(one["seconds"] for one in runs)))
+    first, *others = made
+    if not others or all(len(arm.gains) < 2 for arm in made):
+        return made
+    tested = stats.dunnett(*(arm.gains for arm in others), control=first.gains, rng=np.random.default_rng(0))
+    limits = tested.confidence_interval()
+    return [
+        first,
+        *(
+            replace(arm, against=arm.gain - first.gain, low=float(low), high=float(high))
+            for arm, low, high in zip(others, limits.low, limits.high, strict=True)
+        ),
+    ]
+
+
+def sentences(made: list[Arm]) -> list[str]:
+    """What the intervals say, arm by arm where they leave out zero."""
+    first, *others = made
+    groups = {
+        f"Clearly more than “{first.name}” gained": [arm for arm in others if arm.low > 0],
+        "Clearly less": [arm for arm in others if arm.high < 0],
+    }
+    lines = [
+        f"- {start}: " + (", ".join(f"{arm.name} ({arm.against:+.3f})" for arm in those) or "none") + "."
+        for start, those in groups.items()
+    ]
+    return [*lines, "- The others could not be told apart from it."]
 
 
 def markdown(found: list[dict]) -> str:
-    """The page: every arm's gain over the beginning, and against the first arm with the same seeds."""
-    first = {one["seed"]: gain(one) for one in found if one["arm"] == next(iter(ARMS))}
-    rows = []
-    for name in ARMS:
-        runs = [one for one in found if one["arm"] == name]
-        if not runs:
-            continue
-        against = [gain(one) - first[one["seed"]] for one in runs if one["seed"] in first]
-        each = ", ".join(f"{gain(one):+.2f}" for one in runs)
-        seconds = statistics.mean(one["seconds"] for one in runs)
-        rows.append((statistics.mean(map(gain, runs)), each, _with_error(against), seconds, name))
-    before = statistics.mean(one["curve"][0]["wholly_right"] for one in found)
+    """The page: what the arms gained, and against the first one."""
+    made = arms(found)
+    seeds = sorted({one["seed"] for one in found})
     budget = found[0]["budget"]
     lines = [
         "# What makes reinforcement learn",
         "",
         "Arms differ from the settings of `make reinforce` in what their name says; being shorter, all average",
-        f"their weights with {COMMON[0]}. All have the same number of row-steps ({budget:,.0f}: as many as",
+        f"their weights with `grpo.{COMMON[0]}`. All have the same number of row-steps ({budget:,.0f}: as many as",
         f"{round(budget / row_steps(SETTINGS))} steps of `make reinforce`). What is shown is the share of {PROMPTS[1]}",
-        "held-out prompts, two images each, that the reader finds wholly right; no reward asks it. The model begins at",
-        f"{before:.2f}. Seeds change the prompts and all noise. Beside each gain stands its difference to the first",
-        "arm's with the same seeds, ± its standard error. Written by `python -m experiments.reinforce_study page` from",
-        "[reinforce-study.json](reinforce-study.json).",
+        "held-out prompts, two images each, that the reader finds wholly right; no reward asks it. Held-out prompts",
+        "and the noise that draws them are always the same; seeds change the training prompts and all other noise.",
         "",
         "![Held-out prompts drawn wholly right, along the row-steps](images/reinforce_study.png)",
         "",
-        "| arm | gain | each seed | against the first arm | seconds |",
-        "|---|---|---|---|---|",
+        *sentences(made),
+        "",
+        "`mask_grpo` with one inner epoch is “unictask, newly unmasked codes” by another way: the ratio is 1, so both",
+        "have gradients of one direction, and Adam takes no notice of their length.",
+        "",
+        "Gain: the held-out share over the second half of the compute, above the start. Intervals are Dunnett's, every",
+        "arm against the first, 5 % for all together. Seconds: of the fastest run, one thread.",
+        "",
+        "| arm | start | gain | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | against the first arm | seconds |",
+        "|---|---|---|" + "---|" * len(seeds) + "---|---|",
     ]
-    for mean, each, against, seconds, name in sorted(rows, reverse=True):
-        lines.append(f"| {name} | {mean:+.3f} | {each} | {against} | {seconds:.0f} |")
+    for arm in sorted(made, key=lambda arm: -arm.gain):
+        by_seed = {one["seed"]: gain(one) for one in found if one["arm"] == arm.name}
+        each = " | ".join(f"{by_seed[seed]:+.3f}" if seed in by_seed else "" for seed in seeds)
+        against = f"{arm.against:+.3f} [{arm.low:+.3f}, {arm.high:+.3f}]" if arm is not made[0] else ""
+        lines.append(f"| {arm.name} | {arm.start:.3f} | {arm.gain:+.3f} | {each} | {against} | {arm.seconds:.0f} |")
+    lines += [
+        "",
+        "Written by `python -m experiments.reinforce_study page` from [reinforce-study.json](reinforce-study.json).",
+    ]
     return "\n".join(lines) + "\n"
-
-
-def _with_error(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:+.3f}" if values else ""
-    return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
 def figure(found: list[dict], file: Path) -> None:
