@@ -79,12 +79,18 @@ def write(
     def joined(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(tensors))[back]
 
-    steps = [(each.steps.inputs, each.steps.chosen, each.steps.logp) for each in made if each.steps is not None]
+    recorded = [each.steps for each in made if each.steps is not None]
+    steps = None
+    if recorded:
+        inputs = joined([each.inputs for each in recorded])
+        chosen = joined([each.chosen for each in recorded])
+        logp = joined([each.logp for each in recorded])
+        steps = TextSteps(inputs, chosen, logp, settings.block)
     return Written(
         joined([each.tokens for each in made]),
         joined([each.logp for each in made]),
         joined([each.lengths for each in made]),
-        TextSteps(*map(joined, zip(*steps, strict=True)), settings.block) if steps else None,
+        steps,
     )
 
 
@@ -139,7 +145,10 @@ class _Writer:
             )
         lengths = lengths_of(self.tokens, self._ends)
         past = torch.arange(settings.length, device=lengths.device) >= lengths[:, None]
-        steps = TextSteps(*self.records, settings.block) if self.records else None
+        steps = None
+        if self.records:
+            inputs, chosen, logp = self.records
+            steps = TextSteps(inputs, chosen, logp, settings.block)
         return Written(self.tokens.masked_fill(past, MASK), self.logp.masked_fill(past, 0.0), lengths, steps)
 
     def _leave(self, rows: Tensor, start: int, step: int) -> None:

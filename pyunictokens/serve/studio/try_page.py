@@ -233,7 +233,7 @@ def rate_page(studio: Studio) -> gr.Dropdown:
                     done = (text, name, both, sheet.seed) if sheet.done == 2 else None
                     yield _file(studio, sheet, 0), _file(studio, sheet, 1), done
 
-    def save(which: int) -> Callable[[tuple[str, str, list[Picture], int] | None], str]:
+    def save(which: int) -> Callable[[tuple[str, str, list[Picture], int] | None], tuple[str, None]]:
         def choose(drawn: tuple[str, str, list[Picture], int] | None) -> tuple[str, None]:
             with told():
                 if drawn is None:
