@@ -237,7 +237,7 @@ def markdown(found: list[dict]) -> str:
         "have gradients of one direction, and Adam takes no notice of their length.",
         "",
         "Gain: the held-out share over the second half of the compute, above the start. Intervals are Dunnett's, every",
-        "arm against the first, 5 % for all together. Seconds: of the fastest run, one thread.",
+        "arm against the first, 5 % for all together. Seconds: of the fastest run, one thread. Empty: not run.",
         "",
         "| arm | start | gain | "
         + " | ".join(f"seed {seed}" for seed in seeds)
@@ -278,6 +278,8 @@ def figure(found: list[dict], file: Path) -> None:
         panel.set_title(title, fontsize=11)
         panel.legend(fontsize=8, frameon=False, loc="upper left")
         panel.grid(alpha=0.25)
+    highest = max(point["wholly_right"] for one in found for point in one["curve"])
+    panels[0, 0].set_ylim(top=highest + 0.06)  # the legends stand above the curves
     for panel in panels[:, 0]:
         panel.set_ylabel("wholly right, held out")
     for panel in panels[1]:
