@@ -247,7 +247,7 @@ def markdown(found: list[dict]) -> str:
     for arm in sorted(made, key=lambda arm: -arm.gain):
         by_seed = {one["seed"]: gain(one) for one in found if one["arm"] == arm.name}
         each = " | ".join(f"{by_seed[seed]:+.3f}" if seed in by_seed else "" for seed in seeds)
-        against = f"{arm.against:+.3f} [{arm.low:+.3f}, {arm.high:+.3f}]" if arm is not made[0] else ""
+        against = f"{arm.against:+.3f}&nbsp;[{arm.low:+.3f},&nbsp;{arm.high:+.3f}]" if arm is not made[0] else ""
         lines.append(f"| {arm.name} | {arm.start:.3f} | {arm.gain:+.3f} | {each} | {against} | {arm.seconds:.0f} |")
     lines += [
         "",
