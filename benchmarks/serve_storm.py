@@ -46,7 +46,7 @@ class Seen:
 
 def _head(length: int) -> bytes:
     return (
-        "POST /v1/images/generations HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+        "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {length}\r\n\r\n"
     ).encode()
 
@@ -147,9 +147,11 @@ async def _storm(port: int, seeds: list[int], seen: Seen, faults: float) -> None
 
 async def _metrics(port: int) -> dict[str, float]:
     client = _Client(port)
-    await client.send(b"GET /metrics HTTP/1.1\r\nhost: here\r\n\r\n")
-    _, text = await client.answer()
+    await client.send(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    status, text = await client.answer()
     await client.leave()
+    if status != 200:
+        raise RuntimeError(f"/metrics answers {status}: {text.decode(errors='replace')[:200]}")
     pairs = [line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in pairs}
 
