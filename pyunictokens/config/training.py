@@ -118,6 +118,10 @@ class GrpoConfig:
     groups_kept: float = 1.0
     """Part of a step's groups that the update learns from: those whose rewards differ most. A group whose rollouts are
     all equally good teaches nothing and costs an update as dear as any (dynamic sampling, as in DAPO)."""
+    rollouts_kept: float = 1.0
+    """Part of each group's rollouts, at least two, that the update learns from: those of the highest and the lowest
+    rewards, whose variance is the largest, with advantages among themselves (PODS, arXiv 2504.13818). What lies between
+    teaches little, and an update costs more than a rollout."""
     lr: float = 1e-6
     """AdamW's learning rate."""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -270,8 +274,9 @@ class GrpoConfig:
         at_least(1, max_new_tokens=self.max_new_tokens, keep_last=self.keep_last, max_bad_steps=self.max_bad_steps)
         at_least(0, groups=self.groups, block_length=self.block_length, text_steps=self.text_steps)
         at_least(0, micro_rows=self.micro_rows, micro_timesteps=self.micro_timesteps)
-        above(0, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
-        within(0, 1, timestep_fraction=self.timestep_fraction, groups_kept=self.groups_kept)
+        parts = {name: getattr(self, name) for name in ("timestep_fraction", "groups_kept", "rollouts_kept")}
+        above(0, **parts)
+        within(0, 1, **parts)
         if self.objective not in OBJECTIVES and ":" not in self.objective:
             raise UserError(
                 f"objective={self.objective!r}: must be one of {', '.join(OBJECTIVES)}, or MODULE:CLASS of your own"
@@ -303,6 +308,11 @@ class GrpoConfig:
             raise UserError(f"report_to={','.join(self.report_to)}: name each tracker once, and none alone")
         if self.shard != "full" and (self.offload or self.rollout_gather == "ahead"):
             raise UserError(f"offload or rollout_gather=ahead with shard={self.shard}: set shard=full, or neither")
+        if self.shard == "full" and self.rollouts_kept < 1:
+            raise UserError(
+                f"rollouts_kept={self.rollouts_kept} with shard=full: all ranks must take as many passes; set "
+                "shard=optimizer or rollouts_kept=1"
+            )
         if self.rollout_products == "fp8" and self.shard == "full":
             raise UserError(
                 "rollout_products=fp8 with shard=full: fp8 products need whole weights; use shard=optimizer or "
@@ -315,6 +325,11 @@ class GrpoConfig:
             )
         if self.dsog.enabled and self.dsog.preview_step > self.timesteps:
             raise UserError(f"preview_step={self.dsog.preview_step}: must be ≤ timesteps={self.timesteps}")
+
+    @property
+    def rollouts_taken(self) -> int:
+        """Rollouts of a group that the update takes."""
+        return max(2, round(self.rollouts_kept * self.group_size))
 
 
 @dataclass(frozen=True)

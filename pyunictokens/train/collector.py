@@ -95,10 +95,19 @@ class RolloutSummary:
 class LocalRollouts:
     """This rank's rollouts of a group, as the update takes them."""
 
-    rows: range
+    rows: Sequence[int]
+    """Their places in the group, ascending."""
     images: ImageTrajectories
     answers: AnswerTrajectories | None
     """None where nothing was asked."""
+
+    def only(self, rows: Sequence[int]) -> LocalRollouts | None:
+        """Those of them that are among the group's `rows`; None where none is."""
+        at = [place for place, row in enumerate(self.rows) if row in rows]
+        if not at:
+            return None
+        answers = None if self.answers is None else self.answers.rows(at)
+        return LocalRollouts([self.rows[place] for place in at], self.images.rows(at), answers)
 
 
 @dataclass
@@ -228,7 +237,8 @@ class Collector(Groups):
         if config.shard == "full":  # all ranks have as many rows: each layer's weights come together for all at once
             return 1.0
         passes = 3 * config.inner_epochs + (1 if config.beta > 0 else 0)
-        return config.timesteps * (1 + passes * config.timestep_fraction) + self._lost_steps.get(task.mode, 0.0)
+        looked_at = passes * config.timestep_fraction * config.rollouts_taken / config.group_size
+        return config.timesteps * (1 + looked_at) + self._lost_steps.get(task.mode, 0.0)
 
     def _note(self, task: Task, summary: RolloutSummary) -> None:
         size = self.config.group_size

@@ -38,8 +38,9 @@ def training_flops(costs: ShowoCosts, grpo: GrpoConfig) -> float:
     rollout = costs.image_step(rows, prompt, count, guided).flops * steps
     rollout += costs.answers(count + 40, [grpo.max_new_tokens] * rows).flops if grpo.reasoning else 0.0
     looked_at = max(1, round(grpo.timesteps * grpo.timestep_fraction))
-    update = costs.update(rows, looked_at, prompt, count, guided, grpo.trainable).flops * grpo.inner_epochs
-    reference = costs.reference(rows, looked_at, prompt, count, guided).flops if grpo.beta > 0 else 0.0
+    taken = grpo.rollouts_taken * (grpo.groups or 1)
+    update = costs.update(taken, looked_at, prompt, count, guided, grpo.trainable).flops * grpo.inner_epochs
+    reference = costs.reference(taken, looked_at, prompt, count, guided).flops if grpo.beta > 0 else 0.0
     return grpo.steps * (rollout + reference + update)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..config.training import GrpoConfig
 from ..models import MaskedModel, answering
@@ -52,16 +53,15 @@ class Learner:
         """
         config = self.config
         chosen = most_different(groups, config.groups_kept)
-        rows = len(chosen) * config.group_size
+        rows = len(chosen) * config.rollouts_taken
         if config.beta == 0 and config.shard != "full":  # with whole layers spread, ranks must take as many passes
             # a group without spread adds nothing to the gradient, and would cost as much as any other
             chosen = [each for each in chosen if not is_flat(each[1])] or chosen[:1]
-        parts = [
-            (group.advantages[group.local.rows.start : group.local.rows.stop], *self._prepared(group.local, number))
-            for place, group in chosen
-            if group.local is not None
-            for number in (step * config.groups + place,)
-        ]
+        parts = []
+        for place, group in chosen:
+            local, advantages = self._kept(group)
+            if local is not None:
+                parts.append((advantages[list(local.rows)], *self._prepared(local, step * config.groups + place)))
         first, norm = UpdateStats(), math.nan
         for epoch in range(config.inner_epochs):
             self.optimizer.zero_grad()
@@ -84,6 +84,17 @@ class Learner:
             if problem:
                 return problem, stats, norm
         return "", first, norm
+
+    def _kept(self, group: Group) -> tuple[LocalRollouts | None, Tensor]:
+        """This rank's rollouts among those of the group that the update takes, and the advantages [G] of all of these,
+        0 elsewhere."""
+        count = self.config.rollouts_taken
+        if count == len(group.advantages):
+            return group.local, group.advantages
+        rewards, advantages = group.summary.rewards, torch.zeros_like(group.advantages)
+        rows = widest(rewards, count)
+        advantages[rows] = self.objective.advantages(rewards[rows], torch.zeros(count, dtype=torch.int64))
+        return None if group.local is None else group.local.only(rows), advantages
 
     def _prepared(self, local: LocalRollouts, number: int) -> tuple[list[ImageTrajectories], AnswerTrajectories | None]:
         """What the update takes of this rank's rollouts of group `number`: the timesteps it looks at, what the
@@ -117,7 +128,7 @@ class Learner:
             profiling.count("reference", lambda: sum(self._image_flops(each, update=False) for each in views))
         return views, answers
 
-    def _logprobs(self, images: ImageTrajectories) -> torch.Tensor:
+    def _logprobs(self, images: ImageTrajectories) -> Tensor:
         return image_logprobs(self.model, images, self.config.micro_rows, self.config.micro_timesteps, self.sizes)
 
     def _image_flops(self, images: ImageTrajectories, update: bool) -> float:
@@ -136,3 +147,11 @@ def most_different(groups: Sequence[Group], part: float) -> list[tuple[int, Grou
     spread = [float(group.summary.rewards.std()) for group in groups]
     first = sorted(range(len(groups)), key=lambda place: -spread[place])[: max(1, round(part * len(groups)))]
     return [(place, groups[place]) for place in sorted(first)]
+
+
+def widest(rewards_G: Tensor, count: int) -> list[int]:
+    """The `count` of a group's rollouts whose rewards have the largest variance, in ascending order: some of the
+    highest and some of the lowest (PODS, arXiv 2504.13818). Every rank chooses the same."""
+    order = rewards_G.double().argsort(stable=True).tolist()
+    low_high = [(order[:low] + order[len(order) - count + low :]) for low in range(count + 1)]
+    return sorted(max(low_high, key=lambda rows: float(rewards_G[rows].double().var(correction=0))))

@@ -128,6 +128,25 @@ class ImageTrajectories:
     def shape(self) -> torch.Size:
         return self.inputs_RTN.shape
 
+    def rows(self, rows: Sequence[int]) -> ImageTrajectories:
+        """Some rollouts, whole."""
+        at = list(rows)
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[at]
+
+        return replace(
+            self,
+            prompt_of_row=[self.prompt_of_row[row] for row in at],
+            inputs_RTN=self.inputs_RTN[at],
+            chosen_RTN=self.chosen_RTN[at],
+            old_logp_RTN=self.old_logp_RTN[at] if len(self.old_logp_RTN) else self.old_logp_RTN,
+            ref_logp_RTN=cut(self.ref_logp_RTN),
+            mask_RTN=cut(self.mask_RTN),
+            timestep_RT=cut(self.timestep_RT),
+            kept_RN=cut(self.kept_RN),
+        )
+
     def part(self, rows: slice, steps: slice, device: torch.device) -> ImageTrajectories:
         """Some rollouts at some timesteps, on `device`."""
 
@@ -190,6 +209,16 @@ class AnswerTrajectories:
     @property
     def shape(self) -> torch.Size:
         return self.tokens_RL.shape
+
+    def rows(self, rows: Sequence[int]) -> AnswerTrajectories:
+        """Some answers."""
+        at = list(rows)
+        return replace(
+            self,
+            tokens_RL=self.tokens_RL[at],
+            old_logp_RL=self.old_logp_RL[at],
+            ref_logp_RL=None if self.ref_logp_RL is None else self.ref_logp_RL[at],
+        )
 
     def part(self, rows: slice, device: torch.device) -> AnswerTrajectories:
         """Some answers, on `device`."""

@@ -200,7 +200,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["gspo", "final_sample"])
 def test_results_do_not_depend_on_the_number_of_ranks(objective: str, tmp_path: Path) -> None:
     choice = {"timestep_choice": "largest_change", "timestep_fraction": 0.5}
-    some = {"groups": 2, "groups_kept": 0.5} if objective == "gspo" else {}
+    some = {"groups": 2, "groups_kept": 0.5} if objective == "gspo" else {"rollouts_kept": 0.67}
     settings = config(steps=2, group_size=3, objective=objective, lr=1e-4, sample_every=1, **choice, **some)
     reinforce(parts(), PROMPTS, colour, settings, tmp_path / "alone")
 
