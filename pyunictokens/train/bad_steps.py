@@ -1,7 +1,8 @@
 """What happens to a step whose numbers are not finite: one policy for the concept stages and for reinforcement.
 
-The step is left out: nothing is learned from it. It is counted and logged, and the noise moves on, so the next step
-draws otherwise. `most` of them in a row end the run with a diagnosis, behind a checkpoint from which it may go on.
+The step is left out: nothing is learned from it, or from the inner epochs that remain. It is counted and logged, and
+the noise moves on, so the next step draws otherwise. `most` of them in a row end the run with a diagnosis, behind a
+checkpoint from which it may go on.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class BadSteps:
     def diagnosis(self, last: str, checkpoint: str, problem: str, advice: str) -> str:
         """Why the run ends."""
         return (
-            f"{self.most} steps in a row, the last of them {last}, are not finite: {problem}. Nothing was learned from "
-            f"them, and the checkpoint of {checkpoint} stands behind them: --resume goes on with other draws. If it "
-            f"comes again, {advice}"
+            f"{self.most} steps in a row, the last of them {last}, are not finite: {problem}. They were left out; the "
+            f"checkpoint of {checkpoint} stands behind them: --resume goes on with other draws. If it comes again, "
+            f"{advice}"
         )
 
 

@@ -237,8 +237,8 @@ class Collector(Groups):
         if config.shard == "full":  # all ranks have as many rows: each layer's weights come together for all at once
             return 1.0
         passes = 3 * config.inner_epochs + (1 if config.beta > 0 else 0)
-        looked_at = passes * config.timestep_fraction * config.rollouts_taken / config.group_size
-        return config.timesteps * (1 + looked_at) + self._lost_steps.get(task.mode, 0.0)
+        update = passes * self.objective.looks_at(config) * config.rollouts_taken / config.group_size
+        return config.timesteps + update + self._lost_steps.get(task.mode, 0.0)
 
     def _note(self, task: Task, summary: RolloutSummary) -> None:
         size = self.config.group_size

@@ -12,6 +12,7 @@ from ..models.showo.costs import ShowoCosts
 from ..models.showo.family import published_config
 from ..models.showo.sizes import ShowoConfig
 from .concept_tokens.stages import PLANS, questions_of, stage_steps
+from .objective import objective_of
 
 PROMPT = 64
 """Positions of a prompt, in a plan's arithmetic."""
@@ -37,7 +38,7 @@ def training_flops(costs: ShowoCosts, grpo: GrpoConfig) -> float:
     steps = grpo.timesteps + refused * max(1, grpo.timesteps // 5)
     rollout = costs.image_step(rows, prompt, count, guided).flops * steps
     rollout += costs.answers(count + 40, [grpo.max_new_tokens] * rows).flops if grpo.reasoning else 0.0
-    looked_at = max(1, round(grpo.timesteps * grpo.timestep_fraction))
+    looked_at = objective_of(grpo).looks_at(grpo)
     taken = grpo.rollouts_taken * (grpo.groups or 1)
     update = costs.update(taken, looked_at, prompt, count, guided, grpo.trainable).flops * grpo.inner_epochs
     reference = costs.reference(taken, looked_at, prompt, count, guided).flops if grpo.beta > 0 else 0.0

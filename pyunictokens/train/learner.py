@@ -6,6 +6,7 @@ equation 7). What groups are is the collector's business, the gradient that of u
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from .statistics import UpdateStats
 from .trajectories import AnswerTrajectories, ImageTrajectories, choose_timesteps
 from .update import LossSettings, MicrobatchSizes, answer_logprobs, image_logprobs, streamed_backward
 
+log = logging.getLogger(__name__)
+
 
 class Learner:
     """The policy's gradient steps."""
@@ -45,6 +48,12 @@ class Learner:
             objective,
         )
         self.sizes = MicrobatchSizes()
+        if objective.own_views and config.timestep_fraction < 1 and ranks.first:
+            log.warning(
+                "timestep_fraction=%g does nothing: grpo.objective=%s hides the finished sample under masks of its own",
+                config.timestep_fraction,
+                config.objective,
+            )
 
     def update(self, groups: Sequence[Group], step: int, rate: float) -> tuple[str, UpdateStats, float]:
         """Optimizer steps on the groups of a step: (what was not finite, statistics of the first, gradient's length).
@@ -82,7 +91,10 @@ class Learner:
                 problem = "" if math.isfinite(norm) else f"gradient of length {norm}"
             self.optimizer.zero_grad()
             if problem:
-                return problem, stats, norm
+                taken = (
+                    "" if epoch == 0 else f" in inner epoch {epoch + 1} of {config.inner_epochs}; those before it stand"
+                )
+                return problem + taken, stats, norm
         return "", first, norm
 
     def _kept(self, group: Group) -> tuple[LocalRollouts | None, Tensor]:

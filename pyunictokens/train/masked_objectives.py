@@ -5,8 +5,7 @@
     coupled       one mask, its complement, and everything masked: every token is scored twice (DiffuCoder, 2506.20639)
 
 Masks are drawn anew for each inner epoch. One to three forward passes do where the recorded steps need one each.
-Samples
-are images or texts; of a text, what follows its end does not count and is never masked.
+Samples are images or texts; of a text, what follows its end does not count and is never masked.
 
 Shape suffixes: R rollouts, T views, N image codes or text tokens.
 """
@@ -36,6 +35,7 @@ class _OfMasks(Objective):
     """The masks say which tokens count; a rollout's terms are averaged."""
 
     published_reduction = "mean"
+    own_views: ClassVar[int] = 1
 
     @classmethod
     def of(cls, config: GrpoConfig) -> Objective:
@@ -99,6 +99,7 @@ class Coupled(_OfMasks):
 
     per_token: ClassVar[bool] = False
     splits_timesteps: ClassVar[bool] = False
+    own_views: ClassVar[int] = 3
 
     def _views(
         self, images: ImageTrajectories, sample_RN: Tensor, sources: Sequence[np.random.Generator], epochs: int

@@ -67,11 +67,19 @@ class Objective:
     """Whether the loss is a sum over timesteps. Otherwise the update takes log-probs of everything first, then forms
     the gradient with respect to each, then sends that back microbatch by microbatch."""
 
+    own_views: ClassVar[int] = 0
+    """Masks that it hides the finished sample under, for each inner epoch, instead of looking at recorded timesteps;
+    0: it looks at those."""
+
     @classmethod
     def of(cls, config: GrpoConfig) -> Objective:
         """This objective with the numbers of `config`. Raises UserError where they do not fit it."""
         reduction = cls.published_reduction if config.reduction == "auto" else config.reduction
         return cls(config.token_scope, reduction, config.advantage)
+
+    def looks_at(self, config: GrpoConfig) -> int:
+        """Timesteps of a rollout, or masks of its own, that one pass of the update goes through."""
+        return self.own_views or max(1, round(config.timestep_fraction * config.timesteps))
 
     def advantages(self, rewards_R: Tensor, groups_R: Tensor) -> Tensor:
         """[R]: each reward against the others of its group. `groups_R` numbers the groups, integer [R]."""

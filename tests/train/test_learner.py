@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyunictokens.train import GrpoConfig, reinforce
+from pyunictokens.train import GrpoConfig, read_metrics, reinforce
 from pyunictokens.train.learner import widest
+from pyunictokens.train.objective import objective_of
 from pyunictokens.train.statistics import UpdateStats
 from pyunictokens.train.trajectories import ImageTrajectories
 from pyunictokens.train.update import streamed_backward
@@ -78,6 +81,40 @@ def test_kept_rollouts_have_the_gradient_of_a_group_of_them_alone(
     given[:] = [3.0, 0.0, 1.5, 1.5]
     reinforce(parts(), ["a toy"], lambda prompts, images: given[: len(images)], _plain(), tmp_path / "flat middle")
     assert norms[1] == pytest.approx(4 * norms[2], rel=1e-5) and norms[1] > 0
+
+
+def test_masks_of_its_own_take_no_part_of_the_timesteps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for objective, passes in {"unigrpo": 1, "coupled": 3, "final_sample": 2}.items():
+        chosen = config(steps=1, objective=objective, timesteps=4, timestep_fraction=0.5)
+        assert objective_of(chosen).looks_at(chosen) == passes
+        caplog.clear()
+        reinforce(parts(), ["a toy"], colours, chosen, tmp_path / objective)
+        said = f"timestep_fraction=0.5 does nothing: grpo.objective={objective}" in caplog.text
+        assert said == (objective != "final_sample")
+
+
+def test_an_inner_epoch_that_is_not_finite_says_that_the_first_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def noted(*given: Any) -> UpdateStats:
+        nonlocal calls
+        calls += 1
+        found = streamed_backward(*given)
+        return replace(found, loss=math.nan) if calls == 2 else found
+
+    monkeypatch.setattr("pyunictokens.train.learner.streamed_backward", noted)
+    model = parts()
+    before = {name: value.detach().clone() for name, value in model.model.named_parameters()}
+    reinforce(model, ["a toy"], colours, config(steps=1, inner_epochs=2, lr=1e-3), tmp_path / "run")
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["skipped"] == "loss nan in inner epoch 2 of 2; those before it stand"
+    assert any(not torch.equal(value, before[name]) for name, value in model.model.named_parameters())
+
+
+def colours(prompts: list[str], images: Tensor) -> list[float]:
+    return [float(image[0].mean()) for image in images]
 
 
 def _plain(**changes: Any) -> GrpoConfig:
