@@ -35,10 +35,10 @@ KEPT = "reinforce-study.json"
 GROUPS: dict[str, tuple[str, ...]] = {
     "objective": ("unictask, newly unmasked codes", "unictask, masked codes", "mask_grpo"),
     "advantage, averaging, reference": ("advantage=mean", "weights not averaged", "beta 0.01"),
-    "timesteps": ("all timesteps", "timestep_choice=largest_change", "8 timesteps"),
-    "one batch": ("2 inner epochs", "4 inner epochs", "2 prompts × 24", "12 prompts × 4"),
-    "learning rate": ("lr 1e-4", "lr 4e-4"),
-    "what learns, guidance, two at once": ("LoRA, lr 1e-3", "guidance 3", "2 prompts × 24, largest_change"),
+    "timesteps": ("all timesteps", "a quarter of the timesteps", "timestep_choice=largest_change", "8 timesteps"),
+    "one batch": ("2 inner epochs", "4 inner epochs", "12 prompts × 4", "half of the rollouts"),
+    "large groups": ("2 prompts × 24", "2 prompts × 24, largest_change", "2 prompts × 24, 8 of them"),
+    "learning rate, what learns, guidance": ("lr 1e-4", "lr 4e-4", "LoRA, lr 1e-3", "guidance 3"),
 }
 """The figure's panels: arms beside the first one."""
 
@@ -61,6 +61,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "guidance 3": ("guidance_scale=3",),
     "8 timesteps": ("timesteps=8",),
     "LoRA, lr 1e-3": ("trainable=lora", "lr=1e-3"),
+    "half of the rollouts": ("rollouts_kept=0.5",),
+    "2 prompts × 24, 8 of them": ("groups=2", "group_size=24", "rollouts_kept=0.334"),
+    "a quarter of the timesteps": ("timestep_fraction=0.25",),
     "2 prompts × 24, largest_change": ("groups=2", "group_size=24", "timestep_choice=largest_change"),
 }
 """By name: what differs from the settings of the demo."""
@@ -68,9 +71,9 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 def row_steps(config: GrpoConfig) -> float:
     """Row-steps of one step of training."""
-    rows = config.groups * config.group_size * config.timesteps * (2 if config.guidance_scale > 0 else 1)
-    looked = config.timestep_fraction * (3 * config.inner_epochs + (1 if config.beta > 0 else 0))
-    return rows * (1 + looked)
+    passes = 3 * config.inner_epochs + (1 if config.beta > 0 else 0)
+    images = config.groups * (config.group_size + passes * config.timestep_fraction * config.rollouts_taken)
+    return images * config.timesteps * (2 if config.guidance_scale > 0 else 1)
 
 
 def settings(words: tuple[str, ...], budget: float) -> list[str]:
