@@ -163,7 +163,7 @@ def main() -> None:
         ("reinforce", table(runs)),
         ("composed", drawn(read_json(REPORT))),
         ("timesteps", timesteps_table(found)),
-        ("kinds", by_kind(runs)),
+        ("kinds", by_kind(runs[:3])),
     ):
         text = put(text, name, lines)
     write_text_atomic(page, text)

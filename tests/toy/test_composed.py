@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from pyunictokens.data.images import from_pil
 from pyunictokens.data.prompts import read_prompts
 from pyunictokens.rewards.base import RewardBatch
 from pyunictokens.rewards.experts.objects import Found, check, lies
-from pyunictokens.toy.composed.model import ComposedReward
+from pyunictokens.toy.composed.model import ComposedReward, Places, load_composed
 from pyunictokens.toy.composed.prompts import caption, prompt, prompt_list, words, write_prompts
-from pyunictokens.toy.composed.scene import KINDS, LARGE, NOUNS, Composition, empty, random_composition, render
+from pyunictokens.toy.composed.scene import KINDS, LARGE, NOUNS, PLACES, Composition, empty, random_composition, render
 from pyunictokens.toy.composed.spotter import MAP, Detector, Heads, Spotter
+from pyunictokens.toy.facts import at_place
 from pyunictokens.toy.scene import COLOURS
 from pyunictokens.toy.words import build_tokenizer
+from pyunictokens.utils.errors import UserError
 
 
 def truth(scene: Composition) -> list[Found]:
@@ -67,6 +71,25 @@ def test_the_reward_counts_the_whole_more_than_its_parts() -> None:
     assert reward.score(batch).tolist() == pytest.approx([1.0, 0.5 / 3, 0.0])
 
 
+def test_the_place_is_read_behind_the_figures_and_through_the_tokenizer() -> None:
+    """Every scene shows its own place and no other, drawn and as the image tokenizer gives it back; a prompt that names
+    none is right anywhere."""
+    rng = np.random.default_rng(6)
+    scenes = [random_composition(rng, "dense") for _ in range(36)]
+    drawn = torch.stack([from_pil(Image.fromarray(render(scene))) for scene in scenes])
+    vq = load_composed().vq
+    with torch.no_grad():
+        back = vq.decode(vq.encode(drawn)).clamp(-1, 1)
+    own, none = [scene.place for scene in scenes], [""] * len(scenes)
+    others = [PLACES[(PLACES.index(place) + 1) % len(PLACES)] for place in own]
+    for images in (drawn, back):
+        for named, right in ((own, 1.0), (others, 0.0), (none, 1.0)):
+            batch = RewardBatch(images, prompts=["a cat"] * len(scenes), columns={"place": named})
+            assert Places().score(batch).tolist() == [right] * len(scenes)
+    with pytest.raises(UserError, match="the prompts have no column place"):
+        Places().score(RewardBatch(drawn, prompts=["a cat"] * len(scenes)))
+
+
 def test_positions_and_sizes_vary() -> None:
     rng = np.random.default_rng(5)
     scenes = [random_composition(rng, "single") for _ in range(60)]
@@ -106,6 +129,10 @@ def test_prompt_lists(tmp_path: Path) -> None:
     assert len(train) == 35 and len(test) == 14 and not {p.text for p in train} & {p.text for p in test}
     for each in test:
         assert Path(str(each.columns["reference_image"])).is_file() and each.columns["objects"]
+    for each in (*train, *test):
+        place = str(each.columns["place"])
+        assert place in ("", *PLACES) and any(at_place(name) in each.text for name in PLACES) == bool(place)
+        assert not place or each.text.endswith(f" {at_place(place)}.")
 
 
 def test_a_detector_reads_the_map() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ...rewards.experts.objects import Objects
 from ...utils.errors import UserError
 from ...utils.files import read_json
+from .scene import PLACES, empty
 from .spotter import Detector, Spotter
 
 if TYPE_CHECKING:
@@ -66,6 +67,30 @@ class ComposedReward(Objects):
     def score(self, batch: RewardBatch) -> torch.Tensor:
         share = super().score(batch)
         return (share + 2 * (share == 1).to(share.dtype)) / 3
+
+
+class Places:
+    """1 where an image shows the place that its prompt names (column `place`), or where that names none; else 0. What
+    an image shows is the empty scene whose pixels lie nearest."""
+
+    columns = ("place",)
+
+    def __init__(self) -> None:
+        import torch
+
+        scenes = [torch.tensor(empty(place)).permute(2, 0, 1) for place in PLACES]
+        self._empty = torch.stack(scenes).float() / 255
+
+    def score(self, batch: RewardBatch) -> torch.Tensor:
+        import torch
+
+        named = batch.columns.get("place")
+        if named is None:
+            raise UserError("the prompts have no column place: write one, empty where a prompt names none")
+        pixels = ((batch.images.float() + 1) / 2).clamp(0, 1).cpu()
+        far = (pixels[:, None] - self._empty).abs().mean((2, 3, 4))
+        shown = [PLACES[at] for at in far.argmin(1).tolist()]
+        return torch.tensor([float(wanted in ("", seen)) for wanted, seen in zip(named, shown, strict=True)])
 
 
 def composed_reward(folder: Folder = None) -> ComposedReward:

@@ -86,10 +86,16 @@ def prompt(kind: str, rng: np.random.Generator) -> tuple[str, Objects, Compositi
     return text, objects, scene
 
 
+def place_in(text: str) -> str:
+    """The place that a prompt names, "" where it names none."""
+    return next((place for place in PLACES if f" {at_place(place)}" in text), "")
+
+
 def prompt_list(
     count: int, seed: int, *, kinds: tuple[str, ...] = KINDS, without: frozenset[str] = frozenset()
 ) -> list[dict[str, object]]:
-    """`count` different prompts, the kinds in turn: {"prompt", "objects", "kind", "scene"}; none of `without`."""
+    """`count` different prompts, the kinds in turn: {"prompt", "kind", "objects", "place", "scene"}; none of
+    `without`."""
     rng, seen = np.random.default_rng([seed, 77]), set(without)
     rows: list[dict[str, object]] = []
     for _ in range(100 * count):
@@ -99,7 +105,7 @@ def prompt_list(
         text, objects, scene = prompt(kind, rng)
         if text not in seen:
             seen.add(text)
-            rows.append({"prompt": text, "kind": kind, "objects": objects, "scene": scene})
+            rows.append({"prompt": text, "kind": kind, "objects": objects, "place": place_in(text), "scene": scene})
     if len(rows) < count:
         raise ValueError(f"count={count}: only {len(rows)} prompts were found that differ; ask for fewer")
     return rows
