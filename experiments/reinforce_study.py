@@ -25,8 +25,9 @@ from pyunictokens.runs.prompt_demo import SETTINGS, run_prompt_demo
 from pyunictokens.utils.files import read_json, read_json_lines, write_json, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = ("ema_decay=0.9",)
-"""What all arms change: their runs are a third as long, and an average over 33 steps would still lag at their end."""
+COMMON = ("groups=6", "group_size=8", "rollouts_kept=1", "ema_decay=0.9")
+"""What arms have where they say nothing else. `make reinforce` took groups of 24 afterwards, and its average of the
+weights, over 33 steps, would still lag at the end of runs as short as these."""
 POINTS = 4
 """Measurements of a run after the first."""
 PROMPTS = (960, 192)
@@ -43,7 +44,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """The figure's panels: arms beside the first one."""
 
 ARMS: dict[str, tuple[str, ...]] = {
-    "as in `make reinforce`": (),
+    "6 prompts × 8": (),
     "advantage=mean": ("advantage=mean",),
     "unictask, newly unmasked codes": ("objective=unictask", "token_scope=newly_unmasked"),
     "unictask, masked codes": ("objective=unictask", "token_scope=masked"),
@@ -66,7 +67,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "a quarter of the timesteps": ("timestep_fraction=0.25",),
     "2 prompts × 24, largest_change": ("groups=2", "group_size=24", "timestep_choice=largest_change"),
 }
-"""By name: what differs from the settings of the demo."""
+"""By name: what differs from the settings of the demo and COMMON."""
 
 
 def row_steps(config: GrpoConfig) -> float:
@@ -78,7 +79,7 @@ def row_steps(config: GrpoConfig) -> float:
 
 def settings(words: tuple[str, ...], budget: float) -> list[str]:
     """The words of a run of `budget` row-steps."""
-    steps = max(POINTS, round(budget / row_steps(with_overrides(SETTINGS, words))))
+    steps = max(POINTS, round(budget / row_steps(with_overrides(SETTINGS, [*COMMON, *words]))))
     return [
         *COMMON,
         *words,
@@ -108,7 +109,9 @@ def run(
             chosen = settings(words, budget)
             train, held_out = prompts
             out = work / _file_name(name) / f"run{seed}"
-            found = run_prompt_demo(out, seed=seed, words=chosen, world=world, prompts=train, held_out=held_out)
+            found = run_prompt_demo(
+                out, seed=seed, words=chosen, world=world, prompts=train, held_out=held_out, places=False
+            )
             config, folder = with_overrides(SETTINGS, chosen), found.result.folder
             lines = read_json_lines(folder / "held_out.jsonl")
             seconds = sum(line["seconds"] for line in read_json_lines(folder / "metrics.jsonl"))
@@ -226,11 +229,13 @@ def markdown(found: list[dict]) -> str:
     lines = [
         "# What makes reinforcement learn",
         "",
-        "Arms differ from the settings of `make reinforce` in what their name says; being shorter, all average",
-        f"their weights with `grpo.{COMMON[0]}`. All have the same number of row-steps ({budget:,.0f}: as many as",
-        f"{round(budget / row_steps(SETTINGS))} steps of `make reinforce`). What is shown is the share of {PROMPTS[1]}",
-        "held-out prompts, two images each, that the reader finds wholly right; no reward asks it. Held-out prompts",
-        "and the noise that draws them are always the same; seeds change the training prompts and all other noise.",
+        f"Arms differ from the settings of `pyunictokens demo --prompts {' '.join(COMMON)}` in what",
+        f"their name says. All have the same number of row-steps ({budget:,.0f}: as many as",
+        f"{round(budget / row_steps(with_overrides(SETTINGS, COMMON)))} steps of it), and the objects alone as their",
+        "reward, without the place ([toyworld.md](toyworld.md) says what that changes). What is shown is the share of",
+        f"{PROMPTS[1]} held-out prompts, two images each, that the reader finds wholly right; no reward asks it.",
+        "Held-out prompts and the noise that draws them are always the same; seeds change the training prompts and all",
+        "other noise.",
         "",
         "![Held-out prompts drawn wholly right, along the row-steps](images/reinforce_study.png)",
         "",
@@ -238,6 +243,9 @@ def markdown(found: list[dict]) -> str:
         "",
         "`mask_grpo` with one inner epoch is “unictask, newly unmasked codes” by another way: the ratio is 1, so both",
         "have gradients of one direction, and Adam takes no notice of their length.",
+        "",
+        "`make reinforce` has taken 2 prompts × 24, 8 of them, since: the arms with groups of 24 are the first three,",
+        "and of these it takes the most steps with the same compute.",
         "",
         "Gain: the held-out share over the second half of the compute, above the start. Intervals are Dunnett's, every",
         "arm against the first, 5 % for all together. Seconds: of the fastest run, one thread. Empty: not run.",
