@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import math
 import os
@@ -150,10 +151,11 @@ def _fields(settings: object) -> tuple[Field[object], ...]:
     return fields(cast(Any, settings))
 
 
-def _hints(cls: type) -> dict[str, object]:
+@functools.cache  # Python compiles each annotation anew, and a run's settings are read many times
+def _hints(cls: type) -> Mapping[str, object]:
     """Types of the fields of dataclass `cls`."""
     hints = typing.get_type_hints(cls)
-    return {each.name: hints[each.name] for each in _fields(cls)}
+    return types.MappingProxyType({each.name: hints[each.name] for each in _fields(cls)})
 
 
 def _is_section(hint: object) -> bool:
