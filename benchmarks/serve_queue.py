@@ -12,9 +12,11 @@ turn that can still be in time (Kise, Ibaraki and Mine, 1978), and "fewest steps
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -26,6 +28,7 @@ from pyunictokens.utils.files import read_json
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 REQUESTS = 20_000
+PROCESSES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -90,23 +93,39 @@ Order: TypeAlias = Callable[[Sequence[Image], float], Sequence[Image]]
 """(images that are there, the oldest first; now) → those that take the next step."""
 
 
-def simulate(costs: Costs, rate: float, order: Order, requests: int = REQUESTS, seed: int = 0) -> list[float]:
-    """Seconds from arrival to end of each of `requests` images that arrive at `rate` a second, sorted."""
-    arrivals = list(_arrivals(rate, requests, seed))
-    now, come, there, took = 0.0, 0, [], []
-    while come < requests or there:
-        now = now if there else max(now, arrivals[come])
-        while come < requests and arrivals[come] <= now:
-            there.append(Image(arrivals[come], costs.steps))
-            come += 1
-        active = list(order(there, now))
-        now += costs.of_step(len(active)) + costs.begin * sum(not image.begun for image in active)
-        for image in active:
+def simulate(
+    costs: Costs, rate: float, order: Order, requests: int = REQUESTS, seed: int = 0, processes: int = 1
+) -> list[float]:
+    """Seconds from arrival to end of each of `requests` images that arrive at `rate` a second, sorted.
+
+    processes: so many, a core each; an image goes to the one that has the fewest (`serve --workers`)."""
+    arrivals = deque(_arrivals(rate, requests, seed))
+    there: list[list[Image]] = [[] for _ in range(processes)]
+    active: list[list[Image]] = [[] for _ in range(processes)]
+    ends = [math.inf] * processes
+    took: list[float] = []
+
+    def begin(process: int, now: float) -> None:
+        active[process] = its = list(order(there[process], now)) if there[process] else []
+        step = costs.of_step(len(its)) + costs.begin * sum(not image.begun for image in its) if its else math.inf
+        ends[process] = now + step + costs.end * sum(image.left == 1 for image in its)
+
+    while arrivals or any(there):
+        process = min(range(processes), key=ends.__getitem__)
+        now = ends[process]
+        if arrivals and arrivals[0] < now:
+            now = arrivals.popleft()
+            process = min(range(processes), key=lambda each: len(there[each]))
+            there[process].append(Image(now, costs.steps))
+            if ends[process] == math.inf:
+                begin(process, now)
+            continue
+        for image in active[process]:
             image.begun, image.left = True, image.left - 1
             if not image.left:
-                now += costs.end
                 took.append(now - image.came)
-                there.remove(image)
+                there[process].remove(image)
+        begin(process, now)
     return sorted(took)
 
 
@@ -156,12 +175,14 @@ def report(
     """Latencies against an idle server's at `rate` images a second, by order; and the bound, `cheapest` being the
     seconds of an image in a full batch."""
 
-    def ratios(order: Order) -> dict[str, float]:
-        took = simulate(costs, rate, order, requests)
+    def ratios(order: Order, processes: int = 1) -> dict[str, float]:
+        took = simulate(costs, processes * rate, order, requests, processes=processes)
         return {f"p{part}": round(took[part * (len(took) - 1) // 100] / costs.alone, 2) for part in (50, 95, 99)}
 
+    found = orders(costs, batch_from, most)
     return {
-        "orders": {name: ratios(order) for name, order in orders(costs, batch_from, most).items()},
+        "orders": {name: ratios(order) for name, order in found.items()},
+        "processes": {str(number): ratios(next(iter(found.values())), number) for number in PROCESSES},
         "late_share": round(late_share(cheapest, rate, 2 * costs.alone, requests), 3),
     }
 
@@ -170,6 +191,11 @@ def table(found: dict[str, Any]) -> str:
     """The orders as a table."""
     lines = ["| order of drawing, simulated at half load | p50 | p95 | p99 |", "|---|---|---|---|"]
     lines += [f"| {name} | {its['p50']:g} | {its['p95']:g} | {its['p99']:g} |" for name, its in found["orders"].items()]
+    lines += ["", "| processes, a core each (`serve --workers`), simulated at half load | p50 | p95 | p99 |"]
+    lines += ["|---|---|---|---|"]
+    lines += [
+        f"| {name} | {its['p50']:g} | {its['p95']:g} | {its['p99']:g} |" for name, its in found["processes"].items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -25,9 +25,15 @@ def serve(
         Path | None,
         typer.Option("--keys", metavar="FILE.yaml", help="API keys, with limits of each (docs/serving.md)."),
     ] = None,
-    max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Images and answers under way at once.")] = 64,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", min=1, help="Processes that draw: one a GPU, or each with a share of the cores."),
+    ] = 1,
+    max_rows: Annotated[
+        int, typer.Option("--max-rows", min=1, help="Images and answers under way at once, in each worker.")
+    ] = 64,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="Images and answers that may wait; more get 429.")
+        int, typer.Option("--max-waiting", min=1, help="Images and answers that may wait, in each; more get 429.")
     ] = 256,
     batch_from: Annotated[
         int,
@@ -54,28 +60,23 @@ def serve(
         pyunictokens serve runs/bo runs/mug
 
         pyunictokens serve --runs runs --host 0.0.0.0 --keys keys.yaml --device cuda --dtype bfloat16
+
+        pyunictokens serve --runs runs --workers 8
     """
     import logging
 
-    from ..serve.catalog import Catalog, Limits
+    from ..serve.catalog import CatalogSettings, Limits
     from ..serve.keys import Keys
     from ..serve.server import Server, ServerSettings
     from ..utils.signals import stop_on_signals
 
-    settings = ServerSettings(host, port, max_rows, max_waiting, batch_from, grace=grace, log_prompts=log_prompts)
-    server = Server(
-        lambda serving: Catalog(
-            runs or (),
-            folder,
-            flags=models.sources,
-            device=machine.device,
-            dtype=machine.dtype,
-            limits=Limits(concepts, open_models),
-            in_use=serving.concepts_in_use,
-        ),
-        Keys.from_environment(keys),
-        settings,
+    settings = ServerSettings(
+        host, port, workers, max_rows, max_waiting, batch_from, grace=grace, log_prompts=log_prompts
     )
+    served = CatalogSettings(
+        tuple(runs or ()), folder, models.sources, machine.device, machine.dtype, Limits(concepts, open_models)
+    )
+    server = Server(served, Keys.from_environment(keys), settings)
     lines = logging.StreamHandler()
     lines.setFormatter(logging.Formatter("%(message)s"))
     requests = logging.getLogger("pyunictokens.serve")

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from ..data.images import black_image, from_pil, square
-from ..rollout.serving import AnswerRequest, AsyncEngine, Taken, Written
+from ..rollout.serving import AnswerRequest, Taken, Written
 from ..runs.asking import question_for, read_prompt
 from .catalog import Catalog, Served
 from .drawing import event
@@ -23,6 +23,7 @@ from .forms import LONGEST, ChatForm, TextPart
 from .gate import About
 from .metrics import Metrics
 from .pictures import Pictures
+from .workers import Workers
 
 _UNFINISHED = "\ufffd"
 """What the tokenizer gives for a character whose bytes are not all there yet."""
@@ -40,8 +41,8 @@ class Question:
 class Answering:
     """Answers clients."""
 
-    def __init__(self, catalog: Catalog, engine: AsyncEngine, pictures: Pictures, metrics: Metrics, log_prompts: bool):
-        self._catalog, self._engine, self._pictures = catalog, engine, pictures
+    def __init__(self, catalog: Catalog, workers: Workers, pictures: Pictures, metrics: Metrics, log_prompts: bool):
+        self._catalog, self._workers, self._pictures = catalog, workers, pictures
         self._metrics, self._log_prompts = metrics, log_prompts
 
     async def ask(self, form: ChatForm, about: About) -> Question:
@@ -134,8 +135,8 @@ class Answering:
     async def events(self, question: Question, about: About) -> AsyncGenerator[Taken | Written, None]:
         """That it waits; then answers as they are written."""
         served, client = question.served, about.client.settings
-        stream = self._engine.stream(
-            lambda: self._catalog.seat(served),
+        stream = self._workers.stream(
+            served,
             question.request,
             user=client.name,
             priority=client.priority,

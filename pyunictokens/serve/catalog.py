@@ -15,11 +15,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..models import ConceptTokens, ModelBundle, Sources, TextTokenizer
 from ..rollout.engine import RolloutEngine
+from ..rollout.serving import ServingEngine
 from ..runs.asking import SamplingConfig, sampling
 from ..runs.bundle import open_bundle
 from ..runs.run_dir import BASE, Run
@@ -69,6 +70,31 @@ class Limits:
     """Concepts beside a base model."""
     models: int = 2
     """Runs with weights of their own."""
+
+
+@dataclass(frozen=True)
+class CatalogSettings:
+    """Which models are served, and how they are opened: runs by their paths; every run in a folder, also those that
+    come later. Sources, device and dtype as for `generate`."""
+
+    runs: tuple[str, ...] = ()
+    folder: Path | None = None
+    flags: Sources = field(default_factory=Sources)
+    device: str = "auto"
+    dtype: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+
+    def open(self, serving: ServingEngine) -> Catalog:
+        """The catalog of an engine."""
+        return Catalog(
+            self.runs,
+            self.folder,
+            flags=self.flags,
+            device=self.device,
+            dtype=self.dtype,
+            limits=self.limits,
+            in_use=serving.concepts_in_use,
+        )
 
 
 class Catalog:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..data.images import black_image
 from ..data.wording import compound_prompt, first_sentence
-from ..rollout.serving import AnswerRequest, AsyncEngine, Drawn, ImageRequest, Preview, Taken, Written
+from ..rollout.serving import AnswerRequest, Drawn, ImageRequest, Preview, Taken, Written
 from ..runs.asking import grid_of, painted, read_prompt, reasoning_question
 from .catalog import Catalog, Served
 from .errors import Refused, told
@@ -21,6 +21,7 @@ from .forms import GenerationForm, ImageForm
 from .gate import About
 from .metrics import Metrics
 from .pictures import Pictures
+from .workers import Workers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,8 +52,8 @@ class Asked:
 class Drawing:
     """Draws for clients."""
 
-    def __init__(self, catalog: Catalog, engine: AsyncEngine, pictures: Pictures, metrics: Metrics, log_prompts: bool):
-        self._catalog, self._engine, self._pictures = catalog, engine, pictures
+    def __init__(self, catalog: Catalog, workers: Workers, pictures: Pictures, metrics: Metrics, log_prompts: bool):
+        self._catalog, self._workers, self._pictures = catalog, workers, pictures
         self._metrics, self._log_prompts = metrics, log_prompts
 
     async def ask(self, form: ImageForm, about: About) -> Asked:
@@ -138,8 +139,8 @@ class Drawing:
     async def events(self, asked: Asked, about: About) -> AsyncGenerator[Taken | Drawn | Preview, None]:
         """That it waits; then images as they are drawn: previews where the form streams, and each when it is done."""
         served, client = asked.served, about.client.settings
-        stream = self._engine.stream(
-            lambda: self._catalog.seat(served),
+        stream = self._workers.stream(
+            served,
             asked.request,
             user=client.name,
             priority=client.priority,
@@ -168,8 +169,8 @@ class Drawing:
             raw=raw,
         )
         text, client = "", about.client.settings
-        stream = self._engine.stream(
-            lambda: self._catalog.seat(served),
+        stream = self._workers.stream(
+            served,
             request,
             user=client.name,
             priority=client.priority,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 from ..utils.errors import needs
 
@@ -14,10 +14,26 @@ log = logging.getLogger("pyunictokens.serve")
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
-class Metrics:
-    """Counters of one server. running, waiting, resident: asked when somebody looks."""
+class Working(Protocol):
+    """What is asked when somebody looks: processes that take requests, and sums over them."""
 
-    def __init__(self, running: Callable[[], float], waiting: Callable[[], float], resident: Callable[[], float]):
+    @property
+    def ready(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def resident(self) -> int: ...
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self, working: Working):
         with needs("web"):
             from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -32,9 +48,10 @@ class Metrics:
         self.tokens = Counter("pyunictokens_answer_tokens", "Answer tokens drawn", registry=own)
         self.aborted = Counter("pyunictokens_aborted", "Requests whose client went away", registry=own)
         for name, text, function in (
-            ("rows_running", "Images and answers under way", running),
-            ("rows_waiting", "Images and answers that wait for a slot", waiting),
-            ("concepts_resident", "Concepts at hand beside a base model", resident),
+            ("workers", "Processes that draw and answer", lambda: working.ready),
+            ("rows_running", "Images and answers under way", lambda: working.running),
+            ("rows_waiting", "Images and answers that wait for a slot", lambda: working.waiting),
+            ("concepts_resident", "Concepts at hand beside a base model", lambda: working.resident),
         ):
             Gauge(f"pyunictokens_{name}", text, registry=own).set_function(function)
 

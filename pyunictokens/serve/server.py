@@ -10,17 +10,20 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from ..rewards.served.connections import Connections, address_of, listen, most_connections, quiet_server
-from ..rollout.serving import BATCH_FROM, AsyncEngine, ServingEngine
+from ..rollout.serving import BATCH_FROM
 from ..utils.errors import UserError
 from .answering import Answering
 from .app import make_app
-from .catalog import Catalog
+from .catalog import CatalogSettings
 from .drawing import Drawing
 from .gate import Gate, GateLimits, this_machine
 from .keys import KEY, KEY_FILE, Keys
 from .metrics import Metrics
 from .pictures import Pictures
+from .workers import Child, EngineSettings, OwnProcess, Workers, shared_out
 
 _BACKLOG = 256
 
@@ -32,10 +35,12 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
+    workers: int = 1
+    """Processes that draw and answer: one a GPU, or each with a share of the cores."""
     max_rows: int = 64
-    """Images and answers under way at once."""
+    """Images and answers under way at once, in each of them."""
     max_waiting: int = 256
-    """Images and answers that may wait; more are told to come back."""
+    """Images and answers that may wait, in each; more are told to come back."""
     batch_from: int = BATCH_FROM
     """On a CPU: images, running and waiting, from which they are drawn side by side."""
     most_pixels: int = 40_000_000
@@ -51,19 +56,23 @@ class ServerSettings:
 class Server:
     """Serves the models of a catalog.
 
-    make_catalog: gives the catalog, of the engine that runs its models. Raises UserError where it cannot listen, or is
-    to listen for other machines without a key.
+    Raises UserError where it cannot listen, is to listen for other machines without a key, or has fewer GPUs than
+    workers.
     """
 
-    def __init__(self, make_catalog: Callable[[ServingEngine], Catalog], keys: Keys, settings: ServerSettings):
+    def __init__(self, models: CatalogSettings, keys: Keys, settings: ServerSettings):
         if not keys and not this_machine(settings.host):
             raise UserError(
                 f"--host {settings.host} can be reached by other machines: set {KEY} or {KEY_FILE} first, or listen "
                 "on 127.0.0.1"
             )
         self.settings, self._keys = settings, keys
-        self._serving = ServingEngine(settings.max_rows, settings.max_waiting, batch_from=settings.batch_from)
-        self.catalog = make_catalog(self._serving)
+        each = EngineSettings(models, settings.max_rows, settings.max_waiting, settings.batch_from)
+        own, *others = shared_out(each, settings.workers)
+        serving = own.serving()
+        self.catalog = own.catalog.open(serving)
+        self.workers = Workers([OwnProcess(self.catalog, serving), *(Child(at, it) for at, it in enumerate(others, 1))])
+        self._threads = own.threads
         self._socket = listen(settings.host, settings.port, _BACKLOG)
         self.port = int(self._socket.getsockname()[1])
 
@@ -80,12 +89,9 @@ class Server:
             self._socket.close()
 
     async def _serve(self, stop: Callable[[], bool]) -> None:
-        settings, engine = self.settings, AsyncEngine(self._serving)
-        pictures = Pictures(settings.most_pixels)
-        metrics = Metrics(
-            lambda: self._serving.running, lambda: self._serving.queue.waiting, lambda: self.catalog.resident
-        )
-        parts = (self.catalog, engine, pictures, metrics, settings.log_prompts)
+        settings, workers = self.settings, self.workers
+        pictures, metrics = Pictures(settings.most_pixels), Metrics(workers)
+        parts = (self.catalog, workers, pictures, metrics, settings.log_prompts)
         app = make_app(self.catalog, Drawing(*parts), Answering(*parts), pictures, metrics)
         connections = Connections(settings.patience, most_connections(16, 4096))
         gate = Gate(app, self._keys, metrics, connections, settings.gate)
@@ -98,7 +104,9 @@ class Server:
             longest_head=1 << 16,
             dated=True,
         )
-        engine.start()
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        workers.start()
         running = asyncio.create_task(server.serve(sockets=[self._socket]))
         try:
             while not (stop() or running.done()):
@@ -107,4 +115,4 @@ class Server:
             server.should_exit = True
             await running
         finally:
-            await engine.close(1.0)
+            await workers.close(1.0)

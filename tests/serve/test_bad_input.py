@@ -16,12 +16,13 @@ from PIL import Image
 
 from pyunictokens.rewards.served.connections import Connections
 from pyunictokens.rollout.serving import ServingEngine
-from pyunictokens.serve.catalog import Catalog, Limits
+from pyunictokens.serve.catalog import Catalog, CatalogSettings, Limits
 from pyunictokens.serve.errors import Refused
 from pyunictokens.serve.gate import Gate, GateLimits
 from pyunictokens.serve.keys import Client, Keys, KeySettings
 from pyunictokens.serve.metrics import Metrics
 from pyunictokens.serve.server import Server, ServerSettings
+from pyunictokens.serve.workers import Workers
 from pyunictokens.utils.errors import UserError
 
 from .test_server import PROMPT, data_url, file_of
@@ -212,14 +213,14 @@ def wait_until(true, seconds=20.0):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_goes_away_gives_its_rows_back_at_once(server, streamed):
-    engine = server._serving
+    work = server.workers
     body = json.dumps({"prompt": PROMPT, "steps": 1000, "n": 2, "stream": streamed, "partial_images": 3})
     head = f"POST {DRAW} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     head += f"content-length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall((head + body).encode())
-        wait_until(lambda: engine.running == 2)
-    wait_until(lambda: not engine.busy)
+        wait_until(lambda: work.running == 2)
+    wait_until(lambda: not (work.running or work.waiting))
 
 
 def test_too_many_wait_and_a_deadline(server, client):
@@ -234,7 +235,7 @@ def test_too_many_wait_and_a_deadline(server, client):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    wait_until(lambda: server._serving.running == 2)
+    wait_until(lambda: server.workers.running == 2)
     refused = httpx.post(server.address + DRAW, json={**slow, "n": 3})
     told(refused, 429, "wait already", "rate_limit_error", code="rate_limit_exceeded")
     assert int(refused.headers["retry-after"]) >= 1
@@ -286,7 +287,7 @@ def test_a_client_that_does_not_take_its_answer_is_left():
             raise
 
     async def main():
-        metrics = Metrics(lambda: 0, lambda: 0, lambda: 0)
+        metrics = Metrics(Workers([]))
         gate = Gate(handler, Keys([]), metrics, Connections(1.0, 9), GateLimits(slow=0.2))
         sent = []
 
@@ -394,7 +395,7 @@ def test_keys_come_from_the_environment_or_a_file(tmp_path, monkeypatch):
 
 
 def test_other_machines_need_a_key(folder):
-    make = lambda serving: Catalog(folder=folder)  # noqa: E731
+    make = CatalogSettings(folder=folder)
     for host in ("0.0.0.0", "::", "192.168.1.1", "example.com"):
         with pytest.raises(UserError, match=f"--host {host} can be reached by other machines: set PYUNICTOKENS_SERVE"):
             Server(make, Keys([]), ServerSettings(host, 0))
@@ -441,7 +442,7 @@ def test_an_end_finishes_what_runs(folder):
         ask = lambda: found.append(httpx.post(server.address + DRAW, json={"prompt": PROMPT, "steps": 60}, timeout=60))  # noqa: E731
         thread = threading.Thread(target=ask)
         thread.start()
-        wait_until(lambda: server._serving.running)
+        wait_until(lambda: server.workers.running)
     thread.join()
     assert found[0].status_code == 200 and found[0].json()["data"][0]["b64_json"]
     with pytest.raises(httpx.ConnectError):

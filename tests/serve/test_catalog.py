@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from pyunictokens.rollout.serving import AsyncEngine, ServingEngine
 from pyunictokens.serve.catalog import Catalog
 from pyunictokens.serve.drawing import Drawing
 from pyunictokens.serve.forms import ImageForm
@@ -14,6 +13,7 @@ from pyunictokens.serve.gate import About
 from pyunictokens.serve.keys import Client, KeySettings
 from pyunictokens.serve.metrics import Metrics
 from pyunictokens.serve.pictures import Pictures
+from pyunictokens.serve.workers import Workers
 
 from .world import concept_run, weights_run
 
@@ -79,7 +79,7 @@ def test_a_model_is_read_once_however_many_ask_at_once(catalog, monkeypatch):
 def test_usage_counts_a_concepts_tokens_also_when_it_has_made_room(tmp_path):
     concept_run(tmp_path / "bo", "bo")
     catalog = Catalog(folder=tmp_path, device="cpu")
-    parts = AsyncEngine(ServingEngine()), Pictures(), Metrics(*[lambda: 0.0] * 3), False
+    parts = Workers([]), Pictures(), Metrics(Workers([])), False
     drawing, about = Drawing(catalog, *parts), About("1", Client(KeySettings()))
     asked = asyncio.run(drawing.ask(ImageForm(model="bo", prompt="a photo of <bo>."), about))
     engine = catalog.seat(asked.served)

@@ -20,6 +20,7 @@ from pyunictokens.serve.gate import Gate, GateLimits
 from pyunictokens.serve.keys import Keys
 from pyunictokens.serve.metrics import Metrics
 from pyunictokens.serve.server import ServerSettings
+from pyunictokens.serve.workers import Workers
 
 from .test_bad_input import ANN, DRAW, keys, told, wait_until
 from .test_server import PROMPT, file_of
@@ -130,7 +131,7 @@ def test_a_stream_that_is_not_taken_ends_at_once():
                 await asyncio.sleep(60)
             return bodies.pop()
 
-        gate = Gate(handler, Keys([]), Metrics(*[lambda: 0.0] * 3), Connections(1.0, 9), GateLimits(slow=0.2))
+        gate = Gate(handler, Keys([]), Metrics(Workers([])), Connections(1.0, 9), GateLimits(slow=0.2))
         await gate({"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "client": None}, receive, send)
         assert ended
 
@@ -147,6 +148,6 @@ def test_bodies_of_requests_under_way_have_a_limit_together(tmp_path):
         ask = lambda **more: httpx.post(server.address + DRAW, json={"prompt": PROMPT, **more}, timeout=100)  # noqa: E731
         assert ask(steps=1).status_code == 200  # the model is open
         long = thread.submit(ask, steps=100, user="x" * 800)
-        wait_until(lambda: server._serving.running)
+        wait_until(lambda: server.workers.running)
         told(ask(user="x" * 800), 429, "the limit is 1500", "rate_limit_error", code="rate_limit_exceeded")
         assert ask(steps=1).status_code == 200 == long.result().status_code == ask(steps=1, user="x" * 800).status_code

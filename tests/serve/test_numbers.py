@@ -14,6 +14,7 @@ from pyunictokens.toy.model import load_toy
 from pyunictokens.utils.files import read_json
 
 
+@pytest.mark.slow
 def test_every_piece_in_small(tmp_path: Path) -> None:
     out = tmp_path / "serve.json"
     serve.main(["--quick", "--out", str(out)])
@@ -43,20 +44,27 @@ def test_the_clock_counts_work_and_jumps_to_the_next_arrival() -> None:
 def test_orders_are_simulated_as_queueing_theory_has_them() -> None:
     linear = serve_queue.Costs(steps=20, step={1: 0.05, 64: 64 * 0.05}, begin=0.0, end=0.0)  # a batch saves nothing
     assert linear.alone == pytest.approx(1.0) and linear.of_step(3) == pytest.approx(0.15)
-    found = serve_queue.report(linear, rate=0.5, cheapest=1.0, batch_from=1000, most=64)["orders"]
-    one, mixed = found["one after another"], found["all side by side (`serve --batch-from 1`)"]
+    orders = serve_queue.orders(linear, 1000, 64)
+
+    def ratios(order: str) -> dict[str, float]:
+        took = serve_queue.simulate(linear, 0.5, orders[order])
+        return {f"p{part}": took[part * (len(took) - 1) // 100] for part in (50, 95)}
+
+    one, mixed = ratios("one after another"), ratios("all side by side (`serve --batch-from 1`)")
     assert one["p95"] == pytest.approx(3.03, abs=0.15), "M/D/1 at half load"
     assert mixed["p95"] > 1.3 * one["p95"] and mixed["p50"] > one["p50"]
     took = serve_queue.simulate(linear, 0.5, lambda there, now: there[:1])
     assert sum(took) / len(took) == pytest.approx(1.5, abs=0.05), "Pollaczek-Khinchine"
+    two = serve_queue.simulate(linear, 1.0, lambda there, now: there[:1], processes=2)
+    assert 1.177 < sum(two) / len(two) < 1.25, "more than M/D/2, whose images may change the process"
 
 
 def test_no_order_leaves_fewer_late_than_the_bound() -> None:
     linear = serve_queue.Costs(steps=20, step={1: 0.05, 64: 64 * 0.05}, begin=0.0, end=0.0)
-    bound = serve_queue.late_share(1.0, 0.5, 2.0)
+    bound = serve_queue.late_share(1.0, 0.5, 2.0, 8000)
     assert bound == pytest.approx(0.096, abs=0.01), "M/D/1 whose customers wait for one service at most"
     for order in serve_queue.orders(linear, 16, 64).values():
-        took = serve_queue.simulate(linear, 0.5, order)
+        took = serve_queue.simulate(linear, 0.5, order, 8000)
         assert sum(each > 2.0 for each in took) / len(took) >= bound
 
 

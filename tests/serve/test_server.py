@@ -21,6 +21,7 @@ from pyunictokens.serve.gate import About
 from pyunictokens.serve.keys import Client, KeySettings
 from pyunictokens.serve.metrics import Metrics
 from pyunictokens.serve.pictures import Pictures
+from pyunictokens.serve.workers import Workers
 from pyunictokens.toy.model import load_toy
 
 from .world import concept_run, running, weights_run
@@ -260,7 +261,7 @@ def test_reasoning_takes_of_the_time_until_the_deadline(folder):
             yield Written(0, 0, "It is a red ball.", (1, 2), True, False, 0)
 
     async def main():
-        catalog, metrics = Catalog(folder=folder, device="cpu"), Metrics(*[lambda: 0.0] * 3)
+        catalog, metrics = Catalog(folder=folder, device="cpu"), Metrics(Workers([]))
         drawing, about = Drawing(catalog, Slow(), Pictures(), metrics, False), About("1", Client(KeySettings()))
         form = GenerationForm(model="bo", prompt="a photo of <bo>.", reason=True, deadline=30.0)
         async for _ in drawing.events(await drawing.ask(form, about), about):

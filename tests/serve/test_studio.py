@@ -38,13 +38,13 @@ def in_studio(folder, main):
     serving = ServingEngine()
     catalog = Catalog(folder=folder, device="cpu", in_use=serving.concepts_in_use)
     studio = Studio(catalog, serving, folder / "choices")
-    studio.engine.start()
+    studio.workers.start()
 
     async def run():
         try:
             return await main(studio)
         finally:
-            await studio.engine.close(5)
+            await studio.workers.close(5)
 
     return asyncio.run(asyncio.wait_for(run(), 100))
 

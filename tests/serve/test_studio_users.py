@@ -47,11 +47,11 @@ def test_one_who_draws_long_does_not_keep_another_waiting(studio):
     backend, address = studio
     ann, ben = (Client(address, verbose=False) for _ in range(2))
     long = ann.submit("base", PROMPT, 1, False, "1", "1000", "0", api_name="/draw")
-    wait_until(lambda: backend.engine.serving.running)
+    wait_until(lambda: backend.workers.running)
     pictures, status = ben.submit("base", PROMPT, 1, False, "2", "1", "0", api_name="/draw").result(timeout=60)
     assert len(pictures) == 1 and status.startswith("1 of 1 drawn") and not long.done()
     long.cancel()
-    wait_until(lambda: not backend.engine.serving.running)
+    wait_until(lambda: not backend.workers.running)
 
 
 def test_of_two_pictures_one_is_chosen_once(studio):

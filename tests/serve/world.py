@@ -12,7 +12,7 @@ import torch
 
 from pyunictokens import ConceptTokens
 from pyunictokens.models import Sources
-from pyunictokens.serve.catalog import Catalog, Limits
+from pyunictokens.serve.catalog import CatalogSettings, Limits
 from pyunictokens.serve.keys import Keys
 from pyunictokens.serve.server import Server, ServerSettings
 from pyunictokens.toy.model import load_toy
@@ -50,9 +50,7 @@ def running(
     """A server of every run in `folder`, until the context ends."""
     settings = settings or ServerSettings(port=0)
     server = Server(
-        lambda serving: Catalog(
-            folder=folder, flags=Sources(), device="cpu", limits=limits, in_use=serving.concepts_in_use
-        ),
+        CatalogSettings(folder=folder, flags=Sources(), device="cpu", limits=limits or Limits()),
         keys or Keys([]),
         settings,
     )

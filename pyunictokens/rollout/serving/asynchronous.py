@@ -35,7 +35,7 @@ class Closing(UserError):
     """The engine takes nothing more."""
 
 
-class _Mailbox:
+class Mailbox:
     """The events of one request on their way to one coroutine."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -65,7 +65,7 @@ class AsyncEngine:
     def __init__(self, serving: ServingEngine):
         self.serving = serving
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._boxes: dict[int, _Mailbox] = {}
+        self._boxes: dict[int, Mailbox] = {}
         self._thread = threading.Thread(target=self._run, name="serving", daemon=True)
         self._closing = False
         self._end = False
@@ -139,7 +139,7 @@ class AsyncEngine:
         model: an open model, or a function that gives it, called in the engine's thread. Raises what `add_request`
         raises before the first event, and the error that a request ended with. Leaving it early aborts the request.
         """
-        box = _Mailbox(asyncio.get_running_loop())
+        box = Mailbox(asyncio.get_running_loop())
         added: list[int] = []
         gone = False
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.images import save_image, to_pil
-from ...rollout.serving import AsyncEngine, Drawn, ServingEngine, Taken, Written
+from ...rollout.serving import Drawn, ServingEngine, Taken, Written
 from ...utils.errors import UserError, needs
 from ...utils.files import write_bytes_atomic
 from ..answering import Answering
@@ -32,6 +32,7 @@ from ..gate import About
 from ..keys import Client, KeySettings
 from ..metrics import Metrics
 from ..pictures import Pictures
+from ..workers import OwnProcess, Workers
 
 with needs("studio"):
     from PIL import Image
@@ -76,9 +77,8 @@ class Studio:
         self._files: OrderedDict[Path, None] = OrderedDict()
         """Pictures of the folder, the one that was shown last at the end."""
         self._room = tempfile.TemporaryDirectory(prefix="pyunictokens-studio-")
-        self.engine = AsyncEngine(serving)
-        metrics = Metrics(lambda: serving.running, lambda: serving.queue.waiting, lambda: catalog.resident)
-        parts = (catalog, self.engine, Pictures(), metrics, False)
+        self.workers = Workers([OwnProcess(catalog, serving)])
+        parts = (catalog, self.workers, Pictures(), Metrics(self.workers), False)
         self._drawing, self._answering = Drawing(*parts), Answering(*parts)
         self._client = Client(KeySettings("studio"))
 

@@ -103,7 +103,7 @@ def serve_studio(
         page.load(again, outputs=[known, *choices, learned, run], queue=False, show_progress="hidden")
         clock.tick(newer, known, [known, *choices], show_progress="hidden")
         written.change(lambda name: gr.update(choices=concepts.names(), value=name), written, learned)
-    studio.engine.start()
+    studio.workers.start()
     try:
         _, address, _ = page.launch(
             server_name=host,
@@ -130,7 +130,7 @@ def serve_studio(
         page.close(verbose=False)
         training.close(GRACE)
         concepts.close()
-        asyncio.run(studio.engine.close(5.0))
+        asyncio.run(studio.workers.close(5.0))
 
 
 def _first(names: list[str]) -> dict[str, object]:
