@@ -8,6 +8,7 @@ ARGS ?=
 CHROMIUM ?= /usr/bin/chromium
 SECONDS_EACH ?= 25
 QUICK ?=
+TESTERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -37,8 +38,8 @@ demo: $(STAMP) ## teach the toy model one concept, start to finish, and write de
 reinforce: $(STAMP) ## reinforce the toy model on a list of prompts; the curve on held-out ones: reinforce/curve.png
 	$(BIN)/pyunictokens demo --prompts --out reinforce $(ARGS)
 
-test: $(STAMP) ## the test suite (without the tests that need a GPU or minutes), a process a core
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not soak and not fuzz and not browser" $(ARGS)
+test: $(STAMP) ## the test suite (without the tests that need a GPU or minutes), a process a core and one for those that wait
+	$(BIN)/python -m pytest -q -n $(TESTERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not soak and not fuzz and not browser" $(ARGS)
 
 slow: $(STAMP) ## the tests that take minutes: kernels under the interpreter, a rehearsal of the GPU script, many processes
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 -m "slow and not gpu and not soak and not fuzz and not browser" $(ARGS)

@@ -162,6 +162,7 @@ def test_extra_memory_sees_what_a_side_holds() -> None:
     assert 2 * logits <= plain <= 6 * logits
 
 
+@pytest.mark.slow
 def test_memory_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wanted = [case for case in SMOKE if case.operation == "grpo_loss"]
     (held,) = memory.measure_apart("eager", wanted, smoke=True)

@@ -83,6 +83,7 @@ sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Only]
 """An interpreter in which torch with its own requirements and numpy can be imported, and nothing else."""
 
 
+@pytest.mark.slow
 def test_the_operations_run_where_torch_and_numpy_alone_are_installed() -> None:
     code = """
 import torch
@@ -190,6 +191,7 @@ def test_every_import_of_an_optional_package_names_an_extra_that_brings_it() -> 
         visit(ast.parse(file.read_text(encoding="utf-8")), None, file.relative_to(package).as_posix())
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_package_from_elsewhere(tmp_path: Path) -> None:
     """An editable install has to put a path where checkers look: an import hook would make the package Any for them."""
     (tmp_path / "user.py").write_text("import pyunictokens\nreveal_type(pyunictokens.ops.selected_logprob)\n")

@@ -24,6 +24,7 @@ def test_arms_have_equal_compute() -> None:
     assert shown | {next(iter(study.ARMS))} == set(study.ARMS), "every arm has its panel"
 
 
+@pytest.mark.slow
 def test_runs_are_made_once_and_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, other = list(study.ARMS)[:2]
     monkeypatch.setattr(study, "ARMS", {first: SMALL, other: (*SMALL, "advantage=mean")})

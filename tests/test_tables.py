@@ -72,6 +72,7 @@ def children(parent: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_one_who_started_them(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path

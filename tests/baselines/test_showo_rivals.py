@@ -83,6 +83,7 @@ def test_inversion_learns_its_embedding_and_nothing_else(data: Path, call: Calla
     assert not torch.allclose(learned.embed[0], start, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_dreambooth_learns_weights_and_draws_alone(

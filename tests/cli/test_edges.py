@@ -154,6 +154,7 @@ def test_bench_runs_the_suite_of_the_source_tree(monkeypatch: pytest.MonkeyPatch
     assert "source tree" in only_error("bench")
 
 
+@pytest.mark.slow
 def test_bench_writes_where_the_caller_says(tmp_path: Path) -> None:
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     before = {file: file.stat().st_mtime_ns for file in results.iterdir()}

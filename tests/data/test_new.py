@@ -286,6 +286,7 @@ def test_many_at_once_lose_none(tmp_path, photos, monkeypatch):
         install.install(tmp_path, tmp_path / "data", "bo")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_one_that_is_killed_while_it_replaces_a_concept_leaves_no_mixture(tmp_path, photos):
     root, refused = tmp_path / "data", 0

@@ -104,6 +104,7 @@ def call(*words: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_a_table_gives_the_same_samples_and_scores(stored: Any, data: Path, tmp_path: Path) -> None:
     models = ("-m", "ours:base", "-m", "showo-tp", "-m", "showo-ip", "-m", "real")
     sizes = ("samples=2", "limit=1", "seeds=[3]", "timesteps=2", "guidance_scale=3", "max_new_tokens=12")

@@ -43,6 +43,7 @@ def test_a_kernel_without_its_loops_is_refused() -> None:
         machine_code.entry_cost(code, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="nvdisasm comes with Triton")
 def test_the_step_kernels_keep_their_budget() -> None:
     info = uct.ops.build_info()

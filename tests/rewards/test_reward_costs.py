@@ -62,6 +62,7 @@ def test_faces(saved: Folders) -> None:
     assert all(here <= allowed for here, allowed in zip(seen.values(), cost.Setting().boxes, strict=True)), seen
 
 
+@pytest.mark.slow
 def test_scoring_costs_a_small_part_of_the_rollout() -> None:
     rows = {name: share for name, _, share in cost.table()}
     assert set(rows) == {"tier", "ber", "der", "fer", "all four"}
@@ -85,6 +86,7 @@ def test_the_networks_are_the_papers() -> None:
     assert (c.tier.hidden_size, c.tier.num_hidden_layers) == (768, 12)
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_table() -> None:
     from pathlib import Path
 

@@ -43,6 +43,7 @@ from tests.rewards.serving import (
 from tests.toy.test_rewards import human_batch
 
 
+@pytest.mark.slow
 def test_the_command_serves_the_toy_and_outlives_kill_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values as at home; kill -9 is an error that names the address; a server that is back is used again."""
     monkeypatch.setenv(KEY, SECRET.decode())

@@ -150,6 +150,7 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
         assert b"408" in answer.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_strangers_do_not_end_the_command_at_a_low_limit_of_files() -> None:
     """Six hundred silent connections against 128 file descriptors; then SIGTERM, with a client that reads nothing."""
     process, address = toy_server(limit_files=128)

@@ -166,6 +166,7 @@ class ById:
         return torch.tensor([one.uniform(0.5, 1) if one.random() < self.rate else one.uniform(0, 0.5) for one in dice])
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     rate=st.sampled_from([0.0, 0.2, 0.5, 0.9]),

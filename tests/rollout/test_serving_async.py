@@ -141,6 +141,7 @@ def test_closing_without_patience_tells_those_who_wait():
     asyncs(main)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_thousand_requests():
     async def main():
         async with AsyncEngine(ServingEngine(max_rows=8, max_waiting=2000)) as serving:

@@ -55,6 +55,7 @@ class Looked:
         return bool(self.seen) and all(seen.is_floating_point() and seen.shape[1:] == (4, 1024) for seen in self.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*only the first")
 def test_the_clip_vit_variant_learns_is_measured_and_draws(
     weights: Weights, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -59,6 +59,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_tables_from_nothing_and_nothing_twice(here: list[str], tmp_path: Path) -> None:
     for name in ("bo", "mi"):
@@ -151,6 +152,7 @@ def test_table_5_is_trained_on_what_was_imported(here: list[str], tmp_path: Path
     assert here == [] and len(lines) == 2 and all(line[-2:] == ["1", "1"] for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*training images")
 def test_the_ablations_with_a_judge(here: list[str], tmp_path: Path) -> None:
     """Table 2; the plan counts what the judge is then asked."""
@@ -185,6 +187,7 @@ def test_the_ablations_with_a_judge(here: list[str], tmp_path: Path) -> None:
     assert again == {**dict.fromkeys(again, 0.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_a_trial_on_the_toy_fills_six_trained_rows_beside_the_papers(here: list[str], tmp_path: Path) -> None:
     out = tmp_path / "paper"

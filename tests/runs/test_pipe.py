@@ -55,6 +55,7 @@ def fresh(folder: str, prompt: str = "A photo of <bo>.") -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "lora", "full"])
 def test_a_published_run_is_opened_elsewhere(old: Path, name: str) -> None:
     pipe = uct.pipeline(name)
@@ -127,6 +128,7 @@ def test_a_run_on_prompts_names_its_model_and_says_what_was_measured(tmp_path: P
         pipe.push_to_hub("someone/red")
 
 
+@pytest.mark.slow
 def test_models_and_tokens_to_a_folder(tmp_path: Path) -> None:
     bundle = uct.models.load(write_checkpoint(tmp_path / "llada", "llada"))
     place = bundle.model.push_to_hub(tmp_path / "out")

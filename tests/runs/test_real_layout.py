@@ -34,6 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_person(tmp_path_factory.mktemp("photos"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*only the first")
 def test_train_table_and_report_on_the_real_layout(weights: Weights, data: Path, tmp_path: Path) -> None:
     run, table = tmp_path / "run", tmp_path / "table"
@@ -140,6 +141,7 @@ def test_published_tokens_are_a_row_of_a_table(
     assert heard.questions and not any(raw for _, raw in heard.questions)  # records of the other form do not count
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:.*only the first")
 def test_reinforcement_goes_on_in_the_form_of_published_tokens(
     weights: Weights, data: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

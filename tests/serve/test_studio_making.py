@@ -159,6 +159,7 @@ def until(training: Training, name: str, states: set[str], seconds: float = 240)
     raise AssertionError(training.look(name))
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_stopped_and_gone_on_with(training: Training, tmp_path: Path) -> None:
     form = TrainForm("bo", "first", steps=24, evaluate=False, words=SHORT)
     assert training.start(form) == "first" == training.running
@@ -236,6 +237,7 @@ def test_an_empty_field_is_no_zero() -> None:
             how_of(seed, steps, guidance)
 
 
+@pytest.mark.slow
 def test_a_plan_says_nothing_of_the_command_line(training: Training) -> None:
     lines = training.plan(TrainForm("bo", steps=1, evaluate=False, words=SHORT)).splitlines()
     assert lines[0].startswith("download") and any(line.startswith("time") for line in lines)

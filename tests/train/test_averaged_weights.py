@@ -91,6 +91,7 @@ def test_a_resumed_run_has_the_average_of_the_run_that_never_stopped(tmp_path: P
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_is_the_same_on_two_ranks_and_is_resumed_by_any_number(tmp_path: Path, dtype: str) -> None:

@@ -286,6 +286,7 @@ def test_a_rank_that_is_killed_is_named(here: World, tmp_path: Path, hasty: None
         assert line["loss"] == pytest.approx(true["loss"], abs=1e-5) and line["answer"] == true["answer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_rank_that_freezes_ends_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], frozen: int, hasty: None
@@ -421,6 +422,7 @@ def test_ranks_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pipeline_over_ranks(here: World, tmp_path: Path) -> None:
     """Rank 0 does stages and evaluations, all reinforce; a stop ahead of that ends all ranks."""
     from tests.soak import chaos

@@ -46,6 +46,7 @@ def test_the_preset_trains_the_model_as_the_authors_do() -> None:
         assert (other.trainable, other.warmup, other.temperature, other.dsog.initial) == ("full", 10, 1.8, "auto")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
 def test_kl_and_reward_move_under_paper_and_not_with_rows_alone(here: World, tmp_path: Path) -> None:
     kls, gains = {}, {}

@@ -74,6 +74,7 @@ def test_reinforcement_of_texts_runs(folder: Path, tmp_path: Path, objective: st
     assert texts(again) == texts(bundle) != before
 
 
+@pytest.mark.slow
 def test_the_reward_rises(folder: Path, tmp_path: Path) -> None:
     bundle = uct.models.load(folder)
     settings = config(steps=30, groups=2, group_size=8, lr=2e-2, advantage="std", sample_every=0, warmup=0)

@@ -83,6 +83,7 @@ def test_the_next_group_is_drawn_while_one_is_scored(tmp_path: Path, server: Rew
     assert away == home
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled", "ignore:the DSOG scorer failed")
 def test_a_run_that_loses_its_experts_goes_on_when_they_are_back(tmp_path: Path, server: RewardServer) -> None:
     here = world(tmp_path / "data")

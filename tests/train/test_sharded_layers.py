@@ -163,6 +163,7 @@ def test_a_rollout_that_does_not_fit_ends_the_run() -> None:
         passes.begin()
 
 
+@pytest.mark.slow
 def test_layers_in_the_hosts_memory_learn_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +265,7 @@ def test_four_ranks_and_checkpoints_of_any_number_of_them(folder: Path, tmp_path
     assert moved > 0 and apart < 0.02 * moved
 
 
+@pytest.mark.slow
 def test_half_precision_has_float32_masters(folder: Path, tmp_path: Path) -> None:
     def work(shard: str) -> None:
         def each(ranks: Ranks) -> None:

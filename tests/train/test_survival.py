@@ -42,6 +42,7 @@ def here(tmp_path: Path) -> World:
 # --- kills -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(here: World, tmp_path: Path) -> None:
     """`make soak` does this more than a hundred times; here four kills while files are written, one by the clock."""
     config, out = chaos.settings(), tmp_path / "killed"
@@ -176,6 +177,7 @@ def test_a_second_signal_ends_at_once_and_handlers_are_put_back() -> None:
     assert answers == [False]
 
 
+@pytest.mark.slow
 def test_a_pipeline_can_be_stopped_in_every_part(here: World, tmp_path: Path) -> None:
     config = chaos.settings()
     chaos.run(here, config, tmp_path / "straight")

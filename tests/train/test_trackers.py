@@ -58,6 +58,7 @@ def report(kind: str, folder: Path, then: str = "", **variables: str) -> None:
     assert len(read_metrics(folder / "run")) == 3
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path: Path) -> None:
     report("wandb", tmp_path, WANDB_MODE="offline")
     first, second = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
@@ -71,6 +72,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     assert [Image.open(file).getpixel((0, 0)) for file in images] == [(255, 0, 0), (255, 0, 1)]
 
 
+@pytest.mark.slow
 def test_trackio_in_a_local_folder(tmp_path: Path) -> None:
     read = "import json; from trackio.sqlite_storage import SQLiteStorage as S;"
     read += "found = [S.get_runs('pyunictokens'), S.get_logs('pyunictokens', 'run')];"
@@ -86,6 +88,7 @@ def test_trackio_in_a_local_folder(tmp_path: Path) -> None:
     assert [picture.convert("RGB").getpixel((0, 0)) for picture in pictures] == [(255, 0, 0), (255, 0, 1)]
 
 
+@pytest.mark.slow
 def test_mlflow_in_a_local_store(tmp_path: Path) -> None:
     store = (tmp_path / "mlruns").as_uri()
     report("mlflow", tmp_path, MLFLOW_TRACKING_URI=store, MLFLOW_ALLOW_FILE_STORE="true")

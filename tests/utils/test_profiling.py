@@ -105,6 +105,7 @@ def test_a_trace_holds_the_phases_and_ends_by_itself(tmp_path: Path) -> None:
     assert "alone" in short.read_text() and [f.name for f in tmp_path.iterdir() if "part" in f.name] == []
 
 
+@pytest.mark.slow
 def test_a_trace_without_a_gpu_prints_nothing(tmp_path: Path) -> None:
     code = "import torch; from pyunictokens.utils.profiling import trace\nwith trace('a.json'): torch.ones(3).sum()"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
