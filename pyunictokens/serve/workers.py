@@ -187,9 +187,10 @@ class Child:
     def _take(self, message: object) -> None:
         if isinstance(message, _State):
             self.ready, self.state = True, message
-        elif isinstance(message, (_Heard, _Failed)) and message.number in self._boxes:
-            heard = isinstance(message, _Heard)
-            self._boxes[message.number].put(message.event if heard else Ended(message.number, _refusal(message.told)))
+        elif isinstance(message, _Heard) and message.number in self._boxes:
+            self._boxes[message.number].put(message.event)
+        elif isinstance(message, _Failed) and message.number in self._boxes:
+            self._boxes[message.number].put(Ended(message.number, _refusal(message.told)))
 
     def _gone(self, process: SpawnProcess) -> None:
         """The child ended, and not because it was to."""

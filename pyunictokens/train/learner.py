@@ -164,6 +164,10 @@ def most_different(groups: Sequence[Group], part: float) -> list[tuple[int, Grou
 def widest(rewards_G: Tensor, count: int) -> list[int]:
     """The `count` of a group's rollouts whose rewards have the largest variance, in ascending order: some of the
     highest and some of the lowest (PODS, arXiv 2504.13818). Every rank chooses the same."""
-    order = rewards_G.double().argsort(stable=True).tolist()
-    low_high = [(order[:low] + order[len(order) - count + low :]) for low in range(count + 1)]
-    return sorted(max(low_high, key=lambda rows: float(rewards_G[rows].double().var(correction=0))))
+    order: list[int] = rewards_G.double().argsort(stable=True).tolist()
+    low_high = [order[:low] + order[len(order) - count + low :] for low in range(count + 1)]
+
+    def variance(rows: list[int]) -> float:
+        return float(rewards_G[rows].double().var(correction=0))
+
+    return sorted(max(low_high, key=variance))
