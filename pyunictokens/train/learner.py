@@ -170,4 +170,5 @@ def widest(rewards_G: Tensor, count: int) -> list[int]:
     def variance(rows: list[int]) -> float:
         return float(rewards_G[rows].double().var(correction=0))
 
-    return sorted(max(low_high, key=variance))
+    best = max(low_high, key=variance)
+    return sorted(best)
