@@ -26,6 +26,8 @@ from pyunictokens.utils.errors import UserError
 from tests.evaluate.test_clip import CONFIG
 from tests.evaluate.test_vlm import llava
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -23,6 +23,8 @@ from tests.tiny_diffusion import tiny_pipeline
 
 ASKED = ("samples=1", "limit=1", "--clip", "toy", "tasks=[pure]", "--no-pages")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -63,6 +63,7 @@ for words in json.loads(sys.argv[1]):
 """Several commands in one process, as an interpreter takes a while to start. A line behind each holds its exit code."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_printing_never_ends_a_command(data: Path, encoding: str) -> None:
     wanted = [("list", data), ("check", data), ("check", "--json", data), ("check", data, "→−≥")]
@@ -78,6 +79,7 @@ def test_printing_never_ends_a_command(data: Path, encoding: str) -> None:
     assert errors[6].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_foreign_words_do_not_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "\x1b[31m\x1b]0;mine\x07\x9b2J\r ok [red]x[/red]"
     done = run("utf-8", "data", "check", tmp_path / evil.replace("/", "|"))
@@ -111,6 +113,7 @@ def test_a_reader_that_has_gone_is_no_error(data: Path) -> None:
             assert process.wait(60) == 0 and "Traceback" not in said and "Broken" not in said, said
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
     (tmp_path / "concept" / "train").mkdir(parents=True)
     try:

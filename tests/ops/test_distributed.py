@@ -96,6 +96,7 @@ def work(rank: int, folder: str, port: int) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -130,6 +130,7 @@ def test_fp64_equals_the_plain_loop_code_for_code(monkeypatch):
     assert images == IMAGES and mixed > BATCHES // 2
 
 
+@pytest.mark.slow
 def test_fp32_log_probs_of_replayed_trajectories_and_only_near_ties_differ():
     model, exact, left = calm_model(torch.float32), calm_model(torch.float64), 0
     for batch in rounds():

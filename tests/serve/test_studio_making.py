@@ -188,6 +188,7 @@ def test_a_run_is_trained_stopped_and_gone_on_with(training: Training, tmp_path:
     assert next(iter(catalog.list())).name == "first"
 
 
+@pytest.mark.slow
 def test_what_fails_says_why(training: Training) -> None:
     training.start(TrainForm("bo", "odd", steps=1, evaluate=False, words="grpo.group_size=-3"))
     assert until(training, "odd", {"failed", "done", "stopped"}) == "failed"
@@ -227,6 +228,7 @@ def test_runs_of_the_command_are_seen(training: Training, tmp_path: Path) -> Non
     assert training.names() == ["byhand"]
 
 
+@pytest.mark.slow
 def test_an_empty_field_is_no_zero() -> None:
     from pyunictokens.serve.studio.try_page import how_of
 

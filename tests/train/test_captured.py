@@ -19,6 +19,7 @@ def here(tmp_path: Path) -> World:
     return world(tmp_path / "data")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
 @pytest.mark.parametrize("previews", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_capture_serves_twelve_groups_of_free_answers(
