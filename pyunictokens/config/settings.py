@@ -151,9 +151,13 @@ def _fields(settings: object) -> tuple[Field[object], ...]:
     return fields(cast(Any, settings))
 
 
-@functools.cache  # Python compiles each annotation anew, and a run's settings are read many times
 def _hints(cls: type) -> Mapping[str, object]:
     """Types of the fields of dataclass `cls`."""
+    return _looked_up(cls)
+
+
+@functools.cache  # Python compiles each annotation anew, and a run's settings are read many times
+def _looked_up(cls: type) -> Mapping[str, object]:
     hints = typing.get_type_hints(cls)
     return types.MappingProxyType({each.name: hints[each.name] for each in _fields(cls)})
 
