@@ -116,8 +116,8 @@ def verdict(runs: list[dict[str, Any]]) -> str:
             word += f"; up on {clear} of {len(runs)} concepts with an interval that leaves zero out"
         parts.append(f"- {TOLD.get(key) or HEADLINES[key]}: **{mean:+.3f}** ± {error:.3f} ({word})")
     said = [
-        "Wanted were 0.03 of the reward, 0.08 of the attributes of held-out prompts and 0.10 of the right facts. Why the",
-        "answers come to agree on one fact, where recognition is lost, and what was tried for both, is told in",
+        "Wanted were 0.03 of the reward, 0.08 of the attributes of held-out prompts and 0.10 of the right facts. Why",
+        "the answers come to agree on one fact, where recognition is lost, and what was tried for both, is told in",
         "[measured-facts.md](measured-facts.md).",
     ]
     return "\n".join(
