@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.devices import usable_cores
 from ..utils.errors import needs
 from ..utils.files import AnyJson
 
@@ -126,7 +127,7 @@ def _cpu() -> Findings:
     result: Findings = {
         "model": model,
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "features": [flag for flag in _CPU_FLAGS if flag in flags],
     }
     try:

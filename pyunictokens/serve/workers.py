@@ -4,6 +4,8 @@ Each has models, queue and engine of its own, and a request goes to the one that
 two rarely wait behind one another while a device is idle. The same seed draws the same image in all of them. One of
 them is the server's own process; the others are children, told and heard through a pipe, which end with it. A child
 that dies is started again; what it was drawing is refused with a 503, so that clients ask once more.
+
+Messages are pickled: a pipe joins this program's own processes and has no name by which others could reach it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
-import os
 import pickle
 import queue
 import signal
@@ -29,7 +30,7 @@ import torch
 
 from ..rollout.serving import AsyncEngine, Ended, Event, Request, ServingEngine
 from ..rollout.serving.asynchronous import Closing, Mailbox
-from ..utils.devices import pick_device
+from ..utils.devices import pick_device, usable_cores
 from ..utils.errors import UserError
 from .catalog import Catalog, CatalogSettings, Served
 from .errors import Refused, Told, told
@@ -57,6 +58,8 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class _Ask:
+    """Server to child: draw, or answer."""
+
     number: int
     model: str
     request: Request
@@ -67,29 +70,37 @@ class _Ask:
 
 @dataclass(frozen=True)
 class _Leave:
+    """Server to child: nobody waits for it any more."""
+
     number: int
 
 
 @dataclass(frozen=True)
 class _End:
+    """Server to child: finish what runs, so many seconds long."""
+
     patience: float
 
 
 @dataclass(frozen=True)
 class _Heard:
+    """Child to server: an event of a request."""
+
     number: int
     event: Event
 
 
 @dataclass(frozen=True)
 class _Failed:
+    """Child to server: a request ended with an error, as its client is told of it."""
+
     number: int
     told: Told
 
 
 @dataclass(frozen=True)
 class _State:
-    """How much a process has to do."""
+    """Child to server: how much it has to do."""
 
     running: int = 0
     waiting: int = 0
@@ -224,13 +235,8 @@ class Child:
         self._boxes[number] = box
         outbox.put(_Ask(number, served.name, request, user, priority, deadline))
         try:
-            while True:
-                event = await box.get()
-                if isinstance(event, Ended) and event.error is not None:
-                    raise event.error
+            async for event in box.events():
                 yield event
-                if isinstance(event, Ended):
-                    return
         finally:
             del self._boxes[number]
             outbox.put(_Leave(number))
@@ -302,8 +308,7 @@ def shared_out(settings: EngineSettings, workers: int) -> list[EngineSettings]:
     name = settings.catalog.device
     device = pick_device(name)
     if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        return [replace(settings, threads=max(1, cores // workers))] * workers
+        return [replace(settings, threads=max(1, usable_cores() // workers))] * workers
     found = torch.cuda.device_count()
     if device.index is not None:
         raise UserError(f"--workers {workers} with --device {name}: leave out the number; each worker has a GPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,11 @@ def pick_dtype(name: str, device: torch.device | None = None) -> torch.dtype:
     if name not in known:
         raise UserError(f"dtype {name}: must be auto, float32, bfloat16 or float16")
     return known[name]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, where the system tells; else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def multiplies_bfloat16() -> bool:

@@ -227,7 +227,7 @@ def test_what_runs_is_finished_at_the_end(folder):
 
 def test_workers_are_given_devices(monkeypatch, folder):
     settings = EngineSettings(CatalogSettings(folder=folder, device="cpu"), 4, 4, 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("pyunictokens.serve.workers.usable_cores", lambda: 8)
     assert shared_out(settings, 1) == [settings]
     assert [each.threads for each in shared_out(settings, 3)] == [2, 2, 2]
     assert [each.threads for each in shared_out(settings, 9)] == [1] * 9

@@ -52,11 +52,18 @@ class Mailbox:
         self._events.append(event)
         self._came.set()
 
-    async def get(self) -> Event:
-        while not self._events:
-            self._came.clear()
-            await self._came.wait()
-        return self._events.popleft()
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Each as it comes, to `Ended`; raises the error that it tells of."""
+        while True:
+            while not self._events:
+                self._came.clear()
+                await self._came.wait()
+            event = self._events.popleft()
+            if isinstance(event, Ended) and event.error is not None:
+                raise event.error
+            yield event
+            if isinstance(event, Ended):
+                return
 
 
 class AsyncEngine:
@@ -159,13 +166,8 @@ class AsyncEngine:
 
         try:
             yield Taken(await self.call(add))
-            while True:
-                event = await box.get()
-                if isinstance(event, Ended) and event.error is not None:
-                    raise event.error
+            async for event in box.events():
                 yield event
-                if isinstance(event, Ended):
-                    return
         finally:
             gone = True
             self._calls.put(forget)
