@@ -22,7 +22,7 @@ from pyunictokens.rollout.serving import BATCH_FROM, ImageRequest
 from pyunictokens.serve.catalog import CatalogSettings
 from pyunictokens.serve.workers import Child, EngineSettings, OwnProcess, Workers, shared_out
 
-PROCESSES = 2
+PROCESSES, ROUNDS = 2, 3
 
 
 def run(
@@ -33,8 +33,9 @@ def run(
     offline: Callable[[RolloutEngine, int], object],
     batch_from: int = BATCH_FROM,
 ) -> dict[str, Any]:
-    """`requests` at half load, a quarter as many one after another, `clients` at once for the rate. request: draws one
-    from a source of numbers; offline: draws so many images in one batch."""
+    """Rounds of `requests` at half load and a quarter as many one after another, behind `clients` at once for the rate;
+    the ratios are medians over the rounds. request: draws one from a source of numbers; offline: draws so many images
+    in one batch."""
     before = torch.get_num_threads()
     settings = EngineSettings(CatalogSettings(folder=folder, flags=Sources(), device="cpu"), 64, 1024, batch_from)
     own, *others = shared_out(settings, PROCESSES)
@@ -50,7 +51,7 @@ def run(
             pass
         return time.perf_counter() - start
 
-    async def measured() -> dict[str, Any]:
+    async def measured() -> tuple[float, list[tuple[list[float], list[float]]]]:
         dice = random.Random(0)
         workers.start()
         while workers.ready < PROCESSES:
@@ -59,18 +60,20 @@ def run(
         start = time.perf_counter()
         await asyncio.gather(*(one(dice) for _ in range(clients)))
         rate = clients / (time.perf_counter() - start)
-        idle = [await one(dice) for _ in range(max(4, requests // 4))]
-        under_way = []
-        for _ in range(requests):
-            await asyncio.sleep(dice.expovariate(rate / 2))
-            under_way.append(asyncio.create_task(one(dice)))
-        busy = await asyncio.gather(*under_way)
+        rounds = []
+        for _ in range(ROUNDS):
+            idle = [await one(dice) for _ in range(max(4, requests // 4))]
+            under_way = []
+            for _ in range(requests):
+                await asyncio.sleep(dice.expovariate(rate / 2))
+                under_way.append(asyncio.create_task(one(dice)))
+            rounds.append((sorted(idle), sorted(await asyncio.gather(*under_way))))
         await workers.close(10.0)
-        return {"rate": rate, "idle": sorted(idle), "busy": sorted(busy)}
+        return rate, rounds
 
     torch.set_num_threads(own.threads)
     try:
-        found = asyncio.run(measured())
+        rate, rounds = asyncio.run(measured())
         torch.set_num_threads(own.threads * PROCESSES)
         offline(served.engine, 2)
         start = time.perf_counter()
@@ -79,18 +82,26 @@ def run(
     finally:
         torch.set_num_threads(before)
 
-    def quantile(side: str, part: float) -> float:
-        return float(found[side][min(len(found[side]) - 1, round(part * (len(found[side]) - 1)))])
+    def at(part: float, side: int) -> list[float]:
+        """A quantile of idle (0) or half load (1), by round."""
+        return [each[side][round(part * (len(each[side]) - 1))] for each in rounds]
 
+    p95, p50 = ([busy / idle for idle, busy in zip(at(q, 0), at(q, 1), strict=True)] for q in (0.95, 0.5))
+    idle, half = (
+        {name: round(statistics.median(at(part, side)), 4) for name, part in (("p50", 0.5), ("p95", 0.95))}
+        for side in (0, 1)
+    )
     return {
         "processes": PROCESSES,
         "threads": own.threads,
+        "rounds": ROUNDS,
         "requests": requests,
         "load": 0.5,
-        "p95_ratio": round(quantile("busy", 0.95) / quantile("idle", 0.95), 3),
-        "p50_ratio": round(statistics.median(found["busy"]) / statistics.median(found["idle"]), 3),
-        "half_load_seconds": {"p50": round(quantile("busy", 0.5), 4), "p95": round(quantile("busy", 0.95), 4)},
-        "idle_seconds": {"p50": round(quantile("idle", 0.5), 4), "p95": round(quantile("idle", 0.95), 4)},
-        "images_per_second": round(found["rate"], 3),
-        "throughput_ratio": round(found["rate"] / batch, 3),
+        "p95_ratio": round(statistics.median(p95), 3),
+        "p95_ratios": [round(each, 3) for each in p95],
+        "p50_ratio": round(statistics.median(p50), 3),
+        "half_load_seconds": half,
+        "idle_seconds": idle,
+        "images_per_second": round(rate, 3),
+        "throughput_ratio": round(rate / batch, 3),
     }
