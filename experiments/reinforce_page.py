@@ -22,7 +22,8 @@ from pyunictokens.data.prompts import read_prompts
 from pyunictokens.rewards.ensemble import Ensemble
 from pyunictokens.rollout.engine import RolloutEngine
 from pyunictokens.runs.prompt_demo import CURVE, HELD_OUT, PICTURES, RUN, SETTINGS
-from pyunictokens.toy.composed.model import load_composed, wholly_right
+from pyunictokens.toy.composed.model import Places, load_composed, wholly_right
+from pyunictokens.toy.composed.prompts import place_in
 from pyunictokens.train import load_policy
 from pyunictokens.train.distributed.ranks import Ranks
 from pyunictokens.train.held_out import HeldOut, Measurement, difference
@@ -79,19 +80,40 @@ def by_timesteps(folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def named_places(folder: Path) -> list[float]:
+    """The share of held-out images that show the place their prompt names, before and after a run, with the noise of
+    its own measurements."""
+    bundle, prompts = load_composed(), read_prompts(folder / HELD_OUT)
+    tasks = PromptTasks([replace(each, columns={"place": place_in(each.text)}) for each in prompts], seed=0)
+    named = [number for number, each in enumerate(prompts) if place_in(each.text)]
+
+    def share() -> float:
+        engine, reader = RolloutEngine.of(bundle), Ensemble({"place": Places()}, {"place": 1.0})
+        found = HeldOut(tasks).measure(0, engine, reader, SETTINGS, Ranks()).values["place"]
+        return round(sum(found[number] for number in named) / len(named), 4)
+
+    before = share()
+    load_policy(bundle.model, folder / RUN / "final")
+    return [before, share()]
+
+
 def table(runs: list[dict[str, object]]) -> list[str]:
     """The lines of the page's table."""
     lines = [
-        "| run | steps | minutes of training | wholly right before | after | gain, 95 % interval over prompts |",
-        "|---|---|---|---|---|---|",
+        "| run | steps | minutes of training | wholly right before | after | gain, 95 % interval over prompts "
+        "| place as named |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         curve = run["curve"]
         assert isinstance(curve, list)
         first, last = curve[0], curve[-1]
+        places = run.get("places")
+        place = f"{places[0]:.2f} → {places[1]:.2f}" if isinstance(places, list) else ""
         lines.append(
             f"| `{run['command']}` | {last['step']} | {float(str(run['seconds'])) / 60:.1f} | {first[BY]:.3f} "
-            f"| {last[BY]:.3f} | {run['gain']:+.2f} [{run['low']:+.2f}, {run['high']:+.2f}] |"
+            f"| {last[BY]:.3f} | {run['gain']:+.2f} [{run['low']:+.2f}, {run['high']:+.2f}] "
+            f"| {place} |"
         )
     return lines
 
@@ -148,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="COMMAND=FOLDER")
     pairs = [word.rpartition("=")[::2] for word in parser.parse_args().runs]
-    runs = [measured(command, Path(folder)) for command, folder in pairs]
+    runs = [{**measured(command, Path(folder)), "places": named_places(Path(folder))} for command, folder in pairs]
     file = DOCS / "reinforce.json"
     earlier = json.loads(file.read_text(encoding="utf-8"))
     runs += [each for each in earlier if each["command"] not in {run["command"] for run in runs}]
