@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,9 +125,9 @@ def run_prompt_demo(
     out.mkdir(parents=True, exist_ok=True)
     write_prompts(out, train=prompts, held_out=held_out, seed=seed)
     reward: dict[str, RewardModel] = {"objects": composed_reward(world)}
-    metrics: dict[str, RewardModel] = {"wholly_right": wholly_right(world), "share_right": share_right(world)}
+    metrics: Mapping[str, RewardModel] = {"wholly_right": wholly_right(world), "share_right": share_right(world)}
     if places:
-        reward["place"] = metrics["place_right"] = Places()
+        reward["place"] = Places()
     texts = [str(line["prompt"]) for line in read_json_lines(out / HELD_OUT)][:12]
     before = _draw(bundle, texts, settings)
     result = reinforce(

@@ -30,7 +30,7 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert all(each.columns["objects"] and each.columns["kind"] for each in (*train, *test))
     lines = [json.loads(line) for line in (out / "run" / "held_out.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    assert lines[0]["means"].keys() >= {"reward", "wholly_right", "share_right", "place_right"}
+    assert lines[0]["means"].keys() >= {"reward", "wholly_right", "share_right", "place"}
     (line, *_) = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     assert line["reward_mean"] == pytest.approx(line["parts"]["objects"] + 0.3 * line["parts"]["place"], abs=1e-5)
     assert found.gain == pytest.approx(found.after - found.before)
