@@ -51,5 +51,9 @@ def loss(
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖ in float64."""
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
+    """‖found − wanted‖ / ‖wanted‖ in float64.
+
+    Where `wanted` lies below the smallest normal number of `found`'s dtype (6e-5 in float16), the error is relative to
+    that number: what is stored there has a fixed spacing, not a relative one."""
+    smallest = max(torch.finfo(found.dtype).tiny * found.numel() ** 0.5, 1e-30)
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(smallest)).item()

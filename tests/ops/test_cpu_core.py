@@ -95,6 +95,15 @@ def test_grpo_loss(level: str, shape: tuple[int, ...], kind: str, dtype: torch.d
         assert torch.allclose(getattr(stats, key).double(), value, rtol=TOLERANCE, atol=1e-8), key
 
 
+def test_a_gradient_smaller_than_float16s_normal_numbers(level: str) -> None:
+    logp = torch.full((1, 1), -1.0, dtype=torch.float16, requires_grad=True)
+    old, alpha = logp.detach(), torch.full((1, 1), 2.6512e-6)
+    loss, _ = uct.ops.grpo_loss(logp, old, None, torch.ones(1), alpha=alpha, beta=0.0, backend="cpu")
+    (grad,) = torch.autograd.grad(loss, logp)
+    assert abs(grad.item() + 2.6512e-6) <= 2**-25  # half of the spacing down there: 1 % of this gradient
+    assert naive.relative(grad, -alpha.double()) < 4e-3
+
+
 def test_grpo_loss_k3_keeps_its_precision_near_zero(level: str) -> None:
     # k3 of two policies that differ by 1e-4 is 5e-9: exp(gap) - gap - 1 in float32 would be noise alone.
     logp = -torch.rand(4, 100)
