@@ -9,11 +9,13 @@
 #include <string>
 #include <tuple>
 
+#include "gelu.h"
 #include "grpo_loss.h"
 #include "head.h"
 #include "maskgit_step.h"
 #include "maskgit_step_cuda.h"
 #include "noise.h"
+#include "norm_rotary.h"
 #include "philox.h"
 
 #ifdef PYUNICTOKENS_WITH_CUDA
@@ -249,6 +251,67 @@ void head_backward(const HeadFields& fields, std::uintptr_t lse, std::uintptr_t 
                     at<float>(d_bias), threads < 1 ? 1 : threads, chosen_level);
 }
 
+void gelu(std::uintptr_t x, std::uintptr_t grad, std::int64_t count, std::uintptr_t out, int threads,
+          const std::string& level) {
+  require(count >= 0 && (count == 0 || (x && out)), "gelu: an address is 0, or the count below");
+  const CpuLevel chosen_level = level_named(level);
+  py::gil_scoped_release release;
+  gelu_cpu(at<const float>(x), at<const float>(grad), count, at<float>(out), threads < 1 ? 1 : threads, chosen_level);
+}
+
+using Strides = std::array<std::int64_t, 3>;
+
+// The fields of NormRotaryArgs in their order.
+using NormRotaryFields =
+    std::tuple<std::uintptr_t, Strides, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+               std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::uintptr_t, double>;
+
+HeadStrides head_strides(const Strides& strides) { return {strides[0], strides[1], strides[2]}; }
+
+NormRotaryArgs norm_rotary_args(const NormRotaryFields& fields) {
+  const auto& [x, strides, batch, heads, length, width, rotary, cos, sin, angle_batch, weight, bias, eps] = fields;
+  require(batch >= 0 && heads >= 0 && length >= 0 && width >= 1 && rotary >= 2 && rotary <= width && rotary % 2 == 0,
+          "norm_rotary: a size is out of range");
+  require(batch * heads * length == 0 || (x && cos && sin && weight && bias), "norm_rotary: an address is 0");
+  return {at<const float>(x),
+          head_strides(strides),
+          batch,
+          heads,
+          length,
+          width,
+          rotary,
+          at<const float>(cos),
+          at<const float>(sin),
+          angle_batch,
+          at<const float>(weight),
+          at<const float>(bias),
+          float(eps)};
+}
+
+void norm_rotary(const NormRotaryFields& fields, std::uintptr_t out, const Strides& out_strides, int threads,
+                 const std::string& level) {
+  const CpuLevel chosen_level = level_named(level);
+  const NormRotaryArgs args = norm_rotary_args(fields);
+  py::gil_scoped_release release;
+  norm_rotary_cpu(args, at<float>(out), head_strides(out_strides), threads < 1 ? 1 : threads, chosen_level);
+}
+
+std::int64_t norm_rotary_workspace(const NormRotaryFields& fields) {
+  return norm_rotary_sums(norm_rotary_args(fields));
+}
+
+void norm_rotary_backward(const NormRotaryFields& fields, std::uintptr_t grad, const Strides& grad_strides,
+                          std::uintptr_t d_x, const Strides& d_x_strides, std::uintptr_t d_parameters,
+                          std::uintptr_t sums, int threads, const std::string& level) {
+  const CpuLevel chosen_level = level_named(level);
+  const NormRotaryArgs args = norm_rotary_args(fields);
+  require(d_parameters == 0 || norm_rotary_sums(args) == 0 || sums, "norm_rotary_backward: a workspace is missing");
+  const NormRotaryGradients gradients = {at<const float>(grad),     head_strides(grad_strides), at<float>(d_x),
+                                         head_strides(d_x_strides), at<float>(d_parameters),    at<float>(sums)};
+  py::gil_scoped_release release;
+  norm_rotary_backward_cpu(args, gradients, threads < 1 ? 1 : threads, chosen_level);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -284,6 +347,15 @@ PYBIND11_MODULE(_core, module) {
   module.def("head_backward", &head_backward, "csrc/include/head.h on the CPU.", py::arg("head"), py::arg("lse"),
              py::arg("slope"), py::arg("held"), py::arg("d_hidden"), py::arg("d_weight"), py::arg("d_bias"),
              py::arg("threads"), py::arg("level"));
+  module.def("gelu", &gelu, "csrc/include/gelu.h; grad: 0 for the values.", py::arg("x"), py::arg("grad"),
+             py::arg("count"), py::arg("out"), py::arg("threads"), py::arg("level"));
+  module.def("norm_rotary", &norm_rotary, "csrc/include/norm_rotary.h on the CPU.", py::arg("fields"), py::arg("out"),
+             py::arg("out_strides"), py::arg("threads"), py::arg("level"));
+  module.def("norm_rotary_sums", &norm_rotary_workspace, "Numbers of the workspace of norm_rotary_backward.",
+             py::arg("fields"));
+  module.def("norm_rotary_backward", &norm_rotary_backward, "csrc/include/norm_rotary.h on the CPU.", py::arg("fields"),
+             py::arg("grad"), py::arg("grad_strides"), py::arg("d_x"), py::arg("d_x_strides"), py::arg("d_parameters"),
+             py::arg("sums"), py::arg("threads"), py::arg("level"));
   module.attr("STREAM_TOKEN") = int(kTokenStream);
   module.attr("STREAM_RANK") = int(kRankStream);
   module.attr("STREAM_TEXT") = int(kTextStream);

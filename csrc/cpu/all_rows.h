@@ -4,13 +4,15 @@
 #include "grpo_rows.h"
 #include "head_rows.h"
 #include "maskgit_rows.h"
+#include "pointwise_rows.h"
 #include "rows.h"
 
 namespace pyunictokens {
 namespace PYUNICTOKENS_LEVEL {
 
-const Rows rows{&maskgit_row, &grpo_block, kPanel,          &pack_tokens,  &pack_columns, &pack_weight,
-                &score_piece, &sums_panel, &gradient_panel, &hidden_piece, &weight_piece, &bias_piece};
+const Rows rows{&maskgit_row,  &grpo_block,  kPanel,      &pack_tokens,       &pack_columns,
+                &pack_weight,  &score_piece, &sums_panel, &gradient_panel,    &hidden_piece,
+                &weight_piece, &bias_piece,  &gelu_block, &norm_rotary_block, &norm_rotary_slopes};
 
 }  // namespace PYUNICTOKENS_LEVEL
 }  // namespace pyunictokens

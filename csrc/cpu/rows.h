@@ -1,4 +1,4 @@
-// What the drivers (maskgit_step.cpp, grpo_loss.cpp, head.cpp) and the compilations of the *_rows.h files agree on: the
+// What the drivers (maskgit_step.cpp, grpo_loss.cpp, head.cpp, pointwise.cpp) and the compilations of the *_rows.h files agree on: the
 // functions that exist once per instruction set.
 #pragma once
 
@@ -8,6 +8,7 @@
 #include "floats.h"
 #include "grpo_loss.h"
 #include "head.h"
+#include "norm_rotary.h"
 
 namespace pyunictokens {
 
@@ -59,6 +60,12 @@ struct Rows {
   void (*weight_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, std::int64_t first_panel,
                        std::int64_t last_panel, float* d_weight);
   void (*bias_piece)(const HeadBlock& block, std::int64_t first, std::int64_t last, float* d_bias);
+  // pointwise_rows.h: pieces of gelu.h and norm_rotary.h.
+  void (*gelu)(const float* x, const float* grad, std::int64_t count, float* out);
+  void (*norm_rotary)(const NormRotaryArgs& args, std::int64_t first, std::int64_t last, float* out,
+                      const HeadStrides& out_strides);
+  void (*norm_rotary_slopes)(const NormRotaryArgs& args, const NormRotaryGradients& gradients, std::int64_t first,
+                             std::int64_t last, float* sums);
 };
 
 namespace baseline {

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ..ops.gelu import tanh_gelu
+
 log = logging.getLogger(__name__)
 
 NEAR = 1e-3
@@ -36,7 +38,7 @@ def linear_gelu(layer: nn.Module, x: Tensor, fused: bool | None = None) -> Tenso
         rows = x.reshape(-1, x.shape[-1])
         made: Tensor = _product_gelu(rows, layer.weight, layer.bias)
         return made.view(*x.shape[:-1], made.shape[-1])
-    return F.gelu(layer(x), approximate="tanh")
+    return tanh_gelu(layer(x))
 
 
 def is_fused(layer: nn.Module, x: Tensor) -> bool:
@@ -79,7 +81,7 @@ def is_plain(layer: nn.Module, x: Tensor) -> bool:
 
 
 def _fused(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type != "cuda":  # see above; nor would a CPU save anything
+    if device.type != "cuda":  # see above
         return False
     if (device, dtype) not in _found and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False  # asking waits for the device; steps are run before they are captured, so this is met by no one

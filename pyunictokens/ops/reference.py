@@ -373,8 +373,14 @@ def partial_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
+def tanh_gelu(x: Tensor) -> tuple[Tensor]:
+    """GELU as tanh approximates it, of any shape."""
+    return (F.gelu(x, approximate="tanh"),)
+
+
 offer("selected_logprob", "reference", Entry(selected_logprob, selected_logprob_backward))
 offer("grpo_loss", "reference", Entry(grpo_loss))
 offer("maskgit_grpo_loss", "reference", Entry(maskgit_grpo_loss))
 offer("maskgit_step", "reference", Entry(maskgit_step))
 offer("qk_norm_rotary", "reference", Entry(qk_norm_rotary))
+offer("tanh_gelu", "reference", Entry(tanh_gelu))

@@ -1,20 +1,25 @@
-"""Layer norm and partial rotary of queries and keys, registered with torch.library (fake and autograd included).
+"""Layer norm and partial rotary of queries and keys.
 
-On a GPU one kernel forward and one a tensor backward; elsewhere, and in float64, the plain lines of reference.py run as
-they stand, under autograd's own rules. Models call it; it is no part of `pyunictokens.ops`.
+On a GPU one kernel forward and one a tensor backward, registered with torch.library (fake and autograd included). On a
+CPU, in float32, one loop of the compiled core each way. Elsewhere, and inside torch.compile or torch.func on a CPU, the
+plain lines of reference.py run as they stand, under autograd's own rules. Models call it; it is no part of
+`pyunictokens.ops`.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from ..utils.errors import UserError
 from . import reference
 from . import validate as check
 from .registry import choose, entry
-from .transforms import refuse_transforms
-from .types import Argument, Context
+from .transforms import refuse_transforms, transformed
+from .types import Argument, Context, Implementation
 
 NAME = "qk_norm_rotary"
 
@@ -35,26 +40,33 @@ def qk_norm_rotary(
     """q and k after a layer norm over the head and a turn of its first R entries by position.
 
     y = layer_norm(x)·weight + bias; the first R entries of y become y·cos + (−y[R/2:R], y[:R/2])·sin, the rest stays.
-    `triton` computes in float32 and rounds once; `reference` rounds after each operation, as torch does.
+    `triton` and `cpu` compute in float32 and round once; `reference` rounds after each operation, as torch does.
 
     Args:
-        q, k: [B, H, L, E] of any strides; float32, bfloat16, float16, or float64 (`reference` alone).
+        q, k: [B, H, L, E] of any strides; float32, bfloat16 and float16 (not `cpu`), or float64 (`reference` alone).
         cos, sin: [L, R] or [B or 1, 1, L, R], R even and at most E; they get no gradient.
         q_weight, q_bias, k_weight, k_bias: [E], the layer norms' parameters.
         eps: added to the variance, ≥ 0.
-        backend: None (the best that can run), "reference" or "triton".
+        backend: None (the best that can run), "reference", "cpu" or "triton".
 
     Returns:
         q and k, [B, H, L, E] in their dtype.
 
     Raises:
-        UserError: `triton` was given a wrong shape, dtype, device or value, or cannot run here.
+        UserError: `triton` or `cpu` was given a wrong shape, dtype, device or value, or cannot run here.
     """
-    if choose(NAME, backend, q.device, q.dtype) == "reference":
+    chosen = choose(NAME, backend, q.device, q.dtype)
+    if chosen == "reference" or (chosen == "cpu" and backend is None and transformed()):
         return reference.qk_norm_rotary(q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, eps)
     refuse_transforms(NAME)
-    found: tuple[Tensor, Tensor] = _qk_norm_rotary(q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, eps)
-    return found
+    inputs = (q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, eps)
+    if chosen == "cpu":
+        _checked(*inputs)
+    call = (
+        _qk_norm_rotary if chosen != "cpu" else _OnCpu.apply if torch.is_grad_enabled() else entry(NAME, "cpu").forward
+    )
+    q_out, k_out = call(*inputs)
+    return q_out, k_out
 
 
 def _checked(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Argument) -> None:
@@ -129,12 +141,39 @@ def _setup(ctx: Context, inputs: tuple[Argument, ...], output: tuple[Tensor, Ten
 
 
 def _backward(ctx: Context, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _qk_norm_rotary_backward, grad_q, grad_k)
+
+
+def _gradients(ctx: Context, backward: Implementation, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
     if wanted[2] or wanted[3]:
         raise UserError("cos, sin: get no gradient; pass .detach() of them, or backend='reference'")
-    gradients = _qk_norm_rotary_backward(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, any(wanted[4:8]))
+    gradients = backward(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, any(wanted[4:8]))
     placed = (*gradients[:2], None, None, *gradients[2:], None)
     return tuple(gradient if want else None for gradient, want in zip(placed, wanted, strict=True))
 
 
 _qk_norm_rotary.register_autograd(_backward, setup_context=_setup)
+
+
+class _OnCpu(torch.autograd.Function):
+    """The core's loops under autograd, at a tenth of what a registered operation costs a call."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: Argument) -> tuple[Tensor, ...]:
+        made = entry(NAME, "cpu").forward(*inputs)
+        _setup(cast(Context, ctx), inputs, (made[0], made[1]))
+        return made
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        kept = cast(Context, ctx)
+        if torch.is_grad_enabled():  # a gradient of these gradients will be asked for
+            inputs = kept.saved_tensors
+            wanted = [tensor for tensor, want in zip(inputs, kept.needs_input_grad, strict=False) if want]
+            made = reference.qk_norm_rotary(*inputs, kept.eps)
+            found = iter(torch.autograd.grad(made, wanted, (grad_q, grad_k), create_graph=True))
+            return tuple(next(found) if want else None for want in kept.needs_input_grad)
+        backward = entry(NAME, "cpu").backward
+        assert backward is not None
+        return _gradients(kept, backward, grad_q, grad_k)

@@ -37,6 +37,14 @@ def _autocast(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def transformed() -> bool:
+    """Whether torch.compile, torch.vmap, torch.func or forward mode is at work, for which a registered operation has no
+    rules or is opaque."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def refuse_transforms(name: str) -> None:
     """Raise inside torch.vmap, torch.func's derivatives and forward-mode differentiation.
 

@@ -93,10 +93,11 @@ def test_capabilities_of_the_table(table: dict[str, Any]) -> None:
 def test_capabilities_of_this_build() -> None:
     report = uct.ops.capabilities()
     public = ["grpo_loss", "maskgit_grpo_loss", "maskgit_step", "selected_logprob"]
-    assert report["reference"]["ops"] == sorted([*public, "qk_norm_rotary"])
+    of_models = ["qk_norm_rotary", "tanh_gelu"]
+    assert report["reference"]["ops"] == sorted([*public, *of_models])
     assert report["cpu"]["available"] == bool(uct.ops.build_info())
     if report["cpu"]["available"]:
-        assert report["cpu"]["ops"] == public
+        assert report["cpu"]["ops"] == sorted([*public, *of_models])
 
 
 def test_cpu_is_refused_where_it_is_not_offered() -> None:

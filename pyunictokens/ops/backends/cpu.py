@@ -204,6 +204,111 @@ def loss_over_tokens(
     return out, d_logp
 
 
+class _NormRotary:
+    """One tensor of csrc/include/norm_rotary.h, q or k, and the tensors behind its fields."""
+
+    def __init__(self, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        assert _core is not None
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        cos, sin, weight, bias = (each.float().contiguous() for each in (cos, sin, weight, bias))
+        rows, heads, length, width = x.shape
+        own_angles = cos.dim() == 4 and cos.shape[0] > 1
+        self.core, self.x, self.tensors = _core, x, (x, cos, sin, weight, bias)
+        self.fields = (
+            x.data_ptr(),
+            x.stride()[:3],
+            *(rows, heads, length, width, cos.shape[-1]),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            length * cos.shape[-1] if own_angles else 0,
+            weight.data_ptr(),
+            bias.data_ptr(),
+            eps,
+        )
+
+    def forward(self) -> Tensor:
+        out = torch.empty(self.x.shape)
+        self.core.norm_rotary(self.fields, out.data_ptr(), out.stride()[:3], torch.get_num_threads(), level)
+        return out
+
+    def backward(self, grad: Tensor, d_x: Tensor, parameters: bool) -> tuple[Tensor, Tensor]:
+        """Write the gradient of x; returns those of weight and bias, empty where they are not wanted."""
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        made = torch.empty(2, self.x.shape[-1] if parameters else 0)
+        sums = torch.empty(self.core.norm_rotary_sums(self.fields) if parameters else 0)
+        self.core.norm_rotary_backward(
+            self.fields,
+            *(grad.data_ptr(), grad.stride()[:3]),
+            *(d_x.data_ptr(), d_x.stride()[:3]),
+            made.data_ptr() if parameters else 0,
+            sums.data_ptr(),
+            torch.get_num_threads(),
+            level,
+        )
+        return made[0].clone(), made[1].clone()  # an operation's results must not share memory
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(q, k) normalised and turned, as `reference.qk_norm_rotary`."""
+    return (
+        _NormRotary(q, cos, sin, q_weight, q_bias, eps).forward(),
+        _NormRotary(k, cos, sin, k_weight, k_bias, eps).forward(),
+    )
+
+
+def qk_norm_rotary_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    eps: float,
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and the four parameters in their order; those of the parameters empty where not wanted."""
+    made, of_parameters = [], []
+    for grad, x, weight, bias in ((grad_q, q, q_weight, q_bias), (grad_k, k, k_weight, k_bias)):
+        d_x = torch.empty_like(x)
+        target = d_x if d_x.stride(-1) == 1 else torch.empty(x.shape)
+        its = _NormRotary(x, cos, sin, weight, bias, eps).backward(grad, target, parameters)
+        of_parameters += [each.to(like.dtype) for each, like in zip(its, (weight, bias), strict=True)]
+        made.append(d_x if target is d_x else d_x.copy_(target))
+    return *made, *of_parameters
+
+
+def tanh_gelu(x: Tensor) -> tuple[Tensor]:
+    """GELU of `tanh`, from one exponential."""
+    return (_gelu(x, None),)
+
+
+def tanh_gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor]:
+    """The gradient of x."""
+    return (_gelu(x, grad.contiguous()),)
+
+
+def _gelu(x: Tensor, grad: Tensor | None) -> Tensor:
+    assert _core is not None
+    x, out = x.contiguous(), torch.empty(x.shape)
+    address = 0 if grad is None else grad.data_ptr()
+    _core.gelu(x.data_ptr(), address, x.numel(), out.data_ptr(), torch.get_num_threads(), level)
+    return out
+
+
 def _readable(values: Tensor) -> Tensor:
     return (values if values.dtype in NARROW else values.float()).contiguous()
 
@@ -271,3 +376,5 @@ class HeadChunk:
 if _core is not None:
     offer("maskgit_step", "cpu", Entry(maskgit_step, devices=("cpu",), dtypes=NARROW))
     offer("grpo_loss", "cpu", Entry(grpo_loss, devices=("cpu",), dtypes=NARROW))
+    offer("qk_norm_rotary", "cpu", Entry(qk_norm_rotary, qk_norm_rotary_backward, ("cpu",), (torch.float32,)))
+    offer("tanh_gelu", "cpu", Entry(tanh_gelu, tanh_gelu_backward, ("cpu",), (torch.float32,)))

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -70,8 +71,6 @@ class _Bench:
     """What runs of one model."""
 
     engine: RolloutEngine
-    empty: Prefix | None = None
-    """The unconditional prompt."""
     lanes: dict[int, _Lane] = field(default_factory=dict)
     answers: AnswerLane | None = None
 
@@ -102,6 +101,8 @@ class ServingEngine:
         self._clock = clock
         self._jobs: dict[int, Job] = {}
         self._benches: dict[int, _Bench] = {}
+        self._empty: WeakKeyDictionary[RolloutEngine, Prefix] = WeakKeyDictionary()
+        """Unconditional prompts. They stay for as long as a model does: what is served does not learn."""
         self._free = list(range(self.max_rows))
         self._numbers = 0
         self._wanted = WantedMasks()
@@ -231,12 +232,8 @@ class ServingEngine:
 
     def _prefill(self, jobs: list[Job]) -> None:
         """Prompts of images that begin now, those of one model together."""
-        engine = jobs[0].engine
-        bench = self._bench(engine)
         names = [job.request.concept for job in jobs]
-        total, of_job = engine.prefixes([job.ids for job in jobs], names, guided=True)
-        if bench.empty is None:
-            bench.empty = total.select([len(total) - 1])
+        total, of_job = jobs[0].engine.prefixes([job.ids for job in jobs], names, guided=False)
         parts: dict[int, Prefix] = {}
         for job, place in zip(jobs, of_job, strict=True):
             job.prefix = parts.setdefault(place, total.select([place]))
@@ -250,15 +247,15 @@ class ServingEngine:
 
     def _seat(self, job: Job, request: ImageRequest, sample: int) -> None:
         bench, engine = self._bench(job.engine), job.engine
-        if bench.empty is None:  # all that ran has ended since this request was prefilled
-            bench.empty = engine.prefixes([[]], [None], guided=False)[0]
+        if engine not in self._empty:
+            self._empty[engine] = engine.prefixes([[]], [None], guided=False)[0]
         assert job.known is not None and job.prefix is not None and job.numbers is not None
         count, steps = len(job.known), job.numbers.steps
         lane = bench.lanes.get(count)
         if lane is None:
             slots = MixedSlots(
                 engine.model,
-                bench.empty,
+                self._empty[engine],
                 self.max_rows,
                 count,
                 engine.schedule,
