@@ -11,6 +11,8 @@
     compiled    images of the toy model with blocks compiled by torch.compile, or eager (models/showo/compiled.py)
     host        what the host needs for one chunk of maskgit_grpo_loss (kernels/engine.py): Python and torch's dispatch,
                 with tiny products on the CPU; Triton's launcher and CUDA's queue are not in it
+    pointwise   tanh-GELU, and norm with rotary of queries and keys, by the core or by torch, for one guided image and
+                for 32 of the toy (csrc/cpu/pointwise_rows.h)
     products    the core's product with all that goes with it, or torch's product alone (csrc/cpu/head_products.h)
 
 Processor time is compared, so that a busy machine matters less; what is printed goes into docs/measured-facts.md.
@@ -36,6 +38,7 @@ from pyunictokens.models import PromptKV
 from pyunictokens.models.showo.attention import PromptAttention
 from pyunictokens.models.showo.buffers import BufferedAttention
 from pyunictokens.models.showo.padding import padded
+from pyunictokens.ops import gelu, rotary
 from pyunictokens.ops.backends import cpu as _native
 from pyunictokens.toy.model import load_toy
 
@@ -118,6 +121,28 @@ def adjoining(rows: int, positions: int, width: int) -> None:
         lambda: F.linear(x, weight, bias),
         "three",
         lambda: [F.linear(x, *layer) for layer in layers],
+    )
+
+
+def pointwise(rows: int, positions: int, width: int, heads: int) -> None:
+    """What stands between the products of a layer of `width`, forward alone."""
+    inner = torch.randn(rows, positions, 4 * width)
+    compare(
+        f"tanh-GELU of {rows} rows of {positions} of {4 * width}",
+        "the core",
+        lambda: [gelu.tanh_gelu(inner) for _ in range(20)],
+        "torch",
+        lambda: [F.gelu(inner, approximate="tanh") for _ in range(20)],
+    )
+    size = width // heads
+    q, k = (torch.randn(rows, positions, heads, size).transpose(1, 2) for _ in range(2))
+    rest = (*(torch.randn(positions, size // 2) for _ in range(2)), *(torch.randn(size) for _ in range(4)), 1e-5)
+    compare(
+        f"norm and rotary of {rows} rows of {positions} of {heads} heads of {size}",
+        "the core",
+        lambda: [rotary.qk_norm_rotary(q, k, *rest) for _ in range(20)],
+        "torch",
+        lambda: [rotary.qk_norm_rotary(q, k, *rest, backend="reference") for _ in range(20)],
     )
 
 
@@ -243,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only",
-        choices=["attention", "buffers", "adjoining", "head", "uvit", "products", "host", "compiled"],
+        choices=["attention", "buffers", "adjoining", "pointwise", "head", "uvit", "products", "host", "compiled"],
         help="one kind instead of all",
     )
     only = parser.parse_args().only
@@ -258,6 +283,9 @@ def main() -> None:
         adjoining(4, 258, 256)
         adjoining(18, 66, 128)
         adjoining(2, 1026, 512)
+    if only in (None, "pointwise"):
+        pointwise(2, 66, 192, 6)
+        pointwise(64, 66, 192, 6)
     if only in (None, "head"):
         for rows in (1, 4, 8, 9, 16):
             head(rows, 54402, 512)

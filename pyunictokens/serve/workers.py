@@ -251,7 +251,9 @@ class Child:
 
 
 class Workers:
-    """Gives each request to the process that has least to do."""
+    """Gives each request to the process that has least to do.
+
+    workers: this process first."""
 
     def __init__(self, workers: Sequence[Worker]):
         self._workers = workers
@@ -268,7 +270,8 @@ class Workers:
         self, served: Served, request: Request, *, user: str, priority: int, deadline: float | None
     ) -> AsyncGenerator[Event, None]:
         """The events of a request (`AsyncEngine.stream`) to the model `served`."""
-        worker = min((each for each in self._workers if each.ready), key=lambda each: each.rows)
+        ready = [each for each in reversed(self._workers) if each.ready]  # of equal ones a child: HTTP is spoken here
+        worker = min(ready, key=lambda each: each.rows)
         worker.rows += request.samples
         try:
             stream = worker.stream(served, request, user=user, priority=priority, deadline=deadline)
