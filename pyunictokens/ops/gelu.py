@@ -24,7 +24,9 @@ def tanh_gelu(x: Tensor) -> Tensor:
     if choose(NAME, None, x.device, x.dtype) == "reference" or transformed():
         return F.gelu(x, approximate="tanh")
     check.tensor("x", x, check.FLOATS)
-    made: Tensor = _Gelu.apply(x) if torch.is_grad_enabled() and x.requires_grad else entry(NAME, "cpu").forward(x)[0]
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return entry(NAME, "cpu").forward(x)[0]
+    made: Tensor = _Gelu.apply(x)  # type: ignore[no-untyped-call]
     return made
 
 

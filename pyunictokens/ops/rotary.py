@@ -60,11 +60,11 @@ def qk_norm_rotary(
         return reference.qk_norm_rotary(q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, eps)
     refuse_transforms(NAME)
     inputs = (q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, eps)
-    if chosen == "cpu":
-        _checked(*inputs)
-    call = (
-        _qk_norm_rotary if chosen != "cpu" else _OnCpu.apply if torch.is_grad_enabled() else entry(NAME, "cpu").forward
-    )
+    if chosen != "cpu":
+        q_out, k_out = _qk_norm_rotary(*inputs)
+        return q_out, k_out
+    _checked(*inputs)
+    call = _OnCpu.apply if torch.is_grad_enabled() else entry(NAME, "cpu").forward
     q_out, k_out = call(*inputs)
     return q_out, k_out
 
@@ -169,9 +169,10 @@ class _OnCpu(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         kept = cast(Context, ctx)
         if torch.is_grad_enabled():  # a gradient of these gradients will be asked for
-            inputs = kept.saved_tensors
-            wanted = [tensor for tensor, want in zip(inputs, kept.needs_input_grad, strict=False) if want]
-            made = reference.qk_norm_rotary(*inputs, kept.eps)
+            q, k, cos, sin, *parameters = kept.saved_tensors
+            q_weight, q_bias, k_weight, k_bias = parameters
+            made = reference.qk_norm_rotary(q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, kept.eps)
+            wanted = [each for each, want in zip(kept.saved_tensors, kept.needs_input_grad, strict=False) if want]
             found = iter(torch.autograd.grad(made, wanted, (grad_q, grad_k), create_graph=True))
             return tuple(next(found) if want else None for want in kept.needs_input_grad)
         backward = entry(NAME, "cpu").backward
