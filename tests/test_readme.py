@@ -46,7 +46,7 @@ def test_the_first_screen_is_short_and_says_what_it_is() -> None:
     assert tables and max(map(len, tables)) <= 8, "long tables stand in docs/"
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ten_lines_for_each_of_three_users(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, with fewer steps where they train; the learned concept is one of the tests'."""
     monkeypatch.chdir(tmp_path)

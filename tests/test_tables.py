@@ -361,6 +361,7 @@ def test_cells_of_earlier_settings_are_called_so(tmp_path: Path) -> None:
     assert "earlier settings" not in write_page({**stored, "words": list(SCALES["full"].words)}, tmp_path)
 
 
+@pytest.mark.slow
 def test_all_numbers_are_on_the_page_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(all_numbers, "COLUMNS", {key: COLUMNS[key] for key in PAPER["ours"]})
     make_all(tmp_path / "work", sorted(set(ARMS) - {"joint"}))

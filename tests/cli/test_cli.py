@@ -262,6 +262,7 @@ def test_a_polite_kill_ends_with_zero_and_says_how_to_go_on(data: Path, toy: Non
     assert (out / "final" / "policy.json").exists() and not (out / "after.json").exists()
 
 
+@pytest.mark.slow
 def test_train_from_tokens_and_from_a_config(run: Path, toy: None, tmp_path: Path) -> None:
     from pyunictokens import ConceptTokens
 

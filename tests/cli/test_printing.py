@@ -102,6 +102,7 @@ def test_foreign_words_do_not_drive_the_terminal(tmp_path: Path, capsys: pytest.
     assert len(err) < 20_000
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_is_no_error(data: Path) -> None:
     for words in (["data", "list", data], ["--help"], ["data", "check", "--json", data]):  # a table, help, plain lines
         with subprocess.Popen(

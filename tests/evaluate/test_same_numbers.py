@@ -62,6 +62,7 @@ class Heard:
         return self.engine.generate_images(prompts, **settings)
 
 
+@pytest.mark.slow
 def test_unifybench_gives_the_same_samples_and_scores(stored: Any, data: Path) -> None:
     bench = open_bundle(Sources(), "cpu", "float32")
     experts = load_scorers(bench.sources, bench.device)

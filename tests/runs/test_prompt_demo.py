@@ -21,6 +21,7 @@ from tests.curves import painted
 SHORT = ["steps=2", "groups=2", "group_size=2", "held_out.every=1"]
 
 
+@pytest.mark.slow
 def test_all_of_it(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     with painted():

@@ -69,7 +69,7 @@ def test_what_was_measured_is_what_is_exported_and_rollouts_take_the_weights(tmp
     assert result.held_out[0].values == other.held_out[0].values
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_average_of_the_run_that_never_stopped(tmp_path: Path, trainable: str) -> None:
     chosen = settings(steps=5, checkpoint_every=2, ema_decay=0.8, lr=1e-3, trainable=trainable)
     reinforce(parts(), PROMPTS, channel, chosen, tmp_path / "straight", held_out=HELD_OUT)

@@ -96,7 +96,9 @@ def test_a_run_writes_what_it_says(here: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are filled")
-@pytest.mark.parametrize("kind", ["concept", "lora", "full"])
+@pytest.mark.parametrize(
+    "kind", ["concept", pytest.param("lora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(kind: str, here: World, tmp_path: Path) -> None:
     config = grpo_config(steps=6, checkpoint_every=3, trainable=kind, schedule="cosine", warmup=1)
     straight = train_grpo(**here.fresh(), config=config, out_dir=tmp_path / "straight")

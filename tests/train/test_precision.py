@@ -153,6 +153,7 @@ def drawn_in_fp8(dtype: torch.dtype, scale: float) -> ImageRollout:
     return engine.generate_images([[5, 6], [7, 8, 9]], samples=8, steps=4, guidance_scale=scale, seed=1, decode=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", list(FP8))
 def test_drift_of_log_probs_in_fp8_and_the_ratio_that_corrects_it(scale):
     """A rollout in fp8 records the log-probs of the policy that drew. The update scores its tokens in the model's own

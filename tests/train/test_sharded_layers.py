@@ -58,7 +58,11 @@ def alike(one: Path, other: Path, steps: int = 2) -> None:
 
 @pytest.mark.parametrize(
     ("trainable", "objective", "recompute", "gather"),
-    [("full", "unictask", False, "ahead"), ("lora", "unigrpo", True, "auto"), ("full", "coupled", True, "once")],
+    [
+        ("full", "unictask", False, "ahead"),
+        pytest.param("lora", "unigrpo", True, "auto", marks=pytest.mark.slow),
+        pytest.param("full", "coupled", True, "once", marks=pytest.mark.slow),
+    ],
 )
 def test_spread_layers_learn_what_whole_ones_learn(
     folder: Path, tmp_path: Path, trainable: str, objective: str, recompute: bool, gather: str
@@ -194,7 +198,7 @@ def test_layers_in_the_hosts_memory_learn_the_same(
     assert all(torch.equal(mine[name], true[name]) for name in true)
 
 
-@pytest.mark.parametrize("first", ["full", "alone"])
+@pytest.mark.parametrize("first", ["full", pytest.param("alone", marks=pytest.mark.slow)])
 def test_checkpoints_of_one_mode_are_resumed_by_others(folder: Path, tmp_path: Path, first: str) -> None:
     reinforce(uct.models.load(folder), PROMPTS, letters, config(shard="none", steps=3), tmp_path / "straight")
 
