@@ -129,6 +129,22 @@ def play(serving, plan, dice, abort=0.0):
     return {number: (requests[number], its) for number, its in events.items() if number not in gone}
 
 
+def test_the_unconditional_prompt_is_computed_once(monkeypatch):
+    asked = []
+
+    def prefixes(texts, names, guided):
+        asked.extend(texts)
+        return RolloutEngine.prefixes(engine, texts, names, guided)
+
+    engine, serving = resident_engine(MODEL, tokenizer=words()), ServingEngine()
+    monkeypatch.setattr(engine, "prefixes", prefixes)
+    for seed in range(3):  # nothing runs any more when the next comes
+        serving.add_request(engine, ImageRequest(PROMPTS[2][0], steps=1, guidance_scale=2.0, seed=seed))
+        while serving.busy:
+            serving.step()
+    assert asked.count([]) == 1 and len(asked) == 4
+
+
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.sampled_from([1, 3, 64]), batch_from=st.sampled_from([1, 4, 16]))
 def test_whatever_else_runs_a_request_gets_what_it_gets_alone(seed, rows, batch_from):

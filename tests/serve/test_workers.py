@@ -225,6 +225,25 @@ def test_what_runs_is_finished_at_the_end(folder):
     asyncio.run(main())
 
 
+def test_of_two_that_are_idle_the_child_draws():
+    class Named(OwnProcess):
+        def __init__(self, name):
+            self.name, self.rows = name, 0
+
+        async def stream(self, *_, **__):
+            yield self.name
+
+    async def first(workers):
+        stream = workers.stream(None, ImageRequest(PROMPT), user="", priority=0, deadline=None)
+        async with aclosing(stream) as events:
+            return await anext(events)
+
+    own, child = Named("own"), Named("child")
+    assert asyncio.run(first(Workers([own, child]))) == "child"
+    child.rows = 1
+    assert asyncio.run(first(Workers([own, child]))) == "own"
+
+
 def test_workers_are_given_devices(monkeypatch, folder):
     settings = EngineSettings(CatalogSettings(folder=folder, device="cpu"), 4, 4, 1)
     monkeypatch.setattr("pyunictokens.serve.workers.usable_cores", lambda: 8)
