@@ -57,5 +57,5 @@ runtime=$("${CXX:-g++}" -print-file-name=libasan.so)
 library=$("${CXX:-g++}" -print-file-name=libstdc++.so)
 LD_PRELOAD="$runtime $library" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
   PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$BUILD/core" "$PYTHON" -m pytest -q -p no:cacheprovider -p sanitized_core \
-  tests/ops/test_cpu_core.py tests/ops/test_cuda_core.py tests/ops/test_maskgit_step.py "$@"
+  tests/ops/test_cpu_core.py tests/ops/test_cpu_pointwise.py tests/ops/test_cuda_core.py tests/ops/test_maskgit_step.py "$@"
 echo "no sanitizer had anything to say"

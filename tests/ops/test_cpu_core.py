@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,24 +15,8 @@ from pyunictokens.ops.backends import cpu_head as _native_head
 from . import naive
 
 CORE = _native.core()
-LEVELS = CORE.cpu_levels() if CORE is not None else []
 pytestmark = pytest.mark.skipif(CORE is None, reason="the compiled core is not built")
 TOLERANCE = 1e-5  # relative, of float32 inputs against float64
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set that this build and this machine share."""
-    monkeypatch.setattr(_native, "level", request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The number of torch's threads as it was."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _loss_inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

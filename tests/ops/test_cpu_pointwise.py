@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,24 +15,8 @@ from tests.ops.naive import relative
 
 CORE = _native.core()
 pytestmark = pytest.mark.skipif(CORE is None, reason="the compiled core is not built")
-LEVELS = CORE.cpu_levels() if CORE is not None else [""]
 DOUBLE = torch.float64
 MANY = {**SHAPES, "several blocks": (3, 4, 53, 32, 16), "no rows": (0, 2, 5, 8, 4)}
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set that this build and this machine share."""
-    monkeypatch.setattr(_native, "level", request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The number of torch's threads as it was."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("split", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +13,7 @@ from pyunictokens.ops import MaskgitStep, philox
 from pyunictokens.ops.backends import cpu as _native
 
 CORE = _native.core()
-LEVELS = CORE.cpu_levels() if CORE is not None else []
 NEAR = 1e-5  # two scores this close may fall either way
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set that this build and this machine share."""
-    monkeypatch.setattr(_native, "level", request.param)
-    yield request.param
 
 
 def _arguments(batch: int, positions: int, entries: int, scale: float = 1.0, unknown: float = 0.7) -> dict[str, Any]:
